@@ -1,0 +1,21 @@
+"""What every dataset reader returns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Modality = Literal["rgb", "ir"]
+
+
+class DatasetError(ValueError):
+    """A dataset folder is not laid out as its protocol says; the message names what was expected."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One person crop on disk, with what its protocol needs to know about it."""
+
+    path: Path
+    person_id: int
+    camera: int
+    modality: Modality
