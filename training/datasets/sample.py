@@ -8,7 +8,7 @@ Modality = Literal["rgb", "ir"]
 
 
 class DatasetError(ValueError):
-    """A dataset folder is not laid out as its protocol says; the message names what was expected."""
+    """A dataset folder is not as its protocol says; the message names what was expected."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Source: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification" (ICCV 
 from collections.abc import Iterable
 from pathlib import Path
 
+from training.datasets.matfile import read_mat
 from training.datasets.sample import DatasetError, Modality, Sample
 
 SYSU_RGB_CAMERAS = (1, 2, 4, 5)
@@ -93,9 +94,8 @@ def _ids_from_text(path: Path) -> list[int]:
 
 
 def _ids_from_mat(path: Path) -> list[int]:
-    from scipy.io import loadmat  # only the original archive's form needs SciPy
-
+    values = read_mat(path, "id").ravel()
     try:
-        return [int(value) for value in loadmat(path)["id"].ravel()]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"Expected an array of identities under the key 'id' in {path}.") from error
+        return [int(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise DatasetError(f"Expected whole numbers under the key 'id' in {path}.") from error
