@@ -1,0 +1,113 @@
+"""The Cross-Modality Transformer put together (CMT, ECCV 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.alignment import ModalityAlignment
+from model.backbone import TwoStreamResNet
+from model.config import MODALITIES, CMTConfig, Modality
+from model.modulation import (
+    Modulation,
+    ParameterGenerator,
+    modulated_cosine_distance,
+    modulated_distance,
+)
+from model.parts import PartFeatures
+
+
+class CMTOutput(NamedTuple):
+    """What the network computes for B images, all B×P×D.
+
+    features F, raw part features; compensated F̂, those of the modality that the image lacks (None
+    without modality alignment); complete R or I = F + F̂ (5); embedding, the form that is ranked.
+    """
+
+    features: Tensor
+    compensated: Tensor | None
+    complete: Tensor
+    embedding: Tensor
+
+
+class CMT(nn.Module):
+    """Images of either modality → part representations, and a query's γ, β.
+
+    weights: None starts from random initialisation, "imagenet" from torchvision's (needs a
+    network), a path from a local file of them; see `TwoStreamResNet.load_imagenet`.
+    """
+
+    def __init__(self, config: CMTConfig, *, weights: str | Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = TwoStreamResNet(config)
+        self.parts = PartFeatures(self.backbone.channels, config.parts, config.dim, config.gem_p)
+        self.alignment = ModalityAlignment(config) if config.modality_alignment else None
+        self.generator_gamma: ParameterGenerator | None = None
+        self.generator_beta: ParameterGenerator | None = None
+        if config.instance_alignment:
+            # A unit vector of P·D numbers has entries of about 1/√(P·D): see ParameterGenerator.
+            scale = config.embedding_size**0.5 if config.normalise_test else 1.0
+            sizes = config.dim, config.hidden_generator
+            self.generator_gamma = ParameterGenerator(*sizes, start=1.0, input_scale=scale)
+            self.generator_beta = ParameterGenerator(*sizes, start=0.0, input_scale=scale)
+        if weights is not None:
+            self.backbone.load_imagenet(weights)
+
+    def forward(self, images: Tensor, modality: Modality | Sequence[Modality]) -> CMTOutput:
+        """images: B×3×H×W as `preprocess` returns them; modality: one for all, or B of them."""
+        is_ir = self._is_ir(images, modality)
+        features = self.parts(self.backbone(images, is_ir))
+        compensated = None if self.alignment is None else self.alignment(features, is_ir)
+        complete = features if compensated is None else features + compensated  # (5)
+        return CMTOutput(features, compensated, complete, self.ranked_form(complete))
+
+    def ranked_form(self, complete: Tensor) -> Tensor:
+        """B×P×D → B×P×D: scaled to unit norm over P·D where the configuration says so."""
+        if not self.config.normalise_test:
+            return complete
+        return functional.normalize(complete.flatten(1), dim=1).view_as(complete)
+
+    @torch.inference_mode()
+    def embed(self, images: Tensor, modality: Modality | Sequence[Modality]) -> Tensor:
+        """B×3×H×W → B×P×D in fp32: the complete representation, as it is stored and ranked."""
+        embedding: Tensor = self(images, modality).embedding
+        return embedding.float()
+
+    def modulation(self, x: Tensor) -> Modulation:
+        """Equation (12): embeddings B×P×D → γ, β of B×D; without instance alignment 1 and 0."""
+        if self.generator_gamma is None or self.generator_beta is None:
+            return Modulation.identity(x.shape[0], x.shape[2], device=x.device, dtype=x.dtype)
+        pooled = x.mean(dim=1)
+        return Modulation(self.generator_gamma(pooled), self.generator_beta(pooled))
+
+    def distance(self, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
+        """Q×P×D against N×P×D under x's modulation → Q×N, in the configuration's metric."""
+        if self.config.metric == "cosine":
+            return modulated_cosine_distance(x, y, modulation)
+        return modulated_distance(x, y, modulation)
+
+    def _is_ir(self, images: Tensor, modality: Modality | Sequence[Modality]) -> Tensor | bool:
+        expected = (3, self.config.input_height, self.config.input_width)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected B×3×{expected[1]}×"
+                f"{expected[2]}; pass what model.preprocess returns"
+            )
+        given = {modality} if isinstance(modality, str) else set(modality)
+        if not given <= set(MODALITIES):
+            raise ValueError(
+                f"unknown modality {sorted(given - set(MODALITIES))[0]!r}; use 'rgb' or 'ir'"
+            )
+        if isinstance(modality, str):
+            return modality == "ir"
+        if len(modality) != len(images):
+            raise ValueError(f"{len(modality)} modalities for {len(images)} images; give one each")
+        if len(given) == 1:  # a uniform batch needs no sorting, and no empty stem batch
+            return "ir" in given
+        return torch.tensor([m == "ir" for m in modality], device=images.device)

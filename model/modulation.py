@@ -1,0 +1,150 @@
+"""Instance-level alignment (CMT §3.2): γ and β from the query, and the distances they define.
+
+Axes: Q queries, N gallery items, P parts, D channels. With a query's complete representation x
+and a gallery one y, the squared distance after modulation (13) is
+
+    D²(x, y) = Σ_i ‖x_i − (γ⊙y_i + β)‖²
+             = Σ_i ‖x_i − β‖²  −  2 Σ_i ⟨γ⊙(x_i − β), y_i⟩  +  ⟨γ⊙γ, s(y)⟩,   s(y) = Σ_i y_i⊙y_i
+
+so that with z(y) = [y_1; …; y_P; s(y)] (`lift`, once per gallery item) and
+w(x) = [2γ⊙(x_1−β); …; 2γ⊙(x_P−β); −γ⊙γ] (`project`, once per query), D² = c(x) − ⟨w(x), z(y)⟩:
+ranking by the modulated distance is maximum inner product search. It is a generalised weighted
+square Euclidean distance whose weights arrive with the query (Lei, Huang, Kankanhalli, Tung 2019,
+"Sublinear Time Nearest Neighbor Search over Generalized Weighted Space").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# part_distances works in blocks of at most this many numbers: a few hundred MB at most in fp32.
+_BLOCK_NUMBERS = 1 << 25
+
+
+class Modulation(NamedTuple):
+    """Parameters of equation (12) for Q queries: gamma Q×D and beta Q×D."""
+
+    gamma: Tensor
+    beta: Tensor
+
+    @classmethod
+    def identity(
+        cls,
+        queries: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Modulation:
+        """γ = 1, β = 0: the modulated distance becomes the plain Euclidean one."""
+        return cls(
+            torch.ones(queries, dim, device=device, dtype=dtype),
+            torch.zeros(queries, dim, device=device, dtype=dtype),
+        )
+
+
+class ParameterGenerator(nn.Module):
+    """g_γ or g_β of equation (12): Linear → ReLU → Linear, D → D, starting at a constant.
+
+    The last layer starts with weight 0 and bias `start` (1 for γ, 0 for β), so that modulation
+    starts as the identity. `input_scale` enlarges the first layer's initial weights where
+    representations are normalised and their single numbers small.
+    """
+
+    def __init__(self, dim: int, hidden: int, start: float, input_scale: float = 1.0) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, hidden)
+        self.outer = nn.Linear(hidden, dim)
+        with torch.no_grad():
+            self.inner.weight.mul_(input_scale)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.constant_(self.outer.bias, start)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.outer(functional.relu(self.inner(pooled)))  # type: ignore[no-any-return]
+
+
+def modulate(y: Tensor, modulation: Modulation) -> Tensor:
+    """Equation (13) as written: y N×P×D under Q modulations → Q×N×P×D. The plain reference."""
+    gamma, beta = modulation
+    return y[None] * gamma[:, None, None] + beta[:, None, None]
+
+
+def lift(y: Tensor, *, scale: float = 1.0) -> Tensor:
+    """z(y): N×P×D → N×(P+1)D, the P·D numbers of y followed by s = Σ_i y_i⊙y_i.
+
+    Computed in fp32 at least (fp16 features are widened first: s must be that of the *stored* y).
+    `scale` multiplies the s block; give `project` the same scale. It brings s into fp16's range
+    for a caller who stores z in fp16.
+    """
+    y = _widen(y)
+    return torch.cat([y.flatten(1), y.square().sum(1) * scale], dim=1)
+
+
+def project(x: Tensor, modulation: Modulation, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """w(x) and c(x): x Q×P×D with its modulation → (Q×(P+1)D, Q), D² = c − ⟨w, z⟩."""
+    x = _widen(x)
+    gamma, beta = (_widen(parameter) for parameter in modulation)
+    shifted = x - beta[:, None]  # Q×P×D
+    w = torch.cat([(2 * gamma[:, None] * shifted).flatten(1), -gamma.square() / scale], dim=1)
+    return w, shifted.square().sum((1, 2))
+
+
+def squared_modulated_distance(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
+    """D²(x, y): Q×P×D, N×P×D → Q×N, as one matrix product; never negative.
+
+    c − ⟨w, z⟩ cancels where the distance is small against ‖x‖: where the last digits count, use
+    `part_distances` on the few items concerned.
+    """
+    w, c = project(x, modulation)
+    return (c[:, None] - w @ lift(y).T).clamp(min=0)
+
+
+def modulated_distance(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
+    """Euclidean distance between x (Q×P×D) and y (N×P×D) modulated by x's γ, β: Q×N."""
+    return squared_modulated_distance(x, y, modulation).sqrt()
+
+
+def part_distances(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
+    """‖x_i − (γ⊙y_i + β)‖² for every part i: Q×P×D, N×P×D → Q×N×P.
+
+    Their sum over P is the squared modulated distance, computed directly (nothing cancels), in
+    blocks of the gallery.
+    """
+    x, y = _widen(x), _widen(y)
+    modulation = Modulation(*(_widen(parameter) for parameter in modulation))
+    block = max(1, _BLOCK_NUMBERS // max(1, x.numel()))
+    return torch.cat(
+        [
+            (x[:, None] - modulate(rows, modulation)).square().sum(-1)
+            for rows in torch.split(y, block)
+        ],
+        dim=1,
+    )
+
+
+def modulated_cosine_distance(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
+    """1 − cos(x, γ⊙y + β) over all P·D numbers: Q×P×D, N×P×D → Q×N.
+
+    Closed form: the numerator is ⟨γ⊙x, y⟩ + ⟨Σ_i x_i, β⟩, and
+    ‖γ⊙y+β‖² = ⟨γ⊙γ, s⟩ + 2⟨γ⊙β, t⟩ + P‖β‖² with s = Σ_i y_i⊙y_i and t = Σ_i y_i.
+    """
+    x, y = _widen(x), _widen(y)
+    gamma, beta = (_widen(parameter) for parameter in modulation)
+    numerator = (gamma[:, None] * x).flatten(1) @ y.flatten(1).T
+    numerator = numerator + (x.sum(1) * beta).sum(1, keepdim=True)
+    norm = gamma.square() @ y.square().sum(1).T + 2 * (gamma * beta) @ y.sum(1).T
+    norm = norm + x.shape[1] * beta.square().sum(1, keepdim=True)
+    smallest = torch.finfo(norm.dtype).tiny
+    denominator = norm.clamp(min=smallest).sqrt() * x.flatten(1).norm(dim=1, keepdim=True)
+    cosine: Tensor = numerator / denominator.clamp(min=smallest)
+    return 1 - cosine
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """fp32 at least: sums of squares in half precision lose the differences that rank."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,33 @@
+"""Image → tensor: one function for evaluation and service, its constants also for training."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.config import CMTConfig
+
+# ImageNet's channel means and deviations of values in [0, 1] (torchvision's convention).
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def resize(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """A PIL image → uint8 array height×width×3; gray (IR) images are replicated to 3 channels."""
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 …×3×H×W → float32, scaled to [0, 1] and standardised by ImageNet's statistics."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def preprocess(image: Image.Image, config: CMTConfig) -> Tensor:
+    """A crop → 3×H×W float32 at the configuration's input size, as `CMT.embed` takes it."""
+    pixels = resize(image, config.input_height, config.input_width)
+    return normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
