@@ -60,7 +60,10 @@ class CMT(nn.Module):
             self.backbone.load_imagenet(weights)
 
     def forward(self, images: Tensor, modality: Modality | Sequence[Modality]) -> CMTOutput:
-        """images: B×3×H×W as `preprocess` returns them; modality: one for all, or B of them."""
+        """images: B×3×H×W, normalised; modality: one for all, or B of them.
+
+        H may differ from the configuration's (training in stages), if the parts divide H/16.
+        """
         is_ir = self._is_ir(images, modality)
         features = self.parts(self.backbone(images, is_ir))
         compensated = None if self.alignment is None else self.alignment(features, is_ir)
@@ -75,7 +78,16 @@ class CMT(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Tensor, modality: Modality | Sequence[Modality]) -> Tensor:
-        """B×3×H×W → B×P×D in fp32: the complete representation, as it is stored and ranked."""
+        """B×3×H×W → B×P×D in fp32: the complete representation, as it is stored and ranked.
+
+        Raises ValueError when the images are not of the configuration's size (see `preprocess`).
+        """
+        expected = (3, self.config.input_height, self.config.input_width)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected B×3×{expected[1]}×"
+                f"{expected[2]}; pass what model.preprocess returns"
+            )
         embedding: Tensor = self(images, modality).embedding
         return embedding.float()
 
@@ -93,12 +105,6 @@ class CMT(nn.Module):
         return modulated_distance(x, y, modulation)
 
     def _is_ir(self, images: Tensor, modality: Modality | Sequence[Modality]) -> Tensor | bool:
-        expected = (3, self.config.input_height, self.config.input_width)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, expected B×3×{expected[1]}×"
-                f"{expected[2]}; pass what model.preprocess returns"
-            )
         given = {modality} if isinstance(modality, str) else set(modality)
         if not given <= set(MODALITIES):
             raise ValueError(

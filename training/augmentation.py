@@ -1,0 +1,91 @@
+"""Augmentation of a batch of uint8 images on tensors, each image with its own draw.
+
+The paper's (§4.2): random crop with zero padding, horizontal flip, random erasing. Two more, off in
+the paper's recipe, are for training without pretrained weights: visible images to gray with random
+channel weights (against learning the clothes' colors by heart), and brightness jitter.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from model.preprocess import normalise
+
+
+class AugmentationConfig(BaseModel):
+    """Probabilities in [0, 1]; padding as a share of the height (10 of 288 rows is common)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    padding: float = Field(default=10 / 288, ge=0, le=0.5)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    erasing: float = Field(default=0.5, ge=0, le=1)
+    erasing_area: tuple[float, float] = (0.02, 0.4)
+    gray: float = Field(default=0.0, ge=0, le=1)
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+
+
+def augment(
+    images: Tensor, is_ir: Tensor, config: AugmentationConfig, generator: torch.Generator
+) -> Tensor:
+    """uint8 B×3×H×W and is_ir B → float32 B×3×H×W, normalised as `model.preprocess` does."""
+    pixels = _crop_and_flip(images, config, generator).float()
+    if config.gray:
+        pixels = _gray(pixels, is_ir, config.gray, generator)
+    if config.brightness:
+        span = config.brightness * (2 * _uniform(len(pixels), generator) - 1)
+        pixels = (pixels * (1 + span)[:, None, None, None]).clamp(0, 255)
+    return _erase(normalise(pixels), config, generator)
+
+
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, device=generator.device)
+
+
+def _crop_and_flip(
+    images: Tensor, config: AugmentationConfig, generator: torch.Generator
+) -> Tensor:
+    """A window of the image's own size out of the zero-padded image, mirrored by chance."""
+    count, _, height, width = images.shape
+    pad = round(config.padding * height)
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    top, left = ((_uniform(count, generator) * (2 * pad + 1)).long() for _ in range(2))
+    rows = top[:, None] + torch.arange(height, device=images.device)  # B×H
+    columns = left[:, None] + torch.arange(width, device=images.device)  # B×W
+    flipped = _uniform(count, generator) < config.flip
+    columns = torch.where(flipped[:, None], columns.flip(1), columns)
+    batch = torch.arange(count, device=images.device)[:, None, None]
+    # Advanced indexing puts the channels last: B×H×W×3.
+    window = padded[batch, :, rows[:, :, None], columns[:, None, :]]
+    return window.permute(0, 3, 1, 2)
+
+
+def _gray(pixels: Tensor, is_ir: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    count = len(pixels)
+    weights = torch.rand(count, 3, generator=generator, device=generator.device)
+    weights = weights / weights.sum(1, keepdim=True)
+    gray = (pixels * weights[:, :, None, None]).sum(1, keepdim=True).expand_as(pixels)
+    chosen = (_uniform(count, generator) < probability) & ~is_ir
+    return torch.where(chosen[:, None, None, None], gray, pixels)
+
+
+def _erase(images: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:
+    """A random rectangle becomes 0, the mean colour (Zhong et al., Random Erasing)."""
+    count, _, height, width = images.shape
+    smallest, largest = config.erasing_area
+    area = (smallest + (largest - smallest) * _uniform(count, generator)) * height * width
+    # Aspect ratios between 0.3 and 1/0.3, uniform in the logarithm.
+    aspect = torch.exp((2 * _uniform(count, generator) - 1) * torch.tensor(0.3).log().abs())
+    tall = (area * aspect).sqrt().clamp(max=height)
+    wide = (area / aspect).sqrt().clamp(max=width)
+    top = _uniform(count, generator) * (height - tall)
+    left = _uniform(count, generator) * (width - wide)
+    y = torch.arange(height, device=images.device)
+    x = torch.arange(width, device=images.device)
+    in_rows = (y >= top[:, None]) & (y < (top + tall)[:, None])  # B×H
+    in_columns = (x >= left[:, None]) & (x < (left + wide)[:, None])  # B×W
+    chosen = _uniform(count, generator) < config.erasing
+    hole = in_rows[:, :, None] & in_columns[:, None, :] & chosen[:, None, None]
+    return images.masked_fill(hole[:, None], 0.0)

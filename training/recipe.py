@@ -1,0 +1,133 @@
+"""Recipes: how a checkpoint is trained, as data. The default is the paper's (§4.2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.config import BACKBONE_STRIDE, CMTConfig
+from training.augmentation import AugmentationConfig
+from training.losses import ModulationForm
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read; the message says where and why."""
+
+
+class LossWeights(BaseModel):
+    """Equation (15): L_ID = identity + triplet, consistency = both L_cyc, modulation = λ."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identity: float = Field(default=1.0, ge=0)
+    triplet: float = Field(default=1.0, ge=0)
+    triplet_parts: float = Field(default=0.0, ge=0)
+    consistency: float = Field(default=1.0, ge=0)
+    modulation: float = Field(default=0.2, ge=0)
+
+
+class Stage(BaseModel):
+    """A stretch of the run. Give `steps` or `epochs`.
+
+    An epoch is as many batches as it takes to draw as many visible or infrared images, whichever
+    are more, as there are. The learning rate goes from `lr` to `lr_end` (half a cosine), or stays.
+    Loss weights move linearly from the stage before over the first `fade_steps`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    lr: float = Field(gt=0)
+    lr_end: float | None = Field(default=None, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    fade_steps: int = Field(default=0, ge=0)
+    input_height: int | None = None
+    input_width: int | None = None
+    # Curriculum: only the first identities of the list (from random initialisation, hundreds of
+    # classes at once stay at chance for long).
+    identities: int | None = Field(default=None, ge=2)
+    weights: LossWeights = LossWeights()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("a stage has either steps or epochs")
+        return self
+
+
+class Recipe(BaseModel):
+    """Everything that decides a run besides data and seed.
+
+    Where the paper is silent: margin 0.3 (HCT's), centroids as fixed targets of L_cyc, the form of
+    L_mod, no label smoothing, no weight averaging. `generator_lr` multiplies the learning rate of
+    g_γ and g_β. `ema` is the decay of the averaged weights that are saved (0 saves the last ones).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: CMTConfig = CMTConfig()
+    stages: tuple[Stage, ...] = (
+        Stage(epochs=60, lr=3.5e-4),
+        Stage(epochs=30, lr=3.5e-5),
+        Stage(epochs=30, lr=3.5e-6),
+    )
+    identities: int = Field(default=8, ge=2)
+    images: int = Field(default=8, ge=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    margin: float = Field(default=0.3, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    centroid_gradient: bool = False
+    modulation_form: ModulationForm = "batch_hard"
+    modulation_temperature: float = Field(default=0.1, gt=0)
+    modulation_across: bool = False
+    generator_lr: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    augmentation: AugmentationConfig = AugmentationConfig()
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        if not self.stages:
+            raise ValueError("a recipe has at least one stage")
+        for number, stage in enumerate(self.stages, 1):
+            height = stage.input_height or self.model.input_height
+            if height % (BACKBONE_STRIDE * self.model.parts):
+                raise ValueError(
+                    f"stage {number}: input_height {height} is not a multiple of "
+                    f"{BACKBONE_STRIDE * self.model.parts} ({self.model.parts} parts)"
+                )
+        return self
+
+    def size(self, stage: Stage) -> tuple[int, int]:
+        """Height and width of the images of a stage."""
+        return (
+            stage.input_height or self.model.input_height,
+            stage.input_width or self.model.input_width,
+        )
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by the name of one that ships with the package, or by the path of a YAML file.
+
+    Raises RecipeError with the place and the reason.
+    """
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise RecipeError(f"no recipe {name!r}; use one of {known}, or the path of a YAML file")
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{path}: {where}: {first['msg']}") from error
