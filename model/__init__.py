@@ -1,18 +1,28 @@
-"""What a CMT checkpoint is and computes: no HTTP, no SQL, no optimiser."""
+"""What a CMT checkpoint is and computes: no HTTP, no SQL, no optimiser.
 
-from model.checkpoint import CheckpointError, CheckpointInfo, load_checkpoint, save_checkpoint
-from model.cmt import CMT, CMTOutput
+What needs torch is imported when it is first asked for, so that `cmt --help` answers at once.
+`preprocess` is the exception: its module has the same name, which a late import would leave in
+its place, so that module imports without torch instead.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from model.config import CMTConfig, Modality
-from model.modulation import (
-    Modulation,
-    lift,
-    modulate,
-    modulated_cosine_distance,
-    modulated_distance,
-    part_distances,
-    project,
-)
 from model.preprocess import preprocess
+
+if TYPE_CHECKING:
+    from model.checkpoint import CheckpointError, CheckpointInfo, load_checkpoint, save_checkpoint
+    from model.cmt import CMT, CMTOutput
+    from model.modulation import (
+        Modulation,
+        lift,
+        modulate,
+        modulated_cosine_distance,
+        modulated_distance,
+        part_distances,
+        project,
+    )
 
 __all__ = [
     "CMT",
@@ -32,3 +42,13 @@ __all__ = [
     "project",
     "save_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Find one of the names above in the module that defines it (PEP 562)."""
+    if name in __all__:
+        for module in ("model.checkpoint", "model.cmt", "model.modulation"):
+            found = getattr(import_module(module), name, None)
+            if found is not None:
+                return found  # type: ignore[no-any-return]
+    raise AttributeError(f"module 'model' has no attribute {name!r}")

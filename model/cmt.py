@@ -34,6 +34,13 @@ class CMTOutput(NamedTuple):
     complete: Tensor
     embedding: Tensor
 
+    def float(self) -> CMTOutput:
+        """All of them in fp32, whatever autocast left them in."""
+        compensated = None if self.compensated is None else self.compensated.float()
+        return CMTOutput(
+            self.features.float(), compensated, self.complete.float(), self.embedding.float()
+        )
+
 
 class CMT(nn.Module):
     """Images of either modality → part representations, and a query's γ, β.

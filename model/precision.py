@@ -50,9 +50,9 @@ def choose_precision(device: str = "cpu", override: PrecisionName = "auto") -> P
 def _seconds(dtype: torch.dtype) -> float:
     """The best of three runs of one 3×3 convolution as a ResNet has it."""
     with torch.inference_mode():
-        convolution = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
-        images = torch.randn(4, 64, 32, 16).contiguous(memory_format=torch.channels_last)
-        convolution, images = convolution.to(dtype), images.to(dtype)
+        convolution = nn.Conv2d(64, 64, 3, padding=1, dtype=dtype)
+        images = torch.randn(4, 64, 32, 16, dtype=dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
         return min(_time(lambda: convolution(images)) for _ in range(3))
 
 

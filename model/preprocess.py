@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from model.config import CMTConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # ImageNet's channel means and deviations of values in [0, 1] (torchvision's convention).
 MEAN = (0.485, 0.456, 0.406)
@@ -22,6 +25,8 @@ def resize(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 …×3×H×W → float32, scaled to [0, 1] and standardised by ImageNet's statistics."""
+    import torch  # here, because `model` itself must import without torch: see model/__init__.py
+
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(STD, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / std
@@ -29,5 +34,7 @@ def normalise(images: Tensor) -> Tensor:
 
 def preprocess(image: Image.Image, config: CMTConfig) -> Tensor:
     """A crop → 3×H×W float32 at the configuration's input size, as `CMT.embed` takes it."""
+    import torch
+
     pixels = resize(image, config.input_height, config.input_width)
     return normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1))

@@ -22,12 +22,10 @@ def identity_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 
     logits B×P×C, labels B.
     """
-    per_part = functional.cross_entropy(
-        logits.flatten(0, 1),
-        labels.repeat_interleave(logits.shape[1]),
-        label_smoothing=label_smoothing,
-    )
-    return per_part * logits.shape[1]
+    parts = logits.shape[1]
+    targets = labels.repeat_interleave(parts)
+    mean = functional.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=label_smoothing)
+    return parts * mean
 
 
 class Centres(NamedTuple):
@@ -40,7 +38,7 @@ class Centres(NamedTuple):
 
 def modality_centres(features: Tensor, labels: Tensor, is_ir: Tensor) -> Centres:
     """Equation (6): features B×F → the centroid of every identity in each modality."""
-    identities, member = labels.unique(return_inverse=True)
+    identities, member = torch.unique(labels, return_inverse=True)
     one_hot = functional.one_hot(member, len(identities)).to(features.dtype).T  # N×B
 
     def mean(of: Tensor) -> Tensor:
@@ -119,7 +117,7 @@ def modulation_discriminative(
         scores = -squared / temperature
         negatives = scores.masked_fill(~other, -torch.inf).logsumexp(1, keepdim=True)
         losses = functional.softplus(negatives - scores)  # −log of s⁺ / (s⁺ + Σ s⁻)
-        return losses[same].mean()
+        return torch.mean(losses[same])
     distances = squared.clamp(min=1e-12).sqrt()
     if form == "batch_hard":
         positive = distances.masked_fill(~same, 0).amax(1)

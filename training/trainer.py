@@ -194,7 +194,7 @@ class Trainer:
         ):
             output = self.model(images, ["ir" if ir else "rgb" for ir in batch.is_ir])
         # Losses in fp32: distances and centroids are differences of near numbers.
-        output = CMTOutput(*(None if t is None else t.float() for t in output))
+        output = output.float()
         loss, values = self._loss(output, batch, stage)
         if not torch.isfinite(loss):
             raise TrainingError(

@@ -1,0 +1,53 @@
+"""Fixtures that every room's tests share: a small network with every module alive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import CMT, CMTConfig, save_checkpoint
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> CMTConfig:
+    """Few channels, six parts, normalised embeddings, both modules on."""
+    return CMTConfig(
+        backbone="resnet18",
+        width=0.125,
+        input_height=96,
+        input_width=48,
+        dim=16,
+        heads=4,
+        normalise_test=True,
+    )
+
+
+def alive(model: CMT, seed: int = 7) -> CMT:
+    """Give the modulation generators weights: they start as the identity, which proves nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in (model.generator_gamma, model.generator_beta):
+            if part is not None:
+                part.outer.weight.add_(
+                    0.3 * torch.randn(part.outer.weight.shape, generator=generator)
+                )
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: CMTConfig) -> CMT:
+    """A randomly initialised network in eval mode, its γ and β depending on the query."""
+    torch.manual_seed(3)
+    return alive(CMT(tiny_config)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model: CMT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of `tiny_model` saved as a checkpoint."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    save_checkpoint(path, tiny_model, training={"dataset": "none", "identities": [1, 2]})
+    return path

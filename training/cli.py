@@ -1,0 +1,142 @@
+"""`cmt train`: a recipe and a data set → a run folder with a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from training.datasets.sample import DatasetError, Sample
+from training.datasets.sysu import read_ids, read_sysu
+from training.memory import keep_large_blocks
+from training.recipe import RecipeError, load_recipe
+from training.sampler import TrainingSetError
+from training.trainer import CHECKPOINT_FILE, STATE_FILE, Trainer, TrainingError
+
+_EPILOG = (
+    "Example: cmt train --root SYSU-MM01 --recipe paper --weights resnet50.pth --run runs/paper"
+)
+
+
+def train(
+    root: Annotated[
+        list[Path],
+        typer.Option(help="Folder in SYSU-MM01's layout; repeat for several with other people."),
+    ],
+    run: Annotated[Path, typer.Option(help="Folder of the run: state, metrics and checkpoint.")],
+    recipe: Annotated[
+        str, typer.Option(help="'paper', 'compact', or the path of a YAML file.")
+    ] = "paper",
+    train_ids: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Identity list(s), one comma-separated line each. Default: every root's "
+            "exp/train_id.txt and exp/val_id.txt, as the protocol says."
+        ),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Layout of the roots.")] = "sysu",
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and augmentation.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Start of the backbone: 'imagenet', or a local file of its weights."),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of decoded images. Default: inside the run.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 250,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between progress lines.")] = 50,
+) -> None:
+    """Train a checkpoint; interrupt it at any moment and go on with --resume."""
+    console = Console(soft_wrap=True)
+    try:
+        keep_large_blocks()
+        if dataset != "sysu":
+            raise DatasetError(f"dataset {dataset!r} is not readable; use sysu")
+        if (run / STATE_FILE).is_file() and not resume:
+            raise TrainingError(
+                f"{run} holds a run already; add --resume to go on with it, or choose another "
+                "folder"
+            )
+        chosen = load_recipe(recipe)
+        samples = training_samples(root, train_ids)
+        facts: dict[str, Any] = {
+            "dataset": dataset,
+            "identities": sorted({sample.person_id for sample in samples}),
+            "images": len(samples),
+        }
+        trainer = Trainer(
+            chosen,
+            samples,
+            run,
+            seed=seed,
+            device=_device(device),
+            weights=weights,
+            cache=cache,
+            facts=facts,
+        )
+        console.print(yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False), end="")
+        console.print(
+            f"{len(facts['identities'])} identities, {len(samples)} images, {trainer.steps} steps, "
+            f"seed {seed}, {trainer.precision.reason}"
+        )
+        info = trainer.run(save_every=save_every, log_every=log_every)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted; the same command with --resume goes on from {run}.")
+        raise typer.Exit(130) from None
+    except (DatasetError, RecipeError, TrainingError, TrainingSetError, ValueError) as error:
+        if "--verbose" in sys.argv:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"Error: {error}", style="red")
+        raise typer.Exit(1) from None
+    console.print(f"Wrote {run / CHECKPOINT_FILE}, fingerprint {info.fingerprint[:16]}")
+
+
+def training_samples(roots: Sequence[Path], train_ids: Sequence[Path] | None) -> list[Sample]:
+    """The images of the chosen identities of all roots, root by root.
+
+    Raises DatasetError when an identity is in two roots (they would be two people) or in none.
+    """
+    wanted = {person for path in train_ids for person in read_ids(path)} if train_ids else None
+    samples: list[Sample] = []
+    for root in roots:
+        ids = _protocol_ids(root) if wanted is None else wanted
+        found = [sample for sample in read_sysu(root) if sample.person_id in ids]
+        known = {sample.person_id for sample in samples}
+        twice = known & {sample.person_id for sample in found}
+        if twice:
+            raise DatasetError(
+                f"identity {min(twice)} is in {root} and in an earlier root; give every person "
+                "one number"
+            )
+        samples += found
+    missing = (wanted or set()) - {sample.person_id for sample in samples}
+    if missing:
+        raise DatasetError(
+            f"identity {min(missing)} ({len(missing)} missing in all) is in none of the roots; "
+            "correct --train-ids or add its root"
+        )
+    if not Counter(sample.modality for sample in samples).keys() >= {"rgb", "ir"}:
+        raise DatasetError(f"no visible or no infrared images for the chosen identities in {roots}")
+    return samples
+
+
+def _protocol_ids(root: Path) -> set[int]:
+    ids = set(read_ids(root / "exp" / "train_id.txt"))
+    validation = root / "exp" / "val_id.txt"
+    return ids | set(read_ids(validation)) if validation.is_file() else ids
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
