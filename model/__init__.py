@@ -50,5 +50,5 @@ def __getattr__(name: str) -> object:
         for module in ("model.checkpoint", "model.cmt", "model.modulation"):
             found = getattr(import_module(module), name, None)
             if found is not None:
-                return found  # type: ignore[no-any-return]
+                return found
     raise AttributeError(f"module 'model' has no attribute {name!r}")
