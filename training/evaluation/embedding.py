@@ -1,0 +1,93 @@
+"""Samples on disk → what the network computes for them, on the CPU."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from model import CMT, CMTConfig, Modality, preprocess
+from training.datasets import Sample
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """N samples with their features, each N×P×D float32 on the CPU.
+
+    Attributes:
+        samples: in the order of the features.
+        features: raw part features F.
+        compensated: F̂ of the modality that an image lacks; None without modality alignment.
+        embedding: the representation that is ranked.
+    """
+
+    samples: Sequence[Sample]
+    features: Tensor
+    compensated: Tensor | None
+    embedding: Tensor
+
+
+class _Crops(Dataset[tuple[Tensor, Modality]]):
+    def __init__(self, samples: Sequence[Sample], config: CMTConfig) -> None:
+        self.samples = samples
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Modality]:
+        sample = self.samples[index]
+        with Image.open(sample.path, formats=("JPEG",)) as image:
+            return preprocess(image, self.config), sample.modality
+
+
+@torch.inference_mode()
+def embed_samples(
+    model: CMT, samples: Sequence[Sample], *, batch_size: int = 64, workers: int = 0
+) -> Embedded:
+    """Run the network over all samples, on the device it is on, in evaluation mode and fp32.
+
+    Args:
+        batch_size: images per forward pass.
+        workers: processes that decode images; 0 decodes in this one.
+    """
+    device = next(model.parameters()).device
+    loader = DataLoader(
+        _Crops(samples, model.config),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+    )
+    features, compensated, embedding = [], [], []
+    with _evaluating(model):
+        for images, modalities in loader:
+            output = model(images.to(device, non_blocking=True), modalities)
+            features.append(output.features.float().cpu())
+            embedding.append(output.embedding.float().cpu())
+            if output.compensated is not None:
+                compensated.append(output.compensated.float().cpu())
+    return Embedded(
+        samples=samples,
+        features=torch.cat(features),
+        compensated=torch.cat(compensated) if compensated else None,
+        embedding=torch.cat(embedding),
+    )
+
+
+@contextmanager
+def _evaluating(model: CMT) -> Iterator[None]:
+    """Running statistics instead of the batch's, and back to training if it was training."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _collate(batch: list[tuple[Tensor, Modality]]) -> tuple[Tensor, list[Modality]]:
+    return torch.stack([image for image, _ in batch]), [modality for _, modality in batch]
