@@ -18,3 +18,231 @@ class ServiceError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.headers = headers or {}
+
+
+# 400
+
+
+class FormMalformed(ServiceError):
+    """A multipart body that cannot be parsed."""
+
+    status, code, title = 400, "form_malformed", "Form malformed"
+
+
+# 401
+
+
+class Unauthorized(ServiceError):
+    """No key, or one that is not known."""
+
+    status, code, title = 401, "unauthorized", "Key missing or unknown"
+
+
+# 403
+
+
+class OriginRefused(ServiceError):
+    """A keyless service was called by another site's page or under another name."""
+
+    status, code, title = 403, "origin_refused", "Origin refused"
+
+
+class ScopeMissing(ServiceError):
+    """A key without the scope that this route needs."""
+
+    status, code, title = 403, "scope_missing", "Scope missing"
+
+
+# 404
+
+
+class ItemNotFound(ServiceError):
+    """No gallery item has this id."""
+
+    status, code, title = 404, "item_not_found", "Item not found"
+
+
+class RouteNotFound(ServiceError):
+    """No route has this path."""
+
+    status, code, title = 404, "route_not_found", "Route not found"
+
+
+# 405
+
+
+class MethodNotAllowed(ServiceError):
+    """The path exists, the method does not."""
+
+    status, code, title = 405, "method_not_allowed", "Method not allowed"
+
+
+# 408
+
+
+class BodyTimeout(ServiceError):
+    """A body that did not arrive in time."""
+
+    status, code, title = 408, "body_timeout", "Body too slow"
+
+
+# 409
+
+
+class IdempotencyConflict(ServiceError):
+    """An Idempotency-Key that stands for other content."""
+
+    status, code, title = 409, "idempotency_conflict", "Idempotency key used"
+
+
+# 413
+
+
+class BodyTooLarge(ServiceError):
+    """A request body over the limit."""
+
+    status, code, title = 413, "body_too_large", "Body too large"
+
+
+class ImageTooLarge(ServiceError):
+    """More bytes or pixels than the limits allow."""
+
+    status, code, title = 413, "image_too_large", "Image too large"
+
+
+# 415
+
+
+class ContentTypeUnsupported(ServiceError):
+    """A body that is no multipart form."""
+
+    status, code, title = 415, "content_type_unsupported", "Content type not supported"
+
+
+class ImageTypeUnsupported(ServiceError):
+    """Not one of the supported image formats."""
+
+    status, code, title = 415, "image_type_unsupported", "Image type not supported"
+
+
+# 422
+
+
+class BoxOutside(ServiceError):
+    """A box that is not wholly inside its image."""
+
+    status, code, title = 422, "box_outside", "Box outside the image"
+
+
+class CursorInvalid(ServiceError):
+    """A list cursor that this gallery did not give out."""
+
+    status, code, title = 422, "cursor_invalid", "Cursor not valid"
+
+
+class ImageEmpty(ServiceError):
+    """An upload without a byte."""
+
+    status, code, title = 422, "image_empty", "Image empty"
+
+
+class ImageMultiFrame(ServiceError):
+    """An animation or several pages."""
+
+    status, code, title = 422, "image_multi_frame", "Image of several frames"
+
+
+class ImageTooSmall(ServiceError):
+    """Fewer pixels than a person needs."""
+
+    status, code, title = 422, "image_too_small", "Image too small"
+
+
+class ImageTruncated(ServiceError):
+    """A file that ends before its pixels do."""
+
+    status, code, title = 422, "image_truncated", "Image truncated"
+
+
+class ImageUndecodable(ServiceError):
+    """A damaged file, or a variant that the decoder does not know."""
+
+    status, code, title = 422, "image_undecodable", "Image not decodable"
+
+
+class ParametersInvalid(ServiceError):
+    """A parameter that is missing, unknown or out of range."""
+
+    status, code, title = 422, "parameters_invalid", "Parameters not valid"
+
+
+# 429
+
+
+class Overloaded(ServiceError):
+    """More requests than the service can queue."""
+
+    status, code, title = 429, "overloaded", "Overloaded"
+
+
+# 500
+
+
+class InternalError(ServiceError):
+    """A defect of the service."""
+
+    status, code, title = 500, "internal_error", "Internal error"
+
+
+# 503
+
+
+class DatabaseUnavailable(ServiceError):
+    """The database cannot be reached or does not answer."""
+
+    status, code, title = 503, "database_unavailable", "Database not available"
+
+
+class GalleryDamaged(ServiceError):
+    """Stored data that cannot be read."""
+
+    status, code, title = 503, "gallery_damaged", "Gallery damaged"
+
+
+class GalleryLocked(ServiceError):
+    """Another process has the data folder open."""
+
+    status, code, title = 503, "gallery_locked", "Gallery in use"
+
+
+class GalleryVersion(ServiceError):
+    """A database of another release."""
+
+    status, code, title = 503, "gallery_version", "Gallery of another release"
+
+
+class IndexOutOfStep(ServiceError):
+    """The search index and the database disagree."""
+
+    status, code, title = 503, "index_out_of_step", "Index out of step"
+
+
+class StorageUnwritable(ServiceError):
+    """The data folder cannot be written."""
+
+    status, code, title = 503, "storage_unwritable", "Storage not writable"
+
+
+class KeysUnreadable(ServiceError):
+    """The file of API keys cannot be read, so nobody is let in."""
+
+    status, code, title = 503, "keys_unreadable", "Keys not readable"
+
+
+# 507
+
+
+class StorageFull(ServiceError):
+    """No space left for what was to be written."""
+
+    status, code, title = 507, "storage_full", "Storage full"
