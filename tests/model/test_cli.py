@@ -232,11 +232,7 @@ def test_version(plugin: Path) -> None:
     assert answer.stdout.strip().replace(".", "").isdigit()
 
 
-@pytest.mark.parametrize(
-    "entry_point",
-    [*entry_points(group="cmt.commands"), *entry_points(group="cmt.benchmarks")],
-    ids=lambda entry_point: f"{entry_point.group}-{entry_point.name}",
-)
-def test_each_registered_command_has_a_summary_and_loads(entry_point) -> None:  # type: ignore[no-untyped-def]
-    assert model.cli._summary(entry_point), "the target's docstring (or help=) is missing"
-    assert model.cli.RegisteredCommand(entry_point).load() is not None
+def test_every_registered_command_has_a_summary_and_loads() -> None:
+    for entry_point in [*entry_points(group="cmt.commands"), *entry_points(group="cmt.benchmarks")]:
+        assert model.cli._summary(entry_point), f"{entry_point.value}: no docstring or help="
+        assert model.cli.RegisteredCommand(entry_point).load() is not None

@@ -1,0 +1,66 @@
+# Everything a clone needs: `make help` lists the targets.
+
+PYTHON ?= python3
+# An extra package index for torch and torchvision, see README: PyPI's wheels bring CUDA along.
+TORCH_INDEX ?=
+# ONCE=1 makes `make demo` end by itself after the queries.
+ONCE ?=
+# Where `make bench` writes its results, and which benchmarks it runs.
+RESULTS ?= benchmarks/results
+BENCHES ?= rescore recall embed
+
+VENV := .venv
+BIN := $(VENV)/bin
+# An environment is made once, and again when what it installs has changed. The one for
+# development holds all that the one for running holds.
+RUNNABLE := $(VENV)/runnable
+DEVELOPMENT := $(VENV)/development
+
+# The constraints also hold for what builds the package, under pip's old and new name for that.
+INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	$(BIN)/python -m pip install --disable-pip-version-check \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(RUNNABLE) ## start the service with the demo gallery, query it, serve until Ctrl-C (ONCE=1: end)
+	$(BIN)/cmt demo $(if $(ONCE),--once)
+
+test: $(DEVELOPMENT) ## run the tests
+	$(BIN)/pytest
+
+lint: $(DEVELOPMENT) ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@# No wheel of hadolint for some platforms: CI's has one.
+	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint docker/Dockerfile; fi
+
+format: $(DEVELOPMENT) ## format the code and order its imports
+	$(BIN)/ruff check --fix-only --select I .
+	$(BIN)/ruff format .
+
+bench: $(DEVELOPMENT) ## run the benchmarks and write their results to benchmarks/results
+	@mkdir -p $(RESULTS)
+	$(foreach name,$(BENCHES),$(BIN)/cmt bench $(name) --json $(RESULTS)/$(name).json &&) true
+
+clean: ## remove the environment and what tools have cached
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; \
+		sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed and \
+	$(PYTHON) is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(RUNNABLE): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[cpu]'
+	@touch $@
+
+$(DEVELOPMENT): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[cpu,train,dev]'
+	@touch $(RUNNABLE) $@
