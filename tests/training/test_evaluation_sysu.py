@@ -1,0 +1,139 @@
+"""Queries and galleries of SYSU-MM01's protocol, by both conventions."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import loadmat, savemat
+
+from training.datasets import SYSU_RGB_CAMERAS, DatasetError, Sample, read_sysu
+from training.evaluation.sysu import (
+    choose_trials,
+    official_galleries,
+    query_indices,
+    seeded_galleries,
+)
+
+MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
+VALIDATION = [12, 218, 370]
+OFFICIAL = os.environ.get("SYSU_TRIAL_FILE", "")
+
+
+def write_trials(path: Path, frames: dict[tuple[int, int], np.ndarray], people: int = 400) -> Path:
+    """A file of the archive's form: a 6×1 cell of people×1 cells of 10×n_images arrays."""
+    cells = np.empty((6, 1), dtype=object)
+    for camera in range(1, 7):
+        cells[camera - 1, 0] = np.empty((people, 1), dtype=object)
+        for person in range(1, people + 1):
+            empty = np.zeros((10, 0), dtype=np.uint16)
+            cells[camera - 1, 0][person - 1, 0] = frames.get((camera, person), empty)
+    savemat(path, {"rand_perm_cam": cells})
+    return path
+
+
+@pytest.fixture
+def samples():
+    return read_sysu(MINI, VALIDATION)
+
+
+@pytest.fixture
+def frames(samples):
+    """Ten permutations of every (camera, person)'s frames."""
+    generator = np.random.default_rng(5)
+    counts: dict[tuple[int, int], int] = {}
+    for sample in samples:
+        key = sample.camera, sample.person_id
+        counts[key] = counts.get(key, 0) + 1
+    return {
+        key: np.stack([generator.permutation(n) + 1 for _ in range(10)]).astype(np.uint16)
+        for key, n in counts.items()
+    }
+
+
+def chosen(samples, gallery):
+    return [(samples[i].person_id, samples[i].camera, samples[i].path.name) for i in gallery]
+
+
+def test_every_infrared_image_is_a_query(samples):
+    queries = query_indices(samples)
+    assert [samples[i].camera for i in queries] == [3, 3, 6, 6] * 3
+    with pytest.raises(DatasetError, match="infrared"):
+        query_indices([sample for sample in samples if sample.modality == "rgb"])
+
+
+def test_seeded_trials_follow_the_convention_of_public_code(samples):
+    galleries = seeded_galleries(samples)
+    assert len(galleries) == 10
+    for trial, gallery in enumerate(galleries):
+        random.seed(trial)  # as public code does, walking the folders
+        expected = []
+        for person in sorted(VALIDATION):
+            for camera in (1, 2, 4, 5):
+                folder = MINI / f"cam{camera}" / f"{person:04d}"
+                if folder.is_dir():
+                    file = random.choice(sorted(folder.iterdir()))
+                    expected.append((person, camera, file.name))
+        assert chosen(samples, gallery) == expected
+    assert any(not np.array_equal(galleries[0], other) for other in galleries[1:])
+
+
+def test_official_trials_take_the_first_frame_of_each_row(samples, frames, tmp_path):
+    path = write_trials(tmp_path / "rand_perm_cam.mat", frames)
+    trials = choose_trials(samples, path)
+    assert trials.convention == "official"
+    for trial, gallery in enumerate(trials.galleries):
+        expected = [
+            (person, camera, f"{frames[camera, person][trial, 0]:04d}.jpg")
+            for person in VALIDATION
+            for camera in (1, 2, 4, 5)
+            if (camera, person) in frames
+        ]
+        assert chosen(samples, gallery) == expected
+
+
+def test_official_trials_by_camera_and_number_of_shots(samples, frames, tmp_path):
+    path = write_trials(tmp_path / "rand_perm_cam.mat", frames)
+    galleries = official_galleries(samples, path, cameras=(1, 2), shots=10)
+    # Two images each of three persons in two cameras: ten shots take them all.
+    assert all(len(set(gallery)) == 12 for gallery in galleries)
+    assert {samples[i].camera for i in galleries[0]} == {1, 2}
+
+
+def test_without_a_trial_file_trials_are_seeded(samples, tmp_path):
+    for missing in (None, tmp_path / "rand_perm_cam.mat"):
+        trials = choose_trials(samples, missing)
+        assert trials.convention == "seeded"
+        for gallery, expected in zip(trials.galleries, seeded_galleries(samples), strict=True):
+            np.testing.assert_array_equal(gallery, expected)
+
+
+def test_a_trial_file_of_another_set_is_refused(samples, frames, tmp_path):
+    foreign = {**frames, (1, 12): np.full((10, 1), 77, dtype=np.uint16)}
+    with pytest.raises(DatasetError, match=r"cam1/0012/0077\.jpg"):
+        official_galleries(samples, write_trials(tmp_path / "frames.mat", foreign))
+    with pytest.raises(DatasetError, match="identity 370 in camera 1"):
+        official_galleries(samples, write_trials(tmp_path / "few.mat", frames, people=300))
+    del frames[5, 218]
+    with pytest.raises(DatasetError, match="identity 218 in camera 5"):
+        official_galleries(samples, write_trials(tmp_path / "none.mat", frames))
+
+
+@pytest.mark.skipif(not OFFICIAL, reason="SYSU_TRIAL_FILE names no official trial file")
+def test_the_official_file_of_the_real_set():
+    """Samples with the frames that the file itself counts; the images need not be there."""
+    cells = loadmat(OFFICIAL)["rand_perm_cam"].ravel()
+    rows = {(c, p): cells[c - 1].ravel()[p - 1] for c in SYSU_RGB_CAMERAS for p in range(1, 334)}
+    samples = [
+        Sample(Path(f"cam{c}/{p:04d}/{frame:04d}.jpg"), p, c, "rgb")
+        for (c, p), frames in rows.items()
+        for frame in range(1, frames.shape[1] + 1)
+    ]
+    assert samples
+    for trial, gallery in enumerate(choose_trials(samples, Path(OFFICIAL)).galleries):
+        seen = {(c, p) for (c, p), frames in rows.items() if frames.shape[1]}
+        assert gallery.size == len(seen)
+        for i in gallery:
+            sample = samples[i]
+            assert int(sample.path.stem) == rows[sample.camera, sample.person_id][trial, 0]
