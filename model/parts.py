@@ -25,7 +25,7 @@ class PartFeatures(nn.Module):
         self.norm = nn.BatchNorm1d(parts * dim)
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        stripes = self.pool(feature_map.float())  # B×P×C
+        stripes = self.pool(feature_map.to(self.weight.dtype))  # B×P×C, out of autocast's bf16
         reduced = torch.einsum("bpc,pcd->bpd", stripes, self.weight)
         normed: Tensor = self.norm(reduced.flatten(1))
         return functional.relu(normed).view_as(reduced)

@@ -49,7 +49,7 @@ def prepare() -> bool:
         return True
     if torch.version.cuda is not None or extension_loads():
         return False
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
         library.define(schema)  # type: ignore[no-untyped-call]
     _library = library

@@ -86,7 +86,8 @@ def modality_consistency(
     member = torch.searchsorted(centres.labels, labels)
     target = torch.where(is_ir[:, None], centres.rgb[member], centres.ir[member])
     error = (compensated.flatten(1) - target).norm(dim=1)
-    return error[is_ir].mean() + error[~is_ir].mean()
+    loss: Tensor = error[is_ir].mean() + error[~is_ir].mean()
+    return loss
 
 
 def modulation_discriminative(
@@ -117,7 +118,7 @@ def modulation_discriminative(
         scores = -squared / temperature
         negatives = scores.masked_fill(~other, -torch.inf).logsumexp(1, keepdim=True)
         losses = functional.softplus(negatives - scores)  # −log of s⁺ / (s⁺ + Σ s⁻)
-        return torch.mean(losses[same])
+        return losses[same].mean()
     distances = squared.clamp(min=1e-12).sqrt()
     if form == "batch_hard":
         positive = distances.masked_fill(~same, 0).amax(1)

@@ -1,0 +1,125 @@
+"""Checkpoints come back as they were, or are refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from model import CMT, CheckpointError, load_checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def images(tiny_config) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 3, tiny_config.input_height, tiny_config.input_width, generator=generator)
+
+
+def rewrite(path: Path, **changes: str) -> Path:
+    """The same checkpoint with some of its metadata changed."""
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), **changes}
+    other = path.with_name("rewritten.safetensors")
+    save_file(load_file(path), other, metadata=metadata)
+    return other
+
+
+def test_save_and_load_give_identical_outputs(tiny_model, images, tmp_path):
+    saved = save_checkpoint(
+        tmp_path / "a.safetensors", tiny_model, training={"seed": 3}, calibration={"a": [1.5]}
+    )
+    model, info = load_checkpoint(tmp_path / "a.safetensors")
+    assert info == saved
+    assert (info.training, info.calibration) == ({"seed": 3}, {"a": [1.5]})
+    before, after = tiny_model.embed(images, "ir"), model.embed(images, "ir")
+    assert torch.equal(before, after)
+    for a, b in zip(tiny_model.modulation(before), model.modulation(after), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_half_precision_halves_the_file_and_keeps_vectors_whole(tiny_model, tmp_path):
+    save_checkpoint(tmp_path / "full.safetensors", tiny_model)
+    save_checkpoint(tmp_path / "half.safetensors", tiny_model, dtype=torch.float16)
+    tensors = load_file(tmp_path / "half.safetensors")
+    assert tensors["backbone.layer4.0.conv1.weight"].dtype == torch.float16
+    assert tensors["backbone.layer4.0.bn1.running_var"].dtype == torch.float32
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "full")]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_fingerprint_follows_weights_and_configuration(tiny_config, tmp_path):
+    torch.manual_seed(1)
+    model = CMT(tiny_config)
+    first = save_checkpoint(tmp_path / "a.safetensors", model).fingerprint
+    assert save_checkpoint(tmp_path / "b.safetensors", model).fingerprint == first
+    other = CMT(tiny_config.model_copy(update={"metric": "cosine"}))
+    other.load_state_dict(model.state_dict())
+    assert save_checkpoint(tmp_path / "c.safetensors", other).fingerprint != first
+    with torch.no_grad():
+        model.backbone.layer2[0].conv1.weight[0, 0, 0, 0] += 0.01
+    assert save_checkpoint(tmp_path / "d.safetensors", model).fingerprint != first
+
+
+def test_a_damaged_byte_anywhere_is_noticed(tiny_checkpoint, tmp_path):
+    data = bytearray(tiny_checkpoint.read_bytes())
+    generator = torch.Generator().manual_seed(2)
+    for position in torch.randint(len(data), (20,), generator=generator).tolist():
+        damaged = bytearray(data)
+        damaged[position] ^= 0x55
+        (tmp_path / "x.safetensors").write_bytes(damaged)
+        try:
+            load_checkpoint(tmp_path / "x.safetensors")
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+        else:  # only the free-text training facts are not under the fingerprint
+            text = bytes(data[max(0, position - 4000) : position + 4000])
+            assert b'"training"' in text
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tiny_checkpoint, tmp_path, share):
+    data = tiny_checkpoint.read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
+        load_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_other_files_and_versions_are_refused(tiny_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "absent.safetensors")
+    with pytest.raises(CheckpointError, match="version 2, this release reads 1"):
+        load_checkpoint(rewrite(tiny_checkpoint, version="2"))
+    with pytest.raises(CheckpointError, match="no CMT checkpoint"):
+        load_checkpoint(rewrite(tiny_checkpoint, format="other"))
+    with pytest.raises(CheckpointError, match="unreadable metadata"):
+        load_checkpoint(rewrite(tiny_checkpoint, config="{"))
+    with safe_open(tiny_checkpoint, framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+    with pytest.raises(CheckpointError, match="does not match its fingerprint"):
+        load_checkpoint(rewrite(tiny_checkpoint, config=json.dumps({**config, "gem_p": 4.0})))
+
+
+def test_a_pickle_renamed_is_not_executed(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (tmp_path / "x.safetensors").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "x.safetensors")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_are_not_finite_are_not_written(tiny_config, tmp_path):
+    model = CMT(tiny_config)
+    with torch.no_grad():
+        model.backbone.layer2[0].conv1.weight[0, 0, 0, 0] = 1e6
+    with pytest.raises(CheckpointError, match=r"not finite in torch\.float16"):
+        save_checkpoint(tmp_path / "x.safetensors", model, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())

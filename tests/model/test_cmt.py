@@ -1,0 +1,319 @@
+"""The network against float64 loops written from the paper, and what may depend on what."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from model import CMT, CMTConfig, preprocess
+from model.alignment import CompensationDecoder, MultiHeadAttention, RepresentationEncoder
+from model.parts import PartFeatures
+
+SIZES = {"parts": 3, "dim": 8, "heads": 2, "input_height": 48, "input_width": 32}
+
+
+def config(**changes) -> CMTConfig:
+    return CMTConfig(**{"backbone": "resnet18", "width": 0.125, **SIZES, **changes})
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, 48, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(tensor: torch.Tensor) -> list[list[float]]:
+    return tensor.tolist()
+
+
+def linear(layer: torch.nn.Linear, x: list[list[float]]) -> list[list[float]]:
+    weight, bias = layer.weight.tolist(), layer.bias.tolist()
+    return [
+        [
+            sum(w * v for w, v in zip(ws, row, strict=True)) + b
+            for ws, b in zip(weight, bias, strict=True)
+        ]
+        for row in x
+    ]
+
+
+def plain_attention(module: MultiHeadAttention, queries, source) -> list[list[float]]:
+    """Equations (2) and (4), one head after the other, for one sample of lists."""
+    q, k, v = (
+        linear(module.query, queries),
+        linear(module.key, source),
+        linear(module.value, source),
+    )
+    size = len(q[0]) // module.heads
+    joined = []
+    for row in q:
+        outputs = []
+        for h in range(module.heads):
+            part = slice(h * size, (h + 1) * size)
+            scores = [
+                sum(a * b for a, b in zip(row[part], key[part], strict=True)) / math.sqrt(size)
+                for key in k
+            ]
+            largest = max(scores)
+            weights = [math.exp(s - largest) for s in scores]
+            total = sum(weights)
+            outputs += [
+                sum(w / total * value[part][c] for w, value in zip(weights, v, strict=True))
+                for c in range(size)
+            ]
+        joined.append(outputs)
+    return linear(module.output, joined)
+
+
+def plain_norm(norm: torch.nn.LayerNorm, x) -> list[list[float]]:
+    result = []
+    for row in x:
+        mean = sum(row) / len(row)
+        variance = sum((v - mean) ** 2 for v in row) / len(row)
+        result.append(
+            [
+                (v - mean) / math.sqrt(variance + norm.eps) * g + b
+                for v, g, b in zip(row, norm.weight.tolist(), norm.bias.tolist(), strict=True)
+            ]
+        )
+    return result
+
+
+def add(a, b) -> list[list[float]]:
+    return [[x + y for x, y in zip(r, s, strict=True)] for r, s in zip(a, b, strict=True)]
+
+
+def plain_feed_forward(module, x) -> list[list[float]]:
+    hidden = [[max(0.0, v) for v in row] for row in linear(module.inner, x)]
+    return plain_norm(module.norm, add(x, linear(module.outer, hidden)))
+
+
+def test_encoder_is_equations_1_and_2():
+    torch.manual_seed(0)
+    encoder = RepresentationEncoder(config()).double()
+    features = torch.randn(2, 3, 8, dtype=torch.float64)
+    result = encoder(features)
+    for sample in range(2):
+        x = add(rows(features[sample]), rows(encoder.position))
+        attention, feed_forward = encoder.layers[0]
+        x = plain_norm(attention.norm, add(x, plain_attention(attention.attention, x, x)))
+        expected = torch.tensor(plain_feed_forward(feed_forward, x), dtype=torch.float64)
+        torch.testing.assert_close(result[sample], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["attention", "decoder_block"])
+def test_decoder_is_equations_3_and_4_in_both_forms(form):
+    torch.manual_seed(1)
+    decoder = CompensationDecoder(config(compensation_output=form)).double()
+    prototypes = torch.randn(3, 8, dtype=torch.float64)
+    encoded = torch.randn(2, 3, 8, dtype=torch.float64)
+    result = decoder(prototypes.expand_as(encoded), encoded)
+    own = decoder.self_attention[0]
+    for sample in range(2):
+        p = rows(prototypes)
+        p = plain_norm(own.norm, add(p, plain_attention(own.attention, p, p)))
+        expected = plain_attention(decoder.cross_attention[0], p, rows(encoded[sample]))
+        if form == "decoder_block":
+            expected = plain_norm(decoder.norm[0], add(p, expected))
+            expected = plain_feed_forward(decoder.feed_forward[0], expected)
+        torch.testing.assert_close(
+            result[sample], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-11
+        )
+
+
+def test_part_pooling_is_the_generalised_mean_per_stripe():
+    torch.manual_seed(2)
+    parts = PartFeatures(channels=4, parts=3, dim=5, gem_p=3.0).double().eval()
+    feature_map = torch.rand(2, 4, 6, 2, dtype=torch.float64)
+    result = parts(feature_map)
+    for sample in range(2):
+        for part in range(3):
+            pooled = []
+            for channel in range(4):
+                stripe = feature_map[sample, channel, 2 * part : 2 * part + 2].flatten().tolist()
+                pooled.append((sum(v**3 for v in stripe) / len(stripe)) ** (1 / 3))
+            for d in range(5):
+                index = part * 5 + d
+                reduced = sum(
+                    value * parts.weight[part, channel, d].item()
+                    for channel, value in enumerate(pooled)
+                )
+                normed = (reduced - parts.norm.running_mean[index].item()) / math.sqrt(
+                    parts.norm.running_var[index].item() + parts.norm.eps
+                )
+                assert result[sample, part, d].item() == pytest.approx(max(0.0, normed), rel=1e-9)
+
+
+def test_complete_representation_and_generators_are_equations_5_and_12(tiny_model):
+    x = torch.randn(2, 3, 96, 48, generator=torch.Generator().manual_seed(3))
+    output = tiny_model(x, "ir")
+    torch.testing.assert_close(output.complete, output.features + output.compensated)
+    norms = output.embedding.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(2))
+    double = copy.deepcopy(tiny_model).double()
+    embedding = output.embedding.detach().double()
+    gamma, beta = double.modulation(embedding)
+    for sample in range(2):
+        parts = rows(embedding[sample])
+        pooled = [sum(column) / len(parts) for column in zip(*parts, strict=True)]
+        for generator, result in ((double.generator_gamma, gamma), (double.generator_beta, beta)):
+            hidden = [[max(0.0, v) for v in linear(generator.inner, [pooled])[0]]]
+            expected = linear(generator.outer, hidden)[0]
+            assert result[sample].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_modulation_starts_as_the_identity_and_without_the_module_stays_it():
+    x = torch.randn(4, 3, 8)
+    for model in (CMT(config()), CMT(config(instance_alignment=False))):
+        gamma, beta = model.modulation(x)
+        assert torch.equal(gamma, torch.ones(4, 8))
+        assert torch.equal(beta, torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("modality", "deaf_to", "moved_by"),
+    [("rgb", "prototypes_rgb", "prototypes_ir"), ("ir", "prototypes_ir", "prototypes_rgb")],
+)
+def test_an_image_depends_on_its_own_stem_and_the_missing_prototypes_only(
+    modality, deaf_to, moved_by
+):
+    torch.manual_seed(4)
+    model = CMT(config()).eval()
+    x, other = images(2), "ir" if modality == "rgb" else "rgb"
+    before = model.embed(x, modality)
+
+    def after(change) -> torch.Tensor:
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in change(changed):
+                parameter.add_(torch.randn_like(parameter))
+        return changed.embed(x, modality)
+
+    assert torch.equal(after(lambda m: m.backbone.stems[other].parameters()), before)
+    assert torch.equal(after(lambda m: [getattr(m.alignment, deaf_to)]), before)
+    assert not torch.allclose(after(lambda m: m.backbone.stems[modality].parameters()), before)
+    assert not torch.allclose(after(lambda m: [getattr(m.alignment, moved_by)]), before)
+
+
+def test_a_mixed_batch_equals_its_images_one_by_one():
+    torch.manual_seed(5)
+    model = CMT(config()).eval()
+    x, modalities = images(5), ["ir", "rgb", "rgb", "ir", "rgb"]
+    mixed = model.embed(x, modalities)
+    assert mixed.shape == (5, 3, 8)
+    for i, modality in enumerate(modalities):
+        torch.testing.assert_close(mixed[i], model.embed(x[i : i + 1], modality)[0])
+
+
+def test_gradients_reach_prototypes_generators_and_both_stems():
+    torch.manual_seed(6)
+    model = CMT(config())
+    output = model(images(6), ["rgb", "ir"] * 3)
+    modulation = model.modulation(output.embedding[:2])
+    distance = model.distance(output.embedding[:2], output.embedding[2:], modulation)
+    (distance.sum() + output.compensated.square().sum()).backward()
+    names = [
+        "alignment.prototypes_rgb",
+        "alignment.prototypes_ir",
+        "generator_gamma.outer.weight",
+        "generator_beta.outer.bias",
+        "backbone.stems.rgb.conv1.weight",
+        "backbone.stems.ir.conv1.weight",
+    ]
+    parameters = dict(model.named_parameters())
+    for name in names:
+        assert parameters[name].grad is not None, name
+        assert parameters[name].grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(("mam", "iam"), [(False, False), (True, False), (False, True)])
+def test_the_switches_remove_the_modules(mam, iam):
+    model = CMT(config(modality_alignment=mam, instance_alignment=iam)).eval()
+    output = model(images(2), "rgb")
+    assert (output.compensated is None) == (not mam)
+    assert any("alignment." in name for name, _ in model.named_parameters()) == mam
+    assert any("generator" in name for name, _ in model.named_parameters()) == iam
+    if not mam:
+        assert torch.equal(output.complete, output.features)
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50"])
+def test_deeper_backbones_and_layers_run(backbone):
+    model = CMT(config(backbone=backbone, encoder_layers=2, decoder_layers=2)).eval()
+    assert model.embed(images(2), "ir").shape == (2, 3, 8)
+
+
+def test_imagenet_weights_of_a_local_file_go_into_both_stems(tmp_path):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(7)
+    state = resnet18().state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    model = CMT(config(width=1.0), weights=tmp_path / "resnet18.pth")
+    for modality in ("rgb", "ir"):
+        stem = model.backbone.stems[modality]
+        assert torch.equal(stem.conv1.weight, state["conv1.weight"])
+        assert torch.equal(stem.layer1[1].bn2.weight, state["layer1.1.bn2.weight"])
+    assert torch.equal(model.backbone.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
+
+
+def test_the_feature_map_equals_torchvisions_with_layer4_at_stride_1():
+    from torchvision.models import resnet18
+
+    torch.manual_seed(8)
+    reference = resnet18().eval()
+    model = CMT(config(width=1.0)).eval()
+    own = model.backbone.state_dict()
+    state = reference.state_dict()
+    model.backbone.load_state_dict(
+        {n: state[n.split(".", 2)[2] if n.startswith("stems.") else n] for n in own}
+    )
+    reference.layer4[0].conv1.stride = (1, 1)
+    reference.layer4[0].downsample[0].stride = (1, 1)
+    x = images(2)
+    expected = torch.nn.Sequential(*list(reference.children())[:-2])(x)
+    torch.testing.assert_close(model.backbone(x, False), expected)
+
+
+def test_wrong_weights_are_refused_with_the_remedy(tmp_path):
+    from torchvision.models import resnet34
+
+    with pytest.raises(ValueError, match=r"width 1\.0 only"):
+        CMT(config(), weights="imagenet")
+    with pytest.raises(ValueError, match="no weights file"):
+        CMT(config(width=1.0), weights=tmp_path / "absent.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="no readable state dict"):
+        CMT(config(width=1.0), weights=tmp_path / "text.pth")
+    state = resnet34().state_dict()
+    state["conv1.weight"] = state["conv1.weight"][:8]
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"conv1\.weight of shape \(64, 3, 7, 7\)"):
+        CMT(config(width=1.0), weights=tmp_path / "other.pth")
+
+
+def test_bad_input_is_refused_with_a_sentence():
+    model = CMT(config()).eval()
+    with pytest.raises(ValueError, match="expected B×3×48×32"):
+        model.embed(torch.zeros(2, 3, 32, 48), "rgb")
+    with pytest.raises(ValueError, match="'thermal'; use 'rgb' or 'ir'"):
+        model.embed(images(2), "thermal")
+    with pytest.raises(ValueError, match="1 modalities for 2 images"):
+        model.embed(images(2), ["rgb"])
+    with pytest.raises(ValueError, match="multiple of 96"):
+        CMTConfig(input_height=400)
+    with pytest.raises(ValueError, match="not a multiple of heads"):
+        CMTConfig(dim=100)
+
+
+def test_preprocess_resizes_and_normalises_and_replicates_gray():
+    pixels = preprocess(Image.new("RGB", (77, 223), (255, 0, 128)), config())
+    assert pixels.shape == (3, 48, 32)
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225]
+    assert pixels[:, 5, 5].tolist() == pytest.approx(expected, rel=1e-5)
+    gray = preprocess(Image.new("L", (20, 40), 100), config())
+    back = gray * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    back = back + torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    torch.testing.assert_close(back, torch.full_like(back, 100 / 255))

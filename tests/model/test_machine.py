@@ -1,0 +1,56 @@
+"""The torchvision shim on both kinds of torch, and the measured precision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model import precision, torchvision_compat
+from model.precision import choose_precision
+
+
+def test_torchvision_models_work_beside_this_torch():
+    code = (
+        "from model import torchvision_compat; torchvision_compat.prepare();"
+        "from torchvision.models import resnet18; from torchvision.transforms import v2;"
+        "import torch; print(tuple(resnet18().eval()(torch.zeros(1, 3, 64, 64)).shape))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "(1, 1000)"
+
+
+def test_where_torch_has_cuda_or_the_extension_loads_nothing_is_declared(monkeypatch):
+    declared = []
+    monkeypatch.setattr(torchvision_compat, "_library", None)
+    monkeypatch.setattr(torch.library, "Library", lambda *args: declared.append(args))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert torchvision_compat.prepare() is False
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torchvision_compat, "extension_loads", lambda: True)
+    assert torchvision_compat.prepare() is False
+    assert not declared
+
+
+@pytest.mark.parametrize(
+    ("bf16_seconds", "expected"), [(0.5, torch.bfloat16), (1.0, torch.float32), (90, torch.float32)]
+)
+def test_bf16_is_chosen_only_where_it_wins_clearly(monkeypatch, bf16_seconds, expected):
+    seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
+    monkeypatch.setattr(precision, "_seconds", seconds.__getitem__)
+    choose_precision.cache_clear()
+    chosen = choose_precision("cpu")
+    choose_precision.cache_clear()
+    assert chosen.dtype == expected
+    assert "measured" in chosen.reason
+    assert chosen.autocast == (expected == torch.bfloat16)
+
+
+def test_a_setting_overrides_the_measurement_and_the_real_probe_answers():
+    assert choose_precision("cpu", "float32").dtype == torch.float32
+    assert choose_precision("cpu", "bfloat16").reason == "bfloat16: set by configuration"
+    assert choose_precision("cpu").dtype in (torch.float32, torch.bfloat16)

@@ -1,0 +1,165 @@
+"""The lifted form against equation (13) as written, in plain float64 loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import (
+    Modulation,
+    lift,
+    modulate,
+    modulated_cosine_distance,
+    modulated_distance,
+    part_distances,
+    project,
+)
+
+
+def draw(q: int, n: int, p: int, d: int, seed: int, scale: float = 1.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, y = scale * normal(q, p, d), scale * normal(n, p, d)
+    return x, y, Modulation(1 + 0.5 * normal(q, d), 0.3 * scale * normal(q, d))
+
+
+def plain_parts(x, y, modulation) -> list[list[list[float]]]:
+    """‖x_i − (γ⊙y_i + β)‖² for every query, item and part, number by number."""
+    return [
+        [
+            [
+                sum(
+                    (
+                        x[q, i, k].item()
+                        - (
+                            modulation.gamma[q, k].item() * y[n, i, k].item()
+                            + modulation.beta[q, k].item()
+                        )
+                    )
+                    ** 2
+                    for k in range(x.shape[2])
+                )
+                for i in range(x.shape[1])
+            ]
+            for n in range(len(y))
+        ]
+        for q in range(len(x))
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    q=st.integers(1, 3),
+    n=st.integers(1, 4),
+    p=st.integers(1, 4),
+    d=st.integers(1, 5),
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([1e-2, 1.0, 30.0]),
+)
+def test_every_distance_equals_the_plain_loops(q, n, p, d, seed, scale):
+    x, y, modulation = draw(q, n, p, d, seed, scale)
+    parts = torch.tensor(plain_parts(x, y, modulation), dtype=torch.float64)
+    torch.testing.assert_close(part_distances(x, y, modulation), parts, rtol=1e-12, atol=1e-14)
+    expected = parts.sum(2).sqrt()
+    torch.testing.assert_close(modulated_distance(x, y, modulation), expected, rtol=1e-6, atol=0)
+    w, c = project(x, modulation)
+    squared = c[:, None] - w @ lift(y).T
+    torch.testing.assert_close(squared, parts.sum(2), rtol=1e-6, atol=1e-9 * scale**2)
+
+
+def test_modulate_is_equation_13_number_by_number():
+    _, y, modulation = draw(2, 3, 2, 4, seed=1)
+    result = modulate(y, modulation)
+    assert result.shape == (2, 3, 2, 4)
+    for q in range(2):
+        for n in range(3):
+            for i in range(2):
+                for k in range(4):
+                    gamma, beta = modulation.gamma[q, k].item(), modulation.beta[q, k].item()
+                    assert result[q, n, i, k].item() == pytest.approx(
+                        y[n, i, k].item() * gamma + beta, rel=1e-15
+                    )
+
+
+def test_shapes_of_lift_and_project():
+    x, y, modulation = draw(2, 5, 3, 4, seed=2)
+    w, c = project(x, modulation)
+    assert lift(y).shape == (5, 16)
+    assert w.shape == (2, 16)
+    assert c.shape == (2,)
+    torch.testing.assert_close(lift(y)[:, 12:], y.square().sum(1))
+
+
+@pytest.mark.parametrize("scale", [2.0**-8, 1.0, 64.0])
+def test_the_scale_of_the_lifted_block_cancels(scale):
+    x, y, modulation = draw(3, 7, 2, 5, seed=3)
+    w, c = project(x, modulation, scale=scale)
+    squared = c[:, None] - w @ lift(y, scale=scale).T
+    torch.testing.assert_close(squared, part_distances(x, y, modulation).sum(2))
+
+
+def test_an_image_against_itself_costs_what_13_implies():
+    x, _, modulation = draw(4, 1, 3, 6, seed=4)
+    own = modulated_distance(x, x, modulation).diagonal().square()
+    gamma, beta = modulation.gamma[:, None], modulation.beta[:, None]
+    expected = (x - gamma * x - beta).square().sum((1, 2))
+    torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
+    assert (expected > 1e-3).all()  # and it is not zero
+
+
+def test_identity_modulation_is_the_plain_distance():
+    x, y, _ = draw(3, 6, 2, 4, seed=5)
+    identity = Modulation.identity(3, 4, dtype=torch.float64)
+    expected = torch.cdist(x.flatten(1), y.flatten(1))
+    torch.testing.assert_close(modulated_distance(x, y, identity), expected)
+
+
+def test_fp16_storage_keeps_the_order_of_the_returned_results():
+    # Stored in fp16, shortlisted through the lifted product, the top recomputed directly in fp32:
+    # the answer must be ordered as float64 orders the same stored features.
+    generator = torch.Generator().manual_seed(6)
+    n, p, d = 5000, 6, 32
+    y = torch.nn.functional.normalize(torch.randn(n, p * d, generator=generator), dim=1)
+    stored = y.view(n, p, d).half()
+    x = stored[:20].float() + 0.02 * torch.randn(20, p, d, generator=generator)
+    modulation = Modulation(
+        1 + 0.4 * torch.randn(20, d, generator=generator),
+        0.01 * torch.randn(20, d, generator=generator),
+    )
+    w, _ = project(x, modulation)
+    shortlist = (w @ lift(stored).T).topk(100, dim=1).indices
+    exact = modulated_distance(
+        x.double(), stored.double(), Modulation(*(m.double() for m in modulation))
+    )
+    for query in range(20):
+        rows = shortlist[query]
+        one = Modulation(modulation.gamma[query : query + 1], modulation.beta[query : query + 1])
+        direct = part_distances(x[query : query + 1], stored[rows], one).sum(2)[0]
+        top = rows[direct.argsort()[:20]]
+        assert top.tolist() == exact[query].argsort()[:20].tolist()
+
+
+def test_part_distances_in_blocks_equal_one_block(monkeypatch):
+    x, y, modulation = draw(3, 50, 2, 4, seed=8)
+    whole = part_distances(x, y, modulation)
+    monkeypatch.setattr("model.modulation._BLOCK_NUMBERS", 7 * x.numel())
+    assert torch.equal(part_distances(x, y, modulation), whole)
+
+
+def test_cosine_distance_equals_modulate_then_measure():
+    x, y, modulation = draw(3, 6, 4, 5, seed=9)
+    result = modulated_cosine_distance(x, y, modulation)
+    changed = modulate(y, modulation)
+    for q in range(3):
+        for n in range(6):
+            a, b = x[q].flatten().tolist(), changed[q, n].flatten().tolist()
+            dot = sum(s * t for s, t in zip(a, b, strict=True))
+            norms = math.hypot(*a) * math.hypot(*b)
+            assert result[q, n].item() == pytest.approx(1 - dot / norms, rel=1e-9)

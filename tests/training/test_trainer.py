@@ -1,0 +1,184 @@
+"""The trainer on a small real folder: it learns, resumes to equality, and refuses in sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from model import CMTConfig, load_checkpoint
+from training.cli import train, training_samples
+from training.datasets.sample import DatasetError
+from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
+from training.trainer import CHECKPOINT_FILE, METRICS_FILE, Trainer, TrainingError
+
+MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
+ALL = LossWeights(triplet_parts=0.5)
+
+
+def recipe(**changes) -> Recipe:
+    small = CMTConfig(
+        backbone="resnet18",
+        width=0.125,
+        dim=16,
+        heads=4,
+        input_height=96,
+        input_width=32,
+        normalise_test=True,
+    )
+    stages = (
+        Stage(steps=3, lr=3e-3, warmup_steps=2, weights=LossWeights(modulation=0)),
+        Stage(steps=5, lr=3e-3, lr_end=1e-3, fade_steps=2, weights=ALL),
+    )
+    values = {"model": small, "stages": stages, "identities": 4, "images": 2, "ema": 0.5}
+    return Recipe(**{**values, "precision": "float32", **changes})
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return training_samples([MINI], [MINI / "exp" / "train_id.txt"])
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / CHECKPOINT_FILE)[0].state_dict()
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(samples, tmp_path):
+    cache = tmp_path / "cache"
+    Trainer(recipe(), samples, tmp_path / "whole", cache=cache).run(save_every=100)
+    for stop in (2, 5, 8):  # three processes in a row; two of them stop in the middle
+        Trainer(recipe(), samples, tmp_path / "pieces", cache=cache).run(
+            save_every=100, stop_at=stop
+        )
+    whole, pieces = weights_of(tmp_path / "whole"), weights_of(tmp_path / "pieces")
+    assert whole.keys() == pieces.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, pieces[name]), name
+
+
+def test_steps_since_the_last_saved_state_are_repeated_alike(samples, tmp_path):
+    trainer = Trainer(recipe(), samples, tmp_path / "a", cache=tmp_path / "cache")
+    trainer.run(save_every=2, stop_at=4)
+    lost = Trainer(recipe(), samples, tmp_path / "a", cache=tmp_path / "cache")
+    lost._save_state = lambda: None  # a kill before the next state is saved
+    lost.run(save_every=100, stop_at=7)
+    Trainer(recipe(), samples, tmp_path / "a", cache=tmp_path / "cache").run()
+    Trainer(recipe(), samples, tmp_path / "b", cache=tmp_path / "cache").run()
+    for name, tensor in weights_of(tmp_path / "a").items():
+        assert torch.equal(tensor, weights_of(tmp_path / "b")[name]), name
+
+
+def test_training_lowers_the_identity_loss_and_says_what_it_did(samples, tmp_path):
+    longer = recipe(stages=(Stage(steps=60, lr=3e-3, weights=ALL),))
+    info = Trainer(longer, samples, tmp_path, facts={"dataset": "sysu", "identities": [7]}).run(
+        log_every=1
+    )
+    lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    first, last = (
+        sum(line["identity"] for line in part) / 10 for part in (lines[:10], lines[-10:])
+    )
+    assert last < 0.7 * first
+    assert {"triplet", "consistency", "modulation", "gamma_std", "beta_share"} <= lines[-1].keys()
+    assert info.training["steps"] == info.training["step"] == 60
+    assert info.training["identities"] == [7]
+    assert Recipe.model_validate(info.training["recipe"]) == longer
+
+
+def test_schedule_and_weights_follow_the_stages(samples, tmp_path):
+    trainer = Trainer(recipe(), samples, tmp_path)
+    assert [round(trainer.learning_rate(s), 5) for s in range(3)] == [0.0015, 0.003, 0.003]
+    assert trainer.learning_rate(3) == pytest.approx(3e-3)
+    assert 1e-3 < trainer.learning_rate(7) < 2e-3
+    assert [trainer.loss_weights(s).modulation for s in (2, 3, 4, 5)] == [0, 0, 0.1, 0.2]
+
+
+def test_the_papers_recipe_is_the_default(samples, tmp_path):
+    paper = load_recipe("paper")
+    assert paper == Recipe()
+    assert (paper.model.backbone, paper.model.input_height, paper.model.input_width) == (
+        "resnet50",
+        384,
+        144,
+    )
+    trainer = Trainer(
+        paper.model_copy(update={"identities": 2, "images": 1, "precision": "float32"}),
+        samples,
+        tmp_path,
+    )
+    epoch = trainer.steps // 120
+    assert trainer.steps == 120 * epoch
+    rates = [trainer.learning_rate(e * epoch) for e in (0, 59, 60, 89, 90, 119)]
+    assert rates == [3.5e-4, 3.5e-4, 3.5e-5, 3.5e-5, 3.5e-6, 3.5e-6]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(samples, tmp_path):
+    trainer = Trainer(recipe(), samples, tmp_path)
+    trainer.run(stop_at=2, save_every=1)
+    with torch.no_grad():
+        trainer.classifiers.weight.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="not finite at step 2"):
+        trainer.run()
+    assert load_checkpoint(tmp_path / CHECKPOINT_FILE)[1].training["step"] == 2
+
+
+def test_a_run_of_another_recipe_is_not_resumed(samples, tmp_path):
+    Trainer(recipe(), samples, tmp_path).run(stop_at=1)
+    with pytest.raises(TrainingError, match="another recipe, seed or set of people"):
+        Trainer(recipe(), samples, tmp_path, seed=1).run()
+    with pytest.raises(TrainingError, match="another recipe"):
+        Trainer(recipe(margin=0.5), samples, tmp_path).run()
+
+
+def test_recipes_that_cannot_be_read_say_where(tmp_path):
+    with pytest.raises(RecipeError, match="use one of compact, paper"):
+        load_recipe("absent")
+    bad = tmp_path / "bad.yaml"
+    for text, sentence in [
+        ("margin: wide", "margin: Input should be a valid number"),
+        ("colour: red", "colour: Extra inputs"),
+        ("stages: [{steps: 5, epochs: 5, lr: 1}]", "either steps or epochs"),
+        ("stages: [{steps: 5, lr: 1, input_height: 100}]", "not a multiple of 96"),
+        ("a: [", "is no YAML"),
+    ]:
+        bad.write_text(text)
+        with pytest.raises(RecipeError, match=sentence):
+            load_recipe(str(bad))
+
+
+def test_identities_of_several_roots_are_joined_and_checked(tmp_path):
+    with pytest.raises(DatasetError, match="in an earlier root"):
+        training_samples([MINI, MINI], None)
+    (tmp_path / "ids.txt").write_text("99999")
+    with pytest.raises(DatasetError, match="identity 99999"):
+        training_samples([MINI], [tmp_path / "ids.txt"])
+    both = {s.person_id for s in training_samples([MINI], None)}
+    only = {s.person_id for s in training_samples([MINI], [MINI / "exp" / "train_id.txt"])}
+    assert only < both
+
+
+def test_the_command_trains_refuses_to_overwrite_and_resumes(tmp_path):
+    import typer
+    import yaml
+
+    app = typer.Typer()
+    app.command()(train)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe().model_dump(mode="json")))
+    arguments = ["--root", str(MINI), "--train-ids", str(MINI / "exp" / "train_id.txt")]
+    arguments += ["--recipe", str(tmp_path / "small.yaml"), "--run", str(tmp_path / "run")]
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    assert "8 steps, seed 0" in first.output
+    info = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)[1]
+    assert info.training["dataset"] == "sysu"
+    assert info.training["identities"] == [7, 18, 21, 23, 30]
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 1
+    assert "add --resume" in again.output
+    assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
+    wrong = CliRunner().invoke(app, [*arguments[2:], "--root", str(tmp_path / "absent")])
+    assert wrong.exit_code == 1
+    assert "Error: " in wrong.output
+    assert "Traceback" not in wrong.output
