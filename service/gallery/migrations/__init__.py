@@ -1,0 +1,1 @@
+"""Alembic's folder: the database's way from one release to the next."""

@@ -1,0 +1,67 @@
+"""The tables, as the newest migration leaves them."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+schema = MetaData()
+
+# SQLite counts rows by itself only in a column of type INTEGER.
+RowNumber = BigInteger().with_variant(Integer, "sqlite")
+
+# number: order of enrollment, never used again after a delete. Times: microseconds since 1970 UTC,
+# because SQLite knows no time zones. details: the client's metadata as JSON text.
+items = Table(
+    "items",
+    schema,
+    Column("number", RowNumber, primary_key=True, autoincrement=True),
+    Column("id", String(36), nullable=False, unique=True),
+    Column("person_id", Text, index=True),
+    Column("camera_id", Text, index=True),
+    Column("captured_at", BigInteger, index=True),
+    Column("enrolled_at", BigInteger, nullable=False),
+    Column("modality", String(3), nullable=False),
+    Column("modality_source", String(8), nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("bit_depth", Integer, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("details", Text, nullable=False),
+    Column("model", String(64), nullable=False),
+    sqlite_autoincrement=True,
+)
+
+crops = Table(
+    "crops",
+    schema,
+    Column("number", RowNumber, ForeignKey("items.number", ondelete="CASCADE"), primary_key=True),
+    Column("media_type", String(32), nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+# One row per item and checkpoint, so that a new checkpoint's features can grow beside the old.
+# data: P·D little-endian fp16 numbers.
+features = Table(
+    "features",
+    schema,
+    Column("model", String(64), primary_key=True),
+    Column(
+        "number",
+        RowNumber,
+        ForeignKey("items.number", ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+        index=True,
+    ),
+    Column("data", LargeBinary, nullable=False),
+)
