@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from training.datasets import SYSU_RGB_CAMERAS, DatasetError, Sample, read_sysu
+from training.datasets import DatasetError, Sample, read_sysu
 from training.evaluation.sysu import (
     choose_trials,
     official_galleries,
@@ -120,20 +120,37 @@ def test_a_trial_file_of_another_set_is_refused(samples, frames, tmp_path):
         official_galleries(samples, write_trials(tmp_path / "none.mat", frames))
 
 
+# The 96 test identities of the real set (its exp/test_id.txt).
+TEST_IDENTITIES = [
+    *(6, 10, 17, 21, 24, 25, 27, 28, 31, 34, 36, 37, 40, 41, 42, 43, 44, 45, 49, 50, 51, 54, 63),
+    *(69, 75, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 93, 102, 104, 105, 106, 108, 112, 116),
+    *(117, 122, 125, 129, 130, 134, 138, 139, 150, 152, 162, 166, 167, 170, 172, 176, 185, 190),
+    *(192, 202, 204, 207, 210, 215, 223, 229, 232, 237, 252, 253, 257, 259, 263, 266, 269, 272),
+    *(273, 274, 275, 282, 285, 291, 300, 301, 302, 303, 307, 312, 315, 318, 331, 333),
+]
+
+
 @pytest.mark.skipif(not OFFICIAL, reason="SYSU_TRIAL_FILE names no official trial file")
-def test_the_official_file_of_the_real_set():
-    """Samples with the frames that the file itself counts; the images need not be there."""
+def test_the_official_file_gives_the_published_sizes():
+    """Samples as the file itself counts them; the images need not be there."""
     cells = loadmat(OFFICIAL)["rand_perm_cam"].ravel()
-    rows = {(c, p): cells[c - 1].ravel()[p - 1] for c in SYSU_RGB_CAMERAS for p in range(1, 334)}
+    rows = {(c, p): cells[c - 1].ravel()[p - 1] for c in range(1, 7) for p in TEST_IDENTITIES}
     samples = [
-        Sample(Path(f"cam{c}/{p:04d}/{frame:04d}.jpg"), p, c, "rgb")
+        Sample(Path(f"cam{c}/{p:04d}/{frame:04d}.jpg"), p, c, "ir" if c in (3, 6) else "rgb")
         for (c, p), frames in rows.items()
         for frame in range(1, frames.shape[1] + 1)
     ]
-    assert samples
-    for trial, gallery in enumerate(choose_trials(samples, Path(OFFICIAL)).galleries):
-        seen = {(c, p) for (c, p), frames in rows.items() if frames.shape[1]}
-        assert gallery.size == len(seen)
+    path = Path(OFFICIAL)
+    assert query_indices(samples).size == 3803
+    for cameras, shots, size in (
+        ((1, 2, 4, 5), 1, 301),
+        ((1, 2, 4, 5), 10, 3010),
+        ((1, 2), 1, 112),
+        ((1, 2), 10, 1120),
+    ):
+        galleries = official_galleries(samples, path, cameras, shots)
+        assert [len(set(gallery)) for gallery in galleries] == [size] * 10
+    for trial, gallery in enumerate(choose_trials(samples, path).galleries):
         for i in gallery:
             sample = samples[i]
             assert int(sample.path.stem) == rows[sample.camera, sample.person_id][trial, 0]
