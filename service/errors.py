@@ -4,6 +4,9 @@ The handler in `service.app` turns all of them into `application/problem+json` (
 detail is one sentence that names the remedy.
 """
 
+# Named for what went wrong, like the code of the problem: an "Error" suffix would say nothing.
+# ruff: noqa: N818
+
 from __future__ import annotations
 
 

@@ -1,0 +1,196 @@
+"""What endpoints are given: the process's resources, and the parsed form of an upload."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, cast
+
+import anyio
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.api.schemas import FormModel, form_errors
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    ContentTypeUnsupported,
+    FormMalformed,
+    ImageTooLarge,
+    ParametersInvalid,
+)
+from service.resources import Resources
+
+F = TypeVar("F", bound=FormModel)
+
+MAX_FIELDS = 256
+MAX_FIELD_BYTES = 64 * 1024
+FORM_OVERHEAD_BYTES = 1024 * 1024  # all text fields and the headers of the parts
+
+# What an endpoint that takes an upload may answer, besides what its images may be refused for.
+UPLOAD_ERRORS = (
+    FormMalformed,
+    BodyTimeout,
+    BodyTooLarge,
+    ImageTooLarge,
+    ContentTypeUnsupported,
+    ParametersInvalid,
+)
+
+
+def resources(request: Request) -> Resources:
+    """What the application's lifespan opened."""
+    return cast(Resources, request.state.resources)
+
+
+ResourcesDep = Annotated[Resources, Depends(resources)]
+
+
+def no_query_parameters(request: Request) -> None:
+    """Refuse a query string where the route takes none: a misspelt filter must not pass."""
+    names = sorted(set(request.query_params))
+    if names:
+        raise RequestValidationError(
+            [{"type": "extra_forbidden", "loc": ("query", name), "msg": ""} for name in names]
+        )
+
+
+NO_QUERY = Depends(no_query_parameters)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A parsed multipart body: its images' bytes, in order, and its text fields."""
+
+    images: list[bytes]
+    fields: list[tuple[str, str]]
+
+    def parse(self, model: type[F]) -> F:
+        """The text fields as `model`. Raises RequestValidationError."""
+        try:
+            return model.parse(self.fields)
+        except ValidationError as error:
+            raise RequestValidationError(form_errors(error)) from error
+
+
+@asynccontextmanager
+async def read_upload(request: Request, max_images: int) -> AsyncIterator[Upload]:
+    """Read a multipart body with 1 to `max_images` parts named `image`, bounded in size and time.
+
+    Holds one of the places that `max_pending` limits while the caller works on it, so that what
+    waits in memory is bounded; files over 1 MB lie in a temporary file until they are needed.
+    """
+    state = resources(request)
+    limit = state.settings.max_image_bytes
+    with state.pipeline.place():
+        form = await _parse(request, max_images, max_images * limit + FORM_OVERHEAD_BYTES)
+        try:
+            yield await _sort(form, limit)
+        finally:
+            await form.close()
+
+
+def form_body(model: type[FormModel], image: dict[str, Any]) -> dict[str, Any]:
+    """`openapi_extra` of an endpoint that reads its own form: `model`'s fields and the images."""
+    schema = model.model_json_schema()
+    schema["properties"] = {"image": image, **schema["properties"]}
+    schema["required"] = ["image"]
+    schema["title"] = model.__name__
+    return {
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    }
+
+
+async def _parse(request: Request, max_images: int, max_bytes: int) -> FormData:
+    media_type, options = parse_options_header(request.headers.get("content-type", ""))
+    charset = options.get(b"charset", b"utf-8").lower()
+    if media_type != b"multipart/form-data" or charset not in (b"utf-8", b"utf8"):
+        raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
+    parser = MultiPartParser(
+        request.headers,
+        _bounded(request, max_bytes),
+        max_files=max_images + 1,  # one too many is told as that, not as a broken form
+        max_fields=MAX_FIELDS,
+        max_part_size=MAX_FIELD_BYTES,
+    )
+    try:
+        with anyio.fail_after(resources(request).settings.body_timeout):
+            return await parser.parse()
+    except TimeoutError as error:
+        raise BodyTimeout("the body did not arrive in time; send it faster or smaller") from error
+    except MultiPartException as error:
+        raise FormMalformed(f"the form cannot be read: {error.message}") from error
+
+
+async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body's chunks, as long as they stay within `max_bytes`."""
+    too_large = BodyTooLarge(
+        f"the body may have {max_bytes:,} bytes; send fewer or smaller images",
+        headers={"Connection": "close"},
+    )
+    chunks = request.stream()
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        if "expect" not in request.headers:
+            await _discard(chunks, max_bytes)
+        raise too_large
+    received = 0
+    async for chunk in chunks:
+        received += len(chunk)
+        if received > max_bytes:
+            await _discard(chunks, max_bytes)
+            raise too_large
+        yield chunk
+
+
+async def _discard(chunks: AsyncIterator[bytes], max_bytes: int) -> None:
+    """Let a client that is a little over the limit finish sending, so that it reads the answer.
+
+    A connection closed in the middle of an upload often reaches the client as a broken pipe.
+    """
+    async for chunk in chunks:
+        max_bytes -= len(chunk)
+        if max_bytes < 0:
+            return
+
+
+async def _sort(form: FormData, max_image_bytes: int) -> Upload:
+    images: list[bytes] = []
+    fields: list[tuple[str, str]] = []
+    for name, value in form.multi_items():
+        if isinstance(value, str):
+            if name == "image":
+                raise invalid_field("image", "must be a file: give the part a filename")
+            fields.append((name, value))
+        elif name != "image":
+            raise invalid_field(name, "must be plain text: give the part no filename")
+        else:
+            images.append(await _read(value, max_image_bytes))
+    return Upload(images, fields)
+
+
+async def _read(part: UploadFile, max_bytes: int) -> bytes:
+    if (part.size or 0) > max_bytes:
+        raise ImageTooLarge(
+            f"the image has {part.size:,} bytes, the limit is {max_bytes:,}; send a smaller crop"
+        )
+    return await part.read()
+
+
+def invalid_field(name: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("body", name), "msg": message}])
+
+
+def check_image_count(images: Sequence[bytes], most: int) -> None:
+    """Raise RequestValidationError unless there are 1 to `most` images."""
+    if not images:
+        raise invalid_field("image", "is missing; send it as a file part")
+    if len(images) > most:
+        raise invalid_field(
+            "image", f"may be given {'once' if most == 1 else f'{most} times at most'}"
+        )

@@ -1,0 +1,72 @@
+"""Probes, the model card, and the documentation page with its assets."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from fastapi import APIRouter, Response
+from fastapi.responses import HTMLResponse
+
+from service import errors
+from service.api.deps import NO_QUERY, ResourcesDep
+from service.api.schemas import Health, ModelCard
+from service.problems import documented
+
+router = APIRouter(tags=["operate"])
+
+# Swagger UI as the package fastapi-offline ships it; only its files are used.
+_SWAGGER = files("fastapi_offline") / "static"
+_WEB = files("service") / "web"
+_ASSETS = {
+    "swagger-ui.css": (_SWAGGER, "text/css"),
+    "swagger-ui-bundle.js": (_SWAGGER, "text/javascript"),
+    "docs.js": (_WEB, "text/javascript"),
+}
+
+
+@router.get("/livez", dependencies=[NO_QUERY])
+async def livez() -> Health:
+    """The process answers."""
+    return Health()
+
+
+@router.get(
+    "/readyz",
+    dependencies=[NO_QUERY],
+    responses=documented(errors.IndexOutOfStep, errors.StorageUnwritable, errors.GalleryDamaged),
+)
+async def readyz(state: ResourcesDep) -> Health:
+    """Model loaded, index in step with the store, disk writable; else 503 naming what failed."""
+    await state.pipeline.stored(state.gallery.check)
+    return Health()
+
+
+@router.get("/model", dependencies=[NO_QUERY], responses=documented())
+async def model_card(state: ResourcesDep) -> ModelCard:
+    """The checkpoint and how it runs here."""
+    embedder = state.embedder
+    info = embedder.info
+    return ModelCard(
+        fingerprint=info.fingerprint,
+        metric=info.config.metric,
+        config=info.config.model_dump(),
+        calibration=info.calibration,
+        device=embedder.device,
+        runtime=embedder.runtime,
+        precision=embedder.precision,
+    )
+
+
+@router.get("/docs", include_in_schema=False)
+def docs() -> HTMLResponse:
+    """Swagger UI over /openapi.json, without a file from elsewhere."""
+    return HTMLResponse((_WEB / "docs.html").read_text())
+
+
+@router.get("/docs/{asset}", include_in_schema=False)
+def docs_asset(asset: str) -> Response:
+    """A file of the documentation page."""
+    if asset not in _ASSETS:
+        raise errors.RouteNotFound("the documentation page has no such file; open /docs")
+    folder, media_type = _ASSETS[asset]
+    return Response((folder / asset).read_bytes(), media_type=media_type)

@@ -1,0 +1,124 @@
+"""Find a person."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from service import errors
+from service.api.deps import (
+    NO_QUERY,
+    UPLOAD_ERRORS,
+    ResourcesDep,
+    check_image_count,
+    form_body,
+    invalid_field,
+    read_upload,
+)
+from service.api.gallery import IMAGE_ERRORS, IMAGE_PART
+from service.api.schemas import (
+    QUERY_IMAGES,
+    GalleryItem,
+    QueryAnswer,
+    QueryForm,
+    QuerySummary,
+    Result,
+    Timings,
+)
+from service.gallery import Filters, Hit
+from service.images import Box
+from service.pipeline import Answer, Picture, Search
+from service.problems import documented
+
+router = APIRouter(tags=["query"])
+
+IMAGES_PART = {
+    "type": "array",
+    "items": IMAGE_PART,
+    "minItems": 1,
+    "maxItems": QUERY_IMAGES,
+    "description": "Images of the same person; several are fused into one query.",
+}
+
+
+@router.post(
+    "/query",
+    response_model=QueryAnswer,
+    response_model_exclude_unset=True,
+    dependencies=[NO_QUERY],
+    openapi_extra=form_body(QueryForm, IMAGES_PART),
+    responses=documented(
+        *UPLOAD_ERRORS,
+        *IMAGE_ERRORS,
+        errors.Overloaded,
+        errors.GalleryDamaged,
+        errors.IndexOutOfStep,
+    ),
+)
+async def query(request: Request, state: ResourcesDep) -> QueryAnswer:
+    """Rank the gallery for one person, nearest first.
+
+    The query's γ and β modulate every gallery item. By default a shortlist is recalled in the
+    modulated space and then rescored exactly; `exhaustive` scores every item. Several images are
+    fused: the mean of their complete representations, modulating once. An empty gallery answers
+    with no results.
+    """
+    async with read_upload(request, max_images=QUERY_IMAGES) as upload:
+        form = upload.parse(QueryForm)
+        check_image_count(upload.images, most=QUERY_IMAGES)
+        if form.box is not None and len(upload.images) > 1:
+            raise invalid_field("box", "goes with one image; cut the crops out before")
+        box = None if form.box is None else Box(*form.box)
+        answer = await state.pipeline.query(
+            [Picture(image, form.modality, box) for image in upload.images], _search(form)
+        )
+    return _answer(answer, form, len(upload.images), state.embedder.info.fingerprint)
+
+
+def _search(form: QueryForm) -> Search:
+    return Search(
+        top_k=form.top_k,
+        candidates=form.candidates,
+        exhaustive=form.exhaustive,
+        modulation=form.modulation,
+        group_by=form.group_by,
+        filters=Filters(
+            person_id=form.person_id,
+            camera_id=form.camera_id,
+            exclude_camera_id=form.exclude_camera_id,
+            gallery_modality=form.gallery_modality,
+            captured_from=form.captured_from,
+            captured_to=form.captured_to,
+        ),
+        max_distance=form.max_distance,
+        explain=form.explain,
+    )
+
+
+def _answer(answer: Answer, form: QueryForm, images: int, fingerprint: str) -> QueryAnswer:
+    result = answer.result
+    body = QueryAnswer(
+        query=QuerySummary(
+            modality=answer.modality, modality_source=answer.modality_source, images=images
+        ),
+        results=[_result(hit, form.explain) for hit in result.hits],
+        searched=result.searched,
+        candidates=result.candidates,
+        exhaustive=result.exhaustive,
+        model=fingerprint,
+    )
+    if form.debug:
+        body.timings_ms = Timings.model_validate(answer.timings_ms)
+    return body
+
+
+def _result(hit: Hit, explain: bool) -> Result:
+    result = Result(
+        rank=hit.rank,
+        item=GalleryItem.model_validate(hit.item),
+        distance=hit.distance,
+        similarity=None,  # checkpoints of this release hold no calibration
+        recall_rank=hit.recall_rank,
+    )
+    if explain:
+        result.unmodulated_rank, result.parts = hit.unmodulated_rank, hit.parts
+    return result

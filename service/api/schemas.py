@@ -1,0 +1,340 @@
+"""What a client sends and sees: the models of every body, form and parameter of the API."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, from_json
+
+Modality = Literal["rgb", "ir"]
+ModalityChoice = Literal["auto", "rgb", "ir"]
+ModalitySource = Literal["given", "detected"]
+
+METADATA_BYTES = 8192
+METADATA_DEPTH = 16
+QUERY_IMAGES = 16
+
+_RFC_3339 = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+)
+_BOX = re.compile(r"\d{1,6},\d{1,6},\d{1,6},\d{1,6}", re.ASCII)
+
+
+def _plain_text(value: str) -> str:
+    """No control characters (NUL among them) and no half of a surrogate pair: no database and no
+    JSON takes them all."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ValueError("must not hold control characters")
+    return value
+
+
+def _timestamp(value: Any) -> Any:
+    """RFC 3339 text → an aware datetime in UTC."""
+    if not isinstance(value, str):
+        return value
+    if not _RFC_3339.fullmatch(value):
+        raise ValueError("must be a time with an offset, such as 2026-03-01T14:05:00+01:00")
+    try:
+        return datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise ValueError("is no time that exists between the years 1 and 9999") from error
+
+
+def _box(value: Any) -> Any:
+    """'x,y,width,height' → four whole numbers."""
+    if not isinstance(value, str):
+        return value
+    if not _BOX.fullmatch(value):
+        raise ValueError("must be x,y,width,height in whole pixels, such as 12,0,64,128")
+    return tuple(map(int, value.split(",")))
+
+
+def _metadata(value: Any) -> Any:
+    """JSON text → an object that every database and JSON reader takes unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        encoded = value.encode()
+        if len(encoded) > METADATA_BYTES:
+            raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
+        parsed = from_json(encoded, allow_inf_nan=False)
+    except ValueError as error:
+        if str(error).startswith("must be"):
+            raise
+        raise ValueError('must be a JSON object, such as {"note": "gate 3"}') from error
+    if not isinstance(parsed, dict):
+        raise ValueError("must be a JSON object, not another JSON value")
+    if not _is_portable(parsed, METADATA_DEPTH):
+        raise ValueError(
+            f"must nest at most {METADATA_DEPTH} deep, without NUL characters and with numbers of "
+            "at most 64 bits"
+        )
+    return parsed
+
+
+def _is_portable(value: Any, depth: int) -> bool:
+    if depth < 0:
+        return False
+    if isinstance(value, dict):
+        return all("\0" not in k and _is_portable(v, depth - 1) for k, v in value.items())
+    if isinstance(value, list):
+        return all(_is_portable(element, depth - 1) for element in value)
+    if isinstance(value, str):
+        return "\0" not in value
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+Label = Annotated[str, Field(max_length=128), AfterValidator(_plain_text)]
+Timestamp = Annotated[
+    datetime,
+    BeforeValidator(_timestamp),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+]
+Box = Annotated[
+    tuple[int, int, int, int],
+    BeforeValidator(_box),
+    WithJsonSchema({"type": "string", "pattern": r"^\d{1,6},\d{1,6},\d{1,6},\d{1,6}$"}),
+]
+Metadata = Annotated[
+    dict[str, Any],
+    BeforeValidator(_metadata),
+    WithJsonSchema({"type": "string", "contentMediaType": "application/json"}),
+]
+
+
+class FormModel(BaseModel):
+    """Fields of a multipart form, given as text. An empty field counts as not given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def parse(cls, fields: Iterable[tuple[str, str]]) -> Self:
+        """Validate the text fields of a form, in their order. Raises ValidationError."""
+        values: dict[str, Any] = {}
+        twice: list[InitErrorDetails] = []
+        for name, text in fields:
+            field = cls.model_fields.get(name)
+            if field is not None and text == "":
+                continue
+            if field is not None and field.default == ():  # the fields that may be repeated
+                values[name] = (*values.get(name, ()), text)
+            elif name not in values:
+                values[name] = text
+            else:
+                kind = PydanticCustomError("repeated", "must be given once")
+                twice.append(InitErrorDetails(type=kind, loc=(name,), input=None))
+        if twice:
+            raise ValidationError.from_exception_data(cls.__name__, twice)
+        return cls.model_validate(values)
+
+
+class EnrollForm(FormModel):
+    """What accompanies the image of POST /gallery."""
+
+    person_id: Label | None = Field(None, description="Identity label.")
+    camera_id: Label | None = None
+    captured_at: Timestamp | None = Field(None, description="RFC 3339 time with an offset.")
+    modality: ModalityChoice = Field(
+        "auto", description="`auto` takes an image without chroma for infrared."
+    )
+    box: Box | None = Field(
+        None, description="Enroll only this part: x,y,width,height in pixels, after orientation."
+    )
+    metadata: Metadata = Field({}, description="A JSON object of at most 8 KB.")
+
+
+class QueryForm(FormModel):
+    """What accompanies the images of POST /query."""
+
+    modality: ModalityChoice = Field("auto", description="Of all images; `auto` looks at each.")
+    box: Box | None = Field(None, description="With one image: search for this part of it.")
+    top_k: int = Field(20, ge=1, le=1000)
+    candidates: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="Shortlist of the recall stage; never fewer than `top_k`.",
+    )
+    exhaustive: bool = Field(False, description="Score the whole gallery in modulated space.")
+    modulation: bool = Field(True, description="false ranks by the unmodulated distance.")
+    group_by: Literal["person_id"] | None = Field(None, description="Best image per person.")
+    person_id: tuple[Label, ...] = Field((), description="Any of these; repeat the field.")
+    camera_id: tuple[Label, ...] = Field((), description="Any of these; repeat the field.")
+    exclude_camera_id: tuple[Label, ...] = Field((), description="None of these.")
+    gallery_modality: tuple[Modality, ...] = Field((), description="Any of these.")
+    captured_from: Timestamp | None = None
+    captured_to: Timestamp | None = None
+    max_distance: float | None = Field(None, ge=0, allow_inf_nan=False)
+    explain: bool = Field(False, description="Adds `parts` and `unmodulated_rank`.")
+    debug: bool = Field(False, description="Adds `timings_ms`.")
+
+
+class ListParameters(BaseModel):
+    """Filters and page of GET /gallery."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    person_id: list[Label] = Field([], description="Any of these.")
+    camera_id: list[Label] = Field([], description="Any of these.")
+    modality: list[Modality] = Field([], description="Any of these.")
+    captured_from: Timestamp | None = None
+    captured_to: Timestamp | None = None
+    limit: int = Field(100, ge=1, le=1000)
+    cursor: Annotated[str, AfterValidator(_plain_text)] | None = Field(
+        None, max_length=512, description="`next_cursor` of the page before."
+    )
+
+
+class EraseParameters(BaseModel):
+    """Whom DELETE /gallery erases."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    person_id: Label = Field(min_length=1)
+
+
+class GalleryItem(BaseModel):
+    """One enrolled crop."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str = Field(description="UUIDv7.")
+    person_id: str | None
+    camera_id: str | None
+    captured_at: datetime | None
+    enrolled_at: datetime
+    modality: Modality
+    modality_source: ModalitySource
+    width: int
+    height: int
+    bit_depth: int = Field(description="Of the upload; the crop is ranked at 8 bits.")
+    sha256: str = Field(description="Of the uploaded bytes.")
+    metadata: dict[str, Any]
+    model: str = Field(description="Fingerprint of the checkpoint that embedded it.")
+
+
+class GalleryPage(BaseModel):
+    """One page of GET /gallery."""
+
+    items: list[GalleryItem]
+    next_cursor: str | None = Field(description="null on the last page.")
+    total: int = Field(description="Items that the filters match, on all pages.")
+
+
+class Erased(BaseModel):
+    """Answer of DELETE /gallery."""
+
+    deleted: int
+
+
+class QuerySummary(BaseModel):
+    """What was searched for."""
+
+    modality: Modality | Literal["mixed"] = Field(
+        description="`mixed` where several images are of both modalities."
+    )
+    modality_source: ModalitySource
+    images: int
+
+
+class Result(BaseModel):
+    """One ranked item. `parts` and `unmodulated_rank` are there with `explain`."""
+
+    rank: int
+    item: GalleryItem
+    distance: float = Field(description="Euclidean, after modulation by the query's γ and β.")
+    similarity: float | None = Field(
+        description="Calibrated probability of `same person`; null where the checkpoint has none."
+    )
+    recall_rank: int | None = Field(
+        description="Place in the shortlist before rescoring; null without a shortlist."
+    )
+    unmodulated_rank: int | None = Field(
+        None, description="Place by unmodulated distance among what was scored."
+    )
+    parts: list[float] | None = Field(
+        None, description="Squared distance per part; null for a cosine checkpoint."
+    )
+
+
+class Timings(BaseModel):
+    """Milliseconds of each stage of one query."""
+
+    decode: float
+    queue: float
+    embed: float
+    recall: float
+    rescore: float
+    fetch: float
+    total: float
+
+
+class QueryAnswer(BaseModel):
+    """Answer of POST /query."""
+
+    query: QuerySummary
+    results: list[Result]
+    searched: int = Field(description="Items that the filters left.")
+    candidates: int = Field(description="Items that were rescored.")
+    exhaustive: bool
+    model: str = Field(description="Fingerprint of the checkpoint.")
+    timings_ms: Timings | None = None
+
+
+class ModelCard(BaseModel):
+    """Answer of GET /model."""
+
+    fingerprint: str
+    metric: str
+    config: dict[str, Any]
+    calibration: dict[str, Any] | None
+    device: str
+    runtime: str
+    precision: str = Field(description="What was chosen on this machine, and why.")
+
+
+class Health(BaseModel):
+    """Answer of the probes."""
+
+    status: Literal["ok"] = "ok"
+
+
+class FieldProblem(BaseModel):
+    """One parameter that is wrong."""
+
+    name: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """RFC 9457, with a stable `code`."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str = Field(description="One sentence with the remedy.")
+    instance: str = Field(description="Path of the request.")
+    errors: list[FieldProblem] = []
+
+
+def form_errors(error: ValidationError) -> list[dict[str, Any]]:
+    """Errors of a form as the framework reports its own: located in the body."""
+    details: list[ErrorDetails] = error.errors(include_input=False, include_context=False)
+    return [{**detail, "loc": ("body", *detail["loc"])} for detail in details]

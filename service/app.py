@@ -1,0 +1,124 @@
+"""create_app(): the HTTP service. Resources are made in its lifespan, handed down, closed there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from anyio import to_thread
+from fastapi import Depends, FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import problems
+from service.api import gallery, operate, query
+from service.api.schemas import Problem
+from service.auth import ROUTE_SCOPES, authorise
+from service.resources import State, open_resources
+from service.settings import Settings
+
+_TITLE = "CMT re-identification"
+_INTRODUCTION = """Enroll person crops from visible and infrared cameras, then find a person seen
+by one kind of camera among crops from the other.
+
+Every error is `application/problem+json` (RFC 9457) with a stable `code`."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application for `settings`; nothing is opened before its lifespan starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[State]:
+        resources = open_resources(settings)
+        opened = await to_thread.run_sync(resources.__enter__)
+        try:
+            yield State(resources=opened)
+        finally:
+            await to_thread.run_sync(partial(resources.__exit__, None, None, None))
+
+    app = FastAPI(
+        title=_TITLE,
+        version=version("cmt-reid"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(authorise)],
+        # A slash too many is a 404, not a redirect that would send the body twice.
+        redirect_slashes=False,
+    )
+    for router in (gallery.router, query.router, operate.router):
+        app.include_router(router)
+    problems.install(app)
+    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Idempotency-Key"],
+        )
+    app.add_middleware(SecurityHeaders)
+    return app
+
+
+class SecurityHeaders:
+    """Nothing this service answers may be framed, sniffed, cached or load from elsewhere."""
+
+    # The page of the documentation runs its own scripts; everything else runs nothing.
+    PAGE = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    DATA = "default-src 'none'; frame-ancestors 'none'; sandbox"
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                page = headers.get("content-type", "").startswith("text/html")
+                headers["Content-Security-Policy"] = self.PAGE if page else self.DATA
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        wrapped = scope["type"] == "http"
+        await self.app(scope, receive, send_with_headers if wrapped else send)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=_description(),
+            routes=app.routes,
+        )
+        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        components = document["components"]["schemas"]
+        components |= {**schema.pop("$defs"), "Problem": schema}
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _description() -> str:
+    routes = "\n".join(
+        f"| `{method} {path}` | {scope or 'open'} |"
+        for (method, path), scope in ROUTE_SCOPES.items()
+    )
+    codes = "\n".join(
+        f"| {kind.status} | `{kind.code}` | {(kind.__doc__ or '').splitlines()[0]} |"
+        for kind in problems.catalogue()
+    )
+    return (
+        f"{_INTRODUCTION}\n\n### Scopes\n\n| route | scope |\n|---|---|\n{routes}\n\n"
+        f"### Codes\n\n| status | code | meaning |\n|---|---|---|\n{codes}\n"
+    )

@@ -1,0 +1,193 @@
+"""The way of an enrollment and of a query, off the event loop: every step runs in a bounded thread.
+
+bytes → images → embedder → y → gallery.add                            (enroll)
+bytes → images → embedder → x, γ, β → gallery.search → ranked items    (query)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from anyio import CapacityLimiter, create_task_group, to_thread
+from torch import Tensor
+
+from model import Modulation
+from service.embedder import Embedder
+from service.errors import Overloaded
+from service.gallery import Filters, Gallery, Item, NewItem, SearchResult
+from service.images import Box, Crop, ImageLimits, Modality, ModalitySource, decode
+from service.settings import Settings
+
+T = TypeVar("T")
+
+# One embeds while the next one's tensors are made; the device serves one batch at a time anyway.
+_EMBED_THREADS = 2
+# SQLite has one writer; readers of a page or an image are short.
+_STORE_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Uploaded bytes and how to read them."""
+
+    data: bytes
+    modality: Literal["auto", "rgb", "ir"] = "auto"
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the sender of a crop knows of it."""
+
+    person_id: str | None = None
+    camera_id: str | None = None
+    captured_at: datetime | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to rank. candidates: shortlist of the recall stage, never fewer than top_k."""
+
+    top_k: int = 20
+    candidates: int | None = None
+    exhaustive: bool = False
+    modulation: bool = True
+    group_by: Literal["person_id"] | None = None
+    filters: Filters = field(default_factory=Filters)
+    max_distance: float | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A ranking, and what its query was taken for. timings_ms: decode, queue, embed, total too."""
+
+    result: SearchResult
+    modality: Modality | Literal["mixed"]
+    modality_source: ModalitySource
+    timings_ms: dict[str, float]
+
+
+class Pipeline:
+    """Runs enrollments and queries. Its embedder and gallery belong to whoever made it."""
+
+    def __init__(self, embedder: Embedder, gallery: Gallery, settings: Settings) -> None:
+        self.embedder = embedder
+        self.gallery = gallery
+        self._candidates = settings.candidates
+        self._limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self._places = settings.max_pending
+        self._decoding = CapacityLimiter(settings.decode_threads)
+        self._embedding = CapacityLimiter(_EMBED_THREADS)
+        self._storing = CapacityLimiter(_STORE_THREADS)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one of `max_pending` places while an upload is read and worked on.
+
+        Raises Overloaded, at once, when all are taken.
+        """
+        if self._places == 0:
+            raise Overloaded(
+                "the service has as many uploads as it can queue; try again in a second",
+                headers={"Retry-After": "1"},
+            )
+        self._places -= 1
+        try:
+            yield
+        finally:
+            self._places += 1
+
+    async def stored(self, call: Callable[[], T]) -> T:
+        """Run a call to the gallery that reads or deletes."""
+        return await to_thread.run_sync(call, limiter=self._storing)
+
+    async def enroll(self, picture: Picture, labels: Labels) -> Item:
+        """Decode, embed and store one crop; durable on return. Raises ServiceError."""
+        [crop] = await self._decode([picture])
+        features = await to_thread.run_sync(self.embedder.embed, [crop], limiter=self._embedding)
+        new = NewItem(crop, labels.person_id, labels.camera_id, labels.captured_at, labels.metadata)
+        [item] = await self.stored(partial(self.gallery.add, [new], features))
+        return item
+
+    async def query(self, pictures: Sequence[Picture], search: Search) -> Answer:
+        """Rank the gallery for one person seen in 1 to 16 pictures. Raises ServiceError."""
+        started = time.perf_counter()
+        crops = await self._decode(pictures)
+        decoded = time.perf_counter()
+        x, modulation, begun = await to_thread.run_sync(
+            self._represent, crops, limiter=self._embedding
+        )
+        embedded = time.perf_counter()
+        result = await to_thread.run_sync(
+            partial(
+                self.gallery.search,
+                x,
+                modulation if search.modulation else None,
+                top_k=search.top_k,
+                candidates=max(search.candidates or self._candidates, search.top_k),
+                exhaustive=search.exhaustive,
+                filters=search.filters,
+                group_by=search.group_by,
+                explain=search.explain,
+                max_distance=search.max_distance,
+            ),
+            limiter=self._embedding,
+        )
+        modalities = {crop.modality for crop in crops}
+        return Answer(
+            result=result,
+            modality=modalities.pop() if len(modalities) == 1 else "mixed",
+            modality_source=crops[0].modality_source,
+            timings_ms={
+                "decode": 1000 * (decoded - started),
+                "queue": 1000 * (begun - decoded),
+                "embed": 1000 * (embedded - begun),
+                **result.timings_ms,
+                "total": 1000 * (time.perf_counter() - started),
+            },
+        )
+
+    async def _decode(self, pictures: Sequence[Picture]) -> list[Crop]:
+        crops: dict[int, Crop] = {}
+
+        async def decode_one(place: int, picture: Picture) -> None:
+            call = partial(
+                decode,
+                picture.data,
+                modality=picture.modality,
+                box=picture.box,
+                limits=self._limits,
+            )
+            crops[place] = await to_thread.run_sync(call, limiter=self._decoding)
+
+        if len(pictures) == 1:
+            await decode_one(0, pictures[0])
+        else:
+            try:
+                async with create_task_group() as group:
+                    for place, picture in enumerate(pictures):
+                        group.start_soon(decode_one, place, picture)
+            except ExceptionGroup as several:
+                raise several.exceptions[0] from several
+        return [crops[place] for place in range(len(pictures))]
+
+    def _represent(self, crops: Sequence[Crop]) -> tuple[Tensor, Modulation, float]:
+        """Crops of one person → x: P×D, its γ and β (1×D each), and when the work began.
+
+        Several crops are one query: x is the mean of their complete representations (normalised
+        again where the checkpoint normalises), and γ, β are generated once, from that mean.
+        """
+        begun = time.perf_counter()
+        x = self.embedder.embed(crops).mean(0)
+        if self.embedder.info.config.normalise_test:
+            x = torch.nn.functional.normalize(x.flatten(), dim=0).view_as(x)
+        return x, self.embedder.modulation(x[None]), begun
