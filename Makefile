@@ -33,11 +33,12 @@ demo: $(RUNNABLE) ## start the service with the demo gallery, query it, serve un
 test: $(DEVELOPMENT) ## run the tests
 	$(BIN)/pytest
 
-lint: $(DEVELOPMENT) ## check style, formatting and types
+lint: $(DEVELOPMENT) ## check style, formatting, types and the container files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@# No wheel of hadolint for some platforms: CI's has one.
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	@# Not every platform has a wheel of hadolint; CI's has.
 	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint docker/Dockerfile; fi
 
 format: $(DEVELOPMENT) ## format the code and order its imports
