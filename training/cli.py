@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import torch
 import typer
 import yaml
-from rich.console import Console
 
-from training.datasets.sample import DatasetError, Sample
-from training.datasets.sysu import read_ids, read_sysu
+from training.datasets import DatasetError, DatasetName, Sample, read_ids, read_sysu
 from training.memory import keep_large_blocks
-from training.recipe import RecipeError, load_recipe
-from training.sampler import TrainingSetError
+from training.recipe import load_recipe
 from training.trainer import CHECKPOINT_FILE, STATE_FILE, Trainer, TrainingError
-
-_EPILOG = (
-    "Example: cmt train --root SYSU-MM01 --recipe paper --weights resnet50.pth --run runs/paper"
-)
 
 
 def train(
@@ -40,7 +33,7 @@ def train(
             "exp/train_id.txt and exp/val_id.txt, as the protocol says."
         ),
     ] = None,
-    dataset: Annotated[str, typer.Option(help="Layout of the roots.")] = "sysu",
+    dataset: Annotated[DatasetName, typer.Option(help="Layout of the roots.")] = DatasetName.SYSU,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and augmentation.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     weights: Annotated[
@@ -54,49 +47,39 @@ def train(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 250,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between progress lines.")] = 50,
 ) -> None:
-    """Train a checkpoint; interrupt it at any moment and go on with --resume."""
-    console = Console(soft_wrap=True)
+    """Train a checkpoint; interrupt it at any moment and go on with --resume.
+
+    Example: cmt train --root SYSU-MM01 --recipe paper --weights resnet50.pth --run runs/paper
+    """
+    keep_large_blocks()
+    if (run / STATE_FILE).is_file() and not resume:
+        raise TrainingError(
+            f"{run} holds a run already; add --resume to go on with it, or choose another folder"
+        )
+    chosen = load_recipe(recipe)
+    samples = training_samples(root, train_ids)
+    identities = sorted({sample.person_id for sample in samples})
+    trainer = Trainer(
+        chosen,
+        samples,
+        run,
+        seed=seed,
+        device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+        weights=weights,
+        cache=cache,
+        facts={"dataset": dataset.value, "identities": identities, "images": len(samples)},
+    )
+    typer.echo(yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False))
+    typer.echo(
+        f"{len(identities)} identities, {len(samples)} images, {trainer.steps} steps, seed {seed}, "
+        f"{trainer.precision.reason}"
+    )
     try:
-        keep_large_blocks()
-        if dataset != "sysu":
-            raise DatasetError(f"dataset {dataset!r} is not readable; use sysu")
-        if (run / STATE_FILE).is_file() and not resume:
-            raise TrainingError(
-                f"{run} holds a run already; add --resume to go on with it, or choose another "
-                "folder"
-            )
-        chosen = load_recipe(recipe)
-        samples = training_samples(root, train_ids)
-        facts: dict[str, Any] = {
-            "dataset": dataset,
-            "identities": sorted({sample.person_id for sample in samples}),
-            "images": len(samples),
-        }
-        trainer = Trainer(
-            chosen,
-            samples,
-            run,
-            seed=seed,
-            device=_device(device),
-            weights=weights,
-            cache=cache,
-            facts=facts,
-        )
-        console.print(yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False), end="")
-        console.print(
-            f"{len(facts['identities'])} identities, {len(samples)} images, {trainer.steps} steps, "
-            f"seed {seed}, {trainer.precision.reason}"
-        )
         info = trainer.run(save_every=save_every, log_every=log_every)
     except KeyboardInterrupt:
-        console.print(f"Interrupted; the same command with --resume goes on from {run}.")
+        typer.echo(f"Interrupted; the same command with --resume goes on from {run}.", err=True)
         raise typer.Exit(130) from None
-    except (DatasetError, RecipeError, TrainingError, TrainingSetError, ValueError) as error:
-        if "--verbose" in sys.argv:
-            raise
-        Console(stderr=True, soft_wrap=True).print(f"Error: {error}", style="red")
-        raise typer.Exit(1) from None
-    console.print(f"Wrote {run / CHECKPOINT_FILE}, fingerprint {info.fingerprint[:16]}")
+    typer.echo(f"Wrote {run / CHECKPOINT_FILE}, fingerprint {info.fingerprint[:16]}")
 
 
 def training_samples(roots: Sequence[Path], train_ids: Sequence[Path] | None) -> list[Sample]:
@@ -132,11 +115,3 @@ def _protocol_ids(root: Path) -> set[int]:
     ids = set(read_ids(root / "exp" / "train_id.txt"))
     validation = root / "exp" / "val_id.txt"
     return ids | set(read_ids(validation)) if validation.is_file() else ids
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+import yaml
 
 from model import CMTConfig, load_checkpoint
-from training.cli import train, training_samples
+from model.cli import main
+from training.cli import training_samples
 from training.datasets.sample import DatasetError
 from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
 from training.trainer import CHECKPOINT_FILE, METRICS_FILE, Trainer, TrainingError
@@ -159,26 +160,19 @@ def test_identities_of_several_roots_are_joined_and_checked(tmp_path):
     assert only < both
 
 
-def test_the_command_trains_refuses_to_overwrite_and_resumes(tmp_path):
-    import typer
-    import yaml
-
-    app = typer.Typer()
-    app.command()(train)
+def test_the_command_trains_refuses_to_overwrite_and_resumes(tmp_path, capsys):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe().model_dump(mode="json")))
-    arguments = ["--root", str(MINI), "--train-ids", str(MINI / "exp" / "train_id.txt")]
+    arguments = ["train", "--train-ids", str(MINI / "exp" / "train_id.txt")]
     arguments += ["--recipe", str(tmp_path / "small.yaml"), "--run", str(tmp_path / "run")]
-    first = CliRunner().invoke(app, arguments)
-    assert first.exit_code == 0, first.output
-    assert "8 steps, seed 0" in first.output
+    assert main([*arguments, "--root", str(MINI)]) == 0
+    assert "8 steps, seed 0" in capsys.readouterr().out
     info = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)[1]
     assert info.training["dataset"] == "sysu"
     assert info.training["identities"] == [7, 18, 21, 23, 30]
-    again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 1
-    assert "add --resume" in again.output
-    assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
-    wrong = CliRunner().invoke(app, [*arguments[2:], "--root", str(tmp_path / "absent")])
-    assert wrong.exit_code == 1
-    assert "Error: " in wrong.output
-    assert "Traceback" not in wrong.output
+    assert main([*arguments, "--root", str(MINI)]) == 1
+    assert "add --resume" in capsys.readouterr().err
+    assert main([*arguments, "--root", str(MINI), "--resume"]) == 0
+    assert main([*arguments, "--root", str(tmp_path / "absent"), "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert error.count("\n") == 1

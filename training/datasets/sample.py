@@ -1,10 +1,17 @@
 """What every dataset reader returns."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
 Modality = Literal["rgb", "ir"]
+
+
+class DatasetName(StrEnum):
+    """Layouts that can be trained on and evaluated."""
+
+    SYSU = "sysu"
 
 
 class DatasetError(ValueError):

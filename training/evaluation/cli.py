@@ -1,7 +1,6 @@
 """`cmt evaluate`."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +9,9 @@ import typer
 from rich.console import Console
 
 from model import CheckpointInfo, load_checkpoint
-from training.datasets import DatasetError, read_ids, read_sysu
+from training.datasets import DatasetError, DatasetName, read_ids, read_sysu
 from training.evaluation.report import evaluate_sysu, table, vitality_lines
 from training.evaluation.sysu import TRIAL_FILE
-
-
-class DatasetName(StrEnum):
-    """Layouts that can be evaluated."""
-
-    SYSU = "sysu"
 
 
 def evaluate(
