@@ -9,7 +9,8 @@ import torch
 
 from model import CMT, CMTConfig, save_checkpoint
 
-torch.set_num_threads(2)
+# The networks here are too small for more: threads would only wait for one another.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
