@@ -230,6 +230,12 @@ class IndexOutOfStep(ServiceError):
     status, code, title = 503, "index_out_of_step", "Index out of step"
 
 
+class RuntimeUnavailable(ServiceError):
+    """A device or inference runtime that this machine does not have."""
+
+    status, code, title = 503, "runtime_unavailable", "Runtime not available"
+
+
 class StorageUnwritable(ServiceError):
     """The data folder cannot be written."""
 
