@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from model.cmt import CMT
@@ -88,8 +88,9 @@ def save_checkpoint(
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:
+            file.write(serialise(tensors, metadata))
+            file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
