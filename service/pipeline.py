@@ -54,7 +54,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Search:
-    """How to rank. candidates: shortlist of the recall stage, never fewer than top_k."""
+    """How to rank. candidates: shortlist of the recall stage; None takes the gallery's default."""
 
     top_k: int = 20
     candidates: int | None = None
@@ -82,7 +82,6 @@ class Pipeline:
     def __init__(self, embedder: Embedder, gallery: Gallery, settings: Settings) -> None:
         self.embedder = embedder
         self.gallery = gallery
-        self._candidates = settings.candidates
         self._limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         self._places = settings.max_pending
         self._decoding = CapacityLimiter(settings.decode_threads)
@@ -133,7 +132,7 @@ class Pipeline:
                 x,
                 modulation if search.modulation else None,
                 top_k=search.top_k,
-                candidates=max(search.candidates or self._candidates, search.top_k),
+                candidates=search.candidates,
                 exhaustive=search.exhaustive,
                 filters=search.filters,
                 group_by=search.group_by,

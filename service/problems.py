@@ -27,7 +27,7 @@ def install(app: FastAPI) -> None:
 
 def documented(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     """OpenAPI `responses` of an endpoint that may raise `kinds`, and what every one may raise."""
-    every = {*kinds, *_EVERYWHERE}
+    every: set[type[ServiceError]] = {*kinds, *_EVERYWHERE}
     responses: dict[int | str, dict[str, Any]] = {}
     for status in sorted({kind.status for kind in every}):
         codes = sorted(kind.code for kind in every if kind.status == status)
@@ -43,7 +43,7 @@ def catalogue() -> list[type[ServiceError]]:
     return sorted(ServiceError.__subclasses__(), key=lambda kind: (kind.status, kind.code))
 
 
-_EVERYWHERE = (
+_EVERYWHERE: tuple[type[ServiceError], ...] = (
     errors.Unauthorized,
     errors.OriginRefused,
     errors.ScopeMissing,

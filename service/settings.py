@@ -42,7 +42,7 @@ class Settings(BaseSettings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     runtime: Literal["auto", "torch", "openvino"] = "auto"
-    candidates: int = Field(default=1000, ge=1, le=100_000)
+    candidates: int = Field(default=256, ge=1, le=100_000)
     """Shortlist size of the recall stage where a query does not say."""
 
     max_image_bytes: int = Field(default=20_000_000, ge=1)

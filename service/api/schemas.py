@@ -147,14 +147,15 @@ class FormModel(BaseModel):
 class EnrollForm(FormModel):
     """What accompanies the image of POST /gallery."""
 
-    person_id: Label | None = Field(None, description="Identity label.")
+    person_id: Label | None = Field(default=None, description="Identity label.")
     camera_id: Label | None = None
-    captured_at: Timestamp | None = Field(None, description="RFC 3339 time with an offset.")
+    captured_at: Timestamp | None = Field(default=None, description="RFC 3339 time with an offset.")
     modality: ModalityChoice = Field(
         "auto", description="`auto` takes an image without chroma for infrared."
     )
     box: Box | None = Field(
-        None, description="Enroll only this part: x,y,width,height in pixels, after orientation."
+        default=None,
+        description="Enroll only this part: x,y,width,height in pixels, after orientation.",
     )
     metadata: Metadata = Field({}, description="A JSON object of at most 8 KB.")
 
@@ -163,24 +164,26 @@ class QueryForm(FormModel):
     """What accompanies the images of POST /query."""
 
     modality: ModalityChoice = Field("auto", description="Of all images; `auto` looks at each.")
-    box: Box | None = Field(None, description="With one image: search for this part of it.")
+    box: Box | None = Field(default=None, description="With one image: search for this part of it.")
     top_k: int = Field(20, ge=1, le=1000)
     candidates: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=100_000,
         description="Shortlist of the recall stage; never fewer than `top_k`.",
     )
     exhaustive: bool = Field(False, description="Score the whole gallery in modulated space.")
     modulation: bool = Field(True, description="false ranks by the unmodulated distance.")
-    group_by: Literal["person_id"] | None = Field(None, description="Best image per person.")
+    group_by: Literal["person_id"] | None = Field(
+        default=None, description="Best image per person."
+    )
     person_id: tuple[Label, ...] = Field((), description="Any of these; repeat the field.")
     camera_id: tuple[Label, ...] = Field((), description="Any of these; repeat the field.")
     exclude_camera_id: tuple[Label, ...] = Field((), description="None of these.")
     gallery_modality: tuple[Modality, ...] = Field((), description="Any of these.")
     captured_from: Timestamp | None = None
     captured_to: Timestamp | None = None
-    max_distance: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_distance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     explain: bool = Field(False, description="Adds `parts` and `unmodulated_rank`.")
     debug: bool = Field(False, description="Adds `timings_ms`.")
 
@@ -197,7 +200,7 @@ class ListParameters(BaseModel):
     captured_to: Timestamp | None = None
     limit: int = Field(100, ge=1, le=1000)
     cursor: Annotated[str, AfterValidator(_plain_text)] | None = Field(
-        None, max_length=512, description="`next_cursor` of the page before."
+        default=None, max_length=512, description="`next_cursor` of the page before."
     )
 
 
@@ -266,10 +269,10 @@ class Result(BaseModel):
         description="Place in the shortlist before rescoring; null without a shortlist."
     )
     unmodulated_rank: int | None = Field(
-        None, description="Place by unmodulated distance among what was scored."
+        default=None, description="Place by unmodulated distance among what was scored."
     )
     parts: list[float] | None = Field(
-        None, description="Squared distance per part; null for a cosine checkpoint."
+        default=None, description="Squared distance per part; null for a cosine checkpoint."
     )
 
 
