@@ -78,6 +78,22 @@ def test_faiss_comes_in_exactly_one_build() -> None:
         assert len(builds) == (extra in {"cpu", "gpu"}), extra
 
 
+def test_what_is_not_python_is_installed_too() -> None:
+    package_data = PROJECT["tool"]["setuptools"]["package-data"]
+    for package in PACKAGES:
+        declared = {
+            file
+            for pattern in package_data.get(package, [])
+            for file in ROOT.glob(f"{package}/{pattern}")
+        }
+        others = {
+            file
+            for file in (ROOT / package).rglob("*")
+            if file.is_file() and file.suffix not in {".py", ".pyc"}
+        }
+        assert others <= declared, "name them in [tool.setuptools.package-data]"
+
+
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
     """A Dockerfile's instructions as (name, arguments), continuation lines joined."""
     lines = [line for line in dockerfile.splitlines() if not line.startswith("#")]
