@@ -58,11 +58,15 @@ class _Call(NamedTuple):
     params: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     files: Sequence[tuple[str, tuple[str, bytes]]] | None = None
+    headers: Mapping[str, str] | None = None
 
 
-def _enroll(image: ImageSource, box: Sequence[int] | None, fields: Mapping[str, Any]) -> _Call:
+def _enroll(
+    image: ImageSource, box: Sequence[int] | None, key: str | None, fields: Mapping[str, Any]
+) -> _Call:
     data = _form({"box": _box(box), **fields})
-    return _Call("POST", "/gallery", data=data, files=[_file(image)])
+    headers = None if key is None else {"Idempotency-Key": key}
+    return _Call("POST", "/gallery", data=data, files=[_file(image)], headers=headers)
 
 
 def _query(
@@ -198,8 +202,9 @@ class Client:
         modality: ModalityChoice = "auto",
         box: Sequence[int] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
     ) -> GalleryItem:
-        """POST /gallery."""
+        """POST /gallery. With a key, a repeat gives the item that is stored already."""
         fields = {
             "person_id": person_id,
             "camera_id": camera_id,
@@ -207,7 +212,7 @@ class Client:
             "modality": modality,
             "metadata": metadata,
         }
-        return _parsed(self._send(_enroll(image, box, fields)), GalleryItem)
+        return _parsed(self._send(_enroll(image, box, idempotency_key, fields)), GalleryItem)
 
     def query(
         self,
@@ -253,7 +258,12 @@ class Client:
         for attempt in range(self._retries + 1):
             try:
                 response = self._http.request(
-                    call.method, call.path, params=call.params, data=call.data, files=call.files
+                    call.method,
+                    call.path,
+                    params=call.params,
+                    data=call.data,
+                    files=call.files,
+                    headers=call.headers,
                 )
             except httpx.TransportError as error:
                 raise _unreachable(self._http.base_url, error) from error
@@ -306,8 +316,9 @@ class AsyncClient:
         modality: ModalityChoice = "auto",
         box: Sequence[int] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
     ) -> GalleryItem:
-        """POST /gallery."""
+        """POST /gallery. With a key, a repeat gives the item that is stored already."""
         fields = {
             "person_id": person_id,
             "camera_id": camera_id,
@@ -315,7 +326,7 @@ class AsyncClient:
             "modality": modality,
             "metadata": metadata,
         }
-        return _parsed(await self._send(_enroll(image, box, fields)), GalleryItem)
+        return _parsed(await self._send(_enroll(image, box, idempotency_key, fields)), GalleryItem)
 
     async def query(
         self,
@@ -361,7 +372,12 @@ class AsyncClient:
         for attempt in range(self._retries + 1):
             try:
                 response = await self._http.request(
-                    call.method, call.path, params=call.params, data=call.data, files=call.files
+                    call.method,
+                    call.path,
+                    params=call.params,
+                    data=call.data,
+                    files=call.files,
+                    headers=call.headers,
                 )
             except httpx.TransportError as error:
                 raise _unreachable(self._http.base_url, error) from error

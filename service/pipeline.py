@@ -6,6 +6,8 @@ bytes → images → embedder → x, γ, β → gallery.search → ranked items 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from torch import Tensor
 from model import Modulation
 from service.embedder import Embedder
 from service.errors import Overloaded
-from service.gallery import Filters, Gallery, Item, NewItem, SearchResult
+from service.gallery import Filters, Gallery, Item, NewItem, RequestKey, SearchResult
 from service.images import Box, Crop, ImageLimits, Modality, ModalitySource, decode
 from service.settings import Settings
 
@@ -109,21 +111,28 @@ class Pipeline:
         """Run a call to the gallery that reads or deletes."""
         return await to_thread.run_sync(call, limiter=self._storing)
 
-    async def enroll(self, picture: Picture, labels: Labels) -> Item:
-        """Decode, embed and store one crop; durable on return. Raises ServiceError."""
+    async def enroll(
+        self, picture: Picture, labels: Labels, key: str | None = None
+    ) -> tuple[Item, bool]:
+        """Decode, embed and store one crop → (the item, whether it is new); durable on return.
+
+        key: the client's Idempotency-Key. With the same content it gives the item stored before.
+        Raises ServiceError, IdempotencyConflict among them.
+        """
+        request = None if key is None else RequestKey(key, _content(picture, labels))
+        if request is not None:
+            stored = await self.stored(partial(self.gallery.enrolled_by, request))
+            if stored is not None:
+                return stored, False
         [crop] = await self._decode([picture])
         features = await to_thread.run_sync(self.embedder.embed, [crop], limiter=self._embedding)
-        new = NewItem(crop, labels.person_id, labels.camera_id, labels.captured_at, labels.metadata)
-        [item] = await self.stored(partial(self.gallery.add, [new], features))
-        return item
-
-    async def query(self, pictures: Sequence[Picture], search: Search) -> Answer:
-        """Rank the gallery for one person seen in 1 to 16 pictures. Raises ServiceError."""
-        started = time.perf_counter()
-        crops = await self._decode(pictures)
-        decoded = time.perf_counter()
-        x, modulation, begun = await to_thread.run_sync(
-            self._represent, crops, limiter=self._embedding
+        new = NewItem(
+            crop,
+            person_id=labels.person_id,
+            camera_id=labels.camera_id,
+            captured_at=labels.captured_at,
+            metadata=labels.metadata,
+            request=request,
         )
         embedded = time.perf_counter()
         result = await to_thread.run_sync(
@@ -190,3 +199,12 @@ class Pipeline:
         if self.embedder.info.config.normalise_test:
             x = torch.nn.functional.normalize(x.flatten(), dim=0).view_as(x)
         return x, self.embedder.modulation(x[None]), begun
+
+
+def _content(picture: Picture, labels: Labels) -> str:
+    """SHA-256 of all that an enrollment sends."""
+    digest = hashlib.sha256(hashlib.sha256(picture.data).digest())
+    captured = None if labels.captured_at is None else labels.captured_at.isoformat()
+    rest = [picture.modality, picture.box, labels.person_id, labels.camera_id, captured]
+    digest.update(json.dumps([*rest, labels.metadata], sort_keys=True).encode())
+    return digest.hexdigest()

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 
 from service import errors
 from service.api.deps import (
@@ -48,6 +48,15 @@ IMAGE_PART = {
     "description": "JPEG, PNG, WebP, BMP or TIFF, 8- or 16-bit: a person crop.",
 }
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Makes a repeat of this enrollment harmless.",
+    ),
+]
 ItemId = Annotated[str, Path(alias="id", json_schema_extra={"format": "uuid"})]
 
 
@@ -57,23 +66,38 @@ ItemId = Annotated[str, Path(alias="id", json_schema_extra={"format": "uuid"})]
     response_model=GalleryItem,
     dependencies=[NO_QUERY],
     openapi_extra=form_body(EnrollForm, IMAGE_PART),
-    responses=documented(
-        *UPLOAD_ERRORS,
-        *IMAGE_ERRORS,
-        errors.Overloaded,
-        errors.StorageUnwritable,
-        errors.StorageFull,
-    ),
+    responses={
+        200: {"model": GalleryItem, "description": "The item that this key enrolled before."},
+        **documented(
+            *UPLOAD_ERRORS,
+            *IMAGE_ERRORS,
+            errors.IdempotencyConflict,
+            errors.Overloaded,
+            errors.StorageUnwritable,
+            errors.StorageFull,
+        ),
+    },
 )
-async def enroll(request: Request, response: Response, state: ResourcesDep) -> GalleryItem:
-    """Enroll one crop. A 201 means durable: the next query can return the item."""
+async def enroll(
+    request: Request,
+    response: Response,
+    state: ResourcesDep,
+    idempotency_key: IdempotencyKey = None,
+) -> GalleryItem:
+    """Enroll one crop. A 201 means durable: the next query can return the item.
+
+    A repeat with the same Idempotency-Key and content gives the stored item with 200; with other
+    content 409. A key lives as long as its item.
+    """
     async with read_upload(request, max_images=1) as upload:
         form = upload.parse(EnrollForm)
         check_image_count(upload.images, most=1)
-        item = await state.pipeline.enroll(
+        item, new = await state.pipeline.enroll(
             Picture(upload.images[0], form.modality, None if form.box is None else Box(*form.box)),
             Labels(form.person_id, form.camera_id, form.captured_at, form.metadata),
+            idempotency_key,
         )
+    response.status_code = 201 if new else 200
     response.headers["Location"] = f"/gallery/{item.id}"
     return GalleryItem.model_validate(item)
 

@@ -1,7 +1,7 @@
 """The gallery: enroll crops with their features, find them again by modulated distance."""
 
 from service.gallery.gallery import DEFAULT_CANDIDATES, Gallery
-from service.gallery.records import Filters, Hit, Item, NewItem, Page, SearchResult
+from service.gallery.records import Filters, Hit, Item, NewItem, Page, RequestKey, SearchResult
 from service.gallery.shard import Counters
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "Item",
     "NewItem",
     "Page",
+    "RequestKey",
     "SearchResult",
 ]

@@ -13,12 +13,13 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from service.errors import (
     DatabaseUnavailable,
     GalleryDamaged,
     GalleryVersion,
+    IdempotencyConflict,
     ServiceError,
     StorageFull,
 )
@@ -78,6 +79,10 @@ def _set_pragmas(connection: sqlite3.Connection, _record: Any) -> None:
 
 def _as_service_error(engine: Engine, error: SQLAlchemyError) -> ServiceError:
     cause = error.orig if isinstance(error, DBAPIError) else None
+    if isinstance(error, IntegrityError) and "request_key" in str(cause):
+        return IdempotencyConflict(
+            "the same Idempotency-Key was enrolled at the same moment; send the request again"
+        )
     code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
     if code == _SQLITE_FULL or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL:
         return StorageFull("no space is left for the gallery; free some and send it again")

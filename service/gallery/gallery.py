@@ -16,7 +16,7 @@ from torch import Tensor
 from model import CheckpointInfo, Modulation
 from service.errors import IndexOutOfStep, StorageUnwritable
 from service.gallery.lock import FolderLock
-from service.gallery.records import Filters, Hit, Item, NewItem, Page, SearchResult
+from service.gallery.records import Filters, Hit, Item, NewItem, Page, RequestKey, SearchResult
 from service.gallery.shard import Counters, Scored, Shard
 from service.gallery.store import Store, Stored, microseconds
 
@@ -123,6 +123,10 @@ class Gallery:
     def get(self, item_id: str) -> Item:
         """Raises ItemNotFound."""
         return self._store.get(item_id)
+
+    def enrolled_by(self, request: RequestKey) -> Item | None:
+        """The item that an equal request enrolled before. Raises IdempotencyConflict."""
+        return self._store.enrolled_by(request)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
         """The stored crop and its media type. Raises ItemNotFound."""

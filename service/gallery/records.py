@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from service.images import Crop, Modality, ModalitySource
+
+
+class RequestKey(NamedTuple):
+    """A client's Idempotency-Key, with the SHA-256 of what it enrolls under it."""
+
+    key: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,7 @@ class NewItem:
     camera_id: str | None = None
     captured_at: datetime | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    request: RequestKey | None = None
 
 
 @dataclass(frozen=True)

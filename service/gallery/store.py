@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, not_, or_, select, text
 
-from service.errors import CursorInvalid, GalleryDamaged, ItemNotFound
+from service.errors import CursorInvalid, GalleryDamaged, IdempotencyConflict, ItemNotFound
 from service.gallery.database import connect, migrate, reported
-from service.gallery.records import Filters, Item, NewItem, Page
+from service.gallery.records import Filters, Item, NewItem, Page, RequestKey
 from service.gallery.tables import crops, features, items
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -82,7 +82,8 @@ class Store:
         numbered = insert(items).returning(items.c.number)
         with self._writing, reported(self._engine), self._engine.begin() as connection:
             numbers = [
-                int(connection.execute(numbered, _row(record)).scalar_one()) for record in records
+                int(connection.execute(numbered, _row(record) | _request(item)).scalar_one())
+                for record, item in zip(records, new, strict=True)
             ]
             connection.execute(
                 insert(crops),
@@ -105,6 +106,19 @@ class Store:
             row = connection.execute(select(items).where(items.c.id == item_id)).one_or_none()
         if row is None:
             raise _unknown(item_id)
+        return _item(row)
+
+    def enrolled_by(self, request: RequestKey) -> Item | None:
+        """The item that this request enrolled before. IdempotencyConflict: its key was another's."""
+        query = select(items).where(items.c.request_key == request.key)
+        with reported(self._engine), self._engine.connect() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        if row.request_sha256 != request.sha256:
+            raise IdempotencyConflict(
+                "this Idempotency-Key enrolled other content before; use a new key"
+            )
         return _item(row)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
@@ -255,9 +269,16 @@ def _row(item: Item) -> dict[str, Any]:
     return row
 
 
+def _request(new: NewItem) -> dict[str, str]:
+    if new.request is None:
+        return {}
+    return {"request_key": new.request.key, "request_sha256": new.request.sha256}
+
+
 def _item(row: Row[Any]) -> Item:
     values = dict(row._mapping)
-    del values["number"]
+    for internal in ("number", "request_key", "request_sha256"):
+        del values[internal]
     values["metadata"] = json.loads(values.pop("details"))
     captured = values["captured_at"]
     values["captured_at"] = None if captured is None else _moment(captured)

@@ -20,7 +20,8 @@ schema = MetaData()
 RowNumber = BigInteger().with_variant(Integer, "sqlite")
 
 # number: order of enrollment, never used again after a delete. Times: microseconds since 1970 UTC,
-# because SQLite knows no time zones. details: the client's metadata as JSON text.
+# because SQLite knows no time zones. details: the client's metadata as JSON text. request_key: the
+# client's Idempotency-Key, free again once the item is deleted; request_sha256: of what it sent.
 items = Table(
     "items",
     schema,
@@ -38,6 +39,8 @@ items = Table(
     Column("sha256", String(64), nullable=False),
     Column("details", Text, nullable=False),
     Column("model", String(64), nullable=False),
+    Column("request_key", Text, unique=True),
+    Column("request_sha256", String(64)),
     sqlite_autoincrement=True,
 )
 

@@ -28,6 +28,8 @@ def upgrade() -> None:
         sa.Column("sha256", sa.String(64), nullable=False),
         sa.Column("details", sa.Text, nullable=False),
         sa.Column("model", sa.String(64), nullable=False),
+        sa.Column("request_key", sa.Text, unique=True),
+        sa.Column("request_sha256", sa.String(64)),
         sqlite_autoincrement=True,
     )
     for column in ("person_id", "camera_id", "captured_at"):
