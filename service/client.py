@@ -37,7 +37,7 @@ LONGEST_WAIT = 30.0
 ImageSource = Path | bytes
 
 
-class ServiceProblem(Exception):
+class ServiceProblem(Exception):  # noqa: N818 (named like the body it carries)
     """An error answered by the service; `problem` is its body. The message is its sentence."""
 
     def __init__(self, problem: Problem) -> None:

@@ -134,6 +134,17 @@ class Pipeline:
             metadata=labels.metadata,
             request=request,
         )
+        [item] = await self.stored(partial(self.gallery.add, [new], features))
+        return item, True
+
+    async def query(self, pictures: Sequence[Picture], search: Search) -> Answer:
+        """Rank the gallery for one person seen in 1 to 16 pictures. Raises ServiceError."""
+        started = time.perf_counter()
+        crops = await self._decode(pictures)
+        decoded = time.perf_counter()
+        x, modulation, begun = await to_thread.run_sync(
+            self._represent, crops, limiter=self._embedding
+        )
         embedded = time.perf_counter()
         result = await to_thread.run_sync(
             partial(

@@ -109,7 +109,7 @@ class Store:
         return _item(row)
 
     def enrolled_by(self, request: RequestKey) -> Item | None:
-        """The item that this request enrolled before. IdempotencyConflict: its key was another's."""
+        """What this request enrolled before. IdempotencyConflict: its key was another's."""
         query = select(items).where(items.c.request_key == request.key)
         with reported(self._engine), self._engine.connect() as connection:
             row = connection.execute(query).one_or_none()
