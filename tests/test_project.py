@@ -4,7 +4,9 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,8 @@ PACKAGES = {"model", "service", "training"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def imported_packages(file: Path) -> set[str]:
-    """Those of the three packages that a source file imports, wherever in the file."""
+def imports(file: Path) -> set[str]:
+    """Top-level names that a source file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
@@ -27,7 +29,7 @@ def imported_packages(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports are absolute, so that rooms stay visible"
             found.add((node.module or "").split(".")[0])
-    return found & PACKAGES
+    return found
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
@@ -37,7 +39,7 @@ def test_packages_import_only_model_and_themselves(package: str) -> None:
     strangers = {
         str(file.relative_to(ROOT)): others
         for file in files
-        if (others := imported_packages(file) - {package, "model"})
+        if (others := imports(file) & PACKAGES - {package, "model"})
     }
     assert not strangers
 
@@ -63,6 +65,22 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"constraints.txt does not pin {name}"
         assert requirement.specifier.contains(pinned[name]), str(requirement)
+
+
+@pytest.mark.parametrize(
+    ("package", "extras"), [("model", []), ("service", ["cpu"]), ("training", ["train"])]
+)
+def test_every_import_is_required_where_it_is_used(package: str, extras: list[str]) -> None:
+    project = PROJECT["project"]
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    required = {canonicalize_name(Requirement(line).name) for line in lines}
+    distributions = packages_distributions()
+    for file in (ROOT / package).rglob("*.py"):
+        for name in imports(file) - PACKAGES - sys.stdlib_module_names:
+            providers = {canonicalize_name(provider) for provider in distributions[name]}
+            assert providers & required, f"{file} imports {name}, which nothing here requires"
 
 
 def test_constraints_are_exact_and_without_a_local_version() -> None:
