@@ -55,8 +55,3 @@ def upgrade() -> None:
         sa.Column("data", sa.LargeBinary, nullable=False),
     )
     op.create_index("ix_features_number", "features", ["number"])
-
-
-def downgrade() -> None:
-    for table in ("features", "crops", "items"):
-        op.drop_table(table)
