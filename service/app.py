@@ -35,7 +35,11 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
         resources = open_resources(settings)
-        opened = await to_thread.run_sync(resources.__enter__)
+        try:
+            opened = await to_thread.run_sync(resources.__enter__)
+        except Exception as error:
+            app.state.failure = error  # for whoever runs the server: see service.server
+            raise
         try:
             yield State(resources=opened)
         finally:
@@ -51,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         # A slash too many is a 404, not a redirect that would send the body twice.
         redirect_slashes=False,
     )
+    app.state.failure = None
     for router in (gallery.router, query.router, operate.router):
         app.include_router(router)
     problems.install(app)

@@ -26,6 +26,7 @@ from service.api.schemas import (
     Problem,
     QueryAnswer,
 )
+from service.settings import is_loopback
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -174,7 +175,12 @@ class Client:
     ) -> None:
         self._retries = retries
         self._http = httpx.Client(
-            base_url=url, headers=_headers(api_key), timeout=timeout, transport=transport
+            base_url=url,
+            headers=_headers(api_key),
+            timeout=timeout,
+            transport=transport,
+            # A proxy that the environment names is for other machines than this one.
+            trust_env=not is_loopback(httpx.URL(url).host),
         )
 
     def __enter__(self) -> Self:
@@ -288,7 +294,12 @@ class AsyncClient:
     ) -> None:
         self._retries = retries
         self._http = httpx.AsyncClient(
-            base_url=url, headers=_headers(api_key), timeout=timeout, transport=transport
+            base_url=url,
+            headers=_headers(api_key),
+            timeout=timeout,
+            transport=transport,
+            # A proxy that the environment names is for other machines than this one.
+            trust_env=not is_loopback(httpx.URL(url).host),
         )
 
     async def __aenter__(self) -> Self:

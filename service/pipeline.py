@@ -119,8 +119,10 @@ class Pipeline:
         key: the client's Idempotency-Key. With the same content it gives the item stored before.
         Raises ServiceError, IdempotencyConflict among them.
         """
-        request = None if key is None else RequestKey(key, _content(picture, labels))
-        if request is not None:
+        request: RequestKey | None = None
+        if key is not None:
+            content = await to_thread.run_sync(_content, picture, labels, limiter=self._decoding)
+            request = RequestKey(key, content)
             stored = await self.stored(partial(self.gallery.enrolled_by, request))
             if stored is not None:
                 return stored, False

@@ -1,0 +1,1 @@
+"""The commands of `cmt` that serve, and that talk to a running service."""

@@ -1,0 +1,200 @@
+"""`cmt demo`: the service on its own examples, from an empty gallery to a ranked answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from service.api.schemas import QueryAnswer
+from service.cli.enroll import read_manifest, report, send
+from service.cli.query import sparkline
+from service.client import Client
+from service.contact_sheet import Match, Picture, Row, matches, render
+
+SHOWN = 5
+
+
+class DemoError(Exception):
+    """The examples are not as the demo needs them; the message says the remedy."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query of the examples, with who it shows."""
+
+    file: Path
+    person_id: str
+    camera_id: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One query's answers, ranked with modulation and without."""
+
+    example: Example
+    modulated: QueryAnswer
+    unmodulated: QueryAnswer
+    matches: list[Match]
+
+    def right(self, answer: QueryAnswer) -> bool:
+        """Whether the first result shows the person."""
+        return bool(answer.results) and answer.results[0].item.person_id == self.example.person_id
+
+
+def demo(
+    examples: Annotated[Path, typer.Option(help="Folder with checkpoint and crops.")] = Path(
+        "examples"
+    ),
+    html: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path(
+        "contact-sheet.html"
+    ),
+    port: Annotated[int, typer.Option(help="Port; a free one if it is in use.")] = 8000,
+    once: Annotated[
+        bool, typer.Option("--once", help="End after the queries instead of serving on.")
+    ] = False,
+) -> None:
+    """Enroll the example gallery, run the infrared queries, and serve until Ctrl-C.
+
+    The gallery lives in a new folder that goes away at the end. The exit status is 0 only if
+    rank-1 reached what examples/expected.json states.
+
+    Example: cmt demo --once
+    """
+    from service.server import ServerError, bind, running
+    from service.settings import Settings
+
+    console = Console(highlight=False)
+    manifest, checkpoint = examples / "manifest.csv", _checkpoint(examples)
+    queries, expected = _queries(manifest), _expected(examples / "expected.json")
+    try:
+        bind("127.0.0.1", port).close()
+    except ServerError:
+        port = 0
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix="cmt-demo-") as folder:
+        settings = Settings(
+            checkpoint=checkpoint,
+            data_dir=Path(folder),
+            port=port,
+            # Whatever the environment says: the demo touches nothing but its own folder.
+            host="127.0.0.1",
+            database_url=None,
+            api_keys_file=None,
+            cors_origins=(),
+        )
+        console.print(f"Loading {checkpoint} …")
+        with running(settings) as url, Client(url) as client:
+            card = client.model()
+            console.print(f"Serving on {url}: {card.runtime} on {card.device}, {card.precision}")
+            entries = read_manifest(manifest, [examples / "gallery"])
+            failures = send(client, entries, console)
+            report(console, len(entries), failures)
+            outcomes = [_run(client, query, console) for query in queries]
+            modulated = _rank1(outcomes, [outcome.modulated for outcome in outcomes])
+            unmodulated = _rank1(outcomes, [outcome.unmodulated for outcome in outcomes])
+            lines = [
+                f"{len(outcomes)} infrared queries against {len(entries)} visible crops.",
+                f"Rank-1 with modulation {modulated:.0%}, without {unmodulated:.0%}; "
+                f"expected with modulation: at least {expected:.0%}.",
+            ]
+            html.write_text(render("Infrared queries, visible gallery", lines, _rows(outcomes)))
+            console.print("\n".join(["", *lines, f"Contact sheet: {html.resolve()}"]))
+            if not once:
+                console.print(f"Serving on {url}/docs until Ctrl-C.")
+                with suppress(KeyboardInterrupt):
+                    threading.Event().wait()
+    if failures or modulated < expected:
+        raise typer.Exit(1)
+
+
+def _run(client: Client, example: Example, console: Console) -> Outcome:
+    modulated = client.query(example.file, explain=True)
+    unmodulated = client.query(example.file, modulation=False)
+    outcome = Outcome(
+        example, modulated, unmodulated, matches(client, modulated, SHOWN, example.person_id)
+    )
+    table = Table(
+        "",
+        "person",
+        "distance",
+        "parts, head to feet",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        title=f"\n{example.file.name}: person {example.person_id}, {modulated.query.modality} "
+        f"({modulated.query.modality_source})",
+    )
+    for match in outcome.matches:
+        result = match.result
+        table.add_row(
+            "[green]✓[/]" if match.right else "[red]✗[/]",
+            result.item.person_id,
+            f"{result.distance:.3f}",
+            f"{sparkline(match.similarities)}  "
+            + " ".join(f"{similarity:.2f}" for similarity in match.similarities),
+        )
+    console.print(table)
+    return outcome
+
+
+def _rows(outcomes: list[Outcome]) -> list[Row]:
+    return [
+        Row(
+            title=f"person {outcome.example.person_id}",
+            note=f"camera {outcome.example.camera_id}, {outcome.modulated.query.modality}; without "
+            f"modulation rank 1 is {'right' if outcome.right(outcome.unmodulated) else 'wrong'}",
+            pictures=[Picture(outcome.example.file.read_bytes(), "image/*")],
+            answer=outcome.modulated,
+            matches=outcome.matches,
+        )
+        for outcome in outcomes
+    ]
+
+
+def _rank1(outcomes: list[Outcome], answers: list[QueryAnswer]) -> float:
+    """Share of queries whose first result shows the right person."""
+    right = [outcome.right(answer) for outcome, answer in zip(outcomes, answers, strict=True)]
+    return sum(right) / len(right)
+
+
+def _checkpoint(examples: Path) -> Path:
+    found = sorted(examples.glob("*.safetensors"))
+    if len(found) != 1:
+        raise DemoError(
+            f"{examples} holds {len(found)} .safetensors files and must hold one; run this in a "
+            "clone of the repository, or give --examples"
+        )
+    return found[0]
+
+
+def _queries(manifest: Path) -> list[Example]:
+    with manifest.open(newline="") as file:
+        queries = [
+            Example(manifest.parent / row["file"], row["person_id"], row["camera_id"])
+            for row in csv.DictReader(file)
+            if row["role"] == "query"
+        ]
+    if not queries:
+        raise DemoError(f"{manifest} names no query; restore it from the repository")
+    return queries
+
+
+def _expected(file: Path) -> float:
+    """The rank-1, from 0 to 1, that the queries reach with modulation."""
+    try:
+        return float(json.loads(file.read_text())["rank1"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DemoError(
+            f'{file} must hold {{"rank1": …}}; restore it from the repository'
+        ) from error

@@ -1,0 +1,28 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from service.client import DEFAULT_URL, Client
+
+Url = Annotated[str, typer.Option("--url", envvar="CMT_URL", help="Address of the service.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", envvar="CMT_API_KEY", help="Key of the service, better set as CMT_API_KEY."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ModalityOption = Annotated[
+    Literal["auto", "rgb", "ir"],
+    typer.Option(help="Kind of camera; auto takes an image without color for infrared."),
+]
+KeysFile = Annotated[
+    Path, typer.Option("--file", envvar="CMT_API_KEYS_FILE", help="The file of keys.")
+]
+
+__all__ = ["DEFAULT_URL", "ApiKey", "AsJson", "Client", "KeysFile", "ModalityOption", "Url"]

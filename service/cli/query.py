@@ -1,0 +1,109 @@
+"""`cmt query`: find a person in the gallery of a running service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from service.api.schemas import QueryAnswer
+from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, ModalityOption, Url
+from service.contact_sheet import Picture, Row, matches, part_similarities, render
+
+Option = typer.Option
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def query(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="One person, in 1 to 16 images.")
+    ],
+    top_k: Annotated[int, Option(min=1, max=1000)] = 10,
+    candidates: Annotated[int | None, Option(min=1, help="Shortlist of the recall stage.")] = None,
+    exhaustive: Annotated[bool, Option("--exhaustive", help="Score the whole gallery.")] = False,
+    modulation: Annotated[bool, Option(help="Rank by the query's γ and β, or without.")] = True,
+    group_by: Annotated[
+        Literal["person_id"] | None, Option(help="Only the best image per person.")
+    ] = None,
+    modality: ModalityOption = "auto",
+    person_id: Annotated[list[str] | None, Option(help="Only these; repeat.")] = None,
+    camera_id: Annotated[list[str] | None, Option(help="Only these; repeat.")] = None,
+    exclude_camera_id: Annotated[list[str] | None, Option(help="Not these; repeat.")] = None,
+    gallery_modality: Annotated[list[Literal["rgb", "ir"]] | None, Option()] = None,
+    max_distance: Annotated[float | None, Option(help="Drop weaker results.")] = None,
+    json: AsJson = False,
+    html: Annotated[Path | None, Option(help="Write a contact sheet to this file.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Find a person, nearest first.
+
+    The column of parts shows how much each stripe from head to feet agrees.
+
+    Example: cmt query infrared.png --group-by person_id --html sheet.html
+    """
+    with Client(url, api_key=api_key) as client:
+        answer = client.query(
+            images,
+            top_k=top_k,
+            candidates=candidates,
+            exhaustive=exhaustive,
+            modulation=modulation,
+            group_by=group_by,
+            modality=modality,
+            person_id=person_id,
+            camera_id=camera_id,
+            exclude_camera_id=exclude_camera_id,
+            gallery_modality=gallery_modality,
+            max_distance=max_distance,
+            explain=True,
+        )
+        if html is not None:
+            title = ", ".join(image.name for image in images)
+            row = Row(
+                title=title,
+                note=f"{answer.query.modality}, {answer.query.modality_source}",
+                pictures=[Picture(image.read_bytes(), "image/*") for image in images],
+                answer=answer,
+                matches=matches(client, answer, top_k),
+            )
+            html.write_text(render("Who is this?", [_summary(answer)], [row]))
+    if json:
+        typer.echo(answer.model_dump_json(indent=2, exclude_unset=True))
+    else:
+        Console().print(result_table(answer, top_k))
+        typer.echo(_summary(answer))
+
+
+def result_table(answer: QueryAnswer, show: int) -> Table:
+    """The first `show` results, one line each."""
+    table = Table("rank", "person", "camera", "distance", "parts", "unmodulated rank", "id")
+    similarities = part_similarities(answer.results)
+    for result, parts in zip(answer.results[:show], similarities, strict=False):
+        table.add_row(
+            str(result.rank),
+            escape(result.item.person_id or "-"),
+            escape(result.item.camera_id or "-"),
+            f"{result.distance:.4f}",
+            sparkline(parts),
+            str(result.unmodulated_rank or "-"),
+            result.item.id,
+        )
+    return table
+
+
+def sparkline(similarities: list[float]) -> str:
+    """Numbers from 0 to 1 as blocks of that height."""
+    return "".join(_BLOCKS[round(value * (len(_BLOCKS) - 1))] for value in similarities)
+
+
+def _summary(answer: QueryAnswer) -> str:
+    scored = "all scored" if answer.exhaustive else f"{answer.candidates} rescored"
+    return (
+        f"{answer.searched} items searched, {scored}; the query is {answer.query.modality} "
+        f"({answer.query.modality_source})."
+    )

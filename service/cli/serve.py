@@ -1,0 +1,60 @@
+"""`cmt serve`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Option = typer.Option
+
+
+def serve(
+    checkpoint: Annotated[
+        Path | None, Option(help="The .safetensors file that `cmt train` wrote.")
+    ] = None,
+    data_dir: Annotated[Path | None, Option(help="Folder of the gallery; made if missing.")] = None,
+    host: Annotated[str | None, Option(help="Address to bind, 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, Option(help="Port, 8000 by default; 0 takes a free one.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, Option(help="Where the network and search run.")
+    ] = None,
+    runtime: Annotated[
+        Literal["auto", "torch", "openvino"] | None, Option(help="What runs the network.")
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None, Option(help="Keys made by `cmt keys create`; needed beyond loopback.")
+    ] = None,
+    config: Annotated[
+        Path | None, Option(help="TOML file of settings; CMT_CONFIG names one too.")
+    ] = None,
+) -> None:
+    """Serve the API until Ctrl-C or SIGTERM.
+
+    Every setting is also an environment variable CMT_<NAME> and a key of the TOML file; an option
+    wins over the environment, that over the file.
+
+    Example: cmt serve --checkpoint model.safetensors --data-dir data
+    """
+    from service.server import run
+    from service.settings import load_settings
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("alembic", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run(
+        load_settings(
+            config,
+            checkpoint=checkpoint,
+            data_dir=data_dir,
+            host=host,
+            port=port,
+            device=device,
+            runtime=runtime,
+            api_keys_file=api_keys_file,
+        )
+    )
