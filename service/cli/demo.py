@@ -100,7 +100,7 @@ def demo(
             entries = read_manifest(manifest, [examples / "gallery"])
             failures = send(client, entries, console)
             report(console, len(entries), failures)
-            outcomes = [_run(client, query, console) for query in queries]
+            outcomes = [_run(client, query, len(entries), console) for query in queries]
             modulated = _rank1(outcomes, [outcome.modulated for outcome in outcomes])
             unmodulated = _rank1(outcomes, [outcome.unmodulated for outcome in outcomes])
             lines = [
@@ -118,8 +118,9 @@ def demo(
         raise typer.Exit(1)
 
 
-def _run(client: Client, example: Example, console: Console) -> Outcome:
-    modulated = client.query(example.file, explain=True)
+def _run(client: Client, example: Example, gallery: int, console: Console) -> Outcome:
+    # All of the gallery comes back, so that the similarities of parts are relative to all of it.
+    modulated = client.query(example.file, top_k=gallery, explain=True)
     unmodulated = client.query(example.file, modulation=False)
     outcome = Outcome(
         example, modulated, unmodulated, matches(client, modulated, SHOWN, example.person_id)
