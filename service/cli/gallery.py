@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, Url
+from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, Modality, Url
 
 gallery = typer.Typer(
     help="List, show and delete enrolled crops.\n\nExample: cmt gallery list --person-id 17"
@@ -23,7 +23,7 @@ PAGE = 1000
 def list_items(
     person_id: Annotated[list[str] | None, typer.Option(help="Any of these; repeat.")] = None,
     camera_id: Annotated[list[str] | None, typer.Option(help="Any of these; repeat.")] = None,
-    modality: Annotated[list[Literal["rgb", "ir"]] | None, typer.Option()] = None,
+    modality: Annotated[list[Modality] | None, typer.Option()] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
     json: AsJson = False,
     url: Url = DEFAULT_URL,

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from service.cli.options import AsJson, KeysFile
-from service.keys import KeyFile, Scope
+from service.cli.options import AsJson, KeyScope, KeysFile
+from service.keys import KeyFile
 
 keys = typer.Typer(
     help="Make, list and revoke API keys; a running service notices at once.\n\n"
@@ -20,9 +20,11 @@ keys = typer.Typer(
 @keys.command()
 def create(
     file: KeysFile,
-    scope: Annotated[
-        list[Scope],
-        typer.Option(help="query finds and looks, enroll adds and deletes, admin erases persons."),
+    scopes: Annotated[
+        list[KeyScope],
+        typer.Option(
+            "--scope", help="query finds and looks, enroll adds and deletes, admin erases persons."
+        ),
     ],
     name: Annotated[str, typer.Option(help="Who will use it.")] = "unnamed",
 ) -> None:
@@ -30,7 +32,7 @@ def create(
 
     Example: cmt keys create --file keys.json --name gate --scope query --scope enroll
     """
-    _, token = KeyFile(file).create(name, scope)
+    _, token = KeyFile(file).create(name, [scope.value for scope in scopes])
     typer.echo(token)
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from service.client import DEFAULT_URL, Client
+
+
+class Modality(StrEnum):
+    """Kinds of camera, where several may be chosen: Typer takes no list of a Literal."""
+
+    RGB = "rgb"
+    IR = "ir"
+
+
+class KeyScope(StrEnum):
+    """`service.keys.Scope`, for the same reason."""
+
+    QUERY = "query"
+    ENROLL = "enroll"
+    ADMIN = "admin"
+
 
 Url = Annotated[str, typer.Option("--url", envvar="CMT_URL", help="Address of the service.")]
 ApiKey = Annotated[

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.api.schemas import QueryAnswer
-from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, ModalityOption, Url
+from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, Modality, ModalityOption, Url
 from service.contact_sheet import Picture, Row, matches, part_similarities, render
 
 Option = typer.Option
@@ -33,7 +33,7 @@ def query(
     person_id: Annotated[list[str] | None, Option(help="Only these; repeat.")] = None,
     camera_id: Annotated[list[str] | None, Option(help="Only these; repeat.")] = None,
     exclude_camera_id: Annotated[list[str] | None, Option(help="Not these; repeat.")] = None,
-    gallery_modality: Annotated[list[Literal["rgb", "ir"]] | None, Option()] = None,
+    gallery_modality: Annotated[list[Modality] | None, Option()] = None,
     max_distance: Annotated[float | None, Option(help="Drop weaker results.")] = None,
     json: AsJson = False,
     html: Annotated[Path | None, Option(help="Write a contact sheet to this file.")] = None,
