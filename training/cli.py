@@ -11,29 +11,39 @@ import torch
 import typer
 import yaml
 
-from training.datasets import DatasetError, DatasetName, Sample, read_ids, read_sysu
+from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
 from training.memory import keep_large_blocks
 from training.recipe import load_recipe
 from training.trainer import CHECKPOINT_FILE, STATE_FILE, Trainer, TrainingError
+
+# Where the paper's settings differ between datasets: GeM's exponent.
+DEFAULT_RECIPES = {DatasetName.REGDB: "paper-regdb"}
 
 
 def train(
     root: Annotated[
         list[Path],
-        typer.Option(help="Folder in SYSU-MM01's layout; repeat for several with other people."),
+        typer.Option(help="Folder of the dataset; repeat for several with other people."),
     ],
     run: Annotated[Path, typer.Option(help="Folder of the run: state, metrics and checkpoint.")],
     recipe: Annotated[
-        str, typer.Option(help="'paper', 'compact', or the path of a YAML file.")
-    ] = "paper",
+        str | None,
+        typer.Option(
+            help="'paper', 'paper-regdb', 'compact', or the path of a YAML file. Default: the "
+            "paper's for the dataset."
+        ),
+    ] = None,
     train_ids: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Identity list(s), one comma-separated line each. Default: every root's "
-            "exp/train_id.txt and exp/val_id.txt, as the protocol says."
+            help="Identity list(s), one comma-separated line each. Default: the training side "
+            "of every root, as its protocol says."
         ),
     ] = None,
     dataset: Annotated[DatasetName, typer.Option(help="Layout of the roots.")] = DatasetName.SYSU,
+    trial: Annotated[
+        int, typer.Option(help="RegDB: which of the ten splits, each a run of its own.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and augmentation.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     weights: Annotated[
@@ -56,8 +66,8 @@ def train(
         raise TrainingError(
             f"{run} holds a run already; add --resume to go on with it, or choose another folder"
         )
-    chosen = load_recipe(recipe)
-    samples = training_samples(root, train_ids)
+    chosen = load_recipe(recipe or DEFAULT_RECIPES.get(dataset, "paper"))
+    samples = training_samples(root, train_ids, dataset, trial)
     identities = sorted({sample.person_id for sample in samples})
     trainer = Trainer(
         chosen,
@@ -67,7 +77,12 @@ def train(
         device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
         weights=weights,
         cache=cache,
-        facts={"dataset": dataset.value, "identities": identities, "images": len(samples)},
+        facts={
+            "dataset": dataset.value,
+            "identities": identities,
+            "images": len(samples),
+            **({"trial": trial} if LAYOUTS[dataset].trials > 1 else {}),
+        },
     )
     typer.echo(yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False))
     typer.echo(
@@ -82,16 +97,23 @@ def train(
     typer.echo(f"Wrote {run / CHECKPOINT_FILE}, fingerprint {info.fingerprint[:16]}")
 
 
-def training_samples(roots: Sequence[Path], train_ids: Sequence[Path] | None) -> list[Sample]:
+def training_samples(
+    roots: Sequence[Path],
+    train_ids: Sequence[Path] | None,
+    dataset: DatasetName = DatasetName.SYSU,
+    trial: int = 1,
+) -> list[Sample]:
     """The images of the chosen identities of all roots, root by root.
 
     Raises DatasetError when an identity is in two roots (they would be two people) or in none.
     """
-    wanted = {person for path in train_ids for person in read_ids(path)} if train_ids else None
+    layout = LAYOUTS[dataset]
+    wanted = (
+        {person for path in train_ids for person in layout.read_ids(path)} if train_ids else None
+    )
     samples: list[Sample] = []
     for root in roots:
-        ids = _protocol_ids(root) if wanted is None else wanted
-        found = [sample for sample in read_sysu(root) if sample.person_id in ids]
+        found = layout.train(root, trial, wanted)
         known = {sample.person_id for sample in samples}
         twice = known & {sample.person_id for sample in found}
         if twice:
@@ -107,11 +129,9 @@ def training_samples(roots: Sequence[Path], train_ids: Sequence[Path] | None) ->
             "correct --train-ids or add its root"
         )
     if not Counter(sample.modality for sample in samples).keys() >= {"rgb", "ir"}:
-        raise DatasetError(f"no visible or no infrared images for the chosen identities in {roots}")
+        raise DatasetError(
+            "no visible or no infrared images for the chosen identities in "
+            f"{', '.join(map(str, roots))}",
+            dataset,
+        )
     return samples
-
-
-def _protocol_ids(root: Path) -> set[int]:
-    ids = set(read_ids(root / "exp" / "train_id.txt"))
-    validation = root / "exp" / "val_id.txt"
-    return ids | set(read_ids(validation)) if validation.is_file() else ids

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from training.datasets.sample import DatasetError
+from training.datasets.sample import DatasetError, DatasetName
 
 
 def read_mat(path: Path, key: str) -> npt.NDArray[Any]:
@@ -21,6 +21,10 @@ def read_mat(path: Path, key: str) -> npt.NDArray[Any]:
     try:
         return np.asarray(loadmat(path)[key])
     except KeyError as error:
-        raise DatasetError(f"Expected an array under the key '{key}' in {path}.") from error
+        raise DatasetError(
+            f"Expected an array under the key '{key}' in {path}.", DatasetName.SYSU
+        ) from error
     except (MatReadError, OSError, TypeError, ValueError) as error:
-        raise DatasetError(f"Expected a readable MATLAB file at {path}.") from error
+        raise DatasetError(
+            f"Expected a readable MATLAB file at {path}.", DatasetName.SYSU
+        ) from error

@@ -7,15 +7,30 @@ from typing import Literal
 
 Modality = Literal["rgb", "ir"]
 
+# What Pillow may open in a dataset, by the names of files and by Pillow's names of formats.
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+
 
 class DatasetName(StrEnum):
     """Layouts that can be trained on and evaluated."""
 
     SYSU = "sysu"
+    REGDB = "regdb"
+    LLCM = "llcm"
+    FOLDER = "folder"
 
 
 class DatasetError(ValueError):
-    """A dataset folder is not as its protocol says; the message names what was expected."""
+    """A dataset folder is not as its protocol says; the message names what was expected.
+
+    With `dataset`, it also names the place in the documentation that describes that layout.
+    """
+
+    def __init__(self, message: str, dataset: DatasetName | None = None) -> None:
+        if dataset is not None:
+            message = f"{message.rstrip('.')}; see docs/training.md#{dataset.value}."
+        super().__init__(message)
 
 
 @dataclass(frozen=True)

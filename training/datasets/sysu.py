@@ -4,32 +4,43 @@ Source: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification" (ICCV 
 1, 2, 4 and 5 see visible light, 3 and 6 near infrared. Not every person was seen by every camera.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import ClassVar
 
-from training.datasets.matfile import read_mat
-from training.datasets.sample import DatasetError, Modality, Sample
+from training.datasets.layout import Layout
+from training.datasets.lists import read_ids
+from training.datasets.sample import DatasetError, DatasetName, Modality, Sample
 
 SYSU_RGB_CAMERAS = (1, 2, 4, 5)
 SYSU_IR_CAMERAS = (3, 6)
 
 
-def read_ids(path: Path) -> list[int]:
-    """Read an identity list such as ``exp/train_id.txt``, ascending and without repeats.
+class Sysu(Layout):
+    """Trained on exp/train_id and exp/val_id, tested on exp/test_id (.txt or .mat)."""
 
-    Args:
-        path: comma-separated text, or the ``.mat`` form of the original archive (one numeric
-            array, under the key ``id``).
+    name = DatasetName.SYSU
+    title = "SYSU-MM01"
+    published: ClassVar[dict[str, int]] = {
+        "training identities": 395,
+        "training visible images": 22258,
+        "training infrared images": 11909,
+        "test identities": 96,
+        "test infrared images": 3803,  # the queries
+    }
 
-    Raises:
-        DatasetError: the file is missing, empty or not a list of positive whole numbers.
-    """
-    if not path.is_file():
-        raise DatasetError(f"Expected the identity list {path}, but there is no such file.")
-    values = _ids_from_mat(path) if path.suffix == ".mat" else _ids_from_text(path)
-    if not values or min(values) < 1:
-        raise DatasetError(f"Expected identities of 1 and above in {path}, separated by commas.")
-    return sorted(set(values))
+    def images(
+        self, root: Path, trial: int = 1, ids: Collection[int] | None = None
+    ) -> list[Sample]:
+        return read_sysu(root, ids)
+
+    def train_ids(self, root: Path, trial: int = 1) -> set[int]:
+        ids = set(read_ids(_id_list(root, "train"), self.name))
+        validation = _id_list(root, "val")
+        return ids | set(read_ids(validation, self.name)) if validation.is_file() else ids
+
+    def test_ids(self, root: Path, trial: int = 1) -> set[int]:
+        return set(read_ids(_id_list(root, "test"), self.name))
 
 
 def read_sysu(root: Path, ids: Iterable[int] | None = None) -> list[Sample]:
@@ -44,13 +55,13 @@ def read_sysu(root: Path, ids: Iterable[int] | None = None) -> list[Sample]:
             identity that was asked for has no image in any camera.
     """
     if not root.is_dir():
-        raise DatasetError(f"Expected a SYSU-MM01 folder at {root}, but there is no such folder.")
+        raise _error(f"Expected a SYSU-MM01 folder at {root}, but there is no such folder.")
     wanted = None if ids is None else set(ids)
     samples: list[Sample] = []
     for camera in sorted(SYSU_RGB_CAMERAS + SYSU_IR_CAMERAS):
         folder = root / f"cam{camera}"
         if not folder.is_dir():
-            raise DatasetError(f"Expected the camera folder {folder} of the SYSU-MM01 layout.")
+            raise _error(f"Expected the camera folder {folder} of the SYSU-MM01 layout.")
         modality: Modality = "ir" if camera in SYSU_IR_CAMERAS else "rgb"
         for person in folder.iterdir():
             # Names that are no identity (a desktop's thumbnails) belong to nobody.
@@ -60,15 +71,9 @@ def read_sysu(root: Path, ids: Iterable[int] | None = None) -> list[Sample]:
                 samples.extend(
                     Sample(path, int(person.name), camera, modality) for path in _images(person)
                 )
-    missing = (wanted or set()) - {sample.person_id for sample in samples}
-    if missing:
-        first = min(missing)
-        raise DatasetError(
-            f"Expected images at {root}/cam*/{first:04d}/0001.jpg, but identity {first} "
-            f"({len(missing)} missing in all) is in no camera of this folder."
-        )
+    samples = Sysu().require(samples, wanted, f"{root}/cam*/{{id:04d}}/0001.jpg")
     if not samples:
-        raise DatasetError(f"Expected images at {root}/cam1/0001/0001.jpg, but there are none.")
+        raise _error(f"Expected images at {root}/cam1/0001/0001.jpg, but there are none.")
     return sorted(samples, key=lambda s: (s.person_id, s.camera, frame_number(s)))
 
 
@@ -81,21 +86,16 @@ def _images(person: Path) -> list[Path]:
     images = [path for path in person.iterdir() if path.suffix.lower() == ".jpg"]
     for path in images:
         if not path.stem.isdecimal():
-            raise DatasetError(f"Expected {person}/0001.jpg and the like, but found {path.name}.")
+            raise _error(f"Expected {person}/0001.jpg and the like, but found {path.name}.")
     return images
 
 
-def _ids_from_text(path: Path) -> list[int]:
-    try:
-        words = path.read_text(encoding="utf-8").replace(",", " ").split()
-        return [int(word) for word in words]
-    except ValueError as error:
-        raise DatasetError(f"Expected whole numbers separated by commas in {path}.") from error
+def _id_list(root: Path, side: str) -> Path:
+    """The text, or where only that is there the original archive's .mat."""
+    text = root / "exp" / f"{side}_id.txt"
+    matlab = text.with_suffix(".mat")
+    return matlab if matlab.is_file() and not text.is_file() else text
 
 
-def _ids_from_mat(path: Path) -> list[int]:
-    values = read_mat(path, "id").ravel()
-    try:
-        return [int(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"Expected whole numbers under the key 'id' in {path}.") from error
+def _error(message: str) -> DatasetError:
+    return DatasetError(message, DatasetName.SYSU)

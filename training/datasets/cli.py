@@ -1,0 +1,89 @@
+"""`cmt data`: look at a dataset before training on it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from training.datasets import LAYOUTS, DatasetName
+from training.datasets.check import DatasetCheck, check_dataset
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at a dataset's folder.\n\nExample: cmt data check SYSU-MM01 --dataset sysu",
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `check` a subcommand although it is the only one."""
+
+
+@app.command()
+def check(
+    root: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
+    dataset: Annotated[DatasetName, typer.Option(help="Layout of ROOT.")],
+    trial: Annotated[int, typer.Option(help="RegDB: which of the ten splits.")] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the counts to this file.")
+    ] = None,
+) -> None:
+    """Count identities, cameras, images and unreadable files, beside the set's published counts.
+
+    Exit status 1 if a file is unreadable.
+
+    Example: cmt data check SYSU-MM01 --dataset sysu
+    """
+    layout = LAYOUTS[dataset]
+    console = Console(soft_wrap=True)
+    with console.status(f"Decoding every image of {root}"):
+        found = check_dataset(layout, root, trial)
+    console.print(_counts(found, layout.title, layout.published))
+    console.print(_cameras(found))
+    for note in found.notes:
+        console.print(f"Not counted: {note}", highlight=False, markup=False)
+    if found.one_modality:
+        shown = ", ".join(map(str, found.one_modality[:10]))
+        console.print(
+            f"{len(found.one_modality)} identities have one modality only and cannot be trained "
+            f"on: {shown}{', …' if len(found.one_modality) > 10 else ''}",
+            highlight=False,
+        )
+    for path, reason in found.unreadable:
+        console.print(f"Unreadable: {path}: {reason}", highlight=False, markup=False)
+    console.print(f"{len(found.unreadable)} of {found.counts['images']} files are unreadable.")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"dataset": dataset.value, "published": layout.published} | asdict(found)
+        json_file.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    if found.unreadable:
+        raise typer.Exit(1)
+
+
+def _counts(found: DatasetCheck, title: str, published: dict[str, int]) -> Table:
+    table = Table(title=f"{title}: counts")
+    table.add_column("")
+    table.add_column("found", justify="right")
+    table.add_column("published", justify="right")
+    table.add_column("")
+    for name, count in found.counts.items():
+        expected = published.get(name)
+        verdict = "" if expected is None else "as published" if count == expected else "differs"
+        table.add_row(name, str(count), "" if expected is None else str(expected), verdict)
+    for name in published.keys() - found.counts.keys():
+        table.add_row(name, "", str(published[name]), "not found")
+    return table
+
+
+def _cameras(found: DatasetCheck) -> Table:
+    table = Table(title="by camera")
+    table.add_column("modality")
+    for name in ("camera", "identities", "images"):
+        table.add_column(name, justify="right")
+    for row in found.cameras:
+        table.add_row(row.modality, str(row.camera), str(row.identities), str(row.images))
+    return table

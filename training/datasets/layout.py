@@ -1,0 +1,82 @@
+"""One interface for all layouts: which images are there, which are trained on, which are tested."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from training.datasets.lists import read_ids
+from training.datasets.sample import DatasetError, DatasetName, Sample
+
+
+class Layout(ABC):
+    """A folder layout and the sides of its protocol.
+
+    Attributes:
+        name: what `--dataset` says.
+        title: the set's name in tables.
+        trials: how many splits into training and test people the set has (one model each).
+        published: what the set's own papers count, by the names that `cmt data check` uses.
+    """
+
+    name: ClassVar[DatasetName]
+    title: ClassVar[str]
+    trials: ClassVar[int] = 1
+    published: ClassVar[dict[str, int]] = {}
+
+    @abstractmethod
+    def images(
+        self, root: Path, trial: int = 1, ids: Collection[int] | None = None
+    ) -> list[Sample]:
+        """Every image of a folder, or those of some identities.
+
+        Raises:
+            DatasetError: a file or folder of the layout is missing, or an identity that was asked
+                for has no image.
+        """
+
+    @abstractmethod
+    def train_ids(self, root: Path, trial: int = 1) -> set[int]:
+        """The identities that the protocol trains on; DatasetError where their list is missing."""
+
+    @abstractmethod
+    def test_ids(self, root: Path, trial: int = 1) -> set[int]:
+        """The identities that the protocol tests on; DatasetError where their list is missing."""
+
+    def read_ids(self, path: Path) -> list[int]:
+        """The identities that a list given by the user names (`--train-ids`, `--ids`)."""
+        return read_ids(path)
+
+    def train(self, root: Path, trial: int = 1, ids: Collection[int] | None = None) -> list[Sample]:
+        """The training images, or those of `ids` that this root has."""
+        self.check_trial(trial)
+        wanted = self.train_ids(root, trial) if ids is None else ids
+        return [sample for sample in self.images(root, trial) if sample.person_id in wanted]
+
+    def test(self, root: Path, trial: int = 1, ids: Collection[int] | None = None) -> list[Sample]:
+        """All images of the test identities, or of `ids`, which must all be there."""
+        self.check_trial(trial)
+        return self.images(root, trial, self.test_ids(root, trial) if ids is None else ids)
+
+    def check_trial(self, trial: int) -> None:
+        """DatasetError unless the set has a split of that number, from 1."""
+        if not 1 <= trial <= self.trials:
+            there = "one split only" if self.trials == 1 else f"splits 1 to {self.trials}"
+            raise DatasetError(f"{self.title} has {there}, not --trial {trial}.", self.name)
+
+    def require(
+        self, samples: Iterable[Sample], ids: Collection[int] | None, expected: str
+    ) -> list[Sample]:
+        """`samples` of `ids` in their order; DatasetError if an identity has none.
+
+        expected: where its image should be, with "{id}" for the identity.
+        """
+        kept = [sample for sample in samples if ids is None or sample.person_id in ids]
+        missing = set(ids or ()) - {sample.person_id for sample in kept}
+        if missing:
+            raise DatasetError(
+                f"Expected images at {expected.format(id=min(missing))}, but identity "
+                f"{min(missing)} ({len(missing)} missing in all) has none in this folder.",
+                self.name,
+            )
+        return kept
