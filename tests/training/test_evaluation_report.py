@@ -11,12 +11,12 @@ from PIL import Image
 
 from model import CMT, Modulation, load_checkpoint, modulate, preprocess, save_checkpoint
 from model.cli import main
-from training.datasets import DatasetError, Sample, read_sysu
-from training.evaluation import evaluate_sysu, rank_metrics
+from training.datasets import DatasetError, DatasetName, Sample, read_sysu
+from training.evaluation import evaluate_model, protocol_splits, rank_metrics
 from training.evaluation.cli import refuse_training_identities
 from training.evaluation.embedding import embed_samples
-from training.evaluation.report import vitality_lines
 from training.evaluation.sysu import seeded_galleries
+from training.evaluation.tables import vitality_lines
 from training.evaluation.vitality import (
     bootstrap_interval,
     compensation_vitality,
@@ -32,9 +32,20 @@ def samples():
     return read_sysu(MINI)
 
 
+def evaluate_sysu(model, samples, **options):
+    splits = protocol_splits(DatasetName.SYSU, samples)
+    return evaluate_model(DatasetName.SYSU, model, samples, splits, **options)
+
+
 @pytest.fixture(scope="module")
-def evaluation(tiny_model, samples):
+def whole(tiny_model, samples):
     return evaluate_sysu(tiny_model, samples, batch_size=7)
+
+
+@pytest.fixture(scope="module")
+def evaluation(whole):
+    """All-search, single-shot."""
+    return whole.splits[0]
 
 
 def plain_embedding(model, samples):
@@ -77,7 +88,7 @@ def test_figures_equal_modulating_the_gallery_image_by_image(tiny_model, samples
 
 
 def test_sizes_and_convention(evaluation):
-    assert evaluation.trials == "seeded"
+    assert (evaluation.convention, evaluation.trials) == ("seeded", 10)
     assert (evaluation.identities, evaluation.queries, evaluation.gallery) == (8, 32, 31.0)
 
 
@@ -90,7 +101,7 @@ def test_the_gain_is_the_difference_of_the_two_rankings(evaluation):
 
 def test_a_fresh_network_shows_that_its_modulation_does_nothing(tiny_config, samples):
     torch.manual_seed(3)
-    idle = evaluate_sysu(CMT(tiny_config), samples)
+    idle = evaluate_sysu(CMT(tiny_config), samples).splits[0]
     assert (idle.modulation.gamma_mean, idle.modulation.gamma_std) == (1.0, 0.0)
     assert idle.modulation.beta_to_feature == 0.0
     assert idle.modulation.top10_reordered == 0.0
@@ -103,9 +114,10 @@ def test_modules_that_are_switched_off_are_not_reported(tiny_config, samples):
         update={"modality_alignment": False, "instance_alignment": False, "metric": "cosine"}
     )
     base = evaluate_sysu(CMT(config), samples)
-    assert base.modulation is None
     assert base.compensation is None
-    assert base.modulated == base.unmodulated
+    for split in base.splits:
+        assert split.modulation is None
+        assert split.modulated == split.unmodulated
     assert base.metric == "cosine"
     assert vitality_lines(base) == []
 
@@ -198,14 +210,15 @@ def test_the_command_prints_and_writes_what_the_library_computes(tiny_checkpoint
     written = json.loads(out.read_text())
     model, info = load_checkpoint(tiny_checkpoint)
     expected = evaluate_sysu(model, read_sysu(MINI, [12, 218, 370]))
-    assert written.pop("checkpoint") == {
-        "file": tiny_checkpoint.name,
-        "fingerprint": info.fingerprint,
-    }
-    assert written == expected.to_json()
+    assert written.pop("checkpoints") == [
+        {"file": tiny_checkpoint.name, "fingerprint": info.fingerprint}
+    ]
+    assert written == json.loads(json.dumps(expected.to_json()))
     printed = capsys.readouterr().out
-    assert "seeded trials" in printed
-    assert str(expected.modulated.mean_ap) in printed
+    assert "10 trials (drawn by the seeded convention)" in printed
+    for split in expected.splits:
+        assert str(split.modulated.mean_ap) in printed
+        assert str(split.unmodulated.mean_inp) in printed
     for line in vitality_lines(expected):
         assert line in printed
 
@@ -224,10 +237,14 @@ def test_the_official_trial_file_is_used_where_it_lies(tiny_model, tmp_path, cap
     save_checkpoint(checkpoint, tiny_model)
     out = tmp_path / "evaluation.json"
     assert main([*arguments(checkpoint, root), "--json", str(out)]) == 0
-    assert "official trials" in capsys.readouterr().out
-    written = json.loads(out.read_text())
-    assert written["trials"] == "official"
-    assert written["modulated"]["mean_ap"]["std"] == 0.0  # ten equal rows
+    assert "from the official trial file" in capsys.readouterr().out
+    written = json.loads(out.read_text())["splits"]
+    assert [split["convention"] for split in written] == ["official"] * 4
+    assert written[0]["modulated"]["mean_ap"]["std"] == 0.0  # ten equal rows
+    assert main([*arguments(checkpoint, root), "--convention", "seeded"]) == 0
+    assert "from the official trial file" not in capsys.readouterr().out
+    assert main([*arguments(checkpoint), "--convention", "official"]) == 1
+    assert "rand_perm_cam.mat" in capsys.readouterr().err
 
 
 def test_training_identities_are_refused(tiny_model, tmp_path, capsys):

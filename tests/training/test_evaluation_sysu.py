@@ -9,12 +9,8 @@ import pytest
 from scipy.io import loadmat, savemat
 
 from training.datasets import DatasetError, Sample, read_sysu
-from training.evaluation.sysu import (
-    choose_trials,
-    official_galleries,
-    query_indices,
-    seeded_galleries,
-)
+from training.evaluation.splits import of_modality
+from training.evaluation.sysu import official_galleries, seeded_galleries, sysu_splits
 
 MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 VALIDATION = [12, 218, 370]
@@ -57,10 +53,10 @@ def chosen(samples, gallery):
 
 
 def test_every_infrared_image_is_a_query(samples):
-    queries = query_indices(samples)
+    queries = of_modality(samples, "ir")
     assert [samples[i].camera for i in queries] == [3, 3, 6, 6] * 3
     with pytest.raises(DatasetError, match="infrared"):
-        query_indices([sample for sample in samples if sample.modality == "rgb"])
+        of_modality([sample for sample in samples if sample.modality == "rgb"], "ir")
 
 
 def test_seeded_trials_follow_the_convention_of_public_code(samples):
@@ -81,9 +77,9 @@ def test_seeded_trials_follow_the_convention_of_public_code(samples):
 
 def test_official_trials_take_the_first_frame_of_each_row(samples, frames, tmp_path):
     path = write_trials(tmp_path / "rand_perm_cam.mat", frames)
-    trials = choose_trials(samples, path)
-    assert trials.convention == "official"
-    for trial, gallery in enumerate(trials.galleries):
+    split = sysu_splits(samples, path)[0]
+    assert (split.setting, split.shots, split.convention) == ("all", "single", "official")
+    for trial, gallery in enumerate(split.galleries):
         expected = [
             (person, camera, f"{frames[camera, person][trial, 0]:04d}.jpg")
             for person in VALIDATION
@@ -103,10 +99,41 @@ def test_official_trials_by_camera_and_number_of_shots(samples, frames, tmp_path
 
 def test_without_a_trial_file_trials_are_seeded(samples, tmp_path):
     for missing in (None, tmp_path / "rand_perm_cam.mat"):
-        trials = choose_trials(samples, missing)
-        assert trials.convention == "seeded"
-        for gallery, expected in zip(trials.galleries, seeded_galleries(samples), strict=True):
+        split = sysu_splits(samples, missing)[0]
+        assert split.convention == "seeded"
+        for gallery, expected in zip(split.galleries, seeded_galleries(samples), strict=True):
             np.testing.assert_array_equal(gallery, expected)
+
+
+def test_all_four_searches_of_the_protocol(samples):
+    splits = sysu_splits(samples, None)
+    assert [split.title for split in splits] == [
+        "all-search single-shot",
+        "all-search multi-shot",
+        "indoor-search single-shot",
+        "indoor-search multi-shot",
+    ]
+    for split in splits:
+        cameras = {1, 2} if split.setting == "indoor" else {1, 2, 4, 5}
+        assert split.protocol == "sysu"
+        assert split.queries.size == 12  # infrared images of the outdoor camera 6 too
+        for gallery in split.galleries:
+            assert {samples[i].camera for i in gallery} == cameras
+            # Person 12 was never seen by camera 4; everyone has two images in a camera.
+            cells = 3 * len(cameras) - (split.setting == "all")
+            assert len(set(gallery)) == cells * (2 if split.shots == "multi" else 1)
+
+
+def test_indoor_search_is_left_out_without_indoor_cameras(samples):
+    outdoor = [sample for sample in samples if sample.camera not in (1, 2)]
+    assert {split.setting for split in sysu_splits(outdoor, None)} == {"all"}
+
+
+def test_seeded_multi_shot_draws_ten_different_files():
+    many = [Sample(Path(f"{frame:04d}.jpg"), 1, 1, "rgb") for frame in range(30)]
+    galleries = seeded_galleries(many, shots=10)
+    assert all(len(set(gallery)) == 10 for gallery in galleries)
+    assert len({tuple(sorted(gallery)) for gallery in galleries}) > 5
 
 
 def test_a_trial_file_of_another_set_is_refused(samples, frames, tmp_path):
@@ -141,7 +168,7 @@ def test_the_official_file_gives_the_published_sizes():
         for frame in range(1, frames.shape[1] + 1)
     ]
     path = Path(OFFICIAL)
-    assert query_indices(samples).size == 3803
+    assert of_modality(samples, "ir").size == 3803
     for cameras, shots, size in (
         ((1, 2, 4, 5), 1, 301),
         ((1, 2, 4, 5), 10, 3010),
@@ -150,7 +177,7 @@ def test_the_official_file_gives_the_published_sizes():
     ):
         galleries = official_galleries(samples, path, cameras, shots)
         assert [len(set(gallery)) for gallery in galleries] == [size] * 10
-    for trial, gallery in enumerate(choose_trials(samples, path).galleries):
+    for trial, gallery in enumerate(sysu_splits(samples, path)[0].galleries):
         for i in gallery:
             sample = samples[i]
             assert int(sample.path.stem) == rows[sample.camera, sample.person_id][trial, 0]

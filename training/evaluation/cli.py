@@ -1,63 +1,119 @@
 """`cmt evaluate`."""
 
 import json
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from model import CheckpointInfo, load_checkpoint
-from training.datasets import DatasetError, DatasetName, read_ids, read_sysu
-from training.evaluation.report import evaluate_sysu, table, vitality_lines
+from training.datasets import LAYOUTS, DatasetError, DatasetName
+from training.evaluation.figures import plot_cmc, write_sheets
+from training.evaluation.protocols import protocol_splits
+from training.evaluation.report import Evaluation, score_model, summarise
 from training.evaluation.sysu import TRIAL_FILE
+from training.evaluation.tables import detail_table, paper_tables, size_lines, vitality_lines
+
+TRIAL_FIELD = "{trial}"
+
+
+class Convention(StrEnum):
+    """Who draws SYSU-MM01's galleries."""
+
+    AUTO = "auto"
+    OFFICIAL = "official"
+    SEEDED = "seeded"
 
 
 def evaluate(
     dataset: Annotated[DatasetName, typer.Option(help="Layout and protocol of ROOT.")],
     root: Annotated[Path, typer.Option(help="Folder of the dataset.")],
-    checkpoint: Annotated[Path, typer.Option(help="The .safetensors file to evaluate.")],
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="The .safetensors file to evaluate. RegDB's ten: 'run/{trial}.safetensors'."
+        ),
+    ],
     ids: Annotated[
         Path | None,
-        typer.Option(help="Identities to evaluate on; ROOT/exp/test_id.txt if not given."),
+        typer.Option(help="List of identities to evaluate on instead of the protocol's test side."),
     ] = None,
+    trial: Annotated[
+        int | None,
+        typer.Option(help="RegDB: only this split. Default: the checkpoint's own, or all ten."),
+    ] = None,
+    convention: Annotated[
+        Convention,
+        typer.Option(
+            help=f"SYSU-MM01's galleries: the official ones of {TRIAL_FILE}, or seeded draws; auto "
+            "takes the official ones where the file is there."
+        ),
+    ] = Convention.AUTO,
+    rerank: Annotated[
+        bool, typer.Option(help="Also k-reciprocal re-ranking, in rows of its own.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write CMC curves to this picture.")] = None,
+    sheets: Annotated[
+        Path | None,
+        typer.Option(help="Write pictures of the best and worst queries to this folder."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
 ) -> None:
-    """Measure a checkpoint on identities that it was not trained on.
+    """Measure a checkpoint on identities that it was not trained on, by the dataset's protocol.
 
     Example: cmt evaluate --dataset sysu --root SYSU-MM01 --checkpoint run/best.safetensors
     --json result.json
     """
-    identities = read_ids(ids or root / "exp" / "test_id.txt")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, info = load_checkpoint(checkpoint, device)
-    refuse_training_identities(info, dataset, identities)
-    samples = read_sysu(root, identities)
-    trial_file = root / TRIAL_FILE
+    layout = LAYOUTS[dataset]
+    wanted = None if ids is None else layout.read_ids(ids)
+    trial_file = _trial_file(root, convention) if dataset is DatasetName.SYSU else None
     console = Console(soft_wrap=True)
-    with console.status(f"Embedding {len(samples)} images on {device}"):
-        evaluation = evaluate_sysu(
-            model, samples, trial_file=trial_file, batch_size=batch_size, workers=workers
-        )
-    drawn = f"from {trial_file}" if evaluation.trials == "official" else f"no {trial_file}"
-    console.print(f"Galleries: {evaluation.trials} trials ({drawn}).", highlight=False)
-    console.print(table(evaluation))
-    for line in vitality_lines(evaluation):
-        console.print(line, highlight=False)
+    scores, checkpoints = [], []
+    for number, file in _checkpoints(dataset, checkpoint, trial):
+        model, info = load_checkpoint(file, device)
+        if number is None:  # a checkpoint of RegDB says which split it is of
+            number = int(info.training.get("trial", 1)) if layout.trials > 1 else 1
+        samples = layout.test(root, number, wanted)
+        identities = sorted({sample.person_id for sample in samples})
+        refuse_training_identities(info, dataset, identities)
+        splits = protocol_splits(dataset, samples, trial_file=trial_file)
+        with console.status(f"Embedding {len(samples)} images on {device}"):
+            scores.append(
+                score_model(
+                    model, samples, splits, rerank=rerank, batch_size=batch_size, workers=workers
+                )
+            )
+        entry: dict[str, Any] = {"file": file.name, "fingerprint": info.fingerprint}
+        checkpoints.append(entry | ({"trial": number} if layout.trials > 1 else {}))
+        if sheets is not None:
+            folder = sheets / file.stem if TRIAL_FIELD in checkpoint else sheets
+            for split_scores in scores[-1].splits:
+                write_sheets(samples, split_scores, folder)
+    evaluation = summarise(dataset, scores)
+    _show(console, evaluation)
+    if plot is not None:
+        plot_cmc(evaluation, plot)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"checkpoint": {"file": checkpoint.name, "fingerprint": info.fingerprint}}
-        json_file.write_text(json.dumps(content | evaluation.to_json(), indent=2) + "\n")
+        content = {"checkpoints": checkpoints} | evaluation.to_json()
+        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def refuse_training_identities(info: CheckpointInfo, dataset: str, identities: list[int]) -> None:
+def refuse_training_identities(
+    info: CheckpointInfo, dataset: str, identities: Sequence[int]
+) -> None:
     """Figures on people that a network was trained on say nothing about others.
 
     Raises:
@@ -72,3 +128,61 @@ def refuse_training_identities(info: CheckpointInfo, dataset: str, identities: l
             f"({', '.join(map(str, known[:5]))}{', …' if len(known) > 5 else ''}); choose others "
             "with --ids."
         )
+
+
+def _checkpoints(
+    dataset: DatasetName, checkpoint: str, trial: int | None
+) -> Iterator[tuple[int | None, Path]]:
+    """(trial, file) of every network to evaluate; the trial is None where only it can tell.
+
+    Raises:
+        DatasetError: a pattern for a dataset without trials, or a trial that does not exist or
+            has no file.
+    """
+    layout = LAYOUTS[dataset]
+    if trial is not None:
+        layout.check_trial(trial)
+    if TRIAL_FIELD not in checkpoint:
+        yield trial, Path(checkpoint)
+        return
+    if layout.trials == 1:
+        raise DatasetError(
+            f"{layout.title} has one split; name one checkpoint without {TRIAL_FIELD}", dataset
+        )
+    numbers = range(1, layout.trials + 1) if trial is None else [trial]
+    files = [(number, Path(checkpoint.replace(TRIAL_FIELD, str(number)))) for number in numbers]
+    missing = [file for _, file in files if not file.is_file()]
+    if missing:  # before hours go into the others
+        raise DatasetError(
+            f"Expected the checkpoint {missing[0]} ({len(missing)} missing in all): {layout.title} "
+            f"has one for each of its {layout.trials} trials; train it with --trial, or evaluate "
+            "one with --trial",
+            dataset,
+        )
+    yield from files
+
+
+def _trial_file(root: Path, convention: Convention) -> Path | None:
+    path = root / TRIAL_FILE
+    if convention is Convention.OFFICIAL and not path.is_file():
+        raise DatasetError(
+            f"Expected the official trial file {path}, but there is no such file",
+            DatasetName.SYSU,
+        )
+    return None if convention is Convention.SEEDED else path
+
+
+def _show(console: Console, evaluation: Evaluation) -> None:
+    for line in size_lines(evaluation):
+        console.print(line, highlight=False)
+    _print_whole(console, detail_table(evaluation))
+    for line in vitality_lines(evaluation):
+        console.print(line, highlight=False, markup=False)
+    for table in paper_tables(evaluation):
+        _print_whole(console, table)
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """At its own width: a figure that is cut off to fit a narrow terminal is worth nothing."""
+    wide = console.options.update(max_width=1000)
+    console.print(table, width=console.measure(table, options=wide).maximum, crop=False)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from model import CMT, CMTConfig, Modality, preprocess
-from training.datasets import Sample
+from training.datasets import DatasetError, Sample
+from training.datasets.sample import IMAGE_FORMATS
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,14 @@ class _Crops(Dataset[tuple[Tensor, Modality]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Modality]:
         sample = self.samples[index]
-        with Image.open(sample.path, formats=("JPEG",)) as image:
-            return preprocess(image, self.config), sample.modality
+        try:
+            with Image.open(sample.path, formats=IMAGE_FORMATS) as image:
+                return preprocess(image, self.config), sample.modality
+        except (OSError, SyntaxError) as error:  # Pillow raises both for damaged files
+            raise DatasetError(
+                f"{sample.path} cannot be decoded ({error}); replace it or remove it from the "
+                "dataset."
+            ) from error
 
 
 @torch.inference_mode()

@@ -1,40 +1,30 @@
-"""One checkpoint on one set: modulated and unmodulated ranking side by side, and both modules.
+"""What an evaluation says: figures of every search, over all trials, and of both modules.
 
-`evaluate_sysu` computes an `Evaluation`; `table` shows it in a terminal, `to_json` in a file.
+`evaluate_model` computes it for one checkpoint, `summarise` joins several (RegDB has a model for
+each trial); `training.evaluation.tables` shows it.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
 
 import numpy as np
-import torch
-from rich.table import Table
-from torch import Tensor
 
-from model import CMT, Modulation
+from model import CMT
 from model.config import MODALITIES
-from training.datasets import Sample
+from training.datasets import DatasetName, Sample
 from training.evaluation.embedding import Embedded, embed_samples
-from training.evaluation.metrics import (
-    FloatArray,
-    IntArray,
-    RankMetrics,
-    excluded_pairs,
-    score_queries,
-)
-from training.evaluation.sysu import choose_trials, query_indices
+from training.evaluation.metrics import QueryScores
+from training.evaluation.scoring import SplitScores, score_splits
+from training.evaluation.splits import Split
 from training.evaluation.vitality import (
     CompensationVitality,
     ModulationVitality,
     bootstrap_interval,
     compensation_vitality,
-    gamma_beta_figures,
-    top_changes,
 )
 
-QUERY_BLOCK = 512
+CMC_LENGTH = 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The protocol's figures for one way of ranking."""
+    """The protocol's figures for one way of ranking; cmc is the mean over trials, rank 1 to 20."""
 
     rank_1: Spread
     rank_5: Spread
@@ -62,31 +52,72 @@ class Ranking:
     rank_20: Spread
     mean_ap: Spread
     mean_inp: Spread
+    cmc: tuple[float, ...]
+
+    @classmethod
+    def over(cls, trials: Sequence[QueryScores]) -> "Ranking":
+        """Raises ValueError where no query of a trial has a positive."""
+        summaries = [scores.summary(CMC_LENGTH) for scores in trials]
+
+        def rank(k: int) -> Spread:
+            return Spread.over([float(summary.cmc[k - 1]) for summary in summaries])
+
+        return cls(
+            rank_1=rank(1),
+            rank_5=rank(5),
+            rank_10=rank(10),
+            rank_20=rank(20),
+            mean_ap=Spread.over([summary.mean_ap for summary in summaries]),
+            mean_inp=Spread.over([summary.mean_inp for summary in summaries]),
+            cmc=tuple(np.mean([summary.cmc for summary in summaries], axis=0).tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class SplitEvaluation:
+    """One search; figures are fractions in [0, 1].
+
+    Attributes:
+        setting, shots: as in published tables, see `Split`.
+        title: both in words.
+        convention: "official", "seeded" or "whole", what drew the galleries.
+        trials: galleries, over all models.
+        identities, queries, gallery: sizes, mean over trials (queries: those that have a positive).
+        modulated, unmodulated: rankings with the query's γ, β and with γ = 1, β = 0.
+        reranked: modulated, then k-reciprocal re-ranking; None where not asked for.
+        modulation: None where the network has no instance alignment.
+    """
+
+    setting: str
+    shots: str
+    title: str
+    convention: str
+    trials: int
+    identities: float
+    queries: float
+    gallery: float
+    modulated: Ranking
+    unmodulated: Ranking
+    reranked: Ranking | None
+    modulation: ModulationVitality | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything an evaluation says; figures are fractions in [0, 1].
+    """Everything an evaluation says.
 
     Attributes:
-        protocol: in words.
-        trials: "official" or "seeded", which convention drew the galleries.
-        identities, queries, gallery: sizes (gallery: images per trial, mean).
+        dataset: the layout's name.
         metric: the distance that ranks, "euclidean" or "cosine".
-        modulated, unmodulated: rankings with the query's γ, β and with γ = 1, β = 0.
-        modulation: None where the network has no instance alignment.
+        models: how many checkpoints the figures are over (ten for RegDB's ten trials).
+        splits: the protocol's searches.
         compensation: per missing modality; None where the network has no modality alignment.
     """
 
-    protocol: str
-    trials: str
-    identities: int
-    queries: int
-    gallery: float
+    dataset: str
     metric: str
-    modulated: Ranking
-    unmodulated: Ranking
-    modulation: ModulationVitality | None
+    models: int
+    splits: list[SplitEvaluation]
     compensation: dict[str, CompensationVitality | None] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -94,178 +125,119 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate_sysu(
+@dataclass(frozen=True)
+class ModelScores:
+    """What one network contributes to an evaluation."""
+
+    splits: list[SplitScores]
+    compensation: dict[str, CompensationVitality | None] | None
+    metric: str
+    instance_alignment: bool
+
+
+def score_model(
     model: CMT,
     samples: Sequence[Sample],
+    splits: Sequence[Split],
     *,
-    trial_file: Path | None = None,
+    rerank: bool = False,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> ModelScores:
+    """Embed all samples on the device that the network is on, and score every search.
+
+    Raises:
+        DatasetError: an image cannot be decoded.
+        ValueError: the network's output is not finite.
+    """
+    embedded = embed_samples(model, samples, batch_size=batch_size, workers=workers)
+    return ModelScores(
+        splits=score_splits(model, embedded, splits, rerank=rerank),
+        compensation=_compensation(embedded),
+        metric=model.config.metric,
+        instance_alignment=model.config.instance_alignment,
+    )
+
+
+def summarise(dataset: DatasetName, scores: Sequence[ModelScores]) -> Evaluation:
+    """Figures over all trials of all models; every model has the same searches.
+
+    Raises:
+        ValueError: no query of a trial has a positive.
+    """
+    return Evaluation(
+        dataset=dataset.value,
+        metric=scores[0].metric,
+        models=len(scores),
+        splits=[
+            _summarise_split(of_models, scores[0].instance_alignment)
+            for of_models in zip(*(model.splits for model in scores), strict=True)
+        ],
+        compensation=_mean_compensation([model.compensation for model in scores]),
+    )
+
+
+def evaluate_model(
+    dataset: DatasetName,
+    model: CMT,
+    samples: Sequence[Sample],
+    splits: Sequence[Split],
+    *,
+    rerank: bool = False,
     batch_size: int = 64,
     workers: int = 0,
 ) -> Evaluation:
-    """All-search single-shot on SYSU-MM01, 10 trials; the network runs on the device it is on.
+    """`score_model` and `summarise` for one network, with the errors of both."""
+    scores = score_model(
+        model, samples, splits, rerank=rerank, batch_size=batch_size, workers=workers
+    )
+    return summarise(dataset, [scores])
 
-    Args:
-        samples: all images of the test identities, as `read_sysu` lists them.
-        trial_file: the official `rand_perm_cam.mat`; None, or a file that is not there, draws
-            seeded trials.
-        batch_size, workers: as in `embed_samples`.
 
-    Raises:
-        DatasetError: there are no queries or no gallery, or the trial file is of another set.
-        ValueError: no query has a positive, or the network's output is not finite.
-    """
-    queries = query_indices(samples)
-    trials = choose_trials(samples, trial_file)
-    embedded = embed_samples(model, samples, batch_size=batch_size, workers=workers)
-    pool = np.unique(np.concatenate(trials.galleries))  # every image that any trial uses
-    query_features = embedded.embedding[torch.from_numpy(queries)]
-    pool_features = embedded.embedding[torch.from_numpy(pool)]
-    modulation = _modulation(model, query_features)
-    identity = Modulation.identity(*modulation.gamma.shape)
-    modulated = _distances(model, query_features, pool_features, modulation)
-    unmodulated = _distances(model, query_features, pool_features, identity)
-
-    people = np.array([sample.person_id for sample in samples])
-    cameras = np.array([sample.camera for sample in samples])
-    with_scores, without_scores, changes = [], [], []
-    for gallery in trials.galleries:
-        labels = people[queries], people[gallery], cameras[queries], cameras[gallery]
-        columns = np.searchsorted(pool, gallery)
-        with_scores.append(score_queries(modulated[:, columns], *labels, "sysu"))
-        without_scores.append(score_queries(unmodulated[:, columns], *labels, "sysu"))
-        changes.append(
-            top_changes(
-                modulated[:, columns], unmodulated[:, columns], excluded_pairs(*labels, "sysu")
-            )
-        )
-    gains = [
-        scores.average_precision - plain.average_precision
-        for scores, plain in zip(with_scores, without_scores, strict=True)
-    ]
-    # Whether a query has a positive depends on identity and camera only, hence on no trial.
-    answerable = with_scores[0].answerable
-    return Evaluation(
-        protocol="SYSU-MM01 all-search single-shot",
-        trials=trials.convention,
-        identities=len(np.unique(people)),
-        queries=int(answerable.sum()),
-        gallery=float(np.mean([gallery.size for gallery in trials.galleries])),
-        metric=model.config.metric,
-        modulated=_ranking([scores.summary() for scores in with_scores]),
-        unmodulated=_ranking([scores.summary() for scores in without_scores]),
-        modulation=(
-            _modulation_vitality(
-                modulation,
-                pool_features,
-                np.mean(changes, axis=0),
-                np.mean(gains, axis=0)[answerable],
-                people[queries][answerable],
-            )
-            if model.config.instance_alignment
-            else None
-        ),
-        compensation=_compensation(embedded),
+def _summarise_split(models: Sequence[SplitScores], instance_alignment: bool) -> SplitEvaluation:
+    split = models[0].split
+    modulated = [trial for model in models for trial in model.modulated]
+    unmodulated = [trial for model in models for trial in model.unmodulated]
+    reranked = [trial for model in models for trial in model.reranked or ()]
+    galleries = [gallery.size for model in models for gallery in model.split.galleries]
+    return SplitEvaluation(
+        setting=split.setting,
+        shots=split.shots,
+        title=split.title,
+        convention=split.convention,
+        trials=len(modulated),
+        identities=float(np.mean([model.identities for model in models])),
+        queries=float(np.mean([trial.answerable.sum() for trial in modulated])),
+        gallery=float(np.mean(galleries)),
+        modulated=Ranking.over(modulated),
+        unmodulated=Ranking.over(unmodulated),
+        reranked=Ranking.over(reranked) if reranked else None,
+        modulation=_modulation_vitality(models) if instance_alignment else None,
     )
 
 
-def table(evaluation: Evaluation) -> Table:
-    """The evaluation as the terminal shows it, in percent."""
-    sizes = f"{evaluation.queries} queries, {evaluation.gallery:.0f} gallery images"
-    shown = Table(
-        title=f"{evaluation.protocol}, {evaluation.trials} trials",
-        caption=f"{evaluation.identities} identities, {sizes}, {evaluation.metric}; "
-        "percent, mean ± std over trials",
-    )
-    shown.add_column("")
-    shown.add_column("modulated", justify="right")
-    shown.add_column("unmodulated", justify="right")
-    modulated, unmodulated = evaluation.modulated, evaluation.unmodulated
-    for name, field in (
-        ("rank-1", "rank_1"),
-        ("rank-5", "rank_5"),
-        ("rank-10", "rank_10"),
-        ("rank-20", "rank_20"),
-        ("mAP", "mean_ap"),
-        ("mINP", "mean_inp"),
-    ):
-        shown.add_row(name, str(getattr(modulated, field)), str(getattr(unmodulated, field)))
-    return shown
-
-
-def vitality_lines(evaluation: Evaluation) -> list[str]:
-    """What shows that the two modules are alive, one sentence each."""
-    lines = []
-    if (m := evaluation.modulation) is not None:
-        lines += [
-            f"γ over queries: mean {m.gamma_mean:.3f}, deviation {m.gamma_std:.4f}; "
-            f"‖β‖/‖y‖ {m.beta_to_feature:.3f}",
-            f"top 10 changed by modulation for {m.top10_changed:.1%} of queries "
-            f"(changed or reordered {m.top10_reordered:.1%})",
-            f"mAP modulated − unmodulated {100 * m.map_gain:+.2f} points, 95 % interval "
-            f"[{100 * m.map_gain_low:+.2f}, {100 * m.map_gain_high:+.2f}] "
-            "(bootstrap over query identities)",
+def _modulation_vitality(models: Sequence[SplitScores]) -> ModulationVitality:
+    gains, people = [], []
+    for model in models:
+        # Whether a query has a positive depends on identity and camera only, hence on no trial.
+        answerable = model.modulated[0].answerable
+        differences = [
+            scores.average_precision - plain.average_precision
+            for scores, plain in zip(model.modulated, model.unmodulated, strict=True)
         ]
-    for missing, c in (evaluation.compensation or {}).items():
-        if c is not None:
-            lines.append(
-                f"compensated {missing} features: rank-1 {c.rank_1:.1%} against real {missing} "
-                f"centroids (chance {c.chance:.1%}, {c.images} images); variance / ‖mean‖² "
-                f"{c.variance_to_mean:.3f}"
-            )
-    return lines
-
-
-def _modulation(model: CMT, queries: Tensor) -> Modulation:
-    """γ, β of all queries, on the CPU."""
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        return Modulation(*(part.float().cpu() for part in model.modulation(queries.to(device))))
-
-
-def _distances(model: CMT, queries: Tensor, gallery: Tensor, modulation: Modulation) -> FloatArray:
-    """Q×N in blocks of queries, in float64: c − ⟨w, z⟩ cancels where the distance is small."""
-    blocks = (
-        model.distance(x.double(), gallery.double(), Modulation(gamma.double(), beta.double()))
-        for x, gamma, beta in zip(
-            torch.split(queries, QUERY_BLOCK),
-            torch.split(modulation.gamma, QUERY_BLOCK),
-            torch.split(modulation.beta, QUERY_BLOCK),
-            strict=True,
-        )
-    )
-    return torch.cat(list(blocks)).numpy()
-
-
-def _ranking(trials: Sequence[RankMetrics]) -> Ranking:
-    def rank(k: int) -> Spread:
-        return Spread.over([float(trial.cmc[k - 1]) for trial in trials])
-
-    return Ranking(
-        rank_1=rank(1),
-        rank_5=rank(5),
-        rank_10=rank(10),
-        rank_20=rank(20),
-        mean_ap=Spread.over([trial.mean_ap for trial in trials]),
-        mean_inp=Spread.over([trial.mean_inp for trial in trials]),
-    )
-
-
-def _modulation_vitality(
-    modulation: Modulation,
-    gallery: Tensor,
-    changes: FloatArray,
-    gains: FloatArray,
-    identities: IntArray,
-) -> ModulationVitality:
-    gamma_mean, gamma_std, beta_to_feature = gamma_beta_figures(modulation, gallery)
-    low, high = bootstrap_interval(gains, identities)
+        gains.append(np.mean(differences, axis=0)[answerable])
+        people.append(model.query_people[answerable])
+    # A person who is tested in several of RegDB's trials is drawn with all of them.
+    low, high = bootstrap_interval(np.concatenate(gains), np.concatenate(people))
+    changes = np.mean([change for model in models for change in model.top_changes], axis=0)
+    gamma_mean, gamma_std, beta_to_feature = np.mean([m.gamma_beta for m in models], axis=0)
     return ModulationVitality(
-        gamma_mean=gamma_mean,
-        gamma_std=gamma_std,
-        beta_to_feature=beta_to_feature,
+        gamma_mean=float(gamma_mean),
+        gamma_std=float(gamma_std),
+        beta_to_feature=float(beta_to_feature),
         top10_changed=float(changes[0]),
         top10_reordered=float(changes[1]),
-        map_gain=float(gains.mean()),
+        map_gain=float(np.concatenate(gains).mean()),
         map_gain_low=low,
         map_gain_high=high,
     )
@@ -280,3 +252,25 @@ def _compensation(embedded: Embedded) -> dict[str, CompensationVitality | None] 
         )
         for missing in MODALITIES
     }
+
+
+def _mean_compensation(
+    models: Sequence[dict[str, CompensationVitality | None] | None],
+) -> dict[str, CompensationVitality | None] | None:
+    """Each figure's mean over the models that have it."""
+    if models[0] is None:
+        return None
+    means: dict[str, CompensationVitality | None] = {}
+    for missing in models[0]:
+        judged = [c for model in models if model and (c := model[missing]) is not None]
+        figures = {
+            field.name: float(np.mean([getattr(c, field.name) for c in judged]))
+            for field in fields(CompensationVitality)
+            if judged
+        }
+        if figures:
+            images = round(figures.pop("images"))
+            means[missing] = CompensationVitality(images=images, **cast(Any, figures))
+        else:
+            means[missing] = None
+    return means

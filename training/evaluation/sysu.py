@@ -1,56 +1,49 @@
 """SYSU-MM01's test protocol: which images are queries, and ten draws of the gallery.
 
 Every infrared image is a query. The gallery of a trial holds, per identity and visible camera, one
-image (single-shot) or ten (multi-shot); all-search takes cameras 1, 2, 4 and 5.
+image (single-shot) or ten (multi-shot); all-search takes cameras 1, 2, 4 and 5, indoor-search
+cameras 1 and 2.
 """
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from training.datasets import SYSU_RGB_CAMERAS, DatasetError, Sample
+from training.datasets import SYSU_RGB_CAMERAS, DatasetError, DatasetName, Sample
 from training.datasets.matfile import read_mat
 from training.datasets.sysu import frame_number
 from training.evaluation.metrics import IntArray
+from training.evaluation.splits import TRIALS, Convention, Split, of_modality, seeded_gallery
 
-TRIALS = 10
 TRIAL_FILE = Path("exp") / "rand_perm_cam.mat"
+SEARCHES = {"all": SYSU_RGB_CAMERAS, "indoor": (1, 2)}
+SHOTS = {"single": 1, "multi": 10}
 
 
-@dataclass(frozen=True)
-class Trials:
-    """The galleries of an evaluation.
+def sysu_splits(samples: Sequence[Sample], trial_file: Path | None) -> list[Split]:
+    """All- and indoor-search, single- and multi-shot; indoor only where cameras 1, 2 have images.
 
-    Attributes:
-        convention: "official" where the archive's own trial file chose, else "seeded".
-        galleries: per trial the indices of the gallery images within the samples.
-    """
-
-    convention: Literal["official", "seeded"]
-    galleries: list[IntArray]
-
-
-def query_indices(samples: Sequence[Sample]) -> IntArray:
-    """Indices of the queries, all infrared images.
+    The galleries are the official ones if `trial_file` is there, else seeded.
 
     Raises:
-        DatasetError: there is none.
+        DatasetError: there are no queries or no gallery, or the trial file is of another set.
     """
-    queries = [i for i, sample in enumerate(samples) if sample.modality == "ir"]
-    if not queries:
-        raise DatasetError("Expected infrared images (cameras 3 and 6) as queries; there are none.")
-    return np.array(queries, dtype=np.int64)
-
-
-def choose_trials(samples: Sequence[Sample], trial_file: Path | None) -> Trials:
-    """All-search single-shot galleries: the official ones if `trial_file` is there, else seeded."""
-    if trial_file is not None and trial_file.is_file():
-        return Trials("official", official_galleries(samples, trial_file))
-    return Trials("seeded", seeded_galleries(samples))
+    official = trial_file is not None and trial_file.is_file()
+    queries = of_modality(samples, "ir")
+    splits = []
+    for setting, cameras in SEARCHES.items():
+        if setting == "indoor" and not any(sample.camera in cameras for sample in samples):
+            continue
+        for shots, number in SHOTS.items():
+            galleries = (
+                official_galleries(samples, trial_file, cameras, number)
+                if official and trial_file is not None
+                else seeded_galleries(samples, cameras, number)
+            )
+            convention: Convention = "official" if official else "seeded"
+            splits.append(Split("sysu", setting, shots, convention, queries, galleries))
+    return splits
 
 
 def official_galleries(
@@ -71,12 +64,14 @@ def official_galleries(
     cells = read_mat(trial_file, "rand_perm_cam").ravel()
     index = {(s.person_id, s.camera, frame_number(s)): i for i, s in enumerate(samples)}
     galleries: list[list[int]] = [[] for _ in range(TRIALS)]
-    for person, camera in _seen_by(samples, cameras):
+    for person, camera in sorted(
+        {(samples[i].person_id, samples[i].camera) for i in _pool(samples, cameras)}
+    ):
         frames = _official_frames(cells, person, camera, trial_file)
         for gallery, row in zip(galleries, frames, strict=True):
             for frame in row[:shots]:
                 if (person, camera, int(frame)) not in index:
-                    raise DatasetError(
+                    raise _error(
                         f"{trial_file} chooses cam{camera}/{person:04d}/{int(frame):04d}.jpg, "
                         "which is not in this folder; use the trial file that belongs to it."
                     )
@@ -85,30 +80,19 @@ def official_galleries(
 
 
 def seeded_galleries(
-    samples: Sequence[Sample], cameras: Sequence[int] = SYSU_RGB_CAMERAS
+    samples: Sequence[Sample], cameras: Sequence[int] = SYSU_RGB_CAMERAS, shots: int = 1
 ) -> list[IntArray]:
-    """The convention of most public code, single-shot: trial t seeds Python's `random` with t.
-
-    Identities ascending, then cameras in order; `random.choice` over the files sorted by name. The
-    draws of an identity depend on the identities before it: the same set gives the same galleries.
-    """
-    files: dict[tuple[int, int], list[int]] = {}
-    for i in sorted(range(len(samples)), key=lambda i: samples[i].path.name):
-        files.setdefault((samples[i].person_id, samples[i].camera), []).append(i)
-    seen = _seen_by(samples, cameras)
-    galleries = []
-    for trial in range(TRIALS):
-        generator = random.Random(trial)
-        galleries.append(np.array([generator.choice(files[key]) for key in seen], dtype=np.int64))
-    return galleries
+    """Ten draws of `seeded_gallery` from the images of some visible cameras."""
+    pool = _pool(samples, cameras)
+    return [seeded_gallery(samples, pool, trial, shots) for trial in range(TRIALS)]
 
 
-def _seen_by(samples: Sequence[Sample], cameras: Sequence[int]) -> list[tuple[int, int]]:
-    """(identity, camera) pairs that have images, in the order in which both conventions walk."""
-    pairs = {(s.person_id, s.camera) for s in samples if s.camera in cameras}
-    if not pairs:
-        raise DatasetError(f"Expected gallery images in cameras {tuple(cameras)}; there are none.")
-    return sorted(pairs, key=lambda pair: (pair[0], cameras.index(pair[1])))
+def _pool(samples: Sequence[Sample], cameras: Sequence[int]) -> IntArray:
+    """Indices of the images of some cameras."""
+    pool = [i for i, sample in enumerate(samples) if sample.camera in cameras]
+    if not pool:
+        raise _error(f"Expected gallery images in cameras {tuple(cameras)}; there are none.")
+    return np.array(pool, dtype=np.int64)
 
 
 def _official_frames(cells: np.ndarray, person: int, camera: int, trial_file: Path) -> np.ndarray:
@@ -118,8 +102,12 @@ def _official_frames(cells: np.ndarray, person: int, camera: int, trial_file: Pa
     except (AttributeError, IndexError):
         frames = np.empty((0, 0))
     if frames.ndim != 2 or frames.shape[0] != TRIALS or frames.shape[1] == 0:
-        raise DatasetError(
+        raise _error(
             f"Expected {TRIALS} trials for identity {person} in camera {camera} in {trial_file}; "
-            "use the trial file that belongs to this folder, or remove it for seeded trials."
+            "use the trial file that belongs to this folder, or --convention seeded."
         )
     return frames
+
+
+def _error(message: str) -> DatasetError:
+    return DatasetError(message, DatasetName.SYSU)

@@ -84,12 +84,24 @@ def top_changes(
     All three are Q×N; images that the protocol excludes for a query come last.
     """
     with_modulation, without = (
-        np.argsort(np.where(excluded, np.inf, distance), axis=1, kind="stable")[:, :top]
-        for distance in (modulated, unmodulated)
+        nearest_kept(distance, excluded, top) for distance in (modulated, unmodulated)
     )
     changed = (np.sort(with_modulation, axis=1) != np.sort(without, axis=1)).any(axis=1)
     reordered = (with_modulation != without).any(axis=1)
     return float(changed.mean()), float(reordered.mean())
+
+
+def nearest_kept(distance: FloatArray, excluded: BoolArray, top: int) -> IntArray:
+    """Columns of the nearest `top` (fewer in a smaller gallery), ascending: Q×top.
+
+    Images that the protocol excludes come last. Not by a whole sort: a multi-shot gallery has
+    thousands of images.
+    """
+    kept = np.where(excluded, np.inf, distance)
+    top = min(top, kept.shape[1])
+    columns = np.sort(np.argpartition(kept, top - 1, axis=1)[:, :top], axis=1)
+    order = np.argsort(np.take_along_axis(kept, columns, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(columns, order, axis=1)
 
 
 def bootstrap_interval(

@@ -1,0 +1,101 @@
+"""Pictures of an evaluation: CMC curves, and sheets of the best and worst queries."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from training.datasets import DatasetError, Sample
+from training.datasets.sample import IMAGE_FORMATS
+from training.evaluation.report import CMC_LENGTH, Evaluation
+from training.evaluation.scoring import SplitScores
+from training.evaluation.tables import ways
+
+THUMBNAIL = (72, 176)  # width, height in pixels
+BORDER = 4
+CAPTION = 14
+RIGHT, WRONG, QUERY = "#1a9850", "#d73027", "#555555"
+
+
+def plot_cmc(evaluation: Evaluation, path: Path) -> None:
+    """Write the CMC curves of every search, mean over trials, as a picture (by its suffix).
+
+    Raises:
+        ValueError: the suffix is of no picture format that can be written.
+    """
+    from matplotlib.figure import Figure  # slow to import, and only here
+
+    figure = Figure(figsize=(4.2 * len(evaluation.splits), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(evaluation.splits), sharey=True, squeeze=False)[0]
+    ranks = np.arange(1, CMC_LENGTH + 1)
+    for panel, split in zip(panels, evaluation.splits, strict=True):
+        for (way, ranking), style in zip(ways(split), ("-", "--", ":"), strict=False):
+            panel.plot(ranks, 100 * np.array(ranking.cmc), style, label=way)
+        panel.set(title=split.title, xlabel="rank", xticks=[1, 5, 10, 15, 20])
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("queries found [%]")
+    panels[-1].legend(loc="lower right")
+    figure.suptitle(f"CMC, {evaluation.dataset}, {evaluation.metric} distance")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def write_sheets(
+    samples: Sequence[Sample], scores: SplitScores, folder: Path, *, count: int = 10
+) -> list[Path]:
+    """Write the queries of highest and of lowest average precision, one picture a query.
+
+    Each shows the query and its nearest gallery images in the first trial, ranked with modulation;
+    green frames are of the same person. Files are named by search, place and query person.
+
+    Returns:
+        The files, best first, then worst first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = scores.modulated[0]
+    answerable = np.flatnonzero(trial.answerable)
+    by_precision = answerable[np.argsort(-trial.average_precision[answerable], kind="stable")]
+    count = min(count, by_precision.size // 2 or 1)
+    written = []
+    for kind, rows in (("best", by_precision[:count]), ("worst", by_precision[::-1][:count])):
+        for place, row in enumerate(rows, 1):
+            query = samples[scores.split.queries[row]]
+            sheet = _sheet(
+                query,
+                [samples[i] for i in scores.nearest[row]],
+                f"average precision {trial.average_precision[row]:.3f}, first at rank "
+                f"{trial.first_rank[row]}",
+            )
+            name = scores.split.title.replace(" ", "_")
+            written.append(folder / f"{name}_{kind}_{place:02d}_person_{query.person_id}.png")
+            sheet.save(written[-1])
+    return written
+
+
+def _sheet(query: Sample, nearest: Sequence[Sample], caption: str) -> Image.Image:
+    """Query on the left, a gap, the ranking from left to right; under each its person, camera."""
+    width, height = THUMBNAIL[0] + 2 * BORDER, THUMBNAIL[1] + 2 * BORDER
+    gap = width // 4
+    size = (width * (1 + len(nearest)) + gap, height + 2 * CAPTION)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((BORDER, 0), caption, fill="black")
+    shown = [(query, QUERY, 0)] + [
+        (sample, RIGHT if sample.person_id == query.person_id else WRONG, gap + width * place)
+        for place, sample in enumerate(nearest, 1)
+    ]
+    for sample, colour, left in shown:
+        draw.rectangle((left, CAPTION, left + width - 1, CAPTION + height - 1), fill=colour)
+        sheet.paste(_thumbnail(sample.path), (left + BORDER, CAPTION + BORDER))
+        label = f"{sample.person_id} cam{sample.camera}"
+        draw.text((left + BORDER, CAPTION + height), label, fill=colour)
+    return sheet
+
+
+def _thumbnail(path: Path) -> Image.Image:
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return image.convert("RGB").resize(THUMBNAIL, Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError) as error:
+        raise DatasetError(f"{path} cannot be decoded ({error}) any more.") from error

@@ -1,0 +1,41 @@
+"""The searches of each dataset's protocol, in the order of its tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.datasets import DatasetName, Modality, Sample
+from training.evaluation.splits import TRIALS, Split, of_modality, seeded_gallery
+from training.evaluation.sysu import sysu_splits
+
+
+def protocol_splits(
+    dataset: DatasetName,
+    samples: Sequence[Sample],
+    *,
+    trial_file: Path | None = None,
+) -> list[Split]:
+    """All searches of a dataset's protocol, in the order of its tables.
+
+    Args:
+        samples: every image of the test identities.
+        trial_file: SYSU-MM01's official one; None, or a file that is not there, draws seeded
+            galleries.
+
+    Raises:
+        DatasetError: there are no queries or no gallery, or the trial file is of another set.
+    """
+    if dataset is DatasetName.SYSU:
+        return sysu_splits(samples, trial_file)
+    directions: tuple[tuple[str, Modality, Modality], ...] = (
+        ("visible-to-infrared", "rgb", "ir"),
+        ("infrared-to-visible", "ir", "rgb"),
+    )
+    splits = []
+    for setting, query, gallery in directions:
+        queries, pool = of_modality(samples, query), of_modality(samples, gallery)
+        if dataset is DatasetName.LLCM:
+            galleries = [seeded_gallery(samples, pool, trial) for trial in range(TRIALS)]
+            splits.append(Split("llcm", setting, "", "seeded", queries, galleries))
+        else:
+            splits.append(Split("regdb", setting, "", "whole", queries, [pool]))
+    return splits

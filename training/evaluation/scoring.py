@@ -1,0 +1,157 @@
+"""One network on the searches of a protocol: every query scored under each way of ranking."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import CMT, Modulation
+from training.datasets import Sample
+from training.evaluation.embedding import Embedded
+from training.evaluation.metrics import (
+    FloatArray,
+    IntArray,
+    QueryScores,
+    excluded_pairs,
+    score_queries,
+)
+from training.evaluation.rerank import k_reciprocal
+from training.evaluation.splits import Split
+from training.evaluation.vitality import gamma_beta_figures, nearest_kept, top_changes
+
+QUERY_BLOCK = 512
+SHOWN = 10  # nearest images that are kept for contact sheets
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """One network on one search; the lists have one entry a trial.
+
+    Attributes:
+        split: the search.
+        identities: people among queries and gallery.
+        query_people: the person of each query, Q.
+        modulated, unmodulated: scores with the query's γ, β and with γ = 1, β = 0.
+        reranked: after k-reciprocal re-ranking of the modulated distances; None where not asked.
+        gamma_beta: mean γ, its deviation over queries, ‖β‖/‖y‖ (see `ModulationVitality`).
+        top_changes: shares of queries whose nearest ten modulation changes, or changes or reorders.
+        nearest: Q×10 indices of the samples that rank first in the first trial, modulated.
+    """
+
+    split: Split
+    identities: int
+    query_people: IntArray
+    modulated: list[QueryScores]
+    unmodulated: list[QueryScores]
+    reranked: list[QueryScores] | None
+    gamma_beta: tuple[float, float, float]
+    top_changes: list[tuple[float, float]]
+    nearest: IntArray
+
+
+def score_splits(
+    model: CMT, embedded: Embedded, splits: Sequence[Split], *, rerank: bool = False
+) -> list[SplitScores]:
+    """Score every search, computing distances once for searches with the same queries.
+
+    Raises:
+        ValueError: the network's output is not finite.
+    """
+    by_queries = defaultdict(list)
+    for split in splits:
+        by_queries[split.queries.tobytes()].append(split)
+    scored = {}
+    for group in by_queries.values():
+        space = _Space(model, embedded, group, rerank=rerank)
+        for split in group:
+            scored[id(split)] = _score_split(space, embedded.samples, split)
+    return [scored[id(split)] for split in splits]
+
+
+class _Space:
+    """Distances from a set of queries to every image that any gallery of theirs uses."""
+
+    def __init__(
+        self, model: CMT, embedded: Embedded, splits: Sequence[Split], *, rerank: bool
+    ) -> None:
+        self.queries = splits[0].queries
+        self.pool = np.unique(np.concatenate([g for split in splits for g in split.galleries]))
+        x = embedded.embedding[torch.from_numpy(self.queries)]
+        self.features = embedded.embedding[torch.from_numpy(self.pool)]
+        self.modulation = modulation_of(model, x)
+        identity = Modulation.identity(*self.modulation.gamma.shape)
+        self.modulated = distances(model, x, self.features, self.modulation)
+        self.unmodulated = distances(model, x, self.features, identity)
+        self.between: FloatArray | None = None
+        if rerank:  # every image in its turn as the query, with its own γ, β
+            images = torch.cat([x, self.features])
+            between = distances(model, images, images, modulation_of(model, images))
+            self.between = between**2 if model.config.metric == "euclidean" else between
+
+    def reranked(self, columns: IntArray) -> FloatArray | None:
+        """Q×N of one gallery, given as columns of the pool."""
+        if self.between is None:
+            return None
+        count = self.queries.size
+        chosen = np.concatenate([np.arange(count), count + columns])
+        return k_reciprocal(self.between[np.ix_(chosen, chosen)], count)
+
+
+def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> SplitScores:
+    people = np.array([sample.person_id for sample in samples])
+    cameras = np.array([sample.camera for sample in samples])
+    modulated, unmodulated, reranked, changes = [], [], [], []
+    nearest: IntArray | None = None
+    for gallery in split.galleries:
+        labels = (
+            *(people[split.queries], people[gallery]),
+            *(cameras[split.queries], cameras[gallery]),
+        )
+        columns = np.searchsorted(space.pool, gallery)
+        with_modulation, without = space.modulated[:, columns], space.unmodulated[:, columns]
+        modulated.append(score_queries(with_modulation, *labels, split.protocol))
+        unmodulated.append(score_queries(without, *labels, split.protocol))
+        again = space.reranked(columns)
+        if again is not None:
+            reranked.append(score_queries(again, *labels, split.protocol))
+        excluded = excluded_pairs(*labels, split.protocol)
+        changes.append(top_changes(with_modulation, without, excluded))
+        if nearest is None:
+            nearest = gallery[nearest_kept(with_modulation, excluded, SHOWN)]
+    assert nearest is not None  # a search has at least one trial
+    everyone = np.concatenate([split.queries, *split.galleries])
+    return SplitScores(
+        split=split,
+        identities=np.unique(people[everyone]).size,
+        query_people=people[split.queries],
+        modulated=modulated,
+        unmodulated=unmodulated,
+        reranked=reranked if space.between is not None else None,
+        gamma_beta=gamma_beta_figures(space.modulation, space.features),
+        top_changes=changes,
+        nearest=nearest,
+    )
+
+
+def modulation_of(model: CMT, queries: Tensor) -> Modulation:
+    """γ, β of all queries, on the CPU."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        return Modulation(*(part.float().cpu() for part in model.modulation(queries.to(device))))
+
+
+def distances(model: CMT, queries: Tensor, gallery: Tensor, modulation: Modulation) -> FloatArray:
+    """Q×N in blocks of queries, in float64: c − ⟨w, z⟩ cancels where the distance is small."""
+    blocks = (
+        model.distance(x.double(), gallery.double(), Modulation(gamma.double(), beta.double()))
+        for x, gamma, beta in zip(
+            torch.split(queries, QUERY_BLOCK),
+            torch.split(modulation.gamma, QUERY_BLOCK),
+            torch.split(modulation.beta, QUERY_BLOCK),
+            strict=True,
+        )
+    )
+    return torch.cat(list(blocks)).numpy()

@@ -1,0 +1,176 @@
+"""An evaluation in a terminal: every search in detail, then as the paper's Table 1 or 2."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from training.datasets import DatasetName
+from training.evaluation.published import TITLES, PublishedRow, published_rows
+from training.evaluation.report import Evaluation, Ranking, SplitEvaluation
+
+FIGURES = (
+    ("rank-1", "rank_1"),
+    ("rank-5", "rank_5"),
+    ("rank-10", "rank_10"),
+    ("rank-20", "rank_20"),
+    ("mAP", "mean_ap"),
+    ("mINP", "mean_inp"),
+)
+PUBLISHED_FIGURES = ("rank_1", "rank_10", "rank_20", "mean_ap")
+# The paper's tables: title, and the (setting, shots) side by side in each of their parts.
+PAPER_TABLES: dict[DatasetName, list[tuple[str, list[tuple[str, str]]]]] = {
+    DatasetName.SYSU: [
+        ("Table 1, all-search", [("all", "single"), ("all", "multi")]),
+        ("Table 1, indoor-search", [("indoor", "single"), ("indoor", "multi")]),
+    ],
+    DatasetName.REGDB: [
+        ("Table 2", [("visible-to-infrared", ""), ("infrared-to-visible", "")]),
+    ],
+}
+# Queries of the published test sets per model: with others, figures do not compare.
+PUBLISHED_QUERIES = {
+    (DatasetName.SYSU, "all"): 3803,
+    (DatasetName.SYSU, "indoor"): 2208,
+    (DatasetName.REGDB, "visible-to-infrared"): 2060,
+    (DatasetName.REGDB, "infrared-to-visible"): 2060,
+}
+
+
+def detail_table(evaluation: Evaluation) -> Table:
+    """All figures with their deviation over trials, ways of ranking one below the other."""
+    models = "" if evaluation.models == 1 else f", {evaluation.models} models"
+    table = Table(
+        title=f"{evaluation.dataset}, {evaluation.metric} distance{models}",
+        caption="percent, mean ± standard deviation over trials",
+    )
+    table.add_column("search")
+    table.add_column("ranking")
+    for name, _ in FIGURES:
+        table.add_column(name, justify="right", no_wrap=True)
+    for split in evaluation.splits:
+        for way, ranking in ways(split):
+            figures = (str(getattr(ranking, field)) for _, field in FIGURES)
+            table.add_row(split.title, way, *figures)
+        table.add_section()
+    return table
+
+
+def paper_tables(evaluation: Evaluation) -> list[Table]:
+    """The paper's Table 1 or 2, published rows first, ours below; none for other datasets."""
+    dataset = DatasetName(evaluation.dataset)
+    tables = []
+    for title, columns in PAPER_TABLES.get(dataset, []):
+        splits = [_split(evaluation, column) for column in columns]
+        if any(splits):
+            tables.append(_paper_table(dataset, title, columns, splits))
+    return tables
+
+
+def ways(split: SplitEvaluation) -> list[tuple[str, Ranking]]:
+    """The ways of ranking that a search was scored under, by name."""
+    rankings = [("modulated", split.modulated), ("unmodulated", split.unmodulated)]
+    if split.reranked is not None:
+        rankings.append(("modulated, re-ranked", split.reranked))
+    return rankings
+
+
+def size_lines(evaluation: Evaluation) -> list[str]:
+    """What was searched, one sentence a search, and by which convention."""
+    drawn = {
+        "official": "from the official trial file",
+        "seeded": "drawn by the seeded convention",
+        "whole": "the whole gallery",
+    }
+    return [
+        f"{split.title}: {split.identities:.0f} identities, {split.queries:.0f} queries, "
+        f"{split.gallery:.0f} gallery images, {split.trials} "
+        f"{'trial' if split.trials == 1 else 'trials'} ({drawn[split.convention]})"
+        for split in evaluation.splits
+    ]
+
+
+def vitality_lines(evaluation: Evaluation) -> list[str]:
+    """What shows that the two modules are alive, one sentence each."""
+    lines = []
+    said: set[str] = set()  # searches with the same queries have the same γ, β
+    for split in evaluation.splits:
+        if (m := split.modulation) is None:
+            continue
+        gamma_beta = (
+            f"γ over queries: mean {m.gamma_mean:.3f}, deviation {m.gamma_std:.4f}; ‖β‖/‖y‖ "
+            f"{m.beta_to_feature:.3f}"
+        )
+        if gamma_beta not in said:
+            said.add(gamma_beta)
+            lines.append(gamma_beta)
+        lines += [
+            f"{split.title}: top 10 changed by modulation for {m.top10_changed:.1%} of queries "
+            f"(changed or reordered {m.top10_reordered:.1%})",
+            f"{split.title}: mAP modulated − unmodulated {100 * m.map_gain:+.2f} points, 95 % "
+            f"interval [{100 * m.map_gain_low:+.2f}, {100 * m.map_gain_high:+.2f}] "
+            "(bootstrap over query identities)",
+        ]
+    for missing, c in (evaluation.compensation or {}).items():
+        if c is not None:
+            lines.append(
+                f"compensated {missing} features: rank-1 {c.rank_1:.1%} against real {missing} "
+                f"centroids (chance {c.chance:.1%}, {c.images} images); variance / ‖mean‖² "
+                f"{c.variance_to_mean:.3f}"
+            )
+    return lines
+
+
+def _paper_table(
+    dataset: DatasetName,
+    title: str,
+    columns: Sequence[tuple[str, str]],
+    splits: Sequence[SplitEvaluation | None],
+) -> Table:
+    comparable = all(
+        split is None or split.queries == PUBLISHED_QUERIES[dataset, split.setting]
+        for split in splits
+    )
+    caveat = (
+        ""
+        if comparable
+        else ("; this folder is not the published test set, so the rows do not compare")
+    )
+    table = Table(
+        title=f"{title} of the paper ({TITLES[dataset]})",
+        caption=f"published: as papers state on the real {TITLES[dataset]}; measured: this folder"
+        f"{caveat}. Percent.",
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("source", no_wrap=True)
+    for setting, shots in columns:
+        for name in ("r1", "r10", "r20", "mAP"):
+            head = {"visible-to-infrared": "V→I", "infrared-to-visible": "I→V"}.get(setting, shots)
+            table.add_column(f"{head}\n{name}", justify="right", no_wrap=True)
+    rows: dict[tuple[str, str], dict[tuple[str, str], PublishedRow]] = {}
+    for row in published_rows(TITLES[dataset]):
+        rows.setdefault((row.method, row.venue), {})[row.setting, row.shots] = row
+    for (method, venue), settings in rows.items():
+        found = [settings.get(column) for column in columns]
+        if any(found):
+            table.add_row(method, f"published, {venue}", *_cells(found, 1))
+    table.add_section()
+    names = dict.fromkeys(way for split in splits if split for way, _ in ways(split))
+    for way in names:
+        ours = [dict(ways(split)).get(way) if split else None for split in splits]
+        table.add_row(f"ours, {way}", "measured", *_cells(ours, 100), style="bold")
+    return table
+
+
+def _cells(columns: Sequence[PublishedRow | Ranking | None], percent: int) -> list[str]:
+    """Four cells a column group; empty where there is no figure."""
+    cells = []
+    for column in columns:
+        for figure in PUBLISHED_FIGURES:
+            value = getattr(column, figure, None)
+            value = getattr(value, "mean", value)
+            cells.append("" if value is None else f"{percent * value:.2f}")
+    return cells
+
+
+def _split(evaluation: Evaluation, column: tuple[str, str]) -> SplitEvaluation | None:
+    return next((s for s in evaluation.splits if (s.setting, s.shots) == column), None)
