@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, Modality, Url
 
@@ -33,7 +33,7 @@ def list_items(
 
     Example: cmt gallery list --person-id 17 --camera-id gate --limit 20
     """
-    table = Table("id", "person", "camera", "modality", "size", "enrolled")
+    table = Table(Column("id", no_wrap=True), "person", "camera", "modality", "size", "enrolled")
     shown, cursor = 0, None
     with Client(url, api_key=api_key) as client:
         while True:

@@ -81,7 +81,8 @@ def query(
 
 def result_table(answer: QueryAnswer, show: int) -> Table:
     """The first `show` results, one line each."""
-    table = Table("rank", "person", "camera", "distance", "parts", "unmodulated rank", "id")
+    table = Table("rank", "person", "camera", "distance", "parts", "unmodulated")
+    table.add_column("id", no_wrap=True)
     similarities = part_similarities(answer.results)
     for result, parts in zip(answer.results[:show], similarities, strict=False):
         table.add_row(
