@@ -33,7 +33,7 @@ def list_items(
 
     Example: cmt gallery list --person-id 17 --camera-id gate --limit 20
     """
-    table = Table(Column("id", no_wrap=True), "person", "camera", "modality", "size", "enrolled")
+    table = Table(Column("id", no_wrap=True), "person", "camera", "modality", "enrolled", box=None)
     shown, cursor = 0, None
     with Client(url, api_key=api_key) as client:
         while True:
@@ -52,8 +52,7 @@ def list_items(
                     escape(item.person_id or "-"),
                     escape(item.camera_id or "-"),
                     item.modality,
-                    f"{item.width}×{item.height}",
-                    f"{item.enrolled_at:%Y-%m-%d %H:%M:%S}",
+                    f"{item.enrolled_at:%Y-%m-%d %H:%M} UTC",
                 )
             shown, cursor = shown + len(page.items), page.next_cursor
             if cursor is None or shown >= limit:

@@ -42,7 +42,8 @@ def query(
 ) -> None:
     """Find a person, nearest first.
 
-    The column of parts shows how much each stripe from head to feet agrees.
+    The column of parts shows how much each stripe from head to feet agrees, unmod. the rank
+    without modulation.
 
     Example: cmt query infrared.png --group-by person_id --html sheet.html
     """
@@ -81,8 +82,8 @@ def query(
 
 def result_table(answer: QueryAnswer, show: int) -> Table:
     """The first `show` results, one line each."""
-    table = Table("rank", "person", "camera", "distance", "parts", "unmodulated")
-    table.add_column("id", no_wrap=True)
+    table = Table("rank", "person", "camera", "distance", "parts", "unmod.", box=None)
+    table.add_column("id", no_wrap=True)  # or it could not be copied into the next command
     similarities = part_similarities(answer.results)
     for result, parts in zip(answer.results[:show], similarities, strict=False):
         table.add_row(
