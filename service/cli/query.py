@@ -11,7 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.api.schemas import QueryAnswer
-from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, Modality, ModalityOption, Url
+from service.cli.options import (
+    DEFAULT_URL,
+    PLAIN,
+    ApiKey,
+    AsJson,
+    Client,
+    Modality,
+    ModalityOption,
+    Url,
+)
 from service.contact_sheet import Picture, Row, matches, part_similarities, render
 
 Option = typer.Option
@@ -82,7 +91,7 @@ def query(
 
 def result_table(answer: QueryAnswer, show: int) -> Table:
     """The first `show` results, one line each."""
-    table = Table("rank", "person", "camera", "distance", "parts", "unmod.", box=None)
+    table = Table("rank", "person", "camera", "distance", "parts", "unmod.", **PLAIN)
     table.add_column("id", no_wrap=True)  # or it could not be copied into the next command
     similarities = part_similarities(answer.results)
     for result, parts in zip(answer.results[:show], similarities, strict=False):
