@@ -53,6 +53,8 @@ _EVERYWHERE: tuple[type[ServiceError], ...] = (
     errors.DatabaseUnavailable,
 )
 
+_TOLD = 5  # fields that the sentence names; `errors` has them all
+
 # The framework's own errors, by their status.
 _HTTP_ERRORS: Mapping[int, tuple[type[ServiceError], str]] = {
     404: (errors.RouteNotFound, "there is nothing at this path; /docs lists the routes"),
@@ -68,7 +70,7 @@ async def _service_error(request: Request, error: Exception) -> JSONResponse:
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     fields = list(_field_problems(error.errors()))
-    sentence = "; ".join(f"{field.name}: {field.detail}" for field in fields)
+    sentence = "; ".join(f"{field.name}: {field.detail}" for field in fields[:_TOLD])
     return _response(request, errors.ParametersInvalid(sentence), fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from service.gallery import Gallery
 from service.keys import Keyring
 from service.pipeline import Pipeline
 from service.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ def open_resources(settings: Settings) -> Iterator[Resources]:
             candidates=settings.candidates,
         )
         with closing(gallery):
+            log.info(
+                "%d items; %s on %s, %s",
+                len(gallery),
+                embedder.runtime,
+                embedder.device,
+                embedder.precision,
+            )
             yield Resources(
                 settings=settings,
                 keyring=Keyring(settings.api_keys_file),

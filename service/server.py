@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -61,7 +61,7 @@ def run(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     log.info("loading %s, then serving on %s", settings.checkpoint, address_of(bound))
-    with bound:
+    with bound, suppress(SystemExit):  # uvicorn exits where the lifespan could not start
         server.run(sockets=[bound])
     if not server.started and isinstance(failure := app.state.failure, BaseException):
         raise failure
@@ -75,9 +75,11 @@ def running(settings: Settings) -> Iterator[str]:
     ended = threading.Event()
 
     def serve() -> None:
-        with bound:
-            server.run(sockets=[bound])
-        ended.set()
+        try:
+            with bound, suppress(SystemExit):
+                server.run(sockets=[bound])
+        finally:
+            ended.set()
 
     url = address_of(bound)
     thread = threading.Thread(target=serve, name="cmt-service")

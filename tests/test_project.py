@@ -1,6 +1,8 @@
 """Promises about the tree itself: who imports whom, what is pinned, what files refer to."""
 
 import ast
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -173,6 +175,31 @@ def test_compose_serves_on_a_gpu_unless_told_otherwise() -> None:
         assert build["args"]["EXTRA"] in extras
         assert service["read_only"] is True
         assert service["volumes"] == ["data:/data"]
+
+
+def test_the_entry_point_prints_a_key_at_the_first_start_only(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    commands = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": commands, "CMT_API_KEYS_FILE": str(keys), "CMT_PORT": "0"}
+
+    def start() -> str:  # serve ends at once, because no checkpoint is configured
+        answer = subprocess.run(
+            ["sh", ROOT / "docker/entrypoint", "serve"],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert answer.returncode == 1
+        assert "checkpoint is missing" in answer.stderr
+        return answer.stdout
+
+    (key,) = re.findall(r"^cmt_\S+$", start(), re.MULTILINE)
+    stored = keys.read_text()
+    assert hashlib.sha256(key.encode()).hexdigest() in stored
+    assert key not in stored
+    assert start() == ""
+    assert keys.read_text() == stored
 
 
 def makefile_targets() -> set[str]:

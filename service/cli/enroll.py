@@ -13,9 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from service.cli.options import DEFAULT_URL, ApiKey, Client, ModalityOption, Url
 from service.client import ServiceProblem
@@ -113,11 +111,8 @@ def send(client: Client, entries: list[Entry], console: Console) -> list[Failure
 def report(console: Console, files: int, failures: list[Failure]) -> None:
     """What happened, and why to each file that failed."""
     console.print(f"{files - len(failures)} of {files} files are enrolled.")
-    if failures:
-        table = Table("file", "why it is not enrolled")
-        for failure in failures:
-            table.add_row(escape(str(failure.file)), escape(failure.reason))
-        console.print(table)
+    for failure in failures:
+        console.print(f"{failure.file}: {failure.reason}", markup=False, soft_wrap=True)
 
 
 def find_images(paths: Iterable[Path]) -> Iterator[Path]:

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, Modality, Url
+from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
 
 gallery = typer.Typer(
     help="List, show and delete enrolled crops.\n\nExample: cmt gallery list --person-id 17"
@@ -33,7 +33,9 @@ def list_items(
 
     Example: cmt gallery list --person-id 17 --camera-id gate --limit 20
     """
-    table = Table("id", "person", "camera", "modality", "size", "enrolled")
+    table = Table(
+        Column("id", no_wrap=True), "person", "camera", "modality", "enrolled (UTC)", **PLAIN
+    )
     shown, cursor = 0, None
     with Client(url, api_key=api_key) as client:
         while True:
@@ -52,8 +54,7 @@ def list_items(
                     escape(item.person_id or "-"),
                     escape(item.camera_id or "-"),
                     item.modality,
-                    f"{item.width}×{item.height}",
-                    f"{item.enrolled_at:%Y-%m-%d %H:%M:%S}",
+                    f"{item.enrolled_at:%Y-%m-%d %H:%M}",
                 )
             shown, cursor = shown + len(page.items), page.next_cursor
             if cursor is None or shown >= limit:

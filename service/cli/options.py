@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,4 +42,16 @@ KeysFile = Annotated[
     Path, typer.Option("--file", envvar="CMT_API_KEYS_FILE", help="The file of keys.")
 ]
 
-__all__ = ["DEFAULT_URL", "ApiKey", "AsJson", "Client", "KeysFile", "ModalityOption", "Url"]
+# A table without frame: an id and six columns fit 80 characters.
+PLAIN: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 1, 0, 0)}
+
+__all__ = [
+    "DEFAULT_URL",
+    "PLAIN",
+    "ApiKey",
+    "AsJson",
+    "Client",
+    "KeysFile",
+    "ModalityOption",
+    "Url",
+]

@@ -11,7 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.api.schemas import QueryAnswer
-from service.cli.options import DEFAULT_URL, ApiKey, AsJson, Client, Modality, ModalityOption, Url
+from service.cli.options import (
+    DEFAULT_URL,
+    PLAIN,
+    ApiKey,
+    AsJson,
+    Client,
+    Modality,
+    ModalityOption,
+    Url,
+)
 from service.contact_sheet import Picture, Row, matches, part_similarities, render
 
 Option = typer.Option
@@ -42,7 +51,8 @@ def query(
 ) -> None:
     """Find a person, nearest first.
 
-    The column of parts shows how much each stripe from head to feet agrees.
+    The column of parts shows how much each stripe from head to feet agrees, unmod. the rank
+    without modulation.
 
     Example: cmt query infrared.png --group-by person_id --html sheet.html
     """
@@ -81,7 +91,8 @@ def query(
 
 def result_table(answer: QueryAnswer, show: int) -> Table:
     """The first `show` results, one line each."""
-    table = Table("rank", "person", "camera", "distance", "parts", "unmodulated rank", "id")
+    table = Table("rank", "person", "camera", "distance", "parts", "unmod.", **PLAIN)
+    table.add_column("id", no_wrap=True)  # or it could not be copied into the next command
     similarities = part_similarities(answer.results)
     for result, parts in zip(answer.results[:show], similarities, strict=False):
         table.add_row(

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from service.gallery.records import Filters
-from service.gallery.store import Stored, microseconds
+from service.gallery.rows import microseconds
+from service.gallery.store import Stored
 
 _NO_TIME = np.iinfo(np.int64).min
 _NO_CODE = -1

@@ -26,7 +26,7 @@ from service.errors import (
 
 FILE_NAME = "gallery.sqlite3"
 _MIGRATIONS = Path(__file__).parent / "migrations"
-_BUSY_SECONDS = 30
+BUSY_SECONDS = 30
 _POSTGRES_DISK_FULL = "53100"
 # SQLite's primary result codes (the low byte of the extended ones).
 _SQLITE_IO_ERROR, _SQLITE_CORRUPT, _SQLITE_FULL, _SQLITE_NO_DATABASE = 10, 11, 13, 26
@@ -37,7 +37,7 @@ def connect(folder: Path, url: str | None) -> Engine:
     if url is not None:
         return create_engine(url, pool_pre_ping=True)
     engine = create_engine(
-        f"sqlite:///{folder / FILE_NAME}", connect_args={"timeout": _BUSY_SECONDS}
+        f"sqlite:///{folder / FILE_NAME}", connect_args={"timeout": BUSY_SECONDS}
     )
     event.listen(engine, "connect", _set_pragmas)
     return engine

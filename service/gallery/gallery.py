@@ -17,8 +17,9 @@ from model import CheckpointInfo, Modulation
 from service.errors import IndexOutOfStep, StorageUnwritable
 from service.gallery.lock import FolderLock
 from service.gallery.records import Filters, Hit, Item, NewItem, Page, RequestKey, SearchResult
+from service.gallery.rows import microseconds
 from service.gallery.shard import Counters, Scored, Shard
-from service.gallery.store import Store, Stored, microseconds
+from service.gallery.store import Store, Stored
 
 log = logging.getLogger(__name__)
 

@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-import os
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, not_, or_, select, text
+from sqlalchemy import delete, func, insert, select, text
+from sqlalchemy.exc import SQLAlchemyError
 
-from service.errors import CursorInvalid, GalleryDamaged, IdempotencyConflict, ItemNotFound
-from service.gallery.database import connect, migrate, reported
+from service.errors import GalleryDamaged, IdempotencyConflict, ItemNotFound
+from service.gallery.database import BUSY_SECONDS, connect, migrate, reported
 from service.gallery.records import Filters, Item, NewItem, Page, RequestKey
+from service.gallery.rows import (
+    conditions_of,
+    cursor_of,
+    item_of,
+    number_of_cursor,
+    record_of,
+    request_of,
+    row_of,
+)
 from service.gallery.tables import crops, features, items
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
+log = logging.getLogger(__name__)
+
+_TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
 _IDS_PER_STATEMENT = 500  # SQLite takes 32,766 parameters, PostgreSQL 65,535
-# Columns that hold an Item's field of the same name as it is.
-_SAME_NAME = (
-    "id",
-    "person_id",
-    "camera_id",
-    "modality",
-    "modality_source",
-    "width",
-    "height",
-    "bit_depth",
-    "sha256",
-    "model",
-)
 STORED = np.dtype("<f2")
 
 
@@ -78,11 +72,11 @@ class Store:
     def add(self, new: Sequence[NewItem], rows: npt.NDArray[np.float16]) -> list[tuple[int, Item]]:
         """Commit items with their features (N×(P·D)) → their numbers and records, durable."""
         now = datetime.now(UTC)
-        records = [_record(item, self.model, now) for item in new]
+        records = [record_of(item, self.model, now) for item in new]
         numbered = insert(items).returning(items.c.number)
         with self._writing, reported(self._engine), self._engine.begin() as connection:
             numbers = [
-                int(connection.execute(numbered, _row(record) | _request(item)).scalar_one())
+                int(connection.execute(numbered, row_of(record) | request_of(item)).scalar_one())
                 for record, item in zip(records, new, strict=True)
             ]
             connection.execute(
@@ -106,7 +100,7 @@ class Store:
             row = connection.execute(select(items).where(items.c.id == item_id)).one_or_none()
         if row is None:
             raise _unknown(item_id)
-        return _item(row)
+        return item_of(row)
 
     def enrolled_by(self, request: RequestKey) -> Item | None:
         """What this request enrolled before. IdempotencyConflict: its key was another's."""
@@ -119,7 +113,7 @@ class Store:
             raise IdempotencyConflict(
                 "this Idempotency-Key enrolled other content before; use a new key"
             )
-        return _item(row)
+        return item_of(row)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
         """The stored crop and its media type."""
@@ -149,7 +143,7 @@ class Store:
         with reported(self._engine), self._engine.connect() as connection:
             for block in _blocks(numbers):
                 rows = connection.execute(select(items).where(items.c.number.in_(block)))
-                found.update((int(row.number), _item(row)) for row in rows)
+                found.update((int(row.number), item_of(row)) for row in rows)
         return found
 
     def delete(self, numbers: Sequence[int]) -> int:
@@ -161,14 +155,12 @@ class Store:
                     result = connection.execute(delete(items).where(items.c.number.in_(block)))
                     deleted += result.rowcount
             if self._sqlite and deleted:
-                # The log still holds the old pages; where readers are busy, a later call cuts it.
-                with self._engine.connect() as connection:
-                    connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+                self._truncate_log()
         return deleted
 
     def list(self, filters: Filters, limit: int, cursor: str | None) -> Page:
-        conditions = _conditions(filters)
-        after = 0 if cursor is None else _number_of_cursor(cursor)
+        conditions = conditions_of(filters)
+        after = 0 if cursor is None else number_of_cursor(cursor)
         page = select(items).where(*conditions, items.c.number > after).order_by(items.c.number)
         with reported(self._engine), self._engine.connect() as connection:
             rows = connection.execute(page.limit(limit + 1)).all()
@@ -178,8 +170,8 @@ class Store:
         more = len(rows) > limit
         rows = rows[:limit]
         return Page(
-            items=[_item(row) for row in rows],
-            next_cursor=_cursor(int(rows[-1].number)) if more and rows else None,
+            items=[item_of(row) for row in rows],
+            next_cursor=cursor_of(int(rows[-1].number)) if more and rows else None,
             total=int(total),
         )
 
@@ -214,6 +206,21 @@ class Store:
             for rows in result.partitions():
                 yield self._stored(rows)
 
+    def _truncate_log(self) -> None:
+        """Cut SQLite's log, which still holds the erased pages; what fails is left to a later call.
+
+        The deletion is committed already: nothing here may make it look failed.
+        """
+        try:
+            with self._engine.connect() as connection:
+                connection.execute(text(f"PRAGMA busy_timeout = {_TRUNCATE_MILLISECONDS}"))
+                busy = connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
+                connection.execute(text(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}"))
+            if busy:
+                log.info("readers kept SQLite's log open; the next deletion cuts it")
+        except SQLAlchemyError as error:
+            log.warning("SQLite's log could not be cut after a deletion: %s", error)
+
     def _stored(self, rows: Sequence[Sequence[Any]]) -> Stored:
         numbers, persons, cameras, modalities, captured, data = zip(*rows, strict=True)
         expected = self.size * STORED.itemsize
@@ -231,105 +238,6 @@ class Store:
             captured=list(captured),
             features=flat.reshape(len(numbers), self.size),
         )
-
-
-def microseconds(moment: datetime) -> int:
-    """Since 1970 UTC. ValueError: a time without offset, whose moment nobody knows."""
-    if moment.tzinfo is None:
-        raise ValueError("a time needs an offset, as in 2026-01-31T12:00:00+01:00")
-    return (moment - _EPOCH) // _MICROSECOND
-
-
-def _record(new: NewItem, model: str, now: datetime) -> Item:
-    crop = new.crop
-    captured = new.captured_at
-    return Item(
-        id=_uuid7(now),
-        person_id=new.person_id,
-        camera_id=new.camera_id,
-        captured_at=None if captured is None else _moment(microseconds(captured)),
-        enrolled_at=now,
-        modality=crop.modality,
-        modality_source=crop.modality_source,
-        width=crop.width,
-        height=crop.height,
-        bit_depth=crop.bit_depth,
-        sha256=crop.sha256,
-        metadata=new.metadata,
-        model=model,
-    )
-
-
-def _row(item: Item) -> dict[str, Any]:
-    row = {name: getattr(item, name) for name in _SAME_NAME}
-    captured = item.captured_at
-    row["captured_at"] = None if captured is None else microseconds(captured)
-    row["enrolled_at"] = microseconds(item.enrolled_at)
-    row["details"] = json.dumps(item.metadata, ensure_ascii=False)
-    return row
-
-
-def _request(new: NewItem) -> dict[str, str]:
-    if new.request is None:
-        return {}
-    return {"request_key": new.request.key, "request_sha256": new.request.sha256}
-
-
-def _item(row: Row[Any]) -> Item:
-    values = dict(row._mapping)
-    for internal in ("number", "request_key", "request_sha256"):
-        del values[internal]
-    values["metadata"] = json.loads(values.pop("details"))
-    captured = values["captured_at"]
-    values["captured_at"] = None if captured is None else _moment(captured)
-    values["enrolled_at"] = _moment(values["enrolled_at"])
-    return Item(**values)
-
-
-def _moment(since_epoch: int) -> datetime:
-    return _EPOCH + since_epoch * _MICROSECOND
-
-
-def _conditions(filters: Filters) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
-    if filters.person_id:
-        conditions.append(items.c.person_id.in_(filters.person_id))
-    if filters.camera_id:
-        conditions.append(items.c.camera_id.in_(filters.camera_id))
-    if filters.exclude_camera_id:
-        excluded = items.c.camera_id.in_(filters.exclude_camera_id)
-        conditions.append(or_(items.c.camera_id.is_(None), not_(excluded)))
-    if filters.gallery_modality:
-        conditions.append(items.c.modality.in_(filters.gallery_modality))
-    if filters.captured_from is not None:
-        conditions.append(items.c.captured_at >= microseconds(filters.captured_from))
-    if filters.captured_to is not None:
-        conditions.append(items.c.captured_at < microseconds(filters.captured_to))
-    return [and_(*conditions)] if conditions else []
-
-
-def _uuid7(now: datetime) -> str:
-    """RFC 9562: 48 bits of milliseconds, then random bits."""
-    value = microseconds(now) // 1000 << 80 | int.from_bytes(os.urandom(10), "big")
-    value = value & ~(0xF << 76) | 0x7 << 76  # version
-    value = value & ~(0x3 << 62) | 0x2 << 62  # variant
-    return str(UUID(int=value))
-
-
-def _cursor(number: int) -> str:
-    return base64.urlsafe_b64encode(f"after:{number}".encode()).decode()
-
-
-def _number_of_cursor(cursor: str) -> int:
-    try:
-        kind, _, number = (
-            base64.b64decode(cursor, altchars=b"-_", validate=True).decode().partition(":")
-        )
-        if kind == "after" and number.isascii() and number.isdigit() and len(number) < 19:
-            return int(number)
-    except (binascii.Error, UnicodeError, ValueError):
-        pass
-    raise CursorInvalid("the cursor is not one of this gallery's; start again without one")
 
 
 def _blocks(numbers: Sequence[int]) -> Iterable[Sequence[int]]:

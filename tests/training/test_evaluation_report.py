@@ -219,6 +219,8 @@ def test_the_command_prints_and_writes_what_the_library_computes(tiny_checkpoint
     for split in expected.splits:
         assert str(split.modulated.mean_ap) in printed
         assert str(split.unmodulated.mean_inp) in printed
+    assert max(map(len, printed.splitlines()[4:80])) <= 80  # nothing is cut in a terminal
+    assert "…" not in printed
     for line in vitality_lines(expected):
         assert line in printed
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from model import CheckpointInfo, load_checkpoint
 from training.datasets import LAYOUTS, DatasetError, DatasetName
@@ -17,7 +16,7 @@ from training.evaluation.figures import plot_cmc, write_sheets
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import Evaluation, score_model, summarise
 from training.evaluation.sysu import TRIAL_FILE
-from training.evaluation.tables import detail_table, paper_tables, size_lines, vitality_lines
+from training.evaluation.tables import detail_tables, paper_tables, size_lines, vitality_lines
 
 TRIAL_FIELD = "{trial}"
 
@@ -175,14 +174,7 @@ def _trial_file(root: Path, convention: Convention) -> Path | None:
 def _show(console: Console, evaluation: Evaluation) -> None:
     for line in size_lines(evaluation):
         console.print(line, highlight=False)
-    _print_whole(console, detail_table(evaluation))
+    for table in [*detail_tables(evaluation), *paper_tables(evaluation)]:
+        console.print(table)
     for line in vitality_lines(evaluation):
         console.print(line, highlight=False, markup=False)
-    for table in paper_tables(evaluation):
-        _print_whole(console, table)
-
-
-def _print_whole(console: Console, table: Table) -> None:
-    """At its own width: a figure that is cut off to fit a narrow terminal is worth nothing."""
-    wide = console.options.update(max_width=1000)
-    console.print(table, width=console.measure(table, options=wide).maximum, crop=False)

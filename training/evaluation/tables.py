@@ -16,6 +16,7 @@ FIGURES = (
     ("mAP", "mean_ap"),
     ("mINP", "mean_inp"),
 )
+HEADS = {"visible-to-infrared": "V→I", "infrared-to-visible": "I→V"}
 PUBLISHED_FIGURES = ("rank_1", "rank_10", "rank_20", "mean_ap")
 # The paper's tables: title, and the (setting, shots) side by side in each of their parts.
 PAPER_TABLES: dict[DatasetName, list[tuple[str, list[tuple[str, str]]]]] = {
@@ -36,23 +37,22 @@ PUBLISHED_QUERIES = {
 }
 
 
-def detail_table(evaluation: Evaluation) -> Table:
-    """All figures with their deviation over trials, ways of ranking one below the other."""
+def detail_tables(evaluation: Evaluation) -> list[Table]:
+    """One table a search: all figures with their deviation, ways of ranking side by side."""
     models = "" if evaluation.models == 1 else f", {evaluation.models} models"
-    table = Table(
-        title=f"{evaluation.dataset}, {evaluation.metric} distance{models}",
-        caption="percent, mean ± standard deviation over trials",
-    )
-    table.add_column("search")
-    table.add_column("ranking")
-    for name, _ in FIGURES:
-        table.add_column(name, justify="right", no_wrap=True)
+    tables = []
     for split in evaluation.splits:
-        for way, ranking in ways(split):
-            figures = (str(getattr(ranking, field)) for _, field in FIGURES)
-            table.add_row(split.title, way, *figures)
-        table.add_section()
-    return table
+        table = Table(
+            title=f"{evaluation.dataset}, {split.title}{models}",
+            caption=f"{evaluation.metric} distance; percent, mean ± std over trials",
+        )
+        table.add_column("")
+        for way, _ in ways(split):
+            table.add_column(way, justify="right", no_wrap=True)
+        for name, field in FIGURES:
+            table.add_row(name, *(str(getattr(ranking, field)) for _, ranking in ways(split)))
+        tables.append(table)
+    return tables
 
 
 def paper_tables(evaluation: Evaluation) -> list[Table]:
@@ -70,7 +70,7 @@ def ways(split: SplitEvaluation) -> list[tuple[str, Ranking]]:
     """The ways of ranking that a search was scored under, by name."""
     rankings = [("modulated", split.modulated), ("unmodulated", split.unmodulated)]
     if split.reranked is not None:
-        rankings.append(("modulated, re-ranked", split.reranked))
+        rankings.append(("re-ranked", split.reranked))
     return rankings
 
 
@@ -139,25 +139,27 @@ def _paper_table(
         title=f"{title} of the paper ({TITLES[dataset]})",
         caption=f"published: as papers state on the real {TITLES[dataset]}; measured: this folder"
         f"{caveat}. Percent.",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("method", no_wrap=True)
-    table.add_column("source", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for setting, shots in columns:
         for name in ("r1", "r10", "r20", "mAP"):
-            head = {"visible-to-infrared": "V→I", "infrared-to-visible": "I→V"}.get(setting, shots)
+            head = HEADS.get(setting, shots)
             table.add_column(f"{head}\n{name}", justify="right", no_wrap=True)
     rows: dict[tuple[str, str], dict[tuple[str, str], PublishedRow]] = {}
     for row in published_rows(TITLES[dataset]):
         rows.setdefault((row.method, row.venue), {})[row.setting, row.shots] = row
+    table.add_row("published", style="italic")
     for (method, venue), settings in rows.items():
         found = [settings.get(column) for column in columns]
         if any(found):
-            table.add_row(method, f"published, {venue}", *_cells(found, 1))
-    table.add_section()
+            table.add_row(f" {method} {venue}", *_cells(found, 1))
+    table.add_row("measured", style="italic bold")
     names = dict.fromkeys(way for split in splits if split for way, _ in ways(split))
     for way in names:
         ours = [dict(ways(split)).get(way) if split else None for split in splits]
-        table.add_row(f"ours, {way}", "measured", *_cells(ours, 100), style="bold")
+        table.add_row(f" ours, {way}", *_cells(ours, 100), style="bold")
     return table
 
 

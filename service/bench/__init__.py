@@ -1,0 +1,1 @@
+"""Benchmarks of the service: `cmt bench rescore`, `recall` and `embed`."""

@@ -1,0 +1,137 @@
+"""What every benchmark shares: timing two sides in turn, a table, and JSON with the machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+_PACKAGES = ("cmt-reid", "torch", "faiss-cpu", "faiss-gpu-cu12", "openvino", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one side, or the ratio of two, over the rounds of a benchmark."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} ({self.least:.4g}–{self.most:.4g})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds per call of both sides; `ratio` says how many times faster ours is."""
+
+    ours: Spread
+    theirs: Spread
+    ratio: Spread
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """One call on the clock; a GPU's queue is waited for."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    rounds: int,
+    *,
+    theirs_times: float = 1.0,
+) -> Comparison:
+    """Both sides in turn, so that a busy machine slows both. Call each once before, to warm up.
+
+    theirs_times: how often their call would have to run to do the work of ours.
+    """
+    mine, yours = [], []
+    for _ in range(rounds):
+        mine.append(seconds(ours))
+        yours.append(seconds(theirs) * theirs_times)
+    ratios = [y / m for m, y in zip(mine, yours, strict=True)]
+    return Comparison(Spread.of(mine), Spread.of(yours), Spread.of(ratios))
+
+
+def publish(
+    name: str,
+    settings: dict[str, Any],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    results: Sequence[dict[str, Any]],
+    path: Path | None,
+) -> None:
+    """Print the table; write settings, results and the machine's facts to `path` as JSON."""
+    table = Table(*columns, title=f"cmt bench {name}")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "benchmark": name,
+        "command": f"cmt bench {name} " + " ".join(f"--{k} {v}" for k, v in settings.items()),
+        "settings": settings,
+        "machine": machine(),
+        "results": list(results),
+    }
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    Console().print(f"written to {path}")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, processor, graphics card and date: without them a figure means nothing."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: v for name in _PACKAGES if (v := _version(name)) is not None},
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Spread | Comparison):
+        return asdict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,59 @@
+"""A real service on loopback, with the tiny checkpoint and small real crops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import pytest
+
+from service.server import running
+from service.settings import load_settings
+
+CROPS = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
+
+
+class Serve(Protocol):
+    """Starts a service on a data folder → its URL."""
+
+    def __call__(self, data_dir: Path, **options: Any) -> AbstractContextManager[str]: ...
+
+
+@pytest.fixture(scope="session")
+def visible() -> list[Path]:
+    """Crops of eight persons from a visible camera; the folder's name is the person."""
+    return sorted((CROPS / "cam1").glob("*/0001.jpg"))
+
+
+@pytest.fixture(scope="session")
+def infrared() -> list[Path]:
+    """Crops of the same persons from an infrared camera."""
+    return sorted((CROPS / "cam3").glob("*/0001.jpg"))
+
+
+@pytest.fixture(scope="session")
+def serve(tiny_checkpoint: Path) -> Serve:
+    """Start a service; `options` are settings."""
+
+    def start(data_dir: Path, **options: Any) -> AbstractContextManager[str]:
+        defaults = {"checkpoint": tiny_checkpoint, "runtime": "torch", "port": 0}
+        return running(load_settings(data_dir=data_dir, **{**defaults, **options}))
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def url(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service that the tests of one module share."""
+    with serve(tmp_path_factory.mktemp("data")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    """Plain HTTP to that service."""
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        yield client

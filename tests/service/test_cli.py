@@ -1,0 +1,308 @@
+"""`cmt` as a person meets it: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.cli import main
+from service.client import Client
+from service.errors import Overloaded, ServiceError
+
+CMT = [sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of whoever runs the tests; the commands find the module's service."""
+    for name in [name for name in os.environ if name.startswith("CMT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CMT_URL", url)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    """The module's service, emptied of what the test enrolled."""
+    with Client(url) as client:
+        yield client
+        for item in client.list(limit=1000).items:
+            client.delete(item.id)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, visible: list[Path]) -> Path:
+    """Four crops in two folders, and a file that is no image by its name."""
+    for place, file in enumerate(visible[:4]):
+        target = tmp_path / "crops" / f"{place % 2}" / f"{file.parent.name}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    (tmp_path / "crops" / "notes.txt").write_text("not an image")
+    return tmp_path / "crops"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_enroll_can_be_run_again(
+    client: Client, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "enroll", folder, "--camera-id", "gate")
+    assert status == 0 and "4 of 4 files are enrolled" in out
+    assert client.list(camera_id=["gate"]).total == 4
+    # Interrupted and started again, with one file more: nothing is enrolled twice.
+    shutil.copy(sorted((folder / "0").iterdir())[0], folder / "another.jpg")
+    assert run(capsys, "enroll", folder, "--camera-id", "gate")[0] == 0
+    assert client.list(camera_id=["gate"]).total == 5
+
+
+def test_enroll_tells_which_files_failed(
+    client: Client, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    missing = folder / "missing.jpg"
+    status, out, err = run(capsys, "enroll", folder, missing)
+    assert status == 1
+    assert "4 of 6 files are enrolled" in out
+    assert "broken.png" in out and "missing.jpg" in out and "No such file" in out
+    assert "Traceback" not in out + err
+    assert client.list().total == 4
+
+
+def test_enroll_by_manifest(
+    client: Client, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted(folder.glob("*/*.jpg"))
+    rows = [f"{file.relative_to(folder)},p{n},c{n},rgb" for n, file in enumerate(files)]
+    manifest = folder / "manifest.csv"
+    manifest.write_text("\n".join(["file,person_id,camera_id,modality", *rows]))
+    assert run(capsys, "enroll", folder / "0", "--manifest", manifest)[0] == 0
+    labels = {(item.person_id, item.modality_source) for item in client.list().items}
+    assert labels == {("p0", "given"), ("p1", "given")}
+    manifest.write_text("path\nx")
+    status, _, err = run(capsys, "enroll", folder, "--manifest", manifest)
+    assert status == 1 and "it needs the columns" in err
+
+
+def test_query_prints_a_table_json_and_a_sheet(
+    client: Client, visible: list[Path], infrared: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    hostile = "<script>alert(1)</script>[bold]"
+    for file in visible[:3]:
+        client.enroll(file, person_id=hostile if file is visible[0] else file.parent.name)
+    sheet = tmp_path / "sheet.html"
+    status, out, _ = run(capsys, "query", infrared[0], "--html", sheet)
+    assert status == 0
+    assert hostile in out and "3 items searched" in out and "ir (detected)" in out
+    page = sheet.read_text()
+    assert page.count("<img") == 4 and "<script" not in page
+    assert "&lt;script&gt;" in page and "http" not in page.replace("http-equiv", "")
+    status, out, _ = run(capsys, "query", infrared[0], infrared[1], "--json", "--top-k", 2)
+    answer = json.loads(out)
+    assert answer["query"]["images"] == 2 and len(answer["results"]) == 2
+    _, out, _ = run(
+        capsys,
+        "query",
+        infrared[0],
+        "--json",
+        "--person-id",
+        "x",
+        "--no-modulation",
+        "--exhaustive",
+    )
+    assert json.loads(out)["results"] == [] and json.loads(out)["exhaustive"]
+
+
+def test_gallery_list_show_delete(
+    client: Client, visible: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [client.enroll(file, person_id=file.parent.name) for file in visible[:3]]
+    status, out, _ = run(capsys, "gallery", "list", "--limit", 2)
+    assert status == 0 and items[1].id in out and items[2].id not in out and "2 of 3" in out
+    _, out, _ = run(capsys, "gallery", "list", "--json", "--person-id", items[2].person_id)
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [items[2].id]
+    crop = tmp_path / "crop.jpg"
+    _, out, _ = run(capsys, "gallery", "show", items[0].id, "--save", crop)
+    assert json.loads(out)["sha256"] == items[0].sha256
+    assert crop.read_bytes() == visible[0].read_bytes()
+    assert run(capsys, "gallery", "delete", items[0].id, "--yes")[0] == 0
+    assert run(capsys, "gallery", "delete", "--person-id", items[1].person_id, "--yes")[0] == 0
+    assert [item.id for item in client.list().items] == [items[2].id]
+    status, _, err = run(capsys, "gallery", "show", items[0].id)
+    assert status == 1 and err.startswith("Error: no item has the id") and "Traceback" not in err
+    assert run(capsys, "gallery", "delete", "--yes")[0] == 2
+
+
+def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys.json"
+    status, token, _ = run(
+        capsys, "keys", "create", "--file", file, "--name", "gate", "--scope", "enroll"
+    )
+    assert status == 0 and token.startswith("cmt_") and len(token.split()) == 1
+    _, out, _ = run(capsys, "keys", "list", "--file", file, "--json")
+    [key] = json.loads(out)
+    assert (key["name"], key["scopes"]) == ("gate", ["enroll"])
+    _, out, _ = run(capsys, "keys", "list", "--file", file)
+    assert key["id"] in out and token.strip() not in out
+    assert run(capsys, "keys", "revoke", "--file", file, key["id"])[0] == 0
+    status, _, err = run(capsys, "keys", "revoke", "--file", file, key["id"])
+    assert status == 1 and "cmt keys list" in err
+    assert run(capsys, "keys", "create", "--file", file, "--scope", "root")[0] == 2
+
+
+def test_doctor(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "doctor", "--checkpoint", tiny_checkpoint, "--data-dir", tmp_path)
+    assert status == 0 and "faiss" in out and "resnet18" in out
+    status, out, _ = run(capsys, "doctor", "--checkpoint", tmp_path / "none.safetensors")
+    assert status == 1 and "wrong" in out and "no checkpoint at" in out
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "enroll", "query", "gallery list", "gallery show", "gallery delete",
+                "keys create", "keys list", "keys revoke", "doctor", "demo"],
+)  # fmt: skip
+def test_every_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, *command.split(), "--help")
+    assert status == 0
+    assert f"Example: cmt {command}" in " ".join(out.split())
+
+
+def test_no_service_is_one_sentence(
+    infrared: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CMT_URL", "http://127.0.0.1:9")
+    for arguments in (["query", infrared[0]], ["enroll", infrared[0]], ["gallery", "list"]):
+        status, _, err = run(capsys, *arguments)
+        assert status == 1
+        assert "start the service with `cmt serve`" in err
+        assert len(err.strip().splitlines()) == 1
+
+
+class Server:
+    """`cmt serve` as a process of its own."""
+
+    def __init__(self, *options: object) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [*CMT, "serve", *map(str, options)]
+        if "--port" not in command:
+            command += ["--port", str(self.port)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def wait_until_ready(self) -> Client:
+        client = Client(f"http://127.0.0.1:{self.port}")
+        for _ in range(600):
+            try:
+                client.ready()
+                return client
+            except Exception:
+                if self.process.poll() is not None:
+                    break
+                time.sleep(0.1)
+        raise AssertionError(f"not ready: {self.process.communicate()[1]}")
+
+    def end(self, number: signal.Signals) -> tuple[int, str]:
+        self.process.send_signal(number)
+        _, err = self.process.communicate(timeout=60)
+        return self.process.returncode, err
+
+
+def test_serve_ends_cleanly(tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]) -> None:
+    options = ("--checkpoint", tiny_checkpoint, "--data-dir", tmp_path, "--runtime", "torch")
+    server = Server(*options)
+    client = server.wait_until_ready()
+    item = client.enroll(visible[0])
+    # A second service on the same folder is refused in a sentence.
+    second = Server(*options)
+    _, err = second.process.communicate(timeout=60)
+    assert second.process.returncode == 1
+    assert "Traceback" not in err and err.splitlines()[-1].startswith("Error: ")
+    assert str(tmp_path) in err.splitlines()[-1]
+    status, err = server.end(signal.SIGTERM)
+    assert status == 0 and "Traceback" not in err
+    again = Server(*options)
+    assert again.wait_until_ready().get(item.id) == item
+    status, err = again.end(signal.SIGINT)
+    assert status == 0 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((), "the setting checkpoint is missing"),
+        (("--checkpoint", "none.safetensors"), "no checkpoint at none.safetensors"),
+        (("--host", "0.0.0.0", "--checkpoint", "x"), "there is no API key"),
+        (("--config", "none.toml"), "no settings file at none.toml"),
+        (("--api-keys-file", "none.json", "--checkpoint", "x"), "there is no file of keys"),
+    ],
+)
+def test_serve_that_cannot_start(
+    options: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, "serve", "--data-dir", tmp_path / "d", "--port", 0, *options)
+    assert status == 1
+    assert err.splitlines()[-1].startswith("Error: ")
+    assert sentence in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_serve_on_a_port_in_use(
+    url: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = url.rsplit(":", 1)[1]
+    arguments = ["--checkpoint", tiny_checkpoint, "--data-dir", tmp_path, "--port", port]
+    status, _, err = run(capsys, "serve", *arguments)
+    assert status == 1 and "choose another with --port" in err
+    assert not list(tmp_path.iterdir())  # told before anything is loaded or made
+
+
+def test_demo(
+    tiny_checkpoint: Path, visible: list[Path], infrared: list[Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    examples, sheet = tmp_path / "examples", tmp_path / "sheet.html"
+    examples.mkdir()
+    shutil.copy(tiny_checkpoint, examples / "demo.safetensors")
+    rows = ["file,person_id,camera_id,modality,role"]
+    for role, files, kind in (("gallery", visible[:4], "rgb"), ("query", infrared[:2], "ir")):
+        (examples / role).mkdir()
+        for file in files:
+            name = f"{role}/{file.parent.name}.jpg"
+            shutil.copy(file, examples / name)
+            rows.append(f"{name},{file.parent.name},cam,{kind},{role}")
+    (examples / "manifest.csv").write_text("\n".join(rows))
+    monkeypatch.setenv("CMT_RUNTIME", "torch")
+    monkeypatch.setenv("CMT_DATABASE_URL", "sqlite:////nowhere/else.sqlite3")  # not the demo's
+    for expected, status in ((0.0, 0), (1.1, 1)):
+        (examples / "expected.json").write_text(json.dumps({"rank1": expected}))
+        answer = run(capsys, "demo", "--examples", examples, "--html", sheet, "--once")
+        assert answer[0] == status, answer[2]
+        assert "4 of 4 files are enrolled" in answer[1]
+        assert "2 infrared queries against 4 visible crops" in answer[1]
+        assert "Rank-1 with modulation" in answer[1]
+        assert sheet.read_text().count("<img") == 2 + 2 * 4
+
+
+def test_every_error_has_a_code_of_its_own() -> None:
+    kinds: list[Any] = ServiceError.__subclasses__()
+    assert Overloaded in kinds
+    assert len({kind.code for kind in kinds}) == len(kinds)
+    assert all(400 <= kind.status < 600 and kind.__doc__ for kind in kinds)
