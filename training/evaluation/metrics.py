@@ -173,8 +173,7 @@ def _score_by_counting(
     identities, starts = np.unique(gallery_ids[order], return_index=True)
     ends = np.append(starts[1:], order.size)
     # Images of one identity side by side; what a query ignores is infinitely far.
-    grouped = np.where(excluded, np.inf, matrix)[:, order]  # Q×N
-    left_out = excluded[:, order]
+    grouped = np.take(np.where(excluded, np.inf, matrix), order, axis=1)  # Q×N
     nearest = np.minimum.reduceat(grouped, starts, axis=1)  # Q×identities
 
     scores = QueryScores(
@@ -188,7 +187,7 @@ def _score_by_counting(
         own = slice(starts[identity], ends[identity])
         distance = grouped[rows]  # q×N
         positives = distance[:, own]  # q×K
-        kept = ~left_out[rows, own]
+        kept = ~excluded[rows[:, None], order[own]]
         nearer = (distance[:, None] < positives[:, :, None]).sum(axis=2)  # q×K
         as_near = (distance[:, None] <= positives[:, :, None]).sum(axis=2) - nearer
         tied[rows] = ((as_near > 1) & kept).any(axis=1)

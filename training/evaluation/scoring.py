@@ -1,7 +1,7 @@
 """One network on the searches of a protocol: every query scored under each way of ranking."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,9 @@ from training.evaluation.rerank import k_reciprocal
 from training.evaluation.splits import Split
 from training.evaluation.vitality import gamma_beta_figures, nearest_kept, top_changes
 
-QUERY_BLOCK = 512
+Distance = Callable[[Tensor, Tensor, Modulation], Tensor]
+
+QUERY_BLOCK = 2048
 SHOWN = 10  # nearest images that are kept for contact sheets
 
 
@@ -83,12 +85,12 @@ class _Space:
         self.features = embedded.embedding[torch.from_numpy(self.pool)]
         self.modulation = modulation_of(model, x)
         identity = Modulation.identity(*self.modulation.gamma.shape)
-        self.modulated = distances(model, x, self.features, self.modulation)
-        self.unmodulated = distances(model, x, self.features, identity)
+        self.modulated = distances(model.distance, x, self.features, self.modulation)
+        self.unmodulated = distances(model.distance, x, self.features, identity)
         self.between: FloatArray | None = None
         if rerank:  # every image in its turn as the query, with its own γ, β
             images = torch.cat([x, self.features])
-            between = distances(model, images, images, modulation_of(model, images))
+            between = distances(model.distance, images, images, modulation_of(model, images))
             self.between = between**2 if model.config.metric == "euclidean" else between
 
     def reranked(self, columns: IntArray) -> FloatArray | None:
@@ -143,10 +145,12 @@ def modulation_of(model: CMT, queries: Tensor) -> Modulation:
         return Modulation(*(part.float().cpu() for part in model.modulation(queries.to(device))))
 
 
-def distances(model: CMT, queries: Tensor, gallery: Tensor, modulation: Modulation) -> FloatArray:
+def distances(
+    distance: Distance, queries: Tensor, gallery: Tensor, modulation: Modulation
+) -> FloatArray:
     """Q×N in blocks of queries, in float64: c − ⟨w, z⟩ cancels where the distance is small."""
     blocks = (
-        model.distance(x.double(), gallery.double(), Modulation(gamma.double(), beta.double()))
+        distance(x.double(), gallery.double(), Modulation(gamma.double(), beta.double()))
         for x, gamma, beta in zip(
             torch.split(queries, QUERY_BLOCK),
             torch.split(modulation.gamma, QUERY_BLOCK),
