@@ -113,7 +113,9 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
             *(cameras[split.queries], cameras[gallery]),
         )
         columns = np.searchsorted(space.pool, gallery)
-        with_modulation, without = space.modulated[:, columns], space.unmodulated[:, columns]
+        with_modulation, without = (
+            np.take(m, columns, axis=1) for m in (space.modulated, space.unmodulated)
+        )
         modulated.append(score_queries(with_modulation, *labels, split.protocol))
         unmodulated.append(score_queries(without, *labels, split.protocol))
         again = space.reranked(columns)
