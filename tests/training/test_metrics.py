@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.evaluation import RankMetrics, rank_metrics
+from training.evaluation import metrics as metrics_module
 from training.evaluation.metrics import score_queries
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
@@ -167,3 +168,44 @@ def test_equals_the_plain_loop(data, protocol):
             rank_metrics(*arguments)
     else:
         assert_same(rank_metrics(*arguments), expected)
+
+
+def random_case(protocol, seed, n_queries=60, n_gallery=80):
+    generator = np.random.default_rng(seed)
+    labels = [generator.integers(1, 9, n) for n in (n_queries, n_gallery)]
+    cameras = [generator.integers(1, 7, n) for n in (n_queries, n_gallery)]
+    return generator.random((n_queries, n_gallery)), *labels, *cameras, protocol
+
+
+@pytest.mark.parametrize("protocol", ["sysu", "regdb", "llcm"])
+@pytest.mark.parametrize("at_once", [1 << 23, 700])
+def test_counting_equals_sorting_without_a_sort(protocol, at_once, monkeypatch):
+    """Without ties no query needs the sort; blocks of any size give the same."""
+    case = random_case(protocol, seed=at_once % 97)
+    expected = plain_loop(*case)
+    monkeypatch.setattr(metrics_module, "COUNTED_AT_ONCE", at_once)
+    monkeypatch.delattr(metrics_module, "_score_by_sorting")
+    assert_same(rank_metrics(*case), expected)
+
+
+def test_only_tied_queries_are_sorted(monkeypatch):
+    distance, *rest = random_case("regdb", seed=3)
+    positive = np.flatnonzero(rest[1] == rest[0][7])[0]
+    negative = np.flatnonzero(rest[1] != rest[0][7])[0]
+    distance[7, negative] = distance[7, positive]
+    sorted_rows = []
+    plain_sort = metrics_module._score_by_sorting
+
+    def recording(matrix, *arguments):
+        sorted_rows.extend(matrix.tolist())
+        return plain_sort(matrix, *arguments)
+
+    monkeypatch.setattr(metrics_module, "_score_by_sorting", recording)
+    assert_same(rank_metrics(distance, *rest), plain_loop(distance, *rest))
+    assert sorted_rows == [distance[7].tolist()]
+
+
+def test_an_infinite_distance_of_a_positive_is_ranked_last():
+    infinite = float("inf")
+    metrics = rank_metrics([[infinite, 1.0, infinite]], [1], [2, 2, 1], [3], [2, 1, 1], "sysu")
+    assert metrics.mean_ap == metrics.mean_inp == pytest.approx(1 / 2)

@@ -1,0 +1,60 @@
+"""`cmt bench evaluate` on a small problem: both sides agree, and a disagreement is caught."""
+
+import json
+
+import numpy as np
+import pytest
+
+from model.cli import main
+from training.evaluation.bench import (
+    gallery_distances,
+    loop,
+    random_problem,
+    require_equal,
+    vectorised,
+    vectorised_distances,
+)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return random_problem(queries=70, identities=12, parts=2, dim=4)
+
+
+def test_a_problem_has_the_proportions_of_the_real_set():
+    real = random_problem(queries=200, identities=96, parts=1, dim=2)
+    assert {gallery.size for gallery in real.galleries} == {301}
+    for gallery in real.galleries:
+        cells = set(zip(real.pool_ids[gallery], real.pool_cameras[gallery], strict=True))
+        assert len(cells) == 301  # one image of each identity and camera
+    assert set(real.query_cameras) == {3, 6}
+
+
+def test_both_sides_give_the_same_figures_from_features_and_from_distances(problem):
+    ours = vectorised(problem, vectorised_distances(problem))
+    require_equal(ours, loop(problem, None))
+    given = [gallery_distances(problem, gallery) for gallery in problem.galleries]
+    require_equal(vectorised(problem, given), loop(problem, given))
+    assert len(ours) == 10
+    assert len({metrics.mean_ap for metrics in ours}) == 10
+
+
+def test_figures_that_differ_stop_the_benchmark(problem):
+    distances = vectorised_distances(problem)
+    theirs = loop(problem, distances)
+    distances[3] = np.roll(distances[3], 1, axis=1)
+    with pytest.raises(ValueError, match="trial 4: figures of the two sides differ"):
+        require_equal(vectorised(problem, distances), theirs)
+
+
+def test_the_command_writes_both_cases(tmp_path, capsys):
+    out = tmp_path / "results" / "evaluate.json"
+    size = ("--queries", "60", "--identities", "10", "--parts", "2", "--dim", "4")
+    assert main(["bench", "evaluate", *size, "--rounds", "2", "--json", str(out)]) == 0
+    assert "from features" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert [result["case"] for result in written["results"]] == ["from features", "from distances"]
+    for result in written["results"]:
+        assert len(result["ratios"]) == 2
+        assert result["ratios"] == [theirs / ours for ours, theirs in result["seconds"]]
+    assert {"date", "cpu", "threads", "packages"} <= written["machine"].keys()
