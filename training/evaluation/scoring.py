@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -87,11 +88,15 @@ class _Space:
         identity = Modulation.identity(*self.modulation.gamma.shape)
         self.modulated = distances(model.distance, x, self.features, self.modulation)
         self.unmodulated = distances(model.distance, x, self.features, identity)
-        self.between: FloatArray | None = None
+        self.between: npt.NDArray[np.float32] | None = None
         if rerank:  # every image in its turn as the query, with its own γ, β
             images = torch.cat([x, self.features])
-            between = distances(model.distance, images, images, modulation_of(model, images))
-            self.between = between**2 if model.config.metric == "euclidean" else between
+            # fp32 from here on: on the real set these are ten thousand images by as many.
+            self.between = distances(
+                model.distance, images, images, modulation_of(model, images)
+            ).astype(np.float32)
+            if model.config.metric == "euclidean":
+                np.square(self.between, out=self.between)
 
     def reranked(self, columns: IntArray) -> FloatArray | None:
         """Q×N of one gallery, given as columns of the pool."""
