@@ -194,9 +194,10 @@ def test_sheets_show_the_nearest_of_best_and_worst(tiny_model, regdb_root, tmp_p
 def test_a_damaged_image_is_named(folder_root, tiny_checkpoint, tmp_path, capsys):
     root = Path(shutil.copytree(folder_root, tmp_path / "set"))
     (root / "ir" / "ann" / "1.png").write_bytes(b"nothing")
-    assert evaluate("folder", root, tiny_checkpoint) == 1
-    error = capsys.readouterr().err
-    assert "ann/1.png cannot be decoded" in error and error.count("\n") == 1
+    for workers in (0, 1):
+        assert evaluate("folder", root, tiny_checkpoint, "--workers", workers) == 1
+        error = capsys.readouterr().err
+        assert "ann/1.png cannot be decoded" in error and error.count("\n") == 1
 
 
 def test_published_rows_are_the_papers():

@@ -31,7 +31,10 @@ class Embedded:
     embedding: Tensor
 
 
-class _Crops(Dataset[tuple[Tensor, Modality]]):
+class _Crops(Dataset[tuple[Tensor | DatasetError, Modality]]):
+    """An image that does not decode is handed on as its error: a worker process that raises buries
+    the sentence under its own traceback."""
+
     def __init__(self, samples: Sequence[Sample], config: CMTConfig) -> None:
         self.samples = samples
         self.config = config
@@ -39,16 +42,14 @@ class _Crops(Dataset[tuple[Tensor, Modality]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Modality]:
+    def __getitem__(self, index: int) -> tuple[Tensor | DatasetError, Modality]:
         sample = self.samples[index]
         try:
             with Image.open(sample.path, formats=IMAGE_FORMATS) as image:
                 return preprocess(image, self.config), sample.modality
         except (OSError, SyntaxError) as error:  # Pillow raises both for damaged files
-            raise DatasetError(
-                f"{sample.path} cannot be decoded ({error}); replace it or remove it from the "
-                "dataset."
-            ) from error
+            sentence = f"{sample.path} cannot be decoded ({error}); replace it or remove it"
+            return DatasetError(f"{sentence} from the dataset."), sample.modality
 
 
 @torch.inference_mode()
@@ -60,6 +61,9 @@ def embed_samples(
     Args:
         batch_size: images per forward pass.
         workers: processes that decode images; 0 decodes in this one.
+
+    Raises:
+        DatasetError: an image cannot be decoded; it is named.
     """
     device = next(model.parameters()).device
     loader = DataLoader(
@@ -72,6 +76,8 @@ def embed_samples(
     features, compensated, embedding = [], [], []
     with _evaluating(model):
         for images, modalities in loader:
+            if isinstance(images, DatasetError):
+                raise images
             output = model(images.to(device, non_blocking=True), modalities)
             features.append(output.features.float().cpu())
             embedding.append(output.embedding.float().cpu())
@@ -96,5 +102,12 @@ def _evaluating(model: CMT) -> Iterator[None]:
         model.train(was_training)
 
 
-def _collate(batch: list[tuple[Tensor, Modality]]) -> tuple[Tensor, list[Modality]]:
-    return torch.stack([image for image, _ in batch]), [modality for _, modality in batch]
+def _collate(
+    batch: list[tuple[Tensor | DatasetError, Modality]],
+) -> tuple[Tensor | DatasetError, list[Modality]]:
+    images = []
+    for image, _ in batch:
+        if isinstance(image, DatasetError):
+            return image, []
+        images.append(image)
+    return torch.stack(images), [modality for _, modality in batch]
