@@ -109,12 +109,12 @@ Timestamp = Annotated[
 Box = Annotated[
     tuple[int, int, int, int],
     BeforeValidator(_box),
-    WithJsonSchema({"type": "string", "pattern": r"^\d{1,6},\d{1,6},\d{1,6},\d{1,6}$"}),
+    WithJsonSchema({"type": "string", "pattern": r"^(\d{1,6}(,\d{1,6}){3})?$"}),
 ]
 Metadata = Annotated[
     dict[str, Any],
     BeforeValidator(_metadata),
-    WithJsonSchema({"type": "string", "contentMediaType": "application/json"}),
+    WithJsonSchema({"type": "string", "maxLength": METADATA_BYTES}),
 ]
 
 
@@ -157,7 +157,7 @@ class EnrollForm(FormModel):
         default=None,
         description="Enroll only this part: x,y,width,height in pixels, after orientation.",
     )
-    metadata: Metadata = Field({}, description="A JSON object of at most 8 KB.")
+    metadata: Metadata = Field(default={}, description="A JSON object of at most 8 KB.")
 
 
 class QueryForm(FormModel):
@@ -170,6 +170,7 @@ class QueryForm(FormModel):
         default=None,
         ge=1,
         le=100_000,
+        examples=[256],
         description="Shortlist of the recall stage; never fewer than `top_k`.",
     )
     exhaustive: bool = Field(False, description="Score the whole gallery in modulated space.")
@@ -183,7 +184,13 @@ class QueryForm(FormModel):
     gallery_modality: tuple[Modality, ...] = Field((), description="Any of these.")
     captured_from: Timestamp | None = None
     captured_to: Timestamp | None = None
-    max_distance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_distance: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        examples=[100.0],
+        description="Drops weaker results.",
+    )
     explain: bool = Field(False, description="Adds `parts` and `unmodulated_rank`.")
     debug: bool = Field(False, description="Adds `timings_ms`.")
 
