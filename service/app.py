@@ -59,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     for router in (gallery.router, query.router, operate.router):
         app.include_router(router)
     problems.install(app)
-    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
+    app.openapi = partial(_openapi, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -99,7 +99,8 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers if wrapped else send)
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, keys: bool) -> dict[str, Any]:
+    """The OpenAPI document; keys: whether the routes that are not open need one."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,
@@ -110,6 +111,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         components = document["components"]["schemas"]
         components |= {**schema.pop("$defs"), "Problem": schema}
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                if not keys or ROUTE_SCOPES[method.upper(), path] is None:
+                    del operation["security"]
         app.openapi_schema = document
     return app.openapi_schema
 

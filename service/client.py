@@ -6,156 +6,31 @@ Both retry a 429 or 503 when the server says how long to wait (Retry-After).
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self
 
 import httpx
-from pydantic import BaseModel, ValidationError
 
+from service import calls
 from service.api.schemas import (
     Erased,
     GalleryItem,
     GalleryPage,
     ModalityChoice,
     ModelCard,
-    Problem,
     QueryAnswer,
 )
+from service.calls import ImageSource, ServiceProblem, Unreachable
 from service.settings import is_loopback
 
-M = TypeVar("M", bound=BaseModel)
+__all__ = ["AsyncClient", "Client", "ServiceProblem", "Unreachable"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # Long enough for a CPU that embeds a full queue first; connecting to a service takes no time.
 TIMEOUT = httpx.Timeout(120, connect=5)
-LONGEST_WAIT = 30.0
-
-ImageSource = Path | bytes
-
-
-class ServiceProblem(Exception):  # noqa: N818 (named like the body it carries)
-    """An error answered by the service; `problem` is its body. The message is its sentence."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.detail)
-        self.problem = problem
-        self.status, self.code = problem.status, problem.code
-
-
-class Unreachable(Exception):  # noqa: N818 (a state, not an error of the caller)
-    """No answer from the service; the message says what to check."""
-
-
-class _Call(NamedTuple):
-    """One request, ready to be sent by either client."""
-
-    method: str
-    path: str
-    params: Mapping[str, Any] | None = None
-    data: Mapping[str, Any] | None = None
-    files: Sequence[tuple[str, tuple[str, bytes]]] | None = None
-    headers: Mapping[str, str] | None = None
-
-
-def _enroll(
-    image: ImageSource, box: Sequence[int] | None, key: str | None, fields: Mapping[str, Any]
-) -> _Call:
-    data = _form({"box": _box(box), **fields})
-    headers = None if key is None else {"Idempotency-Key": key}
-    return _Call("POST", "/gallery", data=data, files=[_file(image)], headers=headers)
-
-
-def _query(
-    images: ImageSource | Sequence[ImageSource],
-    box: Sequence[int] | None,
-    fields: Mapping[str, Any],
-) -> _Call:
-    several = [images] if isinstance(images, Path | bytes) else images
-    data = _form({"box": _box(box), **fields})
-    return _Call("POST", "/query", data=data, files=[_file(image) for image in several])
-
-
-def _list(fields: Mapping[str, Any]) -> _Call:
-    return _Call("GET", "/gallery", params=_form(fields))
-
-
-def _form(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as the API writes them; those that are None or an empty list are left out."""
-    return {name: _text(value) for name, value in fields.items() if value not in (None, (), [])}
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, Mapping):
-        return json.dumps(value)
-    if isinstance(value, list | tuple):
-        return [_text(element) for element in value]
-    return str(value)
-
-
-def _box(box: Sequence[int] | None) -> str | None:
-    return None if box is None else ",".join(map(str, box))
-
-
-def _file(image: ImageSource) -> tuple[str, tuple[str, bytes]]:
-    if isinstance(image, Path):
-        return "image", (image.name, image.read_bytes())
-    return "image", ("image", image)
-
-
-def _wait(response: httpx.Response, attempt: int, retries: int) -> float | None:
-    """Seconds until the next attempt; None where the answer stands."""
-    if response.status_code not in (429, 503) or attempt >= retries:
-        return None
-    try:
-        return min(float(response.headers["Retry-After"]), LONGEST_WAIT)
-    except (KeyError, ValueError):
-        return None
-
-
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.is_success:
-        return response
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except ValidationError:
-        problem = Problem(
-            title=response.reason_phrase,
-            status=response.status_code,
-            code="http_error",
-            detail=f"{response.url} answered {response.status_code}; is it a CMT service?",
-            instance=response.url.path,
-        )
-    raise ServiceProblem(problem)
-
-
-def _parsed(response: httpx.Response, model: type[M]) -> M:
-    try:
-        return model.model_validate_json(_checked(response).content)
-    except ValidationError as error:
-        raise Unreachable(
-            f"{response.url} answered something else than expected; is it a CMT service of this "
-            "release?"
-        ) from error
-
-
-def _unreachable(url: httpx.URL, error: httpx.TransportError) -> Unreachable:
-    return Unreachable(
-        f"no answer from {url} ({error or type(error).__name__}); start the service with "
-        "`cmt serve`, or give its address with --url"
-    )
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 class Client:
@@ -176,7 +51,7 @@ class Client:
         self._retries = retries
         self._http = httpx.Client(
             base_url=url,
-            headers=_headers(api_key),
+            headers=calls.authorization(api_key),
             timeout=timeout,
             transport=transport,
             # A proxy that the environment names is for other machines than this one.
@@ -218,7 +93,9 @@ class Client:
             "modality": modality,
             "metadata": metadata,
         }
-        return _parsed(self._send(_enroll(image, box, idempotency_key, fields)), GalleryItem)
+        return calls.parsed(
+            self._send(calls.enroll(image, box, idempotency_key, fields)), GalleryItem
+        )
 
     def query(
         self,
@@ -228,39 +105,39 @@ class Client:
         **fields: Any,
     ) -> QueryAnswer:
         """POST /query; fields: modality, top_k, candidates, exhaustive, modulation, group_by, …"""
-        return _parsed(self._send(_query(images, box, fields)), QueryAnswer)
+        return calls.parsed(self._send(calls.query(images, box, fields)), QueryAnswer)
 
     def list(self, **fields: Any) -> GalleryPage:
         """GET /gallery; fields: person_id, camera_id, modality, …, limit, cursor."""
-        return _parsed(self._send(_list(fields)), GalleryPage)
+        return calls.parsed(self._send(calls.list_items(fields)), GalleryPage)
 
     def get(self, item_id: str) -> GalleryItem:
         """GET /gallery/{id}."""
-        return _parsed(self._send(_Call("GET", f"/gallery/{item_id}")), GalleryItem)
+        return calls.parsed(self._send(calls.Call("GET", f"/gallery/{item_id}")), GalleryItem)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
         """GET /gallery/{id}/image → the stored crop and its media type."""
-        response = _checked(self._send(_Call("GET", f"/gallery/{item_id}/image")))
+        response = calls.checked(self._send(calls.Call("GET", f"/gallery/{item_id}/image")))
         return response.content, response.headers["Content-Type"]
 
     def delete(self, item_id: str) -> None:
         """DELETE /gallery/{id}."""
-        _checked(self._send(_Call("DELETE", f"/gallery/{item_id}")))
+        calls.checked(self._send(calls.Call("DELETE", f"/gallery/{item_id}")))
 
     def erase(self, person_id: str) -> int:
         """DELETE /gallery?person_id=… → how many items were erased."""
-        call = _Call("DELETE", "/gallery", params={"person_id": person_id})
-        return _parsed(self._send(call), Erased).deleted
+        call = calls.Call("DELETE", "/gallery", params={"person_id": person_id})
+        return calls.parsed(self._send(call), Erased).deleted
 
     def model(self) -> ModelCard:
         """GET /model."""
-        return _parsed(self._send(_Call("GET", "/model")), ModelCard)
+        return calls.parsed(self._send(calls.Call("GET", "/model")), ModelCard)
 
     def ready(self) -> None:
         """GET /readyz. Raises ServiceProblem while the service is not ready."""
-        _checked(self._send(_Call("GET", "/readyz")))
+        calls.checked(self._send(calls.Call("GET", "/readyz")))
 
-    def _send(self, call: _Call) -> httpx.Response:
+    def _send(self, call: calls.Call) -> httpx.Response:
         for attempt in range(self._retries + 1):
             try:
                 response = self._http.request(
@@ -272,8 +149,8 @@ class Client:
                     headers=call.headers,
                 )
             except httpx.TransportError as error:
-                raise _unreachable(self._http.base_url, error) from error
-            wait = _wait(response, attempt, self._retries)
+                raise calls.unreachable(self._http.base_url, error) from error
+            wait = calls.wait_before_retry(response, attempt, self._retries)
             if wait is None:
                 break
             time.sleep(wait)
@@ -295,7 +172,7 @@ class AsyncClient:
         self._retries = retries
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers=_headers(api_key),
+            headers=calls.authorization(api_key),
             timeout=timeout,
             transport=transport,
             # A proxy that the environment names is for other machines than this one.
@@ -337,7 +214,9 @@ class AsyncClient:
             "modality": modality,
             "metadata": metadata,
         }
-        return _parsed(await self._send(_enroll(image, box, idempotency_key, fields)), GalleryItem)
+        return calls.parsed(
+            await self._send(calls.enroll(image, box, idempotency_key, fields)), GalleryItem
+        )
 
     async def query(
         self,
@@ -347,39 +226,39 @@ class AsyncClient:
         **fields: Any,
     ) -> QueryAnswer:
         """POST /query; fields: modality, top_k, candidates, exhaustive, modulation, group_by, …"""
-        return _parsed(await self._send(_query(images, box, fields)), QueryAnswer)
+        return calls.parsed(await self._send(calls.query(images, box, fields)), QueryAnswer)
 
     async def list(self, **fields: Any) -> GalleryPage:
         """GET /gallery; fields: person_id, camera_id, modality, …, limit, cursor."""
-        return _parsed(await self._send(_list(fields)), GalleryPage)
+        return calls.parsed(await self._send(calls.list_items(fields)), GalleryPage)
 
     async def get(self, item_id: str) -> GalleryItem:
         """GET /gallery/{id}."""
-        return _parsed(await self._send(_Call("GET", f"/gallery/{item_id}")), GalleryItem)
+        return calls.parsed(await self._send(calls.Call("GET", f"/gallery/{item_id}")), GalleryItem)
 
     async def image(self, item_id: str) -> tuple[bytes, str]:
         """GET /gallery/{id}/image → the stored crop and its media type."""
-        response = _checked(await self._send(_Call("GET", f"/gallery/{item_id}/image")))
+        response = calls.checked(await self._send(calls.Call("GET", f"/gallery/{item_id}/image")))
         return response.content, response.headers["Content-Type"]
 
     async def delete(self, item_id: str) -> None:
         """DELETE /gallery/{id}."""
-        _checked(await self._send(_Call("DELETE", f"/gallery/{item_id}")))
+        calls.checked(await self._send(calls.Call("DELETE", f"/gallery/{item_id}")))
 
     async def erase(self, person_id: str) -> int:
         """DELETE /gallery?person_id=… → how many items were erased."""
-        call = _Call("DELETE", "/gallery", params={"person_id": person_id})
-        return _parsed(await self._send(call), Erased).deleted
+        call = calls.Call("DELETE", "/gallery", params={"person_id": person_id})
+        return calls.parsed(await self._send(call), Erased).deleted
 
     async def model(self) -> ModelCard:
         """GET /model."""
-        return _parsed(await self._send(_Call("GET", "/model")), ModelCard)
+        return calls.parsed(await self._send(calls.Call("GET", "/model")), ModelCard)
 
     async def ready(self) -> None:
         """GET /readyz. Raises ServiceProblem while the service is not ready."""
-        _checked(await self._send(_Call("GET", "/readyz")))
+        calls.checked(await self._send(calls.Call("GET", "/readyz")))
 
-    async def _send(self, call: _Call) -> httpx.Response:
+    async def _send(self, call: calls.Call) -> httpx.Response:
         for attempt in range(self._retries + 1):
             try:
                 response = await self._http.request(
@@ -391,8 +270,8 @@ class AsyncClient:
                     headers=call.headers,
                 )
             except httpx.TransportError as error:
-                raise _unreachable(self._http.base_url, error) from error
-            wait = _wait(response, attempt, self._retries)
+                raise calls.unreachable(self._http.base_url, error) from error
+            wait = calls.wait_before_retry(response, attempt, self._retries)
             if wait is None:
                 break
             await asyncio.sleep(wait)

@@ -9,9 +9,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from service import errors
 from service.api.schemas import FieldProblem, Problem
+from service.auth import ROUTE_SCOPES
 from service.errors import ServiceError
 
 MEDIA_TYPE = "application/problem+json"
@@ -78,10 +80,19 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     kind, detail = _HTTP_ERRORS.get(error.status_code, (ServiceError, str(error.detail)))
     problem = kind(detail, headers=dict(error.headers or {}))
+    if kind is errors.MethodNotAllowed:
+        problem.headers["Allow"] = ", ".join(_methods(request.url.path))
     if kind is ServiceError:
         problem.status, problem.code = error.status_code, "http_error"
         problem.title = "HTTP error"
     return _response(request, problem)
+
+
+def _methods(path: str) -> list[str]:
+    """What this path takes; the framework names only the methods of one of its routes."""
+    return sorted(
+        method for method, route in ROUTE_SCOPES if compile_path(route)[0].fullmatch(path)
+    )
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

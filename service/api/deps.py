@@ -98,12 +98,24 @@ async def read_upload(request: Request, max_images: int) -> AsyncIterator[Upload
 def form_body(model: type[FormModel], image: dict[str, Any]) -> dict[str, Any]:
     """`openapi_extra` of an endpoint that reads its own form: `model`'s fields and the images."""
     schema = model.model_json_schema()
-    schema["properties"] = {"image": image, **schema["properties"]}
+    fields = {name: _form_field(field) for name, field in schema["properties"].items()}
+    schema["properties"] = {"image": image, **fields}
     schema["required"] = ["image"]
     schema["title"] = model.__name__
     return {
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
     }
+
+
+def _form_field(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field in a form: there is no null there, an empty text stands for it."""
+    if "anyOf" in schema:
+        kind = next(kind for kind in schema.pop("anyOf") if kind != {"type": "null"})
+        schema = {**kind, **schema}
+        del schema["default"]
+    if schema["type"] == "string" and "enum" not in schema and "const" not in schema:
+        schema["default"] = ""
+    return schema
 
 
 async def _parse(request: Request, max_images: int, max_bytes: int) -> FormData:

@@ -2,120 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import re
-import unicodedata
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    WithJsonSchema,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, from_json
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from service.api.fields import Box, Label, Metadata, Timestamp, plain_text
 
 Modality = Literal["rgb", "ir"]
 ModalityChoice = Literal["auto", "rgb", "ir"]
 ModalitySource = Literal["given", "detected"]
 
-METADATA_BYTES = 8192
-METADATA_DEPTH = 16
 QUERY_IMAGES = 16
-
-_RFC_3339 = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
-)
-_BOX = re.compile(r"\d{1,6},\d{1,6},\d{1,6},\d{1,6}", re.ASCII)
-
-
-def _plain_text(value: str) -> str:
-    """No control characters (NUL among them) and no half of a surrogate pair: no database and no
-    JSON takes them all."""
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise ValueError("must not hold control characters")
-    return value
-
-
-def _timestamp(value: Any) -> Any:
-    """RFC 3339 text → an aware datetime in UTC."""
-    if not isinstance(value, str):
-        return value
-    if not _RFC_3339.fullmatch(value):
-        raise ValueError("must be a time with an offset, such as 2026-03-01T14:05:00+01:00")
-    try:
-        return datetime.fromisoformat(value.upper()).astimezone(UTC)
-    except (ValueError, OverflowError) as error:
-        raise ValueError("is no time that exists between the years 1 and 9999") from error
-
-
-def _box(value: Any) -> Any:
-    """'x,y,width,height' → four whole numbers."""
-    if not isinstance(value, str):
-        return value
-    if not _BOX.fullmatch(value):
-        raise ValueError("must be x,y,width,height in whole pixels, such as 12,0,64,128")
-    return tuple(map(int, value.split(",")))
-
-
-def _metadata(value: Any) -> Any:
-    """JSON text → an object that every database and JSON reader takes unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        encoded = value.encode()
-        if len(encoded) > METADATA_BYTES:
-            raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
-        parsed = from_json(encoded, allow_inf_nan=False)
-    except ValueError as error:
-        if str(error).startswith("must be"):
-            raise
-        raise ValueError('must be a JSON object, such as {"note": "gate 3"}') from error
-    if not isinstance(parsed, dict):
-        raise ValueError("must be a JSON object, not another JSON value")
-    if not _is_portable(parsed, METADATA_DEPTH):
-        raise ValueError(
-            f"must nest at most {METADATA_DEPTH} deep, without NUL characters and with numbers of "
-            "at most 64 bits"
-        )
-    return parsed
-
-
-def _is_portable(value: Any, depth: int) -> bool:
-    if depth < 0:
-        return False
-    if isinstance(value, dict):
-        return all("\0" not in k and _is_portable(v, depth - 1) for k, v in value.items())
-    if isinstance(value, list):
-        return all(_is_portable(element, depth - 1) for element in value)
-    if isinstance(value, str):
-        return "\0" not in value
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, int) or -(2**63) <= value < 2**63
-
-
-Label = Annotated[str, Field(max_length=128), AfterValidator(_plain_text)]
-Timestamp = Annotated[
-    datetime,
-    BeforeValidator(_timestamp),
-    WithJsonSchema({"type": "string", "format": "date-time"}),
-]
-Box = Annotated[
-    tuple[int, int, int, int],
-    BeforeValidator(_box),
-    WithJsonSchema({"type": "string", "pattern": r"^\d{1,6},\d{1,6},\d{1,6},\d{1,6}$"}),
-]
-Metadata = Annotated[
-    dict[str, Any],
-    BeforeValidator(_metadata),
-    WithJsonSchema({"type": "string", "contentMediaType": "application/json"}),
-]
 
 
 class FormModel(BaseModel):
@@ -157,7 +63,7 @@ class EnrollForm(FormModel):
         default=None,
         description="Enroll only this part: x,y,width,height in pixels, after orientation.",
     )
-    metadata: Metadata = Field({}, description="A JSON object of at most 8 KB.")
+    metadata: Metadata = Field(default={}, description="A JSON object of at most 8 KB.")
 
 
 class QueryForm(FormModel):
@@ -170,6 +76,7 @@ class QueryForm(FormModel):
         default=None,
         ge=1,
         le=100_000,
+        examples=[256],
         description="Shortlist of the recall stage; never fewer than `top_k`.",
     )
     exhaustive: bool = Field(False, description="Score the whole gallery in modulated space.")
@@ -183,7 +90,13 @@ class QueryForm(FormModel):
     gallery_modality: tuple[Modality, ...] = Field((), description="Any of these.")
     captured_from: Timestamp | None = None
     captured_to: Timestamp | None = None
-    max_distance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_distance: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        examples=[100.0],
+        description="Drops weaker results.",
+    )
     explain: bool = Field(False, description="Adds `parts` and `unmodulated_rank`.")
     debug: bool = Field(False, description="Adds `timings_ms`.")
 
@@ -199,7 +112,7 @@ class ListParameters(BaseModel):
     captured_from: Timestamp | None = None
     captured_to: Timestamp | None = None
     limit: int = Field(100, ge=1, le=1000)
-    cursor: Annotated[str, AfterValidator(_plain_text)] | None = Field(
+    cursor: Annotated[str, AfterValidator(plain_text)] | None = Field(
         default=None, max_length=512, description="`next_cursor` of the page before."
     )
 

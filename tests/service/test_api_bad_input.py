@@ -213,6 +213,13 @@ def test_bad_paths_and_parameters(http: httpx.Client, method: str, path: str, st
     assert_problem(http.request(method, path), status)
 
 
+def test_a_wrong_method_is_told_the_right_ones(http: httpx.Client) -> None:
+    answer = http.options(f"/gallery/{'0' * 32}")
+    assert_problem(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "DELETE, GET"
+    assert http.put("/gallery").headers["allow"] == "DELETE, GET, POST"
+
+
 @pytest.mark.parametrize("route", ["/gallery", "/query"])
 def test_bad_forms(http: httpx.Client, route: str) -> None:
     plain = {"Content-Type": "multipart/form-data; boundary=b"}

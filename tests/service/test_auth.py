@@ -65,6 +65,16 @@ def test_every_route_with_every_scope(guarded: Guarded, method: str, path: str) 
             assert (answer.status_code, answer.json()["code"]) == (403, "scope_missing")
 
 
+def test_openapi_says_which_routes_need_a_key(guarded: Guarded, http: httpx.Client) -> None:
+    document = guarded.http.get("/openapi.json").json()
+    without = http.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            needed = ROUTE_SCOPES[method.upper(), path] is not None
+            assert ("security" in operation) == needed
+            assert "security" not in without["paths"][path][method]
+
+
 def test_only_bearer_keys_that_exist_are_let_in(guarded: Guarded) -> None:
     good = guarded.tokens["query"]
     for header in (

@@ -1,0 +1,104 @@
+"""Kinds of values that clients send as text: labels, times, boxes, metadata."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic_core import from_json
+
+METADATA_BYTES = 8192
+METADATA_DEPTH = 16
+
+_RFC_3339 = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+)
+_BOX = re.compile(r"\d{1,6},\d{1,6},\d{1,6},\d{1,6}", re.ASCII)
+
+
+def plain_text(value: str) -> str:
+    """No control characters (NUL among them) and no half of a surrogate pair: no database and no
+    JSON takes them all."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ValueError("must not hold control characters")
+    return value
+
+
+def _timestamp(value: Any) -> Any:
+    """RFC 3339 text → an aware datetime in UTC."""
+    if not isinstance(value, str):
+        return value
+    if not _RFC_3339.fullmatch(value):
+        raise ValueError("must be a time with an offset, such as 2026-03-01T14:05:00+01:00")
+    try:
+        return datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise ValueError("is no time that exists between the years 1 and 9999") from error
+
+
+def _box(value: Any) -> Any:
+    """'x,y,width,height' → four whole numbers."""
+    if not isinstance(value, str):
+        return value
+    if not _BOX.fullmatch(value):
+        raise ValueError("must be x,y,width,height in whole pixels, such as 12,0,64,128")
+    return tuple(map(int, value.split(",")))
+
+
+def _metadata(value: Any) -> Any:
+    """JSON text → an object that every database and JSON reader takes unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        encoded = value.encode()
+        if len(encoded) > METADATA_BYTES:
+            raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
+        parsed = from_json(encoded, allow_inf_nan=False)
+    except ValueError as error:
+        if str(error).startswith("must be"):
+            raise
+        raise ValueError('must be a JSON object, such as {"note": "gate 3"}') from error
+    if not isinstance(parsed, dict):
+        raise ValueError("must be a JSON object, not another JSON value")
+    if not _is_portable(parsed, METADATA_DEPTH):
+        raise ValueError(
+            f"must nest at most {METADATA_DEPTH} deep, without NUL characters and with numbers of "
+            "at most 64 bits"
+        )
+    return parsed
+
+
+def _is_portable(value: Any, depth: int) -> bool:
+    if depth < 0:
+        return False
+    if isinstance(value, dict):
+        return all("\0" not in k and _is_portable(v, depth - 1) for k, v in value.items())
+    if isinstance(value, list):
+        return all(_is_portable(element, depth - 1) for element in value)
+    if isinstance(value, str):
+        return "\0" not in value
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+Label = Annotated[str, Field(max_length=128), AfterValidator(plain_text)]
+Timestamp = Annotated[
+    datetime,
+    BeforeValidator(_timestamp),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+]
+Box = Annotated[
+    tuple[int, int, int, int],
+    BeforeValidator(_box),
+    WithJsonSchema({"type": "string", "pattern": r"^(\d{1,6}(,\d{1,6}){3})?$"}),
+]
+Metadata = Annotated[
+    dict[str, Any],
+    BeforeValidator(_metadata),
+    WithJsonSchema({"type": "string", "maxLength": METADATA_BYTES}),
+]

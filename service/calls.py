@@ -1,0 +1,147 @@
+"""Requests and answers of the API as plain values: what both clients share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from service.api.schemas import Problem
+
+M = TypeVar("M", bound=BaseModel)
+
+LONGEST_WAIT = 30.0
+
+ImageSource = Path | bytes
+
+
+class ServiceProblem(Exception):  # noqa: N818 (named like the body it carries)
+    """An error answered by the service; `problem` is its body. The message is its sentence."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+        self.status, self.code = problem.status, problem.code
+
+
+class Unreachable(Exception):  # noqa: N818 (a state, not an error of the caller)
+    """No answer from the service; the message says what to check."""
+
+
+class Call(NamedTuple):
+    """One request, ready to be sent by either client."""
+
+    method: str
+    path: str
+    params: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None
+    files: Sequence[tuple[str, tuple[str, bytes]]] | None = None
+    headers: Mapping[str, str] | None = None
+
+
+def enroll(
+    image: ImageSource, box: Sequence[int] | None, key: str | None, fields: Mapping[str, Any]
+) -> Call:
+    """POST /gallery; key: the Idempotency-Key."""
+    data = _form({"box": _box(box), **fields})
+    headers = None if key is None else {"Idempotency-Key": key}
+    return Call("POST", "/gallery", data=data, files=[_file(image)], headers=headers)
+
+
+def query(
+    images: ImageSource | Sequence[ImageSource],
+    box: Sequence[int] | None,
+    fields: Mapping[str, Any],
+) -> Call:
+    """POST /query; fields that are None are left out."""
+    several = [images] if isinstance(images, Path | bytes) else images
+    data = _form({"box": _box(box), **fields})
+    return Call("POST", "/query", data=data, files=[_file(image) for image in several])
+
+
+def list_items(fields: Mapping[str, Any]) -> Call:
+    """GET /gallery."""
+    return Call("GET", "/gallery", params=_form(fields))
+
+
+def _form(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as the API writes them; those that are None or an empty list are left out."""
+    return {name: _text(value) for name, value in fields.items() if value not in (None, (), [])}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return [_text(element) for element in value]
+    return str(value)
+
+
+def _box(box: Sequence[int] | None) -> str | None:
+    return None if box is None else ",".join(map(str, box))
+
+
+def _file(image: ImageSource) -> tuple[str, tuple[str, bytes]]:
+    if isinstance(image, Path):
+        return "image", (image.name, image.read_bytes())
+    return "image", ("image", image)
+
+
+def wait_before_retry(response: httpx.Response, attempt: int, retries: int) -> float | None:
+    """Seconds until the next attempt; None where the answer stands."""
+    if response.status_code not in (429, 503) or attempt >= retries:
+        return None
+    try:
+        return min(float(response.headers["Retry-After"]), LONGEST_WAIT)
+    except (KeyError, ValueError):
+        return None
+
+
+def checked(response: httpx.Response) -> httpx.Response:
+    """A successful response as it is. Raises ServiceProblem for any other."""
+    if response.is_success:
+        return response
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError:
+        problem = Problem(
+            title=response.reason_phrase,
+            status=response.status_code,
+            code="http_error",
+            detail=f"{response.url} answered {response.status_code}; is it a CMT service?",
+            instance=response.url.path,
+        )
+    raise ServiceProblem(problem)
+
+
+def parsed(response: httpx.Response, model: type[M]) -> M:
+    """The body as `model`. Raises ServiceProblem, or Unreachable where it is something else."""
+    try:
+        return model.model_validate_json(checked(response).content)
+    except ValidationError as error:
+        raise Unreachable(
+            f"{response.url} answered something else than expected; is it a CMT service of this "
+            "release?"
+        ) from error
+
+
+def unreachable(url: httpx.URL, error: httpx.TransportError) -> Unreachable:
+    """A connection that failed, as a sentence."""
+    return Unreachable(
+        f"no answer from {url} ({error or type(error).__name__}); start the service with "
+        "`cmt serve`, or give its address with --url"
+    )
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """Headers that carry the key."""
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
