@@ -166,6 +166,16 @@ def test_pictures_and_reranking_of_every_layout(request, name, tiny_checkpoint, 
     assert ("Table 1, all-search of the paper" in printed) == (name == "sysu")
 
 
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [(("--plot", "cmc.xyz"), "cmc.xyz"), (("--convention", "seeded"), "only SYSU-MM01")],
+)
+def test_options_that_cannot_work_are_refused_before_any_work(folder_root, more, word, capsys):
+    assert evaluate("folder", folder_root, "absent.safetensors", *more) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+
+
 def test_sheets_show_the_nearest_of_best_and_worst(tiny_model, regdb_root, tmp_path):
     samples = LAYOUTS[DatasetName.REGDB].test(regdb_root)
     splits = protocol_splits(DatasetName.REGDB, samples)

@@ -19,6 +19,7 @@ from training.evaluation.sysu import TRIAL_FILE
 from training.evaluation.tables import detail_tables, paper_tables, size_lines, vitality_lines
 
 TRIAL_FIELD = "{trial}"
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Convention(StrEnum):
@@ -75,6 +76,10 @@ def evaluate(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if plot is not None and plot.suffix not in PLOT_SUFFIXES:  # before minutes of embedding
+        raise typer.BadParameter(f"{plot} ends in none of {', '.join(PLOT_SUFFIXES)}")
+    if convention is not Convention.AUTO and dataset is not DatasetName.SYSU:
+        raise typer.BadParameter(f"only SYSU-MM01 has a choice of galleries, {dataset} has none")
     layout = LAYOUTS[dataset]
     wanted = None if ids is None else layout.read_ids(ids)
     trial_file = _trial_file(root, convention) if dataset is DatasetName.SYSU else None
@@ -102,12 +107,12 @@ def evaluate(
                 write_sheets(samples, split_scores, folder)
     evaluation = summarise(dataset, scores)
     _show(console, evaluation)
-    if plot is not None:
-        plot_cmc(evaluation, plot)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         content = {"checkpoints": checkpoints} | evaluation.to_json()
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if plot is not None:
+        plot_cmc(evaluation, plot)
 
 
 def refuse_training_identities(

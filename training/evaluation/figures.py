@@ -19,11 +19,7 @@ RIGHT, WRONG, QUERY = "#1a9850", "#d73027", "#555555"
 
 
 def plot_cmc(evaluation: Evaluation, path: Path) -> None:
-    """Write the CMC curves of every search, mean over trials, as a picture (by its suffix).
-
-    Raises:
-        ValueError: the suffix is of no picture format that can be written.
-    """
+    """Write the CMC curves of every search, mean over trials, as .png, .svg or .pdf."""
     from matplotlib.figure import Figure  # slow to import, and only here
 
     figure = Figure(figsize=(4.2 * len(evaluation.splits), 3.8), layout="constrained")
