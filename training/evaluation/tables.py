@@ -44,13 +44,17 @@ def detail_tables(evaluation: Evaluation) -> list[Table]:
     for split in evaluation.splits:
         table = Table(
             title=f"{evaluation.dataset}, {split.title}{models}",
-            caption=f"{evaluation.metric} distance; percent, mean ± std over trials",
+            caption=f"{evaluation.metric} distance; percent, "
+            + ("mean ± std over trials" if split.trials > 1 else "of a single trial"),
         )
         table.add_column("")
         for way, _ in ways(split):
             table.add_column(way, justify="right", no_wrap=True)
         for name, field in FIGURES:
-            table.add_row(name, *(str(getattr(ranking, field)) for _, ranking in ways(split)))
+            spreads = [getattr(ranking, field) for _, ranking in ways(split)]
+            # One trial has no deviation: "± 0.00" would claim one.
+            cells = [str(s) if split.trials > 1 else f"{100 * s.mean:.2f}" for s in spreads]
+            table.add_row(name, *cells)
         tables.append(table)
     return tables
 
