@@ -43,8 +43,8 @@ def embed(
     Example: cmt bench embed --checkpoint examples/demo.safetensors --images examples
     """
     settings = {
-        "checkpoint": checkpoint.name if checkpoint else "random",
-        "images": images.name if images else "random",
+        "checkpoint": str(checkpoint) if checkpoint else "random",
+        "images": str(images) if images else "random",
         "batches": batches,
         "rounds": rounds,
         "device": device,
@@ -55,7 +55,6 @@ def embed(
         path = checkpoint or _random_checkpoint(Path(folder))
         embedder = Embedder(path, device, runtime)
         plain, _ = load_checkpoint(path, embedder.device)
-        settings["precision"] = embedder.precision
         agreement = _agreement(embedder, plain, crops)
         rows: list[tuple[object, ...]] = []
         results: list[dict[str, object]] = []
@@ -72,6 +71,7 @@ def embed(
                 {
                     "batch": batch,
                     "runtime": embedder.runtime,
+                    "precision": embedder.precision,
                     "images per second": rate,
                     "seconds": time,
                     **agreement,

@@ -143,7 +143,7 @@ def _indexes(lifted: npt.NDArray[np.float32]) -> Iterator[tuple[str, Recall]]:
     ours = RecallIndex(size)
     for start in range(0, count, _BLOCK):
         ours.add(lifted[start : start + _BLOCK])
-    yield "flat (the service's)", partial(ours.search, allowed=None)
+    yield "flat (the service's)", partial(ours.search, allowed=np.ones(count, np.bool_))
     del ours
 
     lists = round(2 * count**0.5)

@@ -14,6 +14,7 @@ from model import Modulation, lift, modulated_cosine_distance, part_distances, p
 
 # Rows that are widened to fp32 at once: on a CPU they should stay in its caches.
 _BLOCK_ROWS = {"cpu": 2048, "cuda": 65_536}
+_SERIAL_NUMBERS = 32_767  # torch shares out element-wise work of more numbers than this
 
 
 class Features:
@@ -63,12 +64,15 @@ class Features:
         """
         x = x.to(self.device)[None]
         modulation = Modulation(*(p.to(self.device) for p in modulation))
-        y = self._y[self._at(positions)].view(-1, self.parts, self.dim)
+        blocks = torch.split(self._at(positions), self._shortlist_rows())
         if self.metric == "cosine":
             modulation = Modulation(*(p.double() for p in modulation))
-            cosine = modulated_cosine_distance(x.double(), y.double(), modulation)[0]
-            return cosine.cpu().numpy(), None
-        parts = part_distances(x, y, modulation)[0]
+            cosines = [
+                modulated_cosine_distance(x.double(), self._rows(rows).double(), modulation)[0]
+                for rows in blocks
+            ]
+            return torch.cat(cosines).cpu().numpy(), None
+        parts = torch.cat([part_distances(x, self._rows(rows), modulation)[0] for rows in blocks])
         return parts.double().sum(1).sqrt().cpu().numpy(), parts.cpu().numpy()
 
     @torch.inference_mode()
@@ -92,6 +96,19 @@ class Features:
             else:
                 scores[rows] = c - (y @ w[0, :split] + self._s[rows] @ w[0, split:])
         return scores.cpu().numpy()
+
+    def _shortlist_rows(self) -> int:
+        """How many rows of a shortlist are rescored at once.
+
+        On a CPU so few that torch stays on the calling thread: a shortlist is under a millisecond
+        of work, and waiting for other threads took 50 on a busy machine.
+        """
+        if self.device.type != "cpu":
+            return _BLOCK_ROWS[self.device.type]
+        return max(1, _SERIAL_NUMBERS // (self.parts * self.dim))
+
+    def _rows(self, positions: Tensor) -> Tensor:
+        return self._y[positions].view(-1, self.parts, self.dim)
 
     def _at(self, positions: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(positions).to(self.device)

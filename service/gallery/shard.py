@@ -173,9 +173,8 @@ class Shard:
                     plain_ranks = _ranks_among(plain[allowed], plain[found])
             else:
                 w, _ = project(x[None], modulation)
-                everything = None if searched == len(rows.columns) else allowed
                 assert rows.index is not None
-                found = rows.index.search(w[0].numpy(), shortlist, everything)
+                found = rows.index.search(w[0].numpy(), shortlist, allowed)
                 self._count(recall=1)
             recalled = time.perf_counter()
 
