@@ -33,6 +33,8 @@ class PartFeatures(nn.Module):
     def pool(self, feature_map: Tensor) -> Tensor:
         """Generalised mean over each stripe: B×C×H×W → B×P×C, (mean of a^p)^(1/p)."""
         batch, channels, _, width = feature_map.shape
-        powered = feature_map.clamp(min=1e-6).pow(self.gem_p)
+        # a^p of a small activation underflows at a high exponent, and its root has no gradient.
+        smallest = max(1e-6, 1e-36 ** (1 / self.gem_p))
+        powered = feature_map.clamp(min=smallest).pow(self.gem_p)
         stripes = powered.reshape(batch, channels, self.parts, -1, width).mean(dim=(3, 4))  # B×C×P
         return torch.pow(stripes, 1.0 / self.gem_p).transpose(1, 2)

@@ -146,6 +146,18 @@ def test_part_pooling_is_the_generalised_mean_per_stripe():
                 assert result[sample, part, d].item() == pytest.approx(max(0.0, normed), rel=1e-9)
 
 
+@pytest.mark.parametrize("gem_p", [1.0, 3.0, 10.0, 30.0])
+def test_pooling_of_nearly_dark_stripes_has_finite_gradients(gem_p):
+    parts = PartFeatures(channels=4, parts=3, dim=5, gem_p=gem_p)
+    feature_map = torch.full((2, 4, 6, 2), 1e-5)
+    feature_map[0] = 0.5
+    feature_map.requires_grad_()
+    pooled = parts.pool(feature_map)
+    torch.testing.assert_close(pooled[0], torch.full((3, 4), 0.5))
+    pooled.sum().backward()
+    assert feature_map.grad.isfinite().all()
+
+
 def test_complete_representation_and_generators_are_equations_5_and_12(tiny_model):
     x = torch.randn(2, 3, 96, 48, generator=torch.Generator().manual_seed(3))
     output = tiny_model(x, "ir")
