@@ -5,13 +5,10 @@ images): what is measured does not depend on their content.
 """
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from model import Modulation, modulated_distance
+from model.machine import machine
 from training.evaluation.metrics import FloatArray, IntArray, RankMetrics, rank_metrics
 from training.evaluation.scoring import distances
 from training.evaluation.splits import TRIALS
 
 TOLERANCE = 1e-6
 IMAGES_PER_CAMERA = 20  # of one identity, from which a trial draws one
-PACKAGES = ("cmt-reid", "torch", "numpy")
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def evaluate(
         report = {
             "benchmark": "evaluate",
             "settings": settings | {"rounds": rounds, "gallery": problem.galleries[0].size},
-            "machine": _machine(),
+            "machine": machine(),
             "results": results,
         }
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -232,20 +229,3 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
-
-
-def _machine() -> dict[str, Any]:
-    """Without these a figure means nothing."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [])
-        if line.startswith("model name")
-    ]
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-    }
