@@ -1,8 +1,11 @@
 """Augmentation of a batch of uint8 images on tensors, each image with its own draw.
 
-The paper's (§4.2): random crop with zero padding, horizontal flip, random erasing. Two more, off in
-the paper's recipe, are for training without pretrained weights: visible images to gray with random
-channel weights (against learning the clothes' colors by heart), and brightness jitter.
+The paper's (§4.2): random crop with zero padding, horizontal flip, random erasing. The others are
+off in its recipe and serve training without pretrained weights. Against learning the clothes'
+colors by heart, visible images become gray: by random channel weights, or by one channel put into
+the place of all three (channel exchange: Ye et al., "Channel Augmented Joint Learning for
+Visible-Infrared Recognition", ICCV 2021). Against learning exposures, brightness and contrast
+vary in both modalities.
 """
 
 from __future__ import annotations
@@ -24,24 +27,40 @@ class AugmentationConfig(BaseModel):
     erasing: float = Field(default=0.5, ge=0, le=1)
     erasing_area: tuple[float, float] = (0.02, 0.4)
     gray: float = Field(default=0.0, ge=0, le=1)
+    channel_exchange: float = Field(default=0.0, ge=0, le=1)
     brightness: float = Field(default=0.0, ge=0, lt=1)
+    contrast: float = Field(default=0.0, ge=0, lt=1)
 
 
 def augment(
     images: Tensor, is_ir: Tensor, config: AugmentationConfig, generator: torch.Generator
 ) -> Tensor:
-    """uint8 B×3×H×W and is_ir B → float32 B×3×H×W, normalised as `model.preprocess` does."""
+    """uint8 B×3×H×W and is_ir B → float32 B×3×H×W, normalised as `model.preprocess` does.
+
+    Everything is drawn and computed on the device of images, is_ir and generator.
+    """
     pixels = _crop_and_flip(images, config, generator).float()
     if config.gray:
         pixels = _gray(pixels, is_ir, config.gray, generator)
+    if config.channel_exchange:
+        pixels = _exchange_channels(pixels, is_ir, config.channel_exchange, generator)
+    if config.contrast:
+        mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
+        pixels = (mean + (pixels - mean) * _jitter(config.contrast, pixels, generator)).clamp(
+            0, 255
+        )
     if config.brightness:
-        span = config.brightness * (2 * _uniform(len(pixels), generator) - 1)
-        pixels = (pixels * (1 + span)[:, None, None, None]).clamp(0, 255)
+        pixels = (pixels * _jitter(config.brightness, pixels, generator)).clamp(0, 255)
     return _erase(normalise(pixels), config, generator)
 
 
 def _uniform(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, generator=generator, device=generator.device)
+
+
+def _jitter(span: float, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """One factor an image, uniform in 1 ± span: B×1×1×1."""
+    return (1 + span * (2 * _uniform(len(pixels), generator) - 1))[:, None, None, None]
 
 
 def _crop_and_flip(
@@ -69,6 +88,18 @@ def _gray(pixels: Tensor, is_ir: Tensor, probability: float, generator: torch.Ge
     gray = (pixels * weights[:, :, None, None]).sum(1, keepdim=True).expand_as(pixels)
     chosen = (_uniform(count, generator) < probability) & ~is_ir
     return torch.where(chosen[:, None, None, None], gray, pixels)
+
+
+def _exchange_channels(
+    pixels: Tensor, is_ir: Tensor, probability: float, generator: torch.Generator
+) -> Tensor:
+    """One channel, drawn for each image, in the place of all three."""
+    count = len(pixels)
+    channel = (_uniform(count, generator) * 3).long()
+    images = torch.arange(count, device=pixels.device)
+    single = pixels[images, channel][:, None].expand_as(pixels)
+    chosen = (_uniform(count, generator) < probability) & ~is_ir
+    return torch.where(chosen[:, None, None, None], single, pixels)
 
 
 def _erase(images: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:

@@ -50,6 +50,10 @@ def train(
         str | None,
         typer.Option(help="Start of the backbone: 'imagenet', or a local file of its weights."),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint whose weights the whole network starts from."),
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of decoded images. Default: inside the run.")
     ] = None,
@@ -76,6 +80,7 @@ def train(
         seed=seed,
         device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
         weights=weights,
+        start=start,
         cache=cache,
         facts={
             "dataset": dataset.value,

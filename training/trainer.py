@@ -28,6 +28,7 @@ from training.losses import (
 )
 from training.recipe import LossWeights, Recipe, Stage
 from training.sampler import Batch, IdentityBalancedSampler
+from training.start import start_from
 
 STATE_FILE = "state.pt"
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -63,12 +64,14 @@ class Trainer:
         seed: int = 0,
         device: str = "cpu",
         weights: str | Path | None = None,
+        start: Path | None = None,
         cache: Path | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
-        """facts: what the checkpoint shall say of its training, beside recipe, seed and time.
+        """weights: of the backbone, see `CMT`. start: a checkpoint to go on from, see `start_from`.
+        facts: what the checkpoint shall say of its training, beside recipe, seed and time.
 
-        Raises TrainingSetError or TrainingError before anything is written.
+        Raises TrainingSetError, TrainingError or StartError before anything is written.
         """
         self.recipe = recipe
         self.samples = samples
@@ -76,13 +79,16 @@ class Trainer:
         self.seed = seed
         self.device = torch.device(device)
         self.cache = cache or folder / "cache"
-        self.facts = facts or {}
+        self.facts = dict(facts or {})
         self.precision = choose_precision(self.device.type, recipe.precision)
         self.sampler = IdentityBalancedSampler(samples, recipe.identities, recipe.images, seed)
         self.stage_ends = np.cumsum([self._stage_steps(stage) for stage in recipe.stages])
 
         torch.manual_seed(seed)
-        self.model = CMT(recipe.model, weights=weights).to(self.device)
+        self.model = CMT(recipe.model, weights=weights)
+        if start is not None:
+            self.facts["start"] = start_from(self.model, start).fingerprint
+        self.model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.classifiers = PartClassifiers(
             recipe.model.parts, recipe.model.dim, self.sampler.classes
@@ -181,12 +187,13 @@ class Trainer:
 
     def _train_step(self, stage: Stage, cache: np.ndarray) -> dict[str, float]:
         batch = self.sampler.batch(self.step, stage.identities)
-        generator = torch.Generator().manual_seed(hash((self.seed, self.step)) % 2**63)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(hash((self.seed, self.step)) % 2**63)
         torch.manual_seed(generator.initial_seed())  # dropout
-        is_ir = torch.from_numpy(batch.is_ir)
-        pixels = torch.from_numpy(cache[batch.rows])
+        is_ir = torch.from_numpy(batch.is_ir).to(self.device)
+        pixels = torch.from_numpy(cache[batch.rows]).to(self.device)
         images = augment(pixels, is_ir, self.recipe.augmentation, generator)
-        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate(self.step) * group["scale"]
         with torch.autocast(

@@ -145,6 +145,37 @@ def test_brightness_scales_each_image_by_its_own_factor():
     assert 1.2 < factors.max() <= 1.3
 
 
+def test_channel_exchange_puts_one_channel_in_the_place_of_all_three():
+    images = noise()
+    exchange = OFF.model_copy(update={"channel_exchange": 0.5})
+    result = run(images, exchange)
+    kept, taken = 0, set()
+    for image, before in zip(result, images, strict=True):
+        same = [
+            torch.equal(image, normalise(before[c].expand_as(before)[None])[0]) for c in range(3)
+        ]
+        if any(same):
+            taken.add(same.index(True))
+        else:
+            assert torch.equal(image, normalise(before[None])[0])
+            kept += 1
+    assert taken == {0, 1, 2}
+    assert 16 < kept < 48
+    assert torch.equal(run(images, exchange, ir=True), normalise(images))
+
+
+def test_contrast_keeps_each_images_mean_and_scales_what_deviates_from_it():
+    images = torch.full((50, 3, 4, 4), 100, dtype=torch.uint8)
+    images[:, :, :2] = 140
+    result = run(images, OFF.model_copy(update={"contrast": 0.3}))
+    pixels = result * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    pixels = 255 * (pixels + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+    assert torch.allclose(pixels.mean((1, 2, 3)), torch.full((50,), 120.0), atol=0.01)
+    factors = (pixels[:, 0, 0, 0] - 120) / 20
+    assert 0.7 <= factors.min() < 0.8
+    assert 1.2 < factors.max() <= 1.3
+
+
 def test_cached_images_are_what_the_service_would_see(tmp_path):
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (60, 30, 3), dtype=np.uint8)

@@ -1,0 +1,36 @@
+"""Start a run from the weights of another: fine-tuning, another input size, other people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model import CMT, CheckpointInfo, load_checkpoint
+
+
+class StartError(ValueError):
+    """A checkpoint that a network cannot start from; the message says what differs."""
+
+
+def start_from(model: CMT, checkpoint: Path) -> CheckpointInfo:
+    """Copy into `model` the weights of every module that both networks have → the start's info.
+
+    Backbone and part features must be there with the same shapes. Modality and instance alignment
+    are taken where both networks have them; otherwise they keep their own initialisation, so that
+    one identity-only network can start every row of an ablation.
+    Raises StartError, or CheckpointError where the file cannot be read.
+    """
+    start, info = load_checkpoint(checkpoint)
+    own, given = model.state_dict(), start.state_dict()
+    for name, tensor in own.items():
+        if name in given and given[name].shape != tensor.shape:
+            raise StartError(
+                f"{checkpoint} has {name} of shape {tuple(given[name].shape)} and the recipe asks "
+                f"for {tuple(tensor.shape)}; start from a checkpoint of the same backbone, width, "
+                "parts and dim"
+            )
+        if name not in given and name.startswith(("backbone.", "parts.")):
+            raise StartError(
+                f"{checkpoint} has no {name}; start from a checkpoint of the same backbone"
+            )
+    model.load_state_dict({n: t for n, t in given.items() if n in own}, strict=False)
+    return info
