@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model import CMT, CheckpointInfo, CMTOutput, save_checkpoint
 from model.precision import choose_precision
 from training.augmentation import augment
+from training.classifiers import PartClassifiers, imprint
 from training.datasets.sample import Sample
 from training.image_cache import cached_images
 from training.losses import (
@@ -86,6 +87,7 @@ class Trainer:
 
         torch.manual_seed(seed)
         self.model = CMT(recipe.model, weights=weights)
+        self.start = start
         if start is not None:
             self.facts["start"] = start_from(self.model, start).fingerprint
         self.model.to(self.device)
@@ -116,6 +118,17 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         images: tuple[tuple[int, int], np.ndarray] | None = None
+        if self.start is not None and self.step == 0:
+            size = self.recipe.size(self.recipe.stages[0])
+            images = size, cached_images(self.samples, *size, self.cache)
+            classes = {person: label for label, person in enumerate(self.sampler.people)}
+            imprint(
+                self.classifiers,
+                self.model,
+                images[1],
+                [classes[sample.person_id] for sample in self.samples],
+                [sample.modality for sample in self.samples],
+            )
         end = min(self.steps, stop_at or self.steps)
         started, logged, since = time.monotonic(), self.step, time.monotonic()
         before = self.seconds
@@ -351,19 +364,6 @@ class Trainer:
         left = (self.steps - self.step) / rate / 60
         text = _sentence(values)
         print(f"step {self.step}/{self.steps} {text} {rate:.2f}/s, {left:.0f} min left", flush=True)
-
-
-class PartClassifiers(nn.Module):
-    """One linear identity classifier per part: B×P×D → logits B×P×C. Not part of a checkpoint."""
-
-    def __init__(self, parts: int, dim: int, classes: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(parts, dim, classes))
-        nn.init.normal_(self.weight, std=dim**-0.5 / 3**0.5)  # the deviation of nn.Linear's start
-        self.bias = nn.Parameter(torch.zeros(parts, classes))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return torch.einsum("bpd,pdc->bpc", features, self.weight) + self.bias
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

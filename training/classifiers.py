@@ -1,0 +1,107 @@
+"""The part classifiers of L_ID: training alone needs them, a checkpoint does not hold them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model import CMT, Modality
+from model.preprocess import normalise
+from training.losses import identity_loss
+
+# Images that speak for a person in each modality, and scales that are tried (as multiples of one
+# over the variance of a part's features): see `imprint`.
+_EXEMPLARS = 8
+_SCALES = tuple(2.0**k for k in range(-3, 9))
+_BATCH = 128
+
+
+class PartClassifiers(nn.Module):
+    """One linear identity classifier per part: B×P×D → logits B×P×C. Not part of a checkpoint."""
+
+    def __init__(self, parts: int, dim: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(parts, dim, classes))
+        nn.init.normal_(self.weight, std=dim**-0.5 / 3**0.5)  # the deviation of nn.Linear's start
+        self.bias = nn.Parameter(torch.zeros(parts, classes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.einsum("bpd,pdc->bpc", features, self.weight) + self.bias
+
+    @torch.no_grad()
+    def take_means(self, means: Tensor, scale: float) -> None:
+        """Become the nearest-mean classifiers of means C×P×D, logits −scale·‖f − μ‖².
+
+        Up to what all classes share, that is the linear classifier of weight 2·scale·μ and bias
+        −scale·‖μ‖².
+        """
+        self.weight.copy_(2 * scale * means.permute(1, 2, 0))
+        self.bias.copy_(-scale * means.square().sum(2).T)
+
+
+@torch.no_grad()
+def imprint(
+    classifiers: PartClassifiers,
+    model: CMT,
+    images: np.ndarray,
+    labels: Sequence[int],
+    modalities: Sequence[Modality],
+) -> float:
+    """Start the part classifiers as nearest-mean classifiers of the network's representations.
+
+    Classifiers are no part of a checkpoint. Drawn at random they send noise into weights that
+    already know people for as long as it takes to see every class a few times; class means are
+    right from the first step (Qi, Brown, Lowe: "Low-Shot Learning with Imprinted Weights", 2018).
+    Of several scales the one is taken that has the lowest identity loss on images that made no
+    mean.
+
+    images: uint8 N×3×H×W with their labels (0-based class) and modalities; the first few of each
+    class and modality are used.
+    Returns that identity loss, per part, in nats.
+    """
+    seen: Counter[tuple[int, Modality]] = Counter()
+    rows, held = [], []
+    for row, key in enumerate(zip(labels, modalities, strict=True)):
+        if seen[key] < _EXEMPLARS:
+            rows.append(row)
+            held.append(seen[key] % 2 == 1)  # half of the images of each class and modality
+        seen[key] += 1
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    features = torch.cat(
+        [
+            model(
+                normalise(torch.from_numpy(images[part]).to(device)),
+                [modalities[row] for row in part],
+            ).complete.float()
+            for part in np.array_split(rows, max(1, len(rows) // _BATCH))
+        ]
+    )  # R×P×D
+    model.train(was_training)
+    owners = torch.tensor([labels[row] for row in rows], device=device)
+    held_out = torch.tensor(held, device=device)
+    classes = classifiers.bias.shape[1]
+    some = _means(features[~held_out], owners[~held_out], classes)
+    variance = float((features - features.mean(0)).square().sum(2).mean())
+    scales = [scale / variance for scale in _SCALES]
+    losses = []
+    for scale in scales:
+        classifiers.take_means(some, scale)
+        logits = classifiers(features[held_out])
+        losses.append(float(identity_loss(logits, owners[held_out])) / features.shape[1])
+    best = int(np.argmin(losses))
+    classifiers.take_means(_means(features, owners, classes), scales[best])
+    return losses[best]
+
+
+def _means(features: Tensor, owners: Tensor, classes: int) -> Tensor:
+    """R×P×D → C×P×D; a class without an image gets the mean of all."""
+    sums = torch.zeros(classes, *features.shape[1:], device=features.device)
+    sums.index_add_(0, owners, features)
+    counts = torch.bincount(owners, minlength=classes)[:, None, None]
+    return torch.where(counts > 0, sums / counts.clamp(min=1), features.mean(0))
