@@ -110,6 +110,17 @@ class CompensationDecoder(nn.Module):
         self.norm = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(blocks))
         self.feed_forward = nn.ModuleList(FeedForward(config) for _ in range(blocks))
 
+    def start_at_zero(self) -> None:
+        """Make F̂ = 0 for every image, to be trained away from there (literal (4) only).
+
+        A network that is given this module later then computes what it computed without it.
+        """
+        if self.literal:
+            last = self.cross_attention[-1]
+            assert isinstance(last, MultiHeadAttention)
+            nn.init.zeros_(last.output.weight)
+            nn.init.zeros_(last.output.bias)
+
     def forward(self, prototypes: Tensor, encoded: Tensor) -> Tensor:
         state = prototypes
         for i, (self_attention, cross_attention) in enumerate(

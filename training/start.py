@@ -15,8 +15,9 @@ def start_from(model: CMT, checkpoint: Path) -> CheckpointInfo:
     """Copy into `model` the weights of every module that both networks have → the start's info.
 
     Backbone and part features must be there with the same shapes. Modality and instance alignment
-    are taken where both networks have them; otherwise they keep their own initialisation, so that
-    one identity-only network can start every row of an ablation.
+    are taken where both networks have them. One that only `model` has starts as doing nothing
+    (F̂ = 0; γ = 1, β = 0): the network then computes what the start computes, and one identity-only
+    network starts every row of an ablation at the same point.
     Raises StartError, or CheckpointError where the file cannot be read.
     """
     start, info = load_checkpoint(checkpoint)
@@ -33,4 +34,6 @@ def start_from(model: CMT, checkpoint: Path) -> CheckpointInfo:
                 f"{checkpoint} has no {name}; start from a checkpoint of the same backbone"
             )
     model.load_state_dict({n: t for n, t in given.items() if n in own}, strict=False)
+    if model.alignment is not None and start.alignment is None:
+        model.alignment.decoder.start_at_zero()
     return info
