@@ -1,6 +1,5 @@
 """RegDB, LLCM and plain folders: both sides of their protocols, and what damage is called."""
 
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -221,15 +220,3 @@ def test_the_layout_is_told_from_the_folders(regdb_root, llcm_root, folder_root,
         find_layout(tmp_path)
     with pytest.raises(DatasetError, match="no such folder"):
         find_layout(tmp_path / "absent")
-
-
-def test_the_documentation_has_the_place_that_every_error_names():
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for name in DatasetName:
-        file, _, anchor = (
-            str(DatasetError("", name)).partition("see ")[2].rstrip(".").partition("#")
-        )
-        assert file == "docs/training.md"
-        assert anchor in slugs
