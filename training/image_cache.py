@@ -86,9 +86,9 @@ def cached_images(samples: Sequence[Sample], height: int, width: int, folder: Pa
 def _unreadable(samples: Sequence[Sample], problems: dict[int, str]) -> DatasetError:
     first = min(problems)
     return DatasetError(
-        f"{samples[first].path} cannot be decoded ({problems[first]}), {len(problems)} of "
-        f"{len(samples)} images in all: replace or remove what 'cmt data check' names, or train "
-        "without it by --unreadable skip"
+        f"{samples[first].path} cannot be decoded ({problems[first]}); {len(problems)} of "
+        f"{len(samples)} images are unreadable: replace or remove what 'cmt data check' names, or "
+        "train without them by --unreadable skip"
     )
 
 

@@ -43,9 +43,9 @@ class IdentityBalancedSampler:
         for person, of in lacking.items():
             word, there = ("infrared", of["rgb"]) if of["rgb"] else ("visible", of["ir"])
             raise TrainingSetError(
-                f"identity {person} ({samples[there[0]].path.parent}) has no {word} image, as "
-                f"{len(lacking)} of {len(rows)} identities lack one modality: add images, or list "
-                "the others in a file for --train-ids"
+                f"identity {person} ({samples[there[0]].path.parent}) has no {word} image "
+                f"({len(lacking)} of {len(rows)} identities lack one modality): add images, or "
+                "list the others in a file for --train-ids"
             )
         if len(rows) < identities:
             raise TrainingSetError(

@@ -73,7 +73,7 @@ def check_dataset(
         absent = ids - {sample.person_id for sample in samples}
         if absent:
             notes.append(
-                f"{len(absent)} {side}identities have no image in {root}, the first is "
+                f"There is no image in {root} for {side}identities: {len(absent)}, the first is "
                 f"{min(absent)}."
             )
     for other in set(range(1, layout.trials + 1)) - {trial}:

@@ -67,8 +67,8 @@ def check(
         console.print(f"Note: {note}", highlight=False, markup=False)
     if found.one_modality:
         console.print(
-            f"{len(found.one_modality)} identities have one modality only, so that they cannot be "
-            "trained on:",
+            f"Identities with one modality only, which cannot be trained on: "
+            f"{len(found.one_modality)}",
             highlight=False,
         )
         for person, folder in list(found.one_modality.items())[:SHOWN]:
@@ -92,16 +92,19 @@ def _counts(found: DatasetCheck, title: str, published: dict[str, int]) -> Table
     table = Table(title=f"{title}: counts")
     table.add_column("")
     table.add_column("found", justify="right")
+    if not published:  # anyone's own images
+        for name, count in found.counts.items():
+            table.add_row(name, str(count))
+        return table
     table.add_column("published", justify="right")
     table.add_column("")
     for name, count in found.counts.items():
         expected = published.get(name)
         verdict = "" if expected is None else "as published" if count == expected else "differs"
         table.add_row(name, str(count), "" if expected is None else str(expected), verdict)
-    for name in published:
-        if name in found.counts:
-            continue
-        table.add_row(name, "", str(published[name]), "not found")
+    for name, expected in published.items():
+        if name not in found.counts:
+            table.add_row(name, "", str(expected), "not found")
     return table
 
 

@@ -109,7 +109,7 @@ class Layout(ABC):
             raise DatasetError(
                 f"Expected images at {expected.format(id=min(missing))}, but identity "
                 f"{min(missing)} ({len(missing)} missing in all) has none in this folder: add "
-                "them, or take the identity out of the list.",
+                "images, or drop the identity.",
                 self.name,
             )
         return kept
