@@ -39,12 +39,14 @@ class IdentityBalancedSampler:
         rows: dict[int, dict[str, list[int]]] = defaultdict(lambda: {"rgb": [], "ir": []})
         for row, sample in enumerate(samples):
             rows[sample.person_id][sample.modality].append(row)
-        for person, of in rows.items():
-            lacking = [modality for modality, found in of.items() if not found]
-            if lacking:
-                raise TrainingSetError(
-                    f"identity {person} has no {lacking[0]} image; leave it out of --train-ids"
-                )
+        lacking = {p: of for p, of in rows.items() if not (of["rgb"] and of["ir"])}
+        for person, of in lacking.items():
+            word, there = ("infrared", of["rgb"]) if of["rgb"] else ("visible", of["ir"])
+            raise TrainingSetError(
+                f"identity {person} ({samples[there[0]].path.parent}) has no {word} image "
+                f"({len(lacking)} of {len(rows)} identities lack one modality): add images, or "
+                "list the others in a file for --train-ids"
+            )
         if len(rows) < identities:
             raise TrainingSetError(
                 f"{len(rows)} identities are fewer than the {identities} of one batch; give more "

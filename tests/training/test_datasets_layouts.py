@@ -4,9 +4,11 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.io import savemat
 
-from training.datasets import LAYOUTS, DatasetError, DatasetName
+from training.datasets import LAYOUTS, DatasetError, DatasetName, find_layout
 from training.datasets.folder import person_number
 
 REGDB = LAYOUTS[DatasetName.REGDB]
@@ -98,6 +100,13 @@ def write(path: str, text: str):
     return lambda root: (root / path).write_text(text)
 
 
+def empty(*folders: str):
+    """Leave the folders, without what they hold."""
+    return lambda root: [
+        entry.unlink() for name in folders for entry in (root / name).iterdir() if entry.is_file()
+    ]
+
+
 def remove(path: str):
     return lambda root: (
         shutil.rmtree(root / path) if (root / path).is_dir() else ((root / path).unlink())
@@ -121,9 +130,10 @@ def remove(path: str):
         ),
         (LLCM, remove("idx/train_nir.txt"), r"idx/train_nir\.txt"),
         (LLCM, remove("idx/test_id.txt"), r"idx/test_id\.txt"),
-        (LLCM, remove("test_nir"), "test_nir/cam1"),
+        (LLCM, remove("test_nir"), "test_nir of the LLCM layout"),
         (LLCM, write("idx/test_id.txt", "5,8"), r"test_vis/cam\*/0008/"),
-        (FOLDER, remove("ir"), "/ir with"),
+        (FOLDER, remove("ir"), "/ir of the folder layout"),
+        (FOLDER, empty("rgb/ann", "ir/ann"), r"/rgb/ann/, but identity \d+ \(1 missing"),
     ],
 )
 def test_errors_name_the_file_and_the_page(request, copy, layout, damage, expected):
@@ -137,11 +147,78 @@ def test_errors_name_the_file_and_the_page(request, copy, layout, damage, expect
 
 
 def test_sysu_errors_name_the_page_too(tmp_path):
-    for root, expected in ((tmp_path, "no such file"), (MINI, "test_id.txt")):
+    for root, expected in ((tmp_path, "cam1"), (MINI, "test_id.txt")):
         with pytest.raises(DatasetError, match=expected) as caught:
             SYSU.test(root)
         assert "see docs/training.md#sysu" in str(caught.value)
 
 
-def test_sysu_trains_on_training_and_validation_people():
-    assert people(SYSU.train(MINI)) == {7, 18, 21, 23, 30, 12, 218, 370}
+def test_sysu_holds_validation_people_back_where_there_is_no_list_of_test_people(copy):
+    train, validation = {7, 18, 21, 23, 30}, {12, 218, 370}
+    assert people(SYSU.train(MINI)) == train
+    (note,) = SYSU.notes(MINI)
+    assert "3 identities" in note and "val_id.txt are held back" in note
+    real = copy(MINI)
+    (real / "exp" / "train_id.txt").write_text("7,18,21\n")
+    (real / "exp" / "test_id.txt").write_text("23,30\n")
+    assert people(SYSU.train(real)) == {7, 18, 21} | validation
+    assert people(SYSU.test(real)) == {23, 30}
+    assert SYSU.notes(real) == []
+
+
+def test_sysu_never_trains_on_test_people_even_if_the_lists_share_them(copy):
+    root = copy(MINI)
+    shutil.copy(root / "exp" / "val_id.txt", root / "exp" / "test_id.txt")
+    assert people(SYSU.train(root)) == {7, 18, 21, 23, 30}
+    assert people(SYSU.test(root)) == {12, 218, 370}
+
+
+def test_sysu_lists_of_the_archive_may_be_matlab_files(copy):
+    root = copy(MINI)
+    for path in (root / "exp").iterdir():
+        path.unlink()
+    for side, ids in (("train", [7, 18, 21]), ("val", [12, 218]), ("test", [23, 30, 370])):
+        savemat(root / "exp" / f"{side}_id.mat", {"id": np.array([ids], dtype=np.uint16)})
+    assert people(SYSU.train(root)) == {7, 18, 21, 12, 218}
+    assert people(SYSU.test(root)) == {23, 30, 370}
+    (root / "exp" / "test_id.mat").write_bytes(b"damaged")
+    with pytest.raises(DatasetError, match=r"test_id\.mat; see docs/training\.md#sysu"):
+        SYSU.test(root)
+
+
+def test_an_identity_of_the_training_list_without_images_is_named(copy):
+    root = copy(MINI)
+    for folder in root.glob("cam*/0018"):
+        for image in folder.iterdir():
+            image.unlink()
+    with pytest.raises(
+        DatasetError, match=r"identity 18 \(1 missing in all\) has none.*or drop the"
+    ):
+        SYSU.train(root)
+
+
+def test_other_programs_files_are_no_images(copy):
+    root = copy(MINI)
+    (root / "cam1" / "0007" / "._0001.jpg").write_bytes(b"")
+    assert len(SYSU.train(root)) == len(SYSU.train(MINI))
+
+
+def test_a_wrong_root_is_told_where_the_right_one_is(regdb_root, tmp_path):
+    above = tmp_path / "above"
+    above.mkdir()
+    (above / "RegDB").symlink_to(regdb_root)
+    with pytest.raises(DatasetError, match=r"above/idx of the RegDB layout, as .*above/RegDB has"):
+        REGDB.train(above)
+    with pytest.raises(DatasetError, match="absent, but there is no such folder"):
+        REGDB.test(tmp_path / "absent")
+
+
+def test_the_layout_is_told_from_the_folders(regdb_root, llcm_root, folder_root, tmp_path):
+    roots = {"sysu": MINI, "regdb": regdb_root, "llcm": llcm_root, "folder": folder_root}
+    assert {name: find_layout(root).name.value for name, root in roots.items()} == {
+        name: name for name in roots
+    }
+    with pytest.raises(DatasetError, match=r"idx, Visible, Thermal \(regdb\)"):
+        find_layout(tmp_path)
+    with pytest.raises(DatasetError, match="no such folder"):
+        find_layout(tmp_path / "absent")

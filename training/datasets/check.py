@@ -1,17 +1,17 @@
 """`cmt data check`: what a dataset's folder holds, against what the set's papers count."""
 
+import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from training.datasets.decoding import READERS, UnreadableImageError, decode
 from training.datasets.layout import Layout
-from training.datasets.sample import IMAGE_FORMATS, DatasetError, Modality, Sample
+from training.datasets.sample import DatasetError, Modality, Sample
 
-READERS = 4  # Pillow decodes outside Python's lock
+Progress = Callable[[Iterator[str | None], int], Iterator[str | None]]
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,37 @@ class DatasetCheck:
         counts: by the names of `Layout.published` ("training identities", …); without the side
             whose identity list is absent.
         cameras: in order of modality and number.
-        one_modality: identities that have visible or infrared images only.
+        one_modality: identities that have visible or infrared images only, each with the folder of
+            one of them.
+        empty: folders without any file, as an interrupted copy leaves them.
         unreadable: files that do not decode, each with the reason.
-        notes: sides that could not be counted, and why.
+        notes: what could not be counted or is not as the protocol has it, in sentences.
     """
 
     counts: dict[str, int]
     cameras: list[CameraCount]
-    one_modality: list[int]
+    one_modality: dict[int, Path]
+    empty: list[Path]
     unreadable: list[tuple[Path, str]]
     notes: list[str]
 
 
 def check_dataset(
-    layout: Layout, root: Path, trial: int = 1, *, decode: bool = True
+    layout: Layout, root: Path, trial: int = 1, *, progress: Progress | None = None
 ) -> DatasetCheck:
-    """Count a folder and, unless told otherwise, decode every image of it.
+    """Count a folder and decode every image of it.
+
+    Args:
+        progress: hands on an iterator over as many files as its second argument says.
 
     Raises:
         DatasetError: the folder is not of this layout.
     """
     layout.check_trial(trial)
+    layout.check_root(root)
     samples = layout.images(root, trial)
     counts = _side("", samples)
-    notes = []
+    notes = layout.notes(root)
     for side, identities in (("training ", layout.train_ids), ("test ", layout.test_ids)):
         try:
             ids = identities(root, trial)
@@ -66,30 +73,32 @@ def check_dataset(
         absent = ids - {sample.person_id for sample in samples}
         if absent:
             notes.append(
-                f"{len(absent)} {side}identities have no image in {root}, the first is "
+                f"There is no image in {root} for {side}identities: {len(absent)}, the first is "
                 f"{min(absent)}."
             )
-    modalities = defaultdict(set)
+    for other in set(range(1, layout.trials + 1)) - {trial}:
+        try:
+            layout.train_ids(root, other)
+            layout.test_ids(root, other)
+        except DatasetError as error:
+            notes.append(f"Split {other}: {error}")
+    folders: dict[int, dict[Modality, Path]] = defaultdict(dict)
     for sample in samples:
-        modalities[sample.person_id].add(sample.modality)
+        folders[sample.person_id][sample.modality] = sample.path.parent
     return DatasetCheck(
         counts=counts,
         cameras=_cameras(samples),
-        one_modality=sorted(person for person, found in modalities.items() if len(found) == 1),
-        unreadable=_unreadable(samples) if decode else [],
+        one_modality={
+            person: next(iter(found.values()))
+            for person, found in sorted(folders.items())
+            if len(found) == 1
+        },
+        empty=sorted(
+            Path(folder) for folder, below, files in os.walk(root) if not below and not files
+        ),
+        unreadable=_unreadable(samples, progress),
         notes=notes,
     )
-
-
-def decode_error(path: Path) -> str | None:
-    """Why a file is no image that can be decoded to its last row; None if it is one."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow's sentence repeats the path for a file of no known format.
-        return str(error).replace(repr(str(path)), "file")
-    return None
 
 
 def _side(side: str, samples: Sequence[Sample]) -> dict[str, int]:
@@ -112,8 +121,18 @@ def _cameras(samples: Sequence[Sample]) -> list[CameraCount]:
     return [CameraCount(*key, identities=people[key], images=images[key]) for key in order]
 
 
-def _unreadable(samples: Sequence[Sample]) -> list[tuple[Path, str]]:
+def _unreadable(samples: Sequence[Sample], progress: Progress | None) -> list[tuple[Path, str]]:
     paths = [sample.path for sample in samples]
     with ThreadPoolExecutor(READERS) as pool:
-        errors = pool.map(decode_error, paths)
-        return [(path, error) for path, error in zip(paths, errors, strict=True) if error]
+        found = pool.map(_problem, paths)
+        if progress is not None:
+            found = progress(found, len(paths))
+        return [(path, reason) for path, reason in zip(paths, found, strict=True) if reason]
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        decode(path)
+    except UnreadableImageError as error:
+        return str(error)
+    return None

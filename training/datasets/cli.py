@@ -1,20 +1,24 @@
 """`cmt data`: look at a dataset before training on it."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from training.datasets import LAYOUTS, DatasetName
+from training.datasets import LAYOUTS, DatasetName, find_layout
 from training.datasets.check import DatasetCheck, check_dataset
+
+SHOWN = 10  # identities of a list; --json has all
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Look at a dataset's folder.\n\nExample: cmt data check SYSU-MM01 --dataset sysu",
+    help="Look at a dataset's folder.\n\nExample: cmt data check SYSU-MM01",
 )
 
 
@@ -26,7 +30,10 @@ def _group() -> None:
 @app.command()
 def check(
     root: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
-    dataset: Annotated[DatasetName, typer.Option(help="Layout of ROOT.")],
+    dataset: Annotated[
+        DatasetName | None,
+        typer.Option(help="Layout of ROOT. Default: the one whose folders it has."),
+    ] = None,
     trial: Annotated[int, typer.Option(help="RegDB: which of the ten splits.")] = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the counts to this file.")
@@ -36,29 +43,46 @@ def check(
 
     Exit status 1 if a file is unreadable.
 
-    Example: cmt data check SYSU-MM01 --dataset sysu
+    Example: cmt data check SYSU-MM01
     """
-    layout = LAYOUTS[dataset]
+    layout = find_layout(root) if dataset is None else LAYOUTS[dataset]
     console = Console(soft_wrap=True)
-    with console.status(f"Decoding every image of {root}"):
-        found = check_dataset(layout, root, trial)
+
+    def progress(files: Iterator[str | None], number: int) -> Iterator[str | None]:
+        return iter(
+            track(
+                files,
+                f"Decoding the images of {root}",
+                number,
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+        )
+
+    found = check_dataset(layout, root, trial, progress=progress)
     console.print(_counts(found, layout.title, layout.published))
     console.print(_cameras(found))
     for note in found.notes:
-        console.print(f"Not counted: {note}", highlight=False, markup=False)
+        console.print(f"Note: {note}", highlight=False, markup=False)
     if found.one_modality:
-        shown = ", ".join(map(str, found.one_modality[:10]))
         console.print(
-            f"{len(found.one_modality)} identities have one modality only and cannot be trained "
-            f"on: {shown}{', …' if len(found.one_modality) > 10 else ''}",
+            f"Identities with one modality only, which cannot be trained on: "
+            f"{len(found.one_modality)}",
             highlight=False,
         )
+        for person, folder in list(found.one_modality.items())[:SHOWN]:
+            console.print(f"  {person}: only {folder}", highlight=False, markup=False)
+        if len(found.one_modality) > SHOWN:
+            console.print("  …")
+    for folder in found.empty:
+        console.print(f"Empty: {folder}", highlight=False, markup=False)
     for path, reason in found.unreadable:
         console.print(f"Unreadable: {path}: {reason}", highlight=False, markup=False)
     console.print(f"{len(found.unreadable)} of {found.counts['images']} files are unreadable.")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"dataset": dataset.value, "published": layout.published} | asdict(found)
+        content = {"dataset": layout.name.value, "published": layout.published} | asdict(found)
         json_file.write_text(json.dumps(content, indent=2, default=str) + "\n")
     if found.unreadable:
         raise typer.Exit(1)
@@ -68,14 +92,19 @@ def _counts(found: DatasetCheck, title: str, published: dict[str, int]) -> Table
     table = Table(title=f"{title}: counts")
     table.add_column("")
     table.add_column("found", justify="right")
+    if not published:  # anyone's own images
+        for name, count in found.counts.items():
+            table.add_row(name, str(count))
+        return table
     table.add_column("published", justify="right")
     table.add_column("")
     for name, count in found.counts.items():
         expected = published.get(name)
         verdict = "" if expected is None else "as published" if count == expected else "differs"
         table.add_row(name, str(count), "" if expected is None else str(expected), verdict)
-    for name in published.keys() - found.counts.keys():
-        table.add_row(name, "", str(published[name]), "not found")
+    for name, expected in published.items():
+        if name not in found.counts:
+            table.add_row(name, "", str(expected), "not found")
     return table
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from training.datasets.layout import Layout
 from training.datasets.lists import read_text
-from training.datasets.sample import IMAGE_SUFFIXES, DatasetError, DatasetName, Modality, Sample
+from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
 
 # As in RegDB: one camera for each kind of light.
 _STREAMS: tuple[tuple[Modality, int], ...] = (("rgb", 1), ("ir", 2))
@@ -21,42 +21,51 @@ class Folder(Layout):
 
     name = DatasetName.FOLDER
     title = "folder"
+    folders = tuple(modality for modality, _ in _STREAMS)
 
     def images(
         self, root: Path, trial: int = 1, ids: Collection[int] | None = None
     ) -> list[Sample]:
         samples: list[Sample] = []
         for modality, camera in _STREAMS:
-            people = root / modality
-            if not people.is_dir():
-                raise DatasetError(
-                    f"Expected the folder {people} with one folder a person.", self.name
+            for person in _people(root / modality):
+                samples.extend(
+                    Sample(path, person_number(person.name), camera, modality)
+                    for path in sorted(person.rglob("*"))
+                    if is_image(path)
                 )
-            for person in sorted(people.iterdir()):
-                if person.is_dir() and not person.name.startswith("."):
-                    samples.extend(
-                        Sample(path, person_number(person.name), camera, modality)
-                        for path in sorted(person.rglob("*"))
-                        if path.suffix.lower() in IMAGE_SUFFIXES
-                    )
         if not samples:
             raise DatasetError(f"Expected images such as {root}/rgb/1/1.jpg.", self.name)
-        kept = self.require(samples, ids, f"{root}/rgb/<name of number {{id}}>/")
+        missing = set(ids or ()) - {sample.person_id for sample in samples}
+        names = {person_number(name): name for name in _names(root)}
+        name = names.get(min(missing), "<name of number {id}>") if missing else ""
+        kept = self.require(samples, ids, f"{root}/rgb/{name}/")
         return sorted(kept, key=lambda s: (s.person_id, s.camera, s.path))
 
     def train_ids(self, root: Path, trial: int = 1) -> set[int]:
-        return {sample.person_id for sample in self.images(root)}
+        return {person_number(name) for name in _names(root)}
 
     def test_ids(self, root: Path, trial: int = 1) -> set[int]:
-        return {sample.person_id for sample in self.images(root)}
+        return self.train_ids(root)
 
     def read_ids(self, path: Path) -> list[int]:
         """Names of people's folders, separated by commas or lines → their numbers."""
-        names = [name.strip() for name in read_text(path).replace(",", "\n").splitlines()]
+        names = [
+            name.strip() for name in read_text(path, self.name).replace(",", "\n").splitlines()
+        ]
         numbers = sorted({person_number(name) for name in names if name})
         if not numbers:
             raise DatasetError(f"Expected names of people's folders in {path}.", self.name)
         return numbers
+
+
+def _people(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _names(root: Path) -> set[str]:
+    """Everyone who has a folder, if it holds images or not."""
+    return {person.name for modality, _ in _STREAMS for person in _people(root / modality)}
 
 
 def person_number(name: str) -> int:

@@ -15,12 +15,14 @@ class Layout(ABC):
     Attributes:
         name: what `--dataset` says.
         title: the set's name in tables.
+        folders: what its root holds; their absence tells a wrong root.
         trials: how many splits into training and test people the set has (one model each).
         published: what the set's own papers count, by the names that `cmt data check` uses.
     """
 
     name: ClassVar[DatasetName]
     title: ClassVar[str]
+    folders: ClassVar[tuple[str, ...]]
     trials: ClassVar[int] = 1
     published: ClassVar[dict[str, int]] = {}
 
@@ -45,18 +47,48 @@ class Layout(ABC):
 
     def read_ids(self, path: Path) -> list[int]:
         """The identities that a list given by the user names (`--train-ids`, `--ids`)."""
-        return read_ids(path)
+        return read_ids(path, self.name)
 
     def train(self, root: Path, trial: int = 1, ids: Collection[int] | None = None) -> list[Sample]:
-        """The training images, or those of `ids` that this root has."""
+        """The training images, or those of `ids` that this root has.
+
+        DatasetError where the protocol trains on an identity that has no image.
+        """
         self.check_trial(trial)
-        wanted = self.train_ids(root, trial) if ids is None else ids
-        return [sample for sample in self.images(root, trial) if sample.person_id in wanted]
+        self.check_root(root)
+        if ids is None:
+            return self.images(root, trial, self.train_ids(root, trial))
+        return [sample for sample in self.images(root, trial) if sample.person_id in ids]
 
     def test(self, root: Path, trial: int = 1, ids: Collection[int] | None = None) -> list[Sample]:
         """All images of the test identities, or of `ids`, which must all be there."""
         self.check_trial(trial)
+        self.check_root(root)
         return self.images(root, trial, self.test_ids(root, trial) if ids is None else ids)
+
+    def notes(self, root: Path) -> list[str]:
+        """What a user should know of the lists of this root, in sentences."""
+        return []
+
+    def fits(self, root: Path) -> bool:
+        """Whether a folder has this layout's folders."""
+        return all((root / folder).is_dir() for folder in self.folders)
+
+    def check_root(self, root: Path) -> None:
+        """DatasetError unless `root` has this layout's folders; names the one below that has."""
+        if self.fits(root):
+            return
+        if not root.is_dir():
+            raise DatasetError(
+                f"Expected the {self.title} folder {root}, but there is no such folder.", self.name
+            )
+        missing = next(folder for folder in self.folders if not (root / folder).is_dir())
+        # Archives are often unpacked into a folder of their own name.
+        below = [folder for folder in sorted(root.iterdir()) if self.fits(folder)]
+        hint = f", as {below[0]} has it: give that one" if below else ""
+        raise DatasetError(
+            f"Expected the folder {root / missing} of the {self.title} layout{hint}.", self.name
+        )
 
     def check_trial(self, trial: int) -> None:
         """DatasetError unless the set has a split of that number, from 1."""
@@ -69,14 +101,15 @@ class Layout(ABC):
     ) -> list[Sample]:
         """`samples` of `ids` in their order; DatasetError if an identity has none.
 
-        expected: where its image should be, with "{id}" for the identity.
+        expected: where its images should be, with "{id}" for the identity.
         """
         kept = [sample for sample in samples if ids is None or sample.person_id in ids]
         missing = set(ids or ()) - {sample.person_id for sample in kept}
         if missing:
             raise DatasetError(
                 f"Expected images at {expected.format(id=min(missing))}, but identity "
-                f"{min(missing)} ({len(missing)} missing in all) has none in this folder.",
+                f"{min(missing)} ({len(missing)} missing in all) has none in this folder: add "
+                "images, or drop the identity.",
                 self.name,
             )
         return kept

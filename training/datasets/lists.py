@@ -18,7 +18,7 @@ def read_ids(path: Path, dataset: DatasetName | None = None, *, lowest: int = 1)
     Raises:
         DatasetError: the file is missing, empty or not a list of whole numbers from `lowest`.
     """
-    values = _ids_from_mat(path) if path.suffix == ".mat" else _ids_from_text(path, dataset)
+    values = (_ids_from_mat if path.suffix == ".mat" else _ids_from_text)(path, dataset)
     if not values or min(values) < lowest:
         raise DatasetError(
             f"Expected identities of {lowest} and above in {path}, separated by commas.", dataset
@@ -29,8 +29,8 @@ def read_ids(path: Path, dataset: DatasetName | None = None, *, lowest: int = 1)
 def read_text(path: Path, dataset: DatasetName | None = None) -> str:
     """The text of a list that the layout needs; DatasetError where it is missing or no text."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise DatasetError(
             f"Expected the list {path}, but there is no such file.", dataset
         ) from error
@@ -100,11 +100,15 @@ def _ids_from_text(path: Path, dataset: DatasetName | None) -> list[int]:
         ) from error
 
 
-def _ids_from_mat(path: Path) -> list[int]:
+def _ids_from_mat(path: Path, dataset: DatasetName | None) -> list[int]:
     if not path.is_file():
-        raise DatasetError(f"Expected the identity list {path}, but there is no such file.")
+        raise DatasetError(
+            f"Expected the identity list {path}, but there is no such file.", dataset
+        )
     values = read_mat(path, "id").ravel()
     try:
         return [int(value) for value in values]
     except (TypeError, ValueError) as error:
-        raise DatasetError(f"Expected whole numbers under the key 'id' in {path}.") from error
+        raise DatasetError(
+            f"Expected whole numbers under the key 'id' in {path}.", dataset
+        ) from error

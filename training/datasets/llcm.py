@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from training.datasets.layout import Layout
 from training.datasets.lists import read_ids, read_index
-from training.datasets.sample import IMAGE_SUFFIXES, DatasetError, DatasetName, Modality, Sample
+from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
 
 _STREAMS: tuple[tuple[str, Modality], ...] = (("vis", "rgb"), ("nir", "ir"))
 _CAMERAS = range(1, 10)
@@ -24,7 +24,10 @@ class LLCM(Layout):
 
     name = DatasetName.LLCM
     title = "LLCM"
+    folders = ("idx", "test_vis", "test_nir")
     published: ClassVar[dict[str, int]] = {
+        "identities": 1064,
+        "images": 46767,
         "training identities": 713,
         "test identities": 351,
     }
@@ -63,7 +66,7 @@ class LLCM(Layout):
                         samples.extend(
                             Sample(path, int(person.name), camera, modality)
                             for path in person.iterdir()
-                            if path.suffix.lower() in IMAGE_SUFFIXES
+                            if is_image(path)
                         )
         return samples
 

@@ -25,6 +25,7 @@ class RegDB(Layout):
 
     name = DatasetName.REGDB
     title = "RegDB"
+    folders = ("idx", "Visible", "Thermal")
     trials = 10
     published: ClassVar[dict[str, int]] = {
         "identities": 412,

@@ -12,6 +12,11 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file's name is that of an image; names with a dot in front are other programs'."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
 class DatasetName(StrEnum):
     """Layouts that can be trained on and evaluated."""
 

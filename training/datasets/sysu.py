@@ -10,17 +10,22 @@ from typing import ClassVar
 
 from training.datasets.layout import Layout
 from training.datasets.lists import read_ids
-from training.datasets.sample import DatasetError, DatasetName, Modality, Sample
+from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
 
 SYSU_RGB_CAMERAS = (1, 2, 4, 5)
 SYSU_IR_CAMERAS = (3, 6)
 
 
 class Sysu(Layout):
-    """Trained on exp/train_id and exp/val_id, tested on exp/test_id (.txt or .mat)."""
+    """Trained on exp/train_id and exp/val_id, tested on exp/test_id (.txt or .mat).
+
+    Where there is no list of test people, those of exp/val_id are held back: they are all that is
+    left to test on.
+    """
 
     name = DatasetName.SYSU
     title = "SYSU-MM01"
+    folders = tuple(f"cam{camera}" for camera in sorted(SYSU_RGB_CAMERAS + SYSU_IR_CAMERAS))
     published: ClassVar[dict[str, int]] = {
         "training identities": 395,
         "training visible images": 22258,
@@ -36,11 +41,27 @@ class Sysu(Layout):
 
     def train_ids(self, root: Path, trial: int = 1) -> set[int]:
         ids = set(read_ids(_id_list(root, "train"), self.name))
-        validation = _id_list(root, "val")
-        return ids | set(read_ids(validation, self.name)) if validation.is_file() else ids
+        if self._holds_back(root) or not _id_list(root, "val").is_file():
+            return ids
+        # Minus the test people, as a copy of val_id.txt may have been made the test list.
+        validation = set(read_ids(_id_list(root, "val"), self.name))
+        return ids | (validation - self.test_ids(root))
 
     def test_ids(self, root: Path, trial: int = 1) -> set[int]:
         return set(read_ids(_id_list(root, "test"), self.name))
+
+    def notes(self, root: Path) -> list[str]:
+        if not self._holds_back(root):
+            return []
+        path = _id_list(root, "val")
+        number = len(read_ids(path, self.name))
+        return [
+            f"The {number} identities of {path} are held back from training, because there is no "
+            f"list of test identities: evaluate on them with --ids {path}."
+        ]
+
+    def _holds_back(self, root: Path) -> bool:
+        return _id_list(root, "val").is_file() and not _id_list(root, "test").is_file()
 
 
 def read_sysu(root: Path, ids: Iterable[int] | None = None) -> list[Sample]:
@@ -54,14 +75,11 @@ def read_sysu(root: Path, ids: Iterable[int] | None = None) -> list[Sample]:
         DatasetError: a camera folder is missing, an image is not named by its frame number, or an
             identity that was asked for has no image in any camera.
     """
-    if not root.is_dir():
-        raise _error(f"Expected a SYSU-MM01 folder at {root}, but there is no such folder.")
+    Sysu().check_root(root)
     wanted = None if ids is None else set(ids)
     samples: list[Sample] = []
     for camera in sorted(SYSU_RGB_CAMERAS + SYSU_IR_CAMERAS):
         folder = root / f"cam{camera}"
-        if not folder.is_dir():
-            raise _error(f"Expected the camera folder {folder} of the SYSU-MM01 layout.")
         modality: Modality = "ir" if camera in SYSU_IR_CAMERAS else "rgb"
         for person in folder.iterdir():
             # Names that are no identity (a desktop's thumbnails) belong to nobody.
@@ -83,7 +101,7 @@ def frame_number(sample: Sample) -> int:
 
 
 def _images(person: Path) -> list[Path]:
-    images = [path for path in person.iterdir() if path.suffix.lower() == ".jpg"]
+    images = [path for path in person.iterdir() if is_image(path)]
     for path in images:
         if not path.stem.isdecimal():
             raise _error(f"Expected {person}/0001.jpg and the like, but found {path.name}.")

@@ -1,0 +1,203 @@
+"""Decoding happens once, by one process, wholly or not at all; what cannot be read is named."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import CMTConfig, preprocess
+from model.preprocess import normalise
+from training import image_cache
+from training.datasets.sample import DatasetError, Sample
+from training.image_cache import CacheError, cached_images, readable_samples
+
+SIZE = (32, 16)
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> list[Sample]:
+    """Six photographs, JPEG and PNG."""
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / f"{i}.{'jpg' if i % 2 else 'png'}" for i in range(6)]
+    for path in paths:
+        pixels = generator.integers(0, 256, (60, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return [Sample(path, i, 1, "rgb") for i, path in enumerate(paths)]
+
+
+def expected(samples: Sequence[Sample]) -> torch.Tensor:
+    config = CMTConfig(parts=2, dim=8, input_height=SIZE[0], input_width=SIZE[1])
+    return torch.stack([preprocess(Image.open(sample.path), config) for sample in samples])
+
+
+def assert_right(cached: np.ndarray, samples: Sequence[Sample]) -> None:
+    assert torch.equal(normalise(torch.from_numpy(cached.copy())), expected(samples))
+
+
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("decoded although it is in the cache")
+
+    monkeypatch.setattr(image_cache, "decode", refuse)
+
+
+def test_cached_images_are_what_the_service_would_see(samples, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cached = cached_images(samples, *SIZE, cache)
+    assert_right(cached, samples)
+    assert not cached.flags.writeable
+    no_decoding(monkeypatch)
+    assert np.array_equal(cached_images(samples, *SIZE, cache), cached)
+    assert readable_samples(samples, *SIZE, cache) == (samples, [])
+
+
+def test_more_images_than_are_decoded_at_once_keep_their_order(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "_CHUNK", 4)
+    assert_right(cached_images(samples, *SIZE, tmp_path / "cache"), samples)
+
+
+def damage(samples: Sequence[Sample]) -> None:
+    samples[1].path.write_bytes(samples[1].path.read_bytes()[:-30])  # truncated: the last rows
+    samples[2].path.write_bytes(b"no image")
+    samples[4].path.unlink()
+
+
+def test_the_first_unreadable_image_is_named_with_the_number_of_all(samples, tmp_path):
+    damage(samples)
+    for read in (readable_samples, cached_images):
+        with pytest.raises(DatasetError) as caught:
+            read(samples, *SIZE, tmp_path / "cache")
+        assert f"{samples[1].path} cannot be decoded" in str(caught.value)
+        assert "truncated" in str(caught.value)
+        assert "3 of 6 images" in str(caught.value)
+        assert "--unreadable skip" in str(caught.value)
+
+
+def test_unreadable_images_are_skipped_and_named_once(samples, tmp_path, monkeypatch):
+    damage(samples)
+    cache = tmp_path / "cache"
+    kept, skipped = readable_samples(samples, *SIZE, cache, "skip")
+    assert kept == [samples[0], samples[3], samples[5]]
+    assert [str(samples[i].path) in line for i, line in zip((1, 2, 4), skipped, strict=True)]
+    assert skipped[2].endswith("No such file or directory.")
+    no_decoding(monkeypatch)  # neither for the next start nor for the images that are left
+    assert readable_samples(samples, *SIZE, cache, "skip") == (kept, skipped)
+    assert_right(cached_images(kept, *SIZE, cache), kept)
+    with pytest.raises(DatasetError, match="3 of 6 images"):
+        readable_samples(samples, *SIZE, cache)
+
+
+def test_if_no_image_can_be_read_nothing_is_left_to_skip_to(samples, tmp_path):
+    for sample in samples:
+        sample.path.write_bytes(b"")
+    with pytest.raises(DatasetError, match="6 of 6 images"):
+        readable_samples(samples, *SIZE, tmp_path / "cache", "skip")
+
+
+def test_a_file_that_changes_or_vanishes_after_caching_is_noticed(samples, tmp_path):
+    cache = tmp_path / "cache"
+    cached_images(samples, *SIZE, cache)
+    Image.new("RGB", (30, 60), (9, 8, 7)).save(samples[0].path)
+    assert_right(cached_images(samples, *SIZE, cache), samples)
+    samples[3].path.unlink()
+    with pytest.raises(DatasetError, match=r"3\.jpg cannot be decoded \(No such file"):
+        cached_images(samples, *SIZE, cache)
+
+
+def test_a_shortened_cache_is_not_taken_for_whole(samples, tmp_path):
+    cache = tmp_path / "cache"
+    cached_images(samples, *SIZE, cache)
+    (file,) = cache.glob("*.images")
+    os.truncate(file, file.stat().st_size - 1)
+    assert_right(cached_images(samples, *SIZE, cache), samples)
+
+
+def test_too_little_room_is_said_before_anything_is_decoded(samples, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000))
+    monkeypatch.setattr(image_cache, "_decoded", None)
+    with pytest.raises(CacheError, match=r"need 0\.00 GB in .*cache.*--cache"):
+        cached_images(samples, *SIZE, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".lock"]
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_leaves_no_partial_file(samples, tmp_path, monkeypatch, kind):
+    def full(_: int) -> None:
+        raise OSError(kind, os.strerror(kind))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CacheError, match="make room"):
+        cached_images(samples, *SIZE, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".lock"]
+    monkeypatch.undo()
+    assert_right(cached_images(samples, *SIZE, tmp_path / "cache"), samples)
+
+
+def test_a_write_that_the_system_refuses_is_an_error_and_leaves_nothing(samples, tmp_path):
+    """The size limit of a process stands for a full disk: write() itself fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            cached_images(samples, *SIZE, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".lock"]
+
+
+def test_ctrl_c_leaves_no_file_and_the_next_start_decodes(samples, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_cache, "resize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached_images(samples, *SIZE, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".lock"]
+    monkeypatch.undo()
+    (tmp_path / "cache" / ".partial").write_bytes(b"of a process that was killed")
+    assert_right(cached_images(samples, *SIZE, tmp_path / "cache"), samples)
+    assert not (tmp_path / "cache" / ".partial").exists()
+
+
+def test_of_two_processes_one_decodes_and_the_other_waits(samples, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    # "w" when it found nothing and goes for the lock, "d" for each image it decodes.
+    script = (
+        "import os, sys; from pathlib import Path; from training import image_cache as c;"
+        "from training.datasets.sample import Sample;"
+        "decode, locked = c.decode, c._locked;"
+        "c.decode = lambda path: os.write(1, b'd') and decode(path);"
+        "c._locked = lambda folder: os.write(1, b'w') and locked(folder);"
+        "s = [Sample(Path(p), i, 1, 'rgb') for i, p in enumerate(sys.argv[1:])];"
+        f"c.cached_images(s, *{SIZE}, Path({str(cache)!r}))"
+    )
+    arguments = [sys.executable, "-c", script, *(str(sample.path) for sample in samples)]
+    with (cache / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE) for _ in range(2)]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.read(1) == b"w"
+        assert not list(cache.glob("*.images"))
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(outputs) == [b"", b"d" * len(samples)]
+    assert_right(cached_images(samples, *SIZE, cache), samples)
