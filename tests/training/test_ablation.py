@@ -34,9 +34,10 @@ from training.ablation.tsne import Cloud, align
 from training.datasets import DatasetName
 from training.evaluation.metrics import FloatArray, IntArray
 from training.recipe import Recipe, load_recipe
-from training.trainer import CHECKPOINT_FILE, METRICS_FILE
+from training.trainer import CHECKPOINT_FILE
 
 MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
+METRICS_FILE = "metrics.jsonl"
 IDENTITY = {"identity": 1, "triplet": 0, "consistency": 0, "modulation": 0}
 TINY = {
     "model": {
@@ -197,10 +198,10 @@ class _Looks(Budget):
 def test_a_cell_stopped_in_the_middle_ends_as_an_undisturbed_one(ablation, tmp_path):
     start = Start(checkpoint=ablation / "run" / "pretrain" / CHECKPOINT_FILE)
     cells = table3_cells(recipe(), start, [0])[:1]
-    for looks in (2, 3):  # not to begin is one look; each further one lets one step pass
-        stopped = Runner(data(), tmp_path, budget=_Looks(looks), save_every=1)
-        assert stopped.run(cells) == []
-    assert "step" in (tmp_path / "base-seed0" / METRICS_FILE).read_text()
+    # The first look lets the cell begin, each further one a step: two of its four.
+    assert Runner(data(), tmp_path, budget=_Looks(3), save_every=1).run(cells) == []
+    last = (tmp_path / "base-seed0" / METRICS_FILE).read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == 2
     assert not (tmp_path / "base-seed0" / "result.json").exists()
     (result,) = Runner(data(), tmp_path).run(cells)
     undisturbed = result_of(ablation, "base-seed0")
@@ -281,19 +282,22 @@ def test_the_parts_sweep_starts_each_p_from_its_own_network(regdb_root, tmp_path
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     command = ["ablate", "sweep", "parts", "--root", str(regdb_root), "--run", str(tmp_path / "r")]
     command += ["--eval-root", str(regdb_root), "--recipe", str(tmp_path / "small.yaml")]
-    command += ["--pretrain", str(tmp_path / "small.yaml"), "--trial", "2"]
+    command += ["--pretrain", str(tmp_path / "small.yaml"), "--trial", "2", "--values", "1"]
     command += ["--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
     assert main(command) == 0
     content = json.loads((tmp_path / "p.json").read_text())
     assert content["data"]["trial"] == 2
-    assert {curve["title"]: curve["parts"] for curve in content["curves"]} == {
-        "CMT, modulated": [1, 2],
-        "CMT, unmodulated": [1, 2],
-        "base*": [1, 2],
-    }
-    starts = {cell["name"]: cell["start"]["pretraining"] for cell in content["cells"]}
-    assert starts["parts-1-base-seed0"] == starts["parts-1-cmt-seed0"] == "pretrain-parts-1"
-    assert starts["parts-2-cmt-seed0"] == "pretrain-parts-2"
+    titles = ["CMT, modulated", "CMT, unmodulated", "base*"]
+    assert [curve["title"] for curve in content["curves"]] == titles
+    assert [curve["parts"] for curve in content["curves"]] == [[1], [1], [1]]
+    for cell in content["cells"]:
+        assert cell["start"]["pretraining"] == "pretrain-parts-1"
+        _, info = load_checkpoint(tmp_path / "r" / cell["name"] / CHECKPOINT_FILE)
+        assert info.config.parts == 1
+    assert [cell["name"] for cell in content["cells"]] == [
+        "parts-1-cmt-seed0",
+        "parts-1-base-seed0",
+    ]
     assert content["published"]["method"] == "CMT"
     assert content["published"]["dataset"] == "RegDB"
     assert (tmp_path / "p.png").stat().st_size > 0
@@ -320,6 +324,9 @@ def test_parts_must_divide_every_feature_map():
     assert possible_parts([load_recipe("paper")]) == [1, 2, 3, 4, 6, 8, 12]
     with pytest.raises(AblationError, match="does not allow parts 4: input_height 96"):
         sweep_parts(recipe(), Start(weights="w"), [4])
+    pretraining = Start(pretraining=Recipe.model_validate(PRETRAINING))
+    names = [point.start.name for point in sweep_parts(recipe(), pretraining, [1, 3]).points]
+    assert names == ["pretrain-parts-1", "pretrain-parts-3"]
     given = Start(checkpoint=Path("start-{parts}.safetensors"))
     assert start_of_parts(given, 3).checkpoint == Path("start-3.safetensors")
 
