@@ -1,0 +1,373 @@
+"""Cells: trainings from one start that differ in one thing, each evaluated alike, restartable.
+
+A cell owns a folder. `settings.json` says what it is and is compared before anything goes on;
+`result.json` is written last and marks it as finished. In between the trainer's own state resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from model import CheckpointInfo, load_checkpoint
+from model.machine import machine
+from training.ablation.results import CellResult, SearchResult, write_json
+from training.cli import training_samples
+from training.datasets import LAYOUTS, DatasetName, Sample
+from training.evaluation.cli import refuse_training_identities
+from training.evaluation.protocols import protocol_splits
+from training.evaluation.report import score_model, summarise
+from training.evaluation.splits import Split
+from training.evaluation.sysu import TRIAL_FILE
+from training.recipe import Recipe
+from training.trainer import CHECKPOINT_FILE, Trainer
+
+SETTINGS_FILE = "settings.json"
+RESULT_FILE = "result.json"
+
+
+class AblationError(ValueError):
+    """An ablation that would not compare like with like; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a cell's first weights come from; one of three.
+
+    Attributes:
+        checkpoint: a network without either module.
+        weights: ImageNet weights of the backbone, as `cmt train --weights`.
+        pretraining: the recipe of a network to train first, its modules off, in the folder `name`.
+    """
+
+    checkpoint: Path | None = None
+    weights: str | None = None
+    pretraining: Recipe | None = None
+    name: str = "pretrain"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its evaluation. `row` is what distinguishes it, fit for a folder's name."""
+
+    row: str
+    seed: int
+    recipe: Recipe
+    start: Start
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class AblationData:
+    """Images to train on, images to test on, and the protocol's searches over the latter."""
+
+    dataset: DatasetName
+    training: Sequence[Sample]
+    test: Sequence[Sample]
+    splits: Sequence[Split]
+    facts: dict[str, Any]
+
+    @property
+    def test_identities(self) -> list[int]:
+        return sorted({sample.person_id for sample in self.test})
+
+
+@dataclass
+class Budget:
+    """How much one call may do; the next call goes on. None is no limit."""
+
+    cells: int | None = None
+    minutes: float | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def spent(self) -> bool:
+        """Whether nothing more may begin."""
+        return self.cells == 0 or self.out_of_time()
+
+    def out_of_time(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.started >= 60 * self.minutes
+
+    def take_cell(self) -> None:
+        if self.cells is not None:
+            self.cells -= 1
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A start that is there: what the trainer takes, and what the settings say of it."""
+
+    checkpoint: Path | None
+    weights: str | None
+    facts: dict[str, Any]
+
+
+def switched(recipe: Recipe, *, modality_alignment: bool, instance_alignment: bool) -> Recipe:
+    """`recipe` with each module on or off. The losses of a module that is off vanish with it."""
+    return changed_model(
+        recipe, modality_alignment=modality_alignment, instance_alignment=instance_alignment
+    )
+
+
+def changed_model(recipe: Recipe, **changes: Any) -> Recipe:
+    """`recipe` with other fields of its network, validated.
+
+    Raises AblationError where the recipe's sizes do not allow them.
+    """
+    content = recipe.model_dump(mode="json")
+    content["model"] |= changes
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        changed = ", ".join(f"{name} {value}" for name, value in changes.items())
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise AblationError(f"the recipe does not allow {changed}: {reason}") from error
+
+
+def read_data(
+    dataset: DatasetName,
+    roots: Sequence[Path],
+    train_ids: Sequence[Path] | None,
+    test_root: Path,
+    test_ids: Path | None,
+    trial: int = 1,
+) -> AblationData:
+    """What every cell trains and is tested on; galleries are official where the set has its file.
+
+    Raises DatasetError for folders that are not as their layout says, AblationError where someone
+    is on both sides.
+    """
+    layout = LAYOUTS[dataset]
+    training = training_samples(roots, train_ids, dataset, trial)
+    test = layout.test(test_root, trial, None if test_ids is None else layout.read_ids(test_ids))
+    both = {sample.person_id for sample in training} & {sample.person_id for sample in test}
+    if both:
+        raise AblationError(
+            f"identity {min(both)} ({len(both)} in all) is trained on and tested; correct "
+            "--train-ids or --eval-ids"
+        )
+    facts: dict[str, Any] = {"dataset": dataset.value}
+    if layout.trials > 1:
+        facts["trial"] = trial
+    facts["training"] = _facts(training, roots)
+    facts["test"] = _facts(test, [test_root])
+    splits = protocol_splits(dataset, test, trial_file=test_root / TRIAL_FILE)
+    return AblationData(dataset, training, test, splits, facts)
+
+
+def _facts(samples: Sequence[Sample], roots: Sequence[Path]) -> dict[str, Any]:
+    """Counts, and a digest over which images these are, wherever the folders lie."""
+    digest = hashlib.sha256()
+    for s in samples:
+        digest.update(f"{s.person_id} {s.camera} {s.modality} {s.path.name}\n".encode())
+    return {
+        "folders": [root.resolve().name for root in roots],
+        "identities": len({sample.person_id for sample in samples}),
+        "images": len(samples),
+        "digest": digest.hexdigest(),
+    }
+
+
+class Runner:
+    """Runs the cells of one ablation in one folder, in order, as far as the budget goes."""
+
+    def __init__(
+        self,
+        data: AblationData,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        budget: Budget | None = None,
+        save_every: int = 100,
+    ) -> None:
+        """save_every: steps between saved states; also how often the minutes are looked at."""
+        self.data = data
+        self.folder = folder
+        self.device = device
+        self.budget = budget or Budget()
+        self.save_every = save_every
+        self._origins: dict[Start, _Origin] = {}
+
+    def run(self, cells: Sequence[Cell]) -> list[CellResult]:
+        """The results of all cells that are finished now, in the order of `cells`.
+
+        Raises AblationError where a folder holds a cell of other settings or a start does not fit,
+        and the errors of training and evaluation.
+        """
+        results = []
+        for number, cell in enumerate(cells, 1):
+            result = self._cell(cell, f"[{number}/{len(cells)}] {cell.name}")
+            if result is not None:
+                results.append(result)
+        return results
+
+    def _cell(self, cell: Cell, title: str) -> CellResult | None:
+        origin = self._origin(cell.start)
+        if origin is None:
+            return None
+        folder = self.folder / cell.name
+        settings = {
+            "recipe": cell.recipe.model_dump(mode="json"),
+            "seed": cell.seed,
+            "start": origin.facts,
+            "data": self.data.facts,
+        }
+        finished = _finished(folder, settings)
+        if finished is not None:
+            return CellResult.model_validate(finished)
+        if self.budget.spent():
+            return None
+        print(title, flush=True)
+        info = self._train(folder, settings, cell.recipe, cell.seed, origin)
+        if info is None:
+            return None
+        result = self._evaluate(cell, folder, settings, info)
+        write_json(folder / RESULT_FILE, result.model_dump(mode="json"))
+        self.budget.take_cell()
+        own = result.first.own
+        print(
+            f"{title}: {result.first.title}, rank-1 {own.mean('rank_1'):.2%}, mAP "
+            f"{own.mean('mean_ap'):.2%}",
+            flush=True,
+        )
+        return result
+
+    def _origin(self, start: Start) -> _Origin | None:
+        """The start, made first if it is to be pre-trained; None where the budget ends before."""
+        if start not in self._origins:
+            if start.weights is not None:
+                found = _Origin(None, start.weights, {"weights": Path(start.weights).name})
+            elif start.pretraining is not None:
+                made = self._pretrain(start.pretraining, start.name)
+                if made is None:
+                    return None
+                found = made
+            else:
+                assert start.checkpoint is not None
+                found = self._checkpoint(start.checkpoint)
+            self._origins[start] = found
+        return self._origins[start]
+
+    def _checkpoint(self, path: Path) -> _Origin:
+        _, info = load_checkpoint(path)
+        if info.config.modality_alignment or info.config.instance_alignment:
+            raise AblationError(
+                f"{path} already has modality or instance alignment trained in, so that the rows "
+                "would not start alike; start from a network trained with both off"
+            )
+        refuse_training_identities(info, self.data.dataset.value, self.data.test_identities)
+        return _Origin(path, None, {"checkpoint": path.name, "fingerprint": info.fingerprint})
+
+    def _pretrain(self, recipe: Recipe, name: str) -> _Origin | None:
+        bare = switched(recipe, modality_alignment=False, instance_alignment=False)
+        folder = self.folder / name
+        settings = {
+            "recipe": bare.model_dump(mode="json"),
+            "seed": 0,
+            "data": {side: facts for side, facts in self.data.facts.items() if side != "test"},
+        }
+        finished = _finished(folder, settings)
+        if finished is None:
+            if self.budget.spent():
+                return None
+            print(f"{name}: the start of every cell", flush=True)
+            info = self._train(folder, settings, bare, 0, _Origin(None, None, {}))
+            if info is None:
+                return None
+            finished = {
+                "fingerprint": info.fingerprint,
+                "steps": info.training["steps"],
+                "seconds": info.training["seconds"],
+                "settings": settings,
+                "machine": machine(),
+            }
+            write_json(folder / RESULT_FILE, finished)
+        facts = {fact: finished[fact] for fact in ("fingerprint", "steps")}
+        return _Origin(folder / CHECKPOINT_FILE, None, {"pretraining": name} | facts)
+
+    def _train(
+        self, folder: Path, settings: dict[str, Any], recipe: Recipe, seed: int, origin: _Origin
+    ) -> CheckpointInfo | None:
+        """Train to the end; None where time is up before, with all that was done saved."""
+        people = sorted({sample.person_id for sample in self.data.training})
+        facts = {
+            key: self.data.facts[key] for key in ("dataset", "trial") if key in self.data.facts
+        }
+        trainer = Trainer(
+            recipe,
+            self.data.training,
+            folder,
+            seed=seed,
+            device=self.device,
+            weights=origin.weights,
+            start=origin.checkpoint,
+            cache=self.folder / "cache",
+            facts=facts | {"identities": people, "images": len(self.data.training)},
+        )
+        write_json(folder / SETTINGS_FILE, settings)  # only now: what cannot begin claims nothing
+        if self.budget.minutes is None:
+            return trainer.run(save_every=self.save_every)
+        reached = 0
+        while not self.budget.out_of_time():
+            info = trainer.run(save_every=self.save_every, stop_at=reached + self.save_every)
+            reached = info.training["step"]
+            if reached >= info.training["steps"]:
+                return info
+        return None
+
+    def _evaluate(
+        self, cell: Cell, folder: Path, settings: dict[str, Any], trained: CheckpointInfo
+    ) -> CellResult:
+        model, info = load_checkpoint(folder / CHECKPOINT_FILE, self.device)
+        scores = score_model(model, self.data.test, self.data.splits)
+        evaluation = summarise(self.data.dataset, [scores])
+        return CellResult(
+            name=cell.name,
+            row=cell.row,
+            seed=cell.seed,
+            fingerprint=info.fingerprint,
+            steps=trained.training["steps"],
+            seconds=trained.training["seconds"],
+            settings=settings,
+            machine=machine(),
+            searches=[
+                SearchResult.of(*of_search)
+                for of_search in zip(scores.splits, evaluation.splits, strict=True)
+            ],
+            compensation=evaluation.compensation,
+        )
+
+
+def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result in a cell's folder, None where there is none yet.
+
+    Raises AblationError where the folder is a cell of other settings.
+    """
+    stated, result = _read(folder / SETTINGS_FILE), _read(folder / RESULT_FILE)
+    if stated is not None and stated != settings:
+        raise AblationError(
+            f"{folder} holds a cell of another recipe, start or data; use the same ones as before, "
+            "or choose another --run folder"
+        )
+    return result
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise AblationError(
+            f"{path} is damaged ({error}); remove its folder, and the cell is made again"
+        ) from error
+    return content
