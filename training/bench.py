@@ -92,7 +92,7 @@ def train(
         "precision": trainer.precision.reason,
     }
     rows = [tuple(result.values()) for result in results]
-    rows.append((", ".join(f"{name} {fact}" for name, fact in facts.items()), "", ""))
+    rows.append((f"batch {batch}, {facts['size']}, {facts['backbone']}", facts["precision"], ""))
     results = [{**result, **facts} for result in results]
     columns = ("", "images/s: median (least–most)", "share of the bare ResNet's")
     publish("train", settings, columns, rows, results, json)

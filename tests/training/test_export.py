@@ -68,7 +68,7 @@ def test_the_files_give_pytorchs_numbers_at_any_batch_size(exported: Path, tiny_
                 numbers = tensor.detach().numpy()
                 np.testing.assert_allclose(one, numbers, rtol=1e-4, atol=1e-5)
                 np.testing.assert_allclose(compiled[key], numbers, rtol=1e-4, atol=1e-5)
-    assert float(modulation.gamma.std(dim=0).max()) > 0
+    assert modulation.gamma.std(dim=0).max().item() > 0
 
 
 def test_the_description_says_what_a_user_needs(exported: Path, tiny_checkpoint: Path) -> None:

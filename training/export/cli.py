@@ -112,20 +112,21 @@ def write_export(
 
 
 def _table(parities: Sequence[Parity]) -> Table:
-    """A line for each format and batch size."""
+    """A line for each format and batch size; an embedding is named by its modality."""
     ranking = parities[0].rankings[0]
     table = Table(
         title="Largest differences from PyTorch",
-        caption=f"top {TOP}: how many of {ranking.queries} infrared queries have the same one in "
-        f"{ranking.gallery} visible images, modulated",
+        caption=f"top {TOP}: share of {ranking.queries} infrared queries whose {TOP} nearest of "
+        f"{ranking.gallery} visible images, modulated, are PyTorch's",
     )
     first = [output for output in parities[0].outputs if output.batch == ranking.batch]
     names = [(output.graph, output.output) for output in first]
     table.add_column("format")
     table.add_column("batch", justify="right")
     for graph, output in names:
-        table.add_column(graph if graph != MODULATION else output, justify="right")
-    for column in ("lowest cosine", f"top {TOP}"):
+        name = output if graph == MODULATION else graph.removeprefix(f"{output}-")
+        table.add_column(name, justify="right")
+    for column in ("lowest\ncosine", f"top {TOP}"):
         table.add_column(column, justify="right")
     for parity in parities:
         for ranking in parity.rankings:
