@@ -134,7 +134,7 @@ def _table(parities: Sequence[Parity]) -> Table:
             table.add_row(
                 *(parity.format, str(ranking.batch)),
                 *(f"{row.max_error:.1e}" for row in rows),
-                f"{min(row.min_cosine for row in rows):.7f}",
+                f"{min(row.min_cosine for row in rows):.6f}",
                 f"{ranking.same_top10:.0%}",
             )
         table.add_section()
