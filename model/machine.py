@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("cmt-reid", "torch", "faiss-cpu", "faiss-gpu-cu12", "openvino", "numpy", "pillow")
+_PACKAGES = (
+    *("cmt-reid", "torch", "faiss-cpu", "faiss-gpu-cu12", "openvino", "numpy", "pillow"),
+    *("onnx", "onnxruntime"),
+)
 
 
 def machine() -> dict[str, Any]:

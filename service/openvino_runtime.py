@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import openvino
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import CMT, Modality
+from model.graphs import embedding_graph, to_openvino
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -51,7 +52,7 @@ class OpenVINONetwork:
 
     def _graph(self, core: openvino.Core, modality: Modality) -> openvino.Model:
         if self._cache is None:
-            return self._converted(modality)
+            return to_openvino(embedding_graph(self._model, modality))
         # Another OpenVINO may convert otherwise: its version is part of the name.
         version = "".join(c if c.isalnum() else "-" for c in openvino.__version__.split("-")[0])
         stem = self._cache / f"openvino-{version}-{self._fingerprint}-{modality}"
@@ -59,7 +60,7 @@ class OpenVINONetwork:
         files = digest, xml, weights
         if all(f.is_file() for f in files) and digest.read_text() == _digest(xml, weights):
             return core.read_model(xml)
-        graph = self._converted(modality)
+        graph = to_openvino(embedding_graph(self._model, modality))
         self._cache.mkdir(parents=True, exist_ok=True)
         digest.unlink(missing_ok=True)
         openvino.save_model(graph, xml, compress_to_fp16=False)
@@ -68,27 +69,6 @@ class OpenVINONetwork:
         partial.write_text(_digest(xml, weights))
         partial.replace(digest)
         return core.read_model(xml)
-
-    def _converted(self, modality: Modality) -> openvino.Model:
-        config = self._model.config
-        shape = (3, config.input_height, config.input_width)
-        return openvino.convert_model(
-            _OneModality(self._model, modality),
-            example_input=torch.zeros(2, *shape),
-            input=[-1, *shape],
-        )
-
-
-class _OneModality(nn.Module):
-    """The network's embedding with the modality fixed: what becomes one graph."""
-
-    def __init__(self, model: CMT, modality: Modality) -> None:
-        super().__init__()
-        self.model, self.modality = model, modality
-
-    def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model(images, self.modality).embedding
-        return embedding
 
 
 def _digest(*files: Path) -> str:

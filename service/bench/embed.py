@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model import CMT, CMTConfig, load_checkpoint, preprocess, save_checkpoint
-from service.bench.report import Spread, compare, publish
+from model.benchmark import Spread, compare, publish
 from service.embedder import Device, Embedder, Runtime
 from service.images import Crop, decode
 

@@ -15,8 +15,8 @@ import torch
 import typer
 
 from model import Modulation, project
+from model.benchmark import Spread, publish, seconds
 from service.bench.data import Data, features
-from service.bench.report import Spread, publish, seconds
 from service.gallery.index import RecallIndex
 from service.gallery.rescoring import Features
 

@@ -12,8 +12,8 @@ import typer
 from torch import Tensor
 
 from model import Modulation, lift, modulate, project
+from model.benchmark import Comparison, compare, publish
 from service.bench.data import features
-from service.bench.report import Comparison, compare, publish
 
 _TOP = 20
 _LIFT_ROWS = 16_384

@@ -4,27 +4,23 @@ Features are random in the sizes of the real set (3,803 queries, ten single-shot
 images): what is measured does not depend on their content.
 """
 
-import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from model import Modulation, modulated_distance
-from model.machine import machine
+from model.benchmark import Comparison, compare, publish
 from training.evaluation.metrics import FloatArray, IntArray, RankMetrics, rank_metrics
 from training.evaluation.scoring import distances
 from training.evaluation.splits import TRIALS
 
 TOLERANCE = 1e-6
+Side = Callable[[], list[RankMetrics]]
 IMAGES_PER_CAMERA = 20  # of one identity, from which a trial draws one
 
 
@@ -68,45 +64,34 @@ def evaluate(
     """
     problem = random_problem(queries, identities, parts, dim)
     given = [gallery_distances(problem, gallery) for gallery in problem.galleries]
-    cases: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    cases: dict[str, tuple[Side, Side]] = {
         "from features": (
             lambda: vectorised(problem, vectorised_distances(problem)),
             lambda: loop(problem, None),
         ),
         "from distances": (lambda: vectorised(problem, given), lambda: loop(problem, given)),
     }
-    table = Table(
-        "", "ours [s]", "loop [s]", "ratio: median (least–most)", title="cmt bench evaluate"
-    )
-    results = []
+    rows, results = [], []
     for name, (ours, theirs) in cases.items():
-        times, ratios = [], []
-        for _ in range(rounds):
-            seconds, figures = _timed(ours)
-            loop_seconds, loop_figures = _timed(theirs)
-            require_equal(figures, loop_figures)
-            times.append((seconds, loop_seconds))
-            ratios.append(loop_seconds / seconds)
-        mine, yours = (statistics.median(side) for side in zip(*times, strict=True))
-        ratio = statistics.median(ratios)
-        table.add_row(
-            name,
-            f"{mine:.2f}",
-            f"{yours:.2f}",
-            f"{ratio:.1f} ({min(ratios):.1f}–{max(ratios):.1f})",
-        )
-        results.append({"case": name, "seconds": times, "ratios": ratios, "ratio": ratio})
-    Console().print(table)
-    if json_file is not None:
-        settings = {"queries": queries, "identities": identities, "parts": parts, "dim": dim}
-        report = {
-            "benchmark": "evaluate",
-            "settings": settings | {"rounds": rounds, "gallery": problem.galleries[0].size},
-            "machine": machine(),
-            "results": results,
-        }
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        comparison = compared(ours, theirs, rounds)
+        rows.append((name, comparison.ours, comparison.theirs, comparison.ratio))
+        results.append({"case": name, "seconds": comparison, "gallery": problem.galleries[0].size})
+    settings = {
+        **{"queries": queries, "identities": identities, "parts": parts, "dim": dim},
+        "rounds": rounds,
+    }
+    columns = ("", "ours, s: median (least–most)", "loop, s", "times faster")
+    publish("evaluate", settings, columns, rows, results, json_file)
+
+
+def compared(ours: Side, theirs: Side, rounds: int) -> Comparison:
+    """Time both sides in turn; ValueError unless their last figures are equal to 1e-6."""
+    figures: dict[str, list[RankMetrics]] = {}
+    comparison = compare(
+        lambda: figures.update(ours=ours()), lambda: figures.update(theirs=theirs()), rounds
+    )
+    require_equal(figures["ours"], figures["theirs"])
+    return comparison
 
 
 def random_problem(queries: int, identities: int, parts: int, dim: int) -> Problem:
@@ -223,9 +208,3 @@ def require_equal(ours: list[RankMetrics], theirs: list[RankMetrics]) -> None:
                 f"trial {trial}: figures of the two sides differ by {difference:.2g}, more than "
                 f"{TOLERANCE:g}; this is a bug, please report it"
             )
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result

@@ -1,0 +1,141 @@
+"""`cmt export`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from model import CMT, CheckpointInfo, Modality, load_checkpoint
+from model.graphs import MODULATION, all_graphs
+from training.export.folder import (
+    DESCRIPTION_FILE,
+    ExportError,
+    check_output,
+    describe,
+    replaced,
+)
+from training.export.formats import FORMATS, Format
+from training.export.images import parity_images
+from training.export.parity import TOP, Parity, compare, reference
+
+
+class Formats(StrEnum):
+    """What to write."""
+
+    ONNX = "onnx"
+    OPENVINO = "openvino"
+    BOTH = "both"
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="The .safetensors file to export.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder of the export; an earlier one there is replaced as a whole."),
+    ],
+    formats: Annotated[Formats, typer.Option("--format", help="What to write.")] = Formats.BOTH,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Crops to check the export on: rgb/<person>/… and ir/<person>/…, or a folder "
+            "with a manifest.csv as in examples/. Default: examples/ of the repository."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also replace the export of another checkpoint.")
+    ] = False,
+) -> None:
+    """Write a checkpoint as ONNX and OpenVINO files that give PyTorch's numbers without PyTorch.
+
+    Three graphs: the embedding of visible and of infrared images, and the modulation. All are
+    checked against PyTorch on real images first; where they differ, nothing is written.
+
+    Example: cmt export --checkpoint examples/compact.safetensors --output exported
+    """
+    model, info = load_checkpoint(checkpoint)
+    chosen = list(FORMATS.values()) if formats is Formats.BOTH else [FORMATS[formats]]
+    check_output(output, info.fingerprint, overwrite=overwrite)
+    console = Console(soft_wrap=True)
+    with console.status("Converting the network and comparing it with PyTorch"):
+        pictures = parity_images(images, info.config)
+        parities = write_export(model, info, chosen, pictures, output)
+    console.print(_table(parities))
+    written = ", ".join(sorted(path.name for path in output.iterdir()))
+    console.print(f"Wrote {output}: {written}", highlight=False)
+
+
+def write_export(
+    model: CMT,
+    info: CheckpointInfo,
+    formats: Sequence[Format],
+    images: Mapping[Modality, Tensor],
+    output: Path,
+) -> list[Parity]:
+    """Convert, compare on `images`, and only then put the files and `export.json` into `output`.
+
+    Returns:
+        One report a format.
+
+    Raises:
+        ExportError: a format does not give PyTorch's numbers; `output` is as it was.
+    """
+    graphs, expected = all_graphs(model), reference(model, images)
+    files: dict[str, list[Path]] = {graph.name: [] for graph in graphs}
+    parities = []
+    with replaced(output) as folder:
+        for form in formats:
+            runners = {}
+            for graph in graphs:
+                written = form.write(graph, folder)
+                files[graph.name] += written
+                runners[graph.name] = form.open(written[0])
+            parities.append(compare(form.name, runners, model, images, expected))
+            if not parities[-1].passed:
+                raise ExportError(
+                    f"{parities[-1].problem()}; nothing was written: try the versions of torch, "
+                    f"{form.name} and its runtime that constraints.txt names, and report the "
+                    "difference if it stays"
+                )
+        content = describe(info, graphs, files, parities)
+        (folder / DESCRIPTION_FILE).write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    return parities
+
+
+def _table(parities: Sequence[Parity]) -> Table:
+    """A line for each format and batch size; an embedding is named by its modality."""
+    ranking = parities[0].rankings[0]
+    table = Table(
+        title="Largest differences from PyTorch",
+        caption=f"top {TOP}: share of {ranking.queries} infrared queries whose {TOP} nearest of "
+        f"{ranking.gallery} visible images, modulated, are PyTorch's",
+    )
+    first = [output for output in parities[0].outputs if output.batch == ranking.batch]
+    names = [(output.graph, output.output) for output in first]
+    table.add_column("format")
+    table.add_column("batch", justify="right")
+    for graph, output in names:
+        name = output if graph == MODULATION else graph.removeprefix(f"{output}-")
+        table.add_column(name, justify="right")
+    for column in ("lowest\ncosine", f"top {TOP}"):
+        table.add_column(column, justify="right")
+    for parity in parities:
+        for ranking in parity.rankings:
+            rows = [output for output in parity.outputs if output.batch == ranking.batch]
+            table.add_row(
+                *(parity.format, str(ranking.batch)),
+                *(f"{row.max_error:.1e}" for row in rows),
+                f"{min(row.min_cosine for row in rows):.6f}",
+                f"{ranking.same_top10:.0%}",
+            )
+        table.add_section()
+    return table

@@ -1,0 +1,86 @@
+"""The real images that an export is checked on."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import CMTConfig, Modality
+from model.config import MODALITIES
+from model.preprocess import normalise
+from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
+from training.image_cache import cached_images
+
+EXAMPLES = Path(__file__).parents[2] / "examples"  # there in a clone of the repository only
+MANIFEST = "manifest.csv"
+LEAST = 10  # of a modality, so that there is a top-10 and a batch of eight
+MOST = 48  # of a modality: enough to tell a wrong graph, and seconds for a large network
+
+
+def parity_images(folder: Path | None, config: CMTConfig) -> dict[Modality, Tensor]:
+    """Up to `MOST` images of each modality, preprocessed: N×3×H×W, spread evenly over the folder.
+
+    Args:
+        folder: crops with a `manifest.csv` as in `examples/` (columns file and modality), or in
+            the `folder` layout (`rgb/<person>/…`, `ir/<person>/…`). None: `examples/` itself.
+
+    Raises:
+        DatasetError: there is no folder, it is in neither form, it has too few images of a
+            modality, or one cannot be decoded.
+    """
+    if folder is None:
+        folder = EXAMPLES
+        if not (folder / MANIFEST).is_file():
+            raise DatasetError(
+                "The export is checked on real images, and examples/ lies in a clone of the "
+                "repository only; give --images FOLDER with visible and infrared crops."
+            )
+    if (folder / MANIFEST).is_file():
+        samples = _listed(folder / MANIFEST)
+    else:
+        samples = LAYOUTS[DatasetName.FOLDER].images(folder)
+    chosen = {modality: _spread(samples, modality, folder) for modality in MODALITIES}
+    with tempfile.TemporaryDirectory() as cache:
+        return {modality: _preprocessed(of, config, Path(cache)) for modality, of in chosen.items()}
+
+
+def _listed(manifest: Path) -> list[Sample]:
+    with manifest.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    samples = []
+    for row in rows:
+        modality = row.get("modality")
+        if not row.get("file") or modality not in MODALITIES:
+            raise DatasetError(
+                f"Expected the columns file and modality (rgb or ir) in every line of {manifest}."
+            )
+        samples.append(Sample(manifest.parent / row["file"], 0, 0, modality))
+    missing = [sample.path for sample in samples if not sample.path.is_file()]
+    if missing:
+        raise DatasetError(
+            f"Expected the image {missing[0]}, which {manifest} lists; restore it or its line."
+        )
+    return samples
+
+
+def _spread(samples: Sequence[Sample], modality: Modality, folder: Path) -> list[Sample]:
+    found = [sample for sample in samples if sample.modality == modality]
+    if len(found) < LEAST:
+        word = "visible" if modality == "rgb" else "infrared"
+        raise DatasetError(
+            f"Expected at least {LEAST} {word} images in {folder} to check the export on, but "
+            f"there are {len(found)}; add some, or give another folder with --images."
+        )
+    places = np.linspace(0, len(found) - 1, min(MOST, len(found))).round().astype(int)
+    return [found[place] for place in places]
+
+
+def _preprocessed(samples: Sequence[Sample], config: CMTConfig, cache: Path) -> Tensor:
+    pixels = cached_images(samples, config.input_height, config.input_width, cache)
+    return normalise(torch.from_numpy(np.array(pixels)))
