@@ -229,19 +229,16 @@ def reference_distances(
 
 
 def normalised(distance: FloatArray, reference: FloatArray, how: Normalisation) -> FloatArray:
-    """Distances Q×N → scores Q×N, by each query's distances to the reference set, Q×R.
-
-    References that are NaN do not count (fitting leaves out those of the query's own person).
-    """
+    """Distances Q×N → scores Q×N, by each query's distances to the reference set, Q×R."""
     if how == "raw":
         return distance
     scores: FloatArray
     if how == "z-score":
-        mean, deviation = (f(reference, axis=1, keepdims=True) for f in (np.nanmean, np.nanstd))
+        mean, deviation = (f(reference, axis=1, keepdims=True) for f in (np.mean, np.std))
         scores = (distance - mean) / np.maximum(deviation, _SMALLEST)
         return scores
     ratio = np.maximum(distance, 0) / np.maximum(
-        np.nanmedian(reference, axis=1, keepdims=True), _SMALLEST
+        np.median(reference, axis=1, keepdims=True), _SMALLEST
     )
     scores = ratio if how == "ratio" else np.log(np.maximum(ratio, _SMALLEST))
     return scores

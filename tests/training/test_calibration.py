@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from model import CMT, load_checkpoint, save_checkpoint
-from model.calibration import normalised
 from model.cli import main
 from training.calibration import fit_calibration
-from training.calibration.calibrate import _split
+from training.calibration.calibrate import _halves
 from training.calibration.curves import (
     CERTAINTY,
     accept_above,
@@ -130,22 +129,20 @@ def test_pairs_leave_out_what_says_nothing(tiny_model, embedded, samples):
     for i, query in enumerate(infrared):
         for j, image in enumerate(visible):
             assert across.counted[i, j] == (query.camera != 3 or image.camera != 2)
-    assert np.isnan(across.reference).any()  # references of the query's own person
-    assert np.isfinite(normalised(across.distance, across.reference, "z-score")).all()
 
 
 def test_nobody_is_on_both_sides_of_a_fit(tiny_model, embedded):
     pairs = PairMaker(tiny_model, embedded, DatasetName.SYSU).pairs("ir", "rgb", modulated=False)
-    folds = _split(pairs, np.unique(pairs.query_people))
-    rows, columns = np.nonzero(pairs.counted)
-    for trained, held_out in zip(folds.trained, folds.held_out, strict=True):
-        people = [
-            {*pairs.query_people[rows[side]], *pairs.gallery_people[columns[side]]}
-            for side in (trained, held_out)
-        ]
-        assert [len(side) for side in people] == [4, 4]
-        assert not people[0] & people[1]
-        assert folds.same[trained].any() and not folds.same[trained].all()
+    halves = _halves(pairs, np.unique(pairs.query_people))
+    assert len(halves) == 10
+    for k, half in enumerate(halves):
+        other = halves[k ^ 1]
+        people = {*pairs.query_people[half.queries], *pairs.gallery_people[half.gallery]}
+        others = {*pairs.query_people[other.queries], *pairs.gallery_people[other.gallery]}
+        assert len(people) == len(others) == 4
+        assert not people & others
+        assert set(pairs.reference_people[half.references]) == others
+        assert half.same.any() and not half.same.all()
 
 
 def test_images_are_spread_over_people_and_cameras(samples):
@@ -234,30 +231,41 @@ def test_the_table_fits_a_terminal(calibrated, tmp_path, capsys):
 
 
 def test_open_set_figures_are_by_distance_and_by_calibrated_score(calibrated, tmp_path, capsys):
-    written = tmp_path / "evaluation.json"
-    named = ["--dataset", "sysu", "--root", str(MINI), "--device", "cpu", "--json", str(written)]
-    ids = ["--ids", str(MINI / "exp" / "available_id.txt")]
-    assert main(["evaluate", "--checkpoint", str(calibrated[1]), *named, *ids]) == 0
+    def evaluate(checkpoint, ids=None):
+        written, named = tmp_path / "evaluation.json", ["--dataset", "sysu", "--root", str(MINI)]
+        ids = ids or MINI / "exp" / "available_id.txt"
+        options = ["--ids", str(ids), "--json", str(written), "--device", "cpu"]
+        assert main(["evaluate", "--checkpoint", str(checkpoint), *named, *options]) == 0
+        report = json.loads(written.read_text())
+        return report["checkpoints"][0], report["splits"][0]["open_set"]["rates"]
+
+    half, rest = tmp_path / "half.txt", tmp_path / "rest.txt"
+    half.write_text("7,12,18,21")
+    rest.write_text("23,30,218,370")
+    some = tmp_path / "some.safetensors"
+    assert main(command(calibrated[0], MINI, half, "--output", some)) == 0
+    capsys.readouterr()
+    entry, rates = evaluate(some, rest)
     printed = capsys.readouterr().out
-    assert "…" not in printed
-    report = json.loads(written.read_text())
-    rates = report["splits"][0]["open_set"]["rates"]
-    assert [entry["score"] for entry in rates[::2]] == [
+    assert "…" not in printed and "calibrated on" not in printed
+    assert entry["calibrated_on_evaluated"] == 0
+    assert [r["score"] for r in rates[::2]] == [
         "modulated distance",
         "unmodulated distance",
         "modulated calibrated",
         "unmodulated calibrated",
     ]
+    # With references of its own people a score would know who looks like whom.
+    entry, rates = evaluate(calibrated[1])
+    printed = capsys.readouterr().out
+    assert entry["calibrated_on_evaluated"] == 8
+    assert "calibrated on 8 of these identities" in printed and "left out" in printed
+    assert len(rates) == 4
     # 16 non-mated queries: 10 % is one of them, 1 % is not.
-    assert [entry["rate"] is None for entry in rates] == [True, False] * 4
+    assert [r["rate"] is None for r in rates] == [True, False] * 2
     assert "1% needs at least 100 non-mated queries" in printed
-    assert report["checkpoints"][0]["calibrated_on_evaluated"] == 8
-    assert "calibrated on 8 of these identities" in printed
-    assert main(["evaluate", "--checkpoint", str(calibrated[0]), *named, *ids]) == 0
-    assert "calibrated on" not in capsys.readouterr().out
-    plain = json.loads(written.read_text())
-    assert plain["checkpoints"][0]["calibrated_on_evaluated"] is None
-    assert plain["splits"][0]["open_set"]["rates"] == rates[:4]
+    plain = {"file": "plain.safetensors", "calibrated_on_evaluated": None}
+    assert evaluate(calibrated[0]) == (entry | plain, rates)
 
 
 def refused(arguments, checkpoint, capsys):

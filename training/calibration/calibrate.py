@@ -4,7 +4,12 @@ People are halved at random, a curve is fitted on the pairs within one half and 
 within the other, and the other way round; pairs across the halves belong to neither, so that
 nobody is on both sides. Five halvings, because one leaves out half of the pairs of two people, and
 which of them look alike decides the rare false accepts (Dietterich's 5×2 cross-validation, Neural
-Computation 1998). What is stored is fitted on all pairs.
+Computation 1998).
+
+The pairs of a half are normalised by reference images of the other half. References of the same
+people would know who of them looks like whom, which those of a service's gallery never do: scores
+would look better than they are, the more so the more a normalisation leans on the references.
+What is stored has references of everybody, and a curve fitted on the pairs of all halves.
 """
 
 import math
@@ -130,56 +135,73 @@ def fit_calibration(
         identities=tuple(identities),
         maps=tuple(maps),
     )
-    return Fit(Calibration(facts, maker.references, model.config.metric), reliabilities, left_out)
+    references = {modality: maker.references(modality) for modality in MODALITIES}
+    return Fit(Calibration(facts, references, model.config.metric), reliabilities, left_out)
 
 
 @dataclass(frozen=True)
-class _Folds:
-    """Counted pairs by fold: in fold k, `trained[k]` and `held_out[k]` index them.
+class _Half:
+    """One half of the people: their pairs among themselves, and whose references judge them.
 
-    Two folds a halving, each half being trained on once.
+    Attributes:
+        queries, gallery, references: which of the Q, N and R are used.
+        counted: the pairs that count, queries×gallery.
+        same: of the counted ones.
     """
 
+    queries: IntArray
+    gallery: IntArray
+    references: IntArray
+    counted: BoolArray
     same: BoolArray
-    trained: list[IntArray]
-    held_out: list[IntArray]
+
+    def scores(self, pairs: Pairs, normalisation: Normalisation) -> FloatArray:
+        """Of the counted pairs."""
+        distance = pairs.distance[np.ix_(self.queries, self.gallery)]
+        reference = pairs.reference[np.ix_(self.queries, self.references)]
+        return normalised(distance, reference, normalisation)[self.counted]
 
 
 @dataclass(frozen=True)
 class _CrossFit:
-    """One form on all folds: each fold's curve, and its answers for the people held out."""
+    """One form on all halves: the curve of each, and what it says of the other half's pairs."""
 
     normalisation: Normalisation
     method: Method
-    scores: FloatArray  # of all counted pairs
-    curves: list[Curve]
-    probabilities: FloatArray  # of the held-out pairs, fold after fold
-    same: BoolArray
+    scores: list[FloatArray]  # of each half
+    curves: list[Curve]  # fitted on each half
+    probabilities: FloatArray  # of the halves' pairs, each by the curve of the other
     log_loss: float
 
 
 def _fit_map(pairs: Pairs, people: IntArray, prior: float) -> tuple[dict[str, Any], Reliability]:
     """Fields of a `CalibrationMap`, and the cross-fitted diagram of the chosen form."""
-    folds = _split(pairs, people)
+    halves = _halves(pairs, people)
+    same = np.concatenate([half.same for half in halves])
     compared = []
     for normalisation in NORMALISATIONS:
-        scores = normalised(pairs.distance, pairs.reference, normalisation)[pairs.counted]
-        compared += [_cross_fit(scores, folds, normalisation, method, prior) for method in FITS]
+        scores = [half.scores(pairs, normalisation) for half in halves]
+        compared += [_cross_fit(scores, halves, normalisation, m, prior) for m in FITS]
     compared.sort(key=lambda form: form.log_loss)
     best = compared[0]
-    curve = FITS[best.method](best.scores, folds.same, prior)
-    diagram = reliability(best.probabilities, best.same, prior)
-    final = curve(best.scores)
+    scores_of_all = np.concatenate(best.scores)
+    curve = FITS[best.method](scores_of_all, same, prior)
+    final = curve(scores_of_all)
+    diagram = reliability(best.probabilities, same, prior)
+    counted = pairs.same[pairs.counted]
     return {
         "normalisation": best.normalisation,
         "curve": curve,
-        "positives": int(folds.same.sum()),
-        "negatives": int((~folds.same).sum()),
+        "positives": int(counted.sum()),
+        "negatives": int((~counted).sum()),
         "identities": people.size,
         "log_loss": best.log_loss,
         "log_loss_of_prior": -prior * math.log(prior) - (1 - prior) * math.log(1 - prior),
         "expected_calibration_error": diagram.error,
-        "thresholds": tuple(_threshold(final, folds, best, rate) for rate in FALSE_ACCEPT_RATES),
+        "thresholds": tuple(
+            _threshold(accept_above(final, same, rate), halves, best, rate)
+            for rate in FALSE_ACCEPT_RATES
+        ),
         "candidates": tuple(
             Candidate(normalisation=form.normalisation, method=form.method, log_loss=form.log_loss)
             for form in compared
@@ -187,51 +209,64 @@ def _fit_map(pairs: Pairs, people: IntArray, prior: float) -> tuple[dict[str, An
     }, diagram
 
 
-def _split(pairs: Pairs, people: IntArray) -> _Folds:
-    """Halve those with pairs of their own and the others each: both halves have some of either."""
+def _halves(pairs: Pairs, people: IntArray) -> list[_Half]:
+    """Five halvings, one half after the other: number k's other half is number k ^ 1.
+
+    Those with pairs of their own and the others are halved apart: both halves have some of either.
+    """
     generator = random.Random(0)
     everyone = np.union1d(pairs.query_people, pairs.gallery_people)
-    rows, columns = np.nonzero(pairs.counted)
-    of_query, of_gallery = pairs.query_people[rows], pairs.gallery_people[columns]
-    trained, held_out = [], []
+    halves = []
     for _ in range(HALVINGS):
         shuffled = [
             person
             for group in (people, np.setdiff1d(everyone, people))
             for person in generator.sample(group.tolist(), group.size)
         ]
-        query_side, gallery_side = (np.isin(side, shuffled[::2]) for side in (of_query, of_gallery))
-        first = np.flatnonzero(query_side & gallery_side)
-        second = np.flatnonzero(~query_side & ~gallery_side)
-        trained += [first, second]
-        held_out += [second, first]
-    return _Folds(pairs.same[pairs.counted], trained, held_out)
+        for chosen in (shuffled[::2], shuffled[1::2]):
+            queries = np.flatnonzero(np.isin(pairs.query_people, chosen))
+            gallery = np.flatnonzero(np.isin(pairs.gallery_people, chosen))
+            counted = pairs.counted[np.ix_(queries, gallery)]
+            halves.append(
+                _Half(
+                    queries=queries,
+                    gallery=gallery,
+                    references=np.flatnonzero(~np.isin(pairs.reference_people, chosen)),
+                    counted=counted,
+                    same=pairs.same[np.ix_(queries, gallery)][counted],
+                )
+            )
+    return halves
 
 
 def _cross_fit(
-    scores: FloatArray, folds: _Folds, normalisation: Normalisation, method: Method, prior: float
+    scores: list[FloatArray],
+    halves: list[_Half],
+    normalisation: Normalisation,
+    method: Method,
+    prior: float,
 ) -> _CrossFit:
-    curves = [FITS[method](scores[pairs], folds.same[pairs], prior) for pairs in folds.trained]
-    held_out = zip(curves, folds.held_out, strict=True)
-    probabilities = np.concatenate([curve(scores[pairs]) for curve, pairs in held_out])
-    same = folds.same[np.concatenate(folds.held_out)]
+    curves = [
+        FITS[method](values, half.same, prior) for values, half in zip(scores, halves, strict=True)
+    ]
+    probabilities = np.concatenate([curves[k ^ 1](values) for k, values in enumerate(scores)])
+    same = np.concatenate([half.same for half in halves])
     loss = log_loss(probabilities, same, prior)
-    return _CrossFit(normalisation, method, scores, curves, probabilities, same, loss)
+    return _CrossFit(normalisation, method, scores, curves, probabilities, loss)
 
 
-def _threshold(final: FloatArray, folds: _Folds, form: _CrossFit, rate: float) -> Threshold:
-    """From all pairs, and what such a threshold does for people who had no part in it."""
-    accepted, same = [], []
-    for curve, trained, held_out in zip(form.curves, folds.trained, folds.held_out, strict=True):
-        limit = accept_above(curve(form.scores[trained]), folds.same[trained], rate)
-        if limit is not None:
-            accepted.append(curve(form.scores[held_out]) > limit)
-            same.append(folds.same[held_out])
-    complete = len(accepted) == len(folds.trained)  # else some half has too few pairs to tell
-    similarity = accept_above(final, folds.same, rate)
-    if not complete:
-        return Threshold(false_accept_rate=rate, similarity=similarity)
-    yes, truth = np.concatenate(accepted), np.concatenate(same)
+def _threshold(
+    similarity: float | None, halves: list[_Half], form: _CrossFit, rate: float
+) -> Threshold:
+    """The threshold, and what one from a half does to the pairs of the other."""
+    accepted = []
+    for k, (curve, values) in enumerate(zip(form.curves, form.scores, strict=True)):
+        limit = accept_above(curve(values), halves[k].same, rate)
+        if limit is None:  # this half has too few pairs to tell
+            return Threshold(false_accept_rate=rate, similarity=similarity)
+        accepted.append(curve(form.scores[k ^ 1]) > limit)
+    yes = np.concatenate(accepted)
+    truth = np.concatenate([halves[k ^ 1].same for k in range(len(halves))])
     return Threshold(
         false_accept_rate=rate,
         similarity=similarity,

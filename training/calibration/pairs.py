@@ -21,6 +21,7 @@ from training.evaluation.splits import of_modality
 IMAGES = 1000  # of each modality at most: a million pairs of each kind
 REFERENCES = 128  # of each modality, or fewer where both sets together would pass:
 REFERENCE_BYTES = 1 << 20
+FEWEST_REFERENCES = 64  # while fitting, where nothing is stored
 _BYTES_OF_A_NUMBER = 2  # fp16
 
 
@@ -30,8 +31,8 @@ class Pairs:
 
     Attributes:
         distance: Q×N.
-        reference: each query's distances to the reference set, Q×R; NaN for the images of its own
-            person, since no person of a service is in the reference set.
+        reference: each query's distances to R images of the gallery's modality, of all people.
+        reference_people: R.
         same: Q×N, whether both are of one person.
         counted: Q×N, whether the pair counts.
         query_people: Q.
@@ -40,6 +41,7 @@ class Pairs:
 
     distance: FloatArray
     reference: FloatArray
+    reference_people: IntArray
     same: BoolArray
     counted: BoolArray
     query_people: IntArray
@@ -87,19 +89,15 @@ class PairMaker:
         self._model, self._samples = model, embedded.samples
         self._protocol = protocol_of(dataset)
         self._embedding = embedded.embedding
-        self._chosen: dict[Modality, IntArray] = {}
-        self.references: dict[Modality, Tensor] = {}
-        self._reference_people: dict[Modality, IntArray] = {}
+        self._chosen = {m: of_modality(embedded.samples, m) for m in MODALITIES}
         self._people = np.array([sample.person_id for sample in embedded.samples])
         self._cameras = np.array([sample.camera for sample in embedded.samples])
-        for modality in MODALITIES:
-            self._chosen[modality] = of_modality(embedded.samples, modality)
-            rows = spread_out(
-                embedded.samples, modality, reference_count(model.config.embedding_size)
-            )
-            # As the checkpoint stores them, so that fitting and applying measure the same.
-            self.references[modality] = self._embedding[torch.from_numpy(rows)].half()
-            self._reference_people[modality] = self._people[rows]
+
+    def references(self, modality: Modality) -> Tensor:
+        """The reference set that the checkpoint gets, R×P×D in fp16."""
+        count = reference_count(self._model.config.embedding_size)
+        rows = spread_out(self._samples, modality, count)
+        return self._embedding[torch.from_numpy(rows)].half()
 
     def pairs(self, query: Modality, gallery: Modality, *, modulated: bool) -> Pairs:
         """Every query of one modality with every gallery image of one.
@@ -123,15 +121,18 @@ class PairMaker:
             counted &= rows[:, None] != columns
             if np.unique(self._cameras[rows]).size > 1:
                 counted &= ~(same & (self._cameras[rows][:, None] == self._cameras[columns]))
-        reference = reference_distances(
-            x, modulation, self.references[gallery], self._model.config.metric
-        )
-        own = self._people[rows][:, None] == self._reference_people[gallery]
+        # Only those of one half of the people are used at a time: about as many as are stored.
+        count = max(FEWEST_REFERENCES, 2 * reference_count(self._model.config.embedding_size))
+        referred = spread_out(self._samples, gallery, count)
         return Pairs(
             distance=distances(
                 self._model.distance, x, self._embedding[torch.from_numpy(columns)], modulation
             ),
-            reference=np.where(own, np.nan, reference),
+            reference=reference_distances(
+                *(x, modulation, self._embedding[torch.from_numpy(referred)]),
+                self._model.config.metric,
+            ),
+            reference_people=self._people[referred],
             same=same,
             counted=counted,
             query_people=self._people[rows],

@@ -100,18 +100,19 @@ def evaluate(
         identities = sorted({sample.person_id for sample in samples})
         refuse_training_identities(info, dataset, identities)
         splits = protocol_splits(dataset, samples, trial_file=trial_file)
+        shared = _calibrated_on(info, dataset, identities)
         with console.status(f"Embedding {len(samples)} images on {device}"):
             scores.append(
                 score_model(
                     *(model, samples, splits),
-                    calibration=info.calibration,
+                    calibration=None if shared else info.calibration,
                     rerank=rerank,
                     batch_size=batch_size,
                     workers=workers,
                 )
             )
         entry: dict[str, Any] = {"file": file.name, "fingerprint": info.fingerprint}
-        entry |= {"calibrated_on_evaluated": _calibrated_on(info, dataset, identities)}
+        entry |= {"calibrated_on_evaluated": shared}
         checkpoints.append(entry | ({"trial": number} if layout.trials > 1 else {}))
         if sheets is not None:
             folder = sheets / file.stem if TRIAL_FIELD in checkpoint else sheets
@@ -122,8 +123,8 @@ def evaluate(
     for entry in checkpoints:
         if shared := entry["calibrated_on_evaluated"]:
             console.print(
-                f"{entry['file']} was calibrated on {shared} of these identities: its calibrated "
-                "open-set figures are optimistic.",
+                f"{entry['file']} was calibrated on {shared} of these identities: open-set figures "
+                "by its calibrated score would be flattered, and are left out.",
                 highlight=False,
             )
     if json_file is not None:
