@@ -151,16 +151,16 @@ def test_the_model_card_shows_the_calibration(http: httpx.Client) -> None:
 
 def test_the_command_line_and_the_contact_sheet_show_it(
     url: str, visible: list[Path], infrared: list[Path], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("COLUMNS", "120")
     sheet = tmp_path / "sheet.html"
     assert main(["query", str(infrared[0]), "--url", url, "--html", str(sheet)]) == 0
     printed = capsys.readouterr().out
     assert main(["query", str(infrared[0]), "--url", url, "--json"]) == 0
     best = json.loads(capsys.readouterr().out)["results"][0]
-    assert "similarity" in printed and f"{best['similarity']:.4f}" in printed
+    assert "same" in printed and f" {best['similarity']:.3f} " in printed
+    assert "…" not in printed
     assert f"similarity {best['similarity']:.3f}" in sheet.read_text()
     assert main(["query", str(visible[0]), "--url", url, "--html", str(sheet)]) == 0
-    assert "similarity" not in capsys.readouterr().out
+    assert "same" not in capsys.readouterr().out
     assert "similarity 0" not in sheet.read_text()

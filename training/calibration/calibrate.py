@@ -91,8 +91,8 @@ def fit_calibration(
     """Fit a curve for every modality pair, modulated and unmodulated.
 
     Each is the normalisation and method of the least cross-fitted log loss. Pairs within a
-    modality get none where the set has too few of one person (RegDB's layout allows one image a
-    modality); across modalities they must be there.
+    modality get none where the set has too few of one person (a single image of each in that
+    modality, say); across modalities they must be there.
 
     Args:
         model: whose γ, β and metric count.
