@@ -112,7 +112,7 @@ def evaluate(
                 )
             )
         entry: dict[str, Any] = {"file": file.name, "fingerprint": info.fingerprint}
-        entry |= {"calibrated_on_evaluated": shared}
+        entry |= {} if shared is None else {"calibrated_on_evaluated": shared}
         checkpoints.append(entry | ({"trial": number} if layout.trials > 1 else {}))
         if sheets is not None:
             folder = sheets / file.stem if TRIAL_FIELD in checkpoint else sheets
@@ -121,7 +121,7 @@ def evaluate(
     evaluation = summarise(dataset, scores)
     _show(console, evaluation)
     for entry in checkpoints:
-        if shared := entry["calibrated_on_evaluated"]:
+        if shared := entry.get("calibrated_on_evaluated"):
             console.print(
                 f"{entry['file']} was calibrated on {shared} of these identities: open-set figures "
                 "by its calibrated score would be flattered, and are left out.",

@@ -62,11 +62,13 @@ def detail_tables(evaluation: Evaluation) -> list[Table]:
 
 def open_set_table(evaluation: Evaluation) -> Table:
     """Detection and identification at fixed false alarms, one row a search and score."""
+    several = any(split.trials > 1 for split in evaluation.splits)
+    spread = "mean ± std over trials" if several else "of a single trial"
     table = Table(
         title="open-set identification, rank 1",
         caption="half of the identities enrolled in each trial; percent of mated queries that "
         "raise an alarm and name the right person, where the stated share of non-mated queries "
-        "raises one; mean ± std over trials",
+        f"raises one; {spread}",
     )
     table.add_column("ranked and judged by", no_wrap=True)
     for rate in FALSE_ALARM_RATES:
