@@ -12,7 +12,14 @@ from model.config import CMTConfig, Modality
 from model.preprocess import preprocess
 
 if TYPE_CHECKING:
-    from model.checkpoint import CheckpointError, CheckpointInfo, load_checkpoint, save_checkpoint
+    from model.calibration import Calibration
+    from model.checkpoint import (
+        CheckpointError,
+        CheckpointInfo,
+        load_checkpoint,
+        save_checkpoint,
+        store_calibration,
+    )
     from model.cmt import CMT, CMTOutput
     from model.modulation import (
         Modulation,
@@ -28,6 +35,7 @@ __all__ = [
     "CMT",
     "CMTConfig",
     "CMTOutput",
+    "Calibration",
     "CheckpointError",
     "CheckpointInfo",
     "Modality",
@@ -41,13 +49,14 @@ __all__ = [
     "preprocess",
     "project",
     "save_checkpoint",
+    "store_calibration",
 ]
 
 
 def __getattr__(name: str) -> object:
     """Find one of the names above in the module that defines it (PEP 562)."""
     if name in __all__:
-        for module in ("model.checkpoint", "model.cmt", "model.modulation"):
+        for module in ("model.calibration", "model.checkpoint", "model.cmt", "model.modulation"):
             found = getattr(import_module(module), name, None)
             if found is not None:
                 return found

@@ -1,7 +1,11 @@
 """Checkpoints: one .safetensors file, with its JSON (configuration, facts) in the file's metadata.
 
-Nothing is unpickled. The fingerprint is a SHA-256 over the configuration and every stored tensor;
-features in a gallery carry it, so that those of two checkpoints are never compared.
+Nothing is unpickled. The fingerprint is a SHA-256 over the configuration and every tensor of the
+network; features in a gallery carry it, so that those of two checkpoints are never compared.
+
+A calibration may be added to the file later: its JSON in the metadata, its reference embeddings
+among the tensors. It leaves the fingerprint as it is, since features do not depend on it, and has
+a SHA-256 of its own, which also covers the fingerprint of the network that it belongs to.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from model.calibration import Calibration, CalibrationFacts
 from model.cmt import CMT
-from model.config import CMTConfig
+from model.config import MODALITIES, CMTConfig, Modality
 
 FORMAT = "cmt-checkpoint"
 VERSION = "1"
+_REFERENCES = {modality: f"calibration.references.{modality}" for modality in MODALITIES}
 
 
 class CheckpointError(Exception):
@@ -36,13 +42,14 @@ class CheckpointInfo:
     """What a checkpoint says of itself.
 
     fingerprint: SHA-256 (hex) over weights and configuration. training: facts of the run
-    (dataset, identities, command, seed, evaluation). calibration: distance → probability, or None.
+    (dataset, identities, command, seed, evaluation). calibration: distance → probability, None
+    until `store_calibration` added one.
     """
 
     fingerprint: str
     config: CMTConfig
     training: dict[str, Any] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration | None = None
 
 
 def save_checkpoint(
@@ -50,10 +57,11 @@ def save_checkpoint(
     model: CMT,
     *,
     training: Mapping[str, Any] | None = None,
-    calibration: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CheckpointInfo:
     """Write `model` to `path`, atomically (a crash leaves the old file), and return its info.
+
+    The file has no calibration: one belongs to the weights it was fitted on.
 
     dtype: of matrices and kernels, fp16 halves the file; vectors (norms, biases) stay fp32, since
     running variances do not fit fp16's range.
@@ -75,7 +83,6 @@ def save_checkpoint(
         fingerprint=_fingerprint(model.config, tensors),
         config=model.config,
         training=dict(training or {}),
-        calibration=None if calibration is None else dict(calibration),
     )
     metadata = {
         "format": FORMAT,
@@ -83,19 +90,40 @@ def save_checkpoint(
         "fingerprint": info.fingerprint,
         "config": info.config.model_dump_json(),
         "training": json.dumps(info.training),
-        "calibration": json.dumps(info.calibration),
+        "calibration": json.dumps(None),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            file.write(serialise(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    _write(path, tensors, metadata)
     return info
+
+
+def store_calibration(
+    path: Path | str, output: Path | str, calibration: Calibration, fingerprint: str
+) -> None:
+    """Write the checkpoint at `path` with this calibration to `output`, atomically.
+
+    `output` may be `path`; a crash or a full disk leaves the old file. Weights, configuration and
+    fingerprint stay as they are; a calibration that the file had is replaced. fingerprint: of the
+    network that the calibration was fitted on.
+
+    Raises CheckpointError where the file is no checkpoint, or one of another fingerprint by now.
+    """
+    path = Path(path)
+    metadata, tensors, info = _checked(path)
+    if info.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{path} is not the checkpoint that was calibrated: it was replaced meanwhile; "
+            "calibrate again"
+        )
+    text = calibration.facts.model_dump_json()
+    references = {
+        _REFERENCES[modality]: rows.half().contiguous()
+        for modality, rows in calibration.references.items()
+    }
+    metadata |= {
+        "calibration": text,
+        "calibration_digest": _digest(fingerprint + text, references),
+    }
+    _write(Path(output), tensors | references, metadata)
 
 
 def load_checkpoint(
@@ -106,8 +134,21 @@ def load_checkpoint(
     Raises CheckpointError, one sentence with the remedy, for a missing, damaged or altered file, a
     file of another kind, or a version that this release does not read.
     """
-    path = Path(path)
+    _, tensors, info = _checked(Path(path))
+    model = CMT(info.config)
+    try:
+        model.load_state_dict(tensors)  # copies into the network's fp32 parameters
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} holds other weights than its configuration needs; fetch it again"
+        ) from error
+    return model.to(device).eval(), info
+
+
+def _checked(path: Path) -> tuple[dict[str, str], dict[str, Tensor], CheckpointInfo]:
+    """A file's metadata, the network's tensors, and the info; CheckpointError where damaged."""
     metadata, tensors = _read(path)
+    references = {m: tensors.pop(name) for m, name in _REFERENCES.items() if name in tensors}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is a safetensors file but no CMT checkpoint; give a file that `cmt train` "
@@ -123,7 +164,6 @@ def load_checkpoint(
             fingerprint=metadata["fingerprint"],
             config=CMTConfig.model_validate_json(metadata["config"]),
             training=json.loads(metadata["training"]),
-            calibration=json.loads(metadata["calibration"]),
         )
     except (KeyError, ValueError, ValidationError) as error:
         raise CheckpointError(
@@ -133,14 +173,48 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} does not match its fingerprint: it was altered or damaged; fetch it again"
         )
-    model = CMT(info.config)
-    try:
-        model.load_state_dict(tensors)  # copies into the network's fp32 parameters
-    except RuntimeError as error:
+    calibration = _calibration(path, metadata, references, info)
+    return metadata, tensors, replace(info, calibration=calibration)
+
+
+def _calibration(
+    path: Path,
+    metadata: Mapping[str, str],
+    references: dict[Modality, Tensor],
+    info: CheckpointInfo,
+) -> Calibration | None:
+    text = metadata.get("calibration")
+    digest = metadata.get("calibration_digest")
+    if text == json.dumps(None) and digest is None and not references:
+        return None
+    named = {_REFERENCES[modality]: rows for modality, rows in references.items()}
+    if text is None or digest != _digest(info.fingerprint + text, named):
         raise CheckpointError(
-            f"{path} holds other weights than its configuration needs; fetch it again"
+            f"the calibration in {path} was altered or damaged; fetch the file again, or run "
+            "`cmt calibrate` on one without a calibration"
+        )
+    try:
+        return Calibration(
+            CalibrationFacts.model_validate_json(text), references, info.config.metric
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"this release cannot read the calibration in {path} ({_first_line(error)}); use the "
+            "release that wrote it"
         ) from error
-    return model.to(device).eval(), info
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            file.write(serialise(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -157,7 +231,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _fingerprint(config: CMTConfig, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(config.model_dump(), sort_keys=True).encode())
+    return _digest(json.dumps(config.model_dump(), sort_keys=True), tensors)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over a text and named tensors."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

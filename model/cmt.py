@@ -13,12 +13,7 @@ from torch.nn import functional
 from model.alignment import ModalityAlignment
 from model.backbone import TwoStreamResNet
 from model.config import MODALITIES, CMTConfig, Modality
-from model.modulation import (
-    Modulation,
-    ParameterGenerator,
-    modulated_cosine_distance,
-    modulated_distance,
-)
+from model.modulation import Modulation, ParameterGenerator, ranking_distance
 from model.parts import PartFeatures
 
 
@@ -107,9 +102,7 @@ class CMT(nn.Module):
 
     def distance(self, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
         """Q×P×D against N×P×D under x's modulation → Q×N, in the configuration's metric."""
-        if self.config.metric == "cosine":
-            return modulated_cosine_distance(x, y, modulation)
-        return modulated_distance(x, y, modulation)
+        return ranking_distance(x, y, modulation, self.config.metric)
 
     def _is_ir(self, images: Tensor, modality: Modality | Sequence[Modality]) -> Tensor | bool:
         given = {modality} if isinstance(modality, str) else set(modality)

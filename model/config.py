@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Modality = Literal["rgb", "ir"]
 MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
+Metric = Literal["euclidean", "cosine"]
 
 # torchvision halves the resolution in the stem twice and in layer2 and layer3 once each;
 # layer4 keeps it (CMT §4.2: "stride of the last convolutional block from 2 to 1").
@@ -62,7 +63,7 @@ class CMTConfig(BaseModel):
     generator_hidden: int | None = Field(default=None, ge=1)
     instance_alignment: bool = True
 
-    metric: Literal["euclidean", "cosine"] = "euclidean"
+    metric: Metric = "euclidean"
     normalise_test: bool = False
 
     @model_validator(mode="after")

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.config import Metric
+
 # part_distances works in blocks of at most this many numbers: a few hundred MB at most in fp32.
 _BLOCK_NUMBERS = 1 << 25
 
@@ -143,6 +145,13 @@ def modulated_cosine_distance(x: Tensor, y: Tensor, modulation: Modulation) -> T
     denominator = norm.clamp(min=smallest).sqrt() * x.flatten(1).norm(dim=1, keepdim=True)
     cosine: Tensor = numerator / denominator.clamp(min=smallest)
     return 1 - cosine
+
+
+def ranking_distance(x: Tensor, y: Tensor, modulation: Modulation, metric: Metric) -> Tensor:
+    """Q×P×D against N×P×D under x's modulation → Q×N, in the metric that a checkpoint ranks by."""
+    if metric == "cosine":
+        return modulated_cosine_distance(x, y, modulation)
+    return modulated_distance(x, y, modulation)
 
 
 def _widen(tensor: Tensor) -> Tensor:

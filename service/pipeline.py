@@ -70,9 +70,14 @@ class Search:
 
 @dataclass(frozen=True)
 class Answer:
-    """A ranking, and what its query was taken for. timings_ms: decode, queue, embed, total too."""
+    """A ranking, and what its query was taken for. timings_ms: decode, queue, embed, total too.
+
+    similarities: of each hit, the probability that it shows the person of the query; None where
+    the checkpoint is not calibrated for this query and gallery modality.
+    """
 
     result: SearchResult
+    similarities: list[float | None]
     modality: Modality | Literal["mixed"]
     modality_source: ModalitySource
     timings_ms: dict[str, float]
@@ -148,25 +153,17 @@ class Pipeline:
             self._represent, crops, limiter=self._embedding
         )
         embedded = time.perf_counter()
-        result = await to_thread.run_sync(
-            partial(
-                self.gallery.search,
-                x,
-                modulation if search.modulation else None,
-                top_k=search.top_k,
-                candidates=search.candidates,
-                exhaustive=search.exhaustive,
-                filters=search.filters,
-                group_by=search.group_by,
-                explain=search.explain,
-                max_distance=search.max_distance,
-            ),
+        modalities = {crop.modality for crop in crops}
+        modality = modalities.pop() if len(modalities) == 1 else "mixed"
+        result, similarities = await to_thread.run_sync(
+            self._rank,
+            *(x, modulation if search.modulation else None, modality, search),
             limiter=self._embedding,
         )
-        modalities = {crop.modality for crop in crops}
         return Answer(
             result=result,
-            modality=modalities.pop() if len(modalities) == 1 else "mixed",
+            similarities=similarities,
+            modality=modality,
             modality_source=crops[0].modality_source,
             timings_ms={
                 "decode": 1000 * (decoded - started),
@@ -212,6 +209,36 @@ class Pipeline:
         if self.embedder.info.config.normalise_test:
             x = torch.nn.functional.normalize(x.flatten(), dim=0).view_as(x)
         return x, self.embedder.modulation(x[None]), begun
+
+    def _rank(
+        self, x: Tensor, modulation: Modulation | None, modality: str, search: Search
+    ) -> tuple[SearchResult, list[float | None]]:
+        """The gallery's answer to x: P×D, and the similarity of each of its hits.
+
+        Curves are fitted on queries of one image; a query of several is judged by the same ones,
+        one of both modalities by none.
+        """
+        result = self.gallery.search(
+            x,
+            modulation,
+            top_k=search.top_k,
+            candidates=search.candidates,
+            exhaustive=search.exhaustive,
+            filters=search.filters,
+            group_by=search.group_by,
+            explain=search.explain,
+            max_distance=search.max_distance,
+        )
+        calibration = self.embedder.info.calibration
+        if calibration is None:
+            return result, [None] * len(result.hits)
+        return result, calibration.similarities(
+            x,
+            modulation,
+            [hit.distance for hit in result.hits],
+            query=modality,
+            gallery=[hit.item.modality for hit in result.hits],
+        )
 
 
 def _content(picture: Picture, labels: Labels) -> str:

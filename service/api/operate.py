@@ -50,7 +50,7 @@ async def model_card(state: ResourcesDep) -> ModelCard:
         fingerprint=info.fingerprint,
         metric=info.config.metric,
         config=info.config.model_dump(),
-        calibration=info.calibration,
+        calibration=None if info.calibration is None else info.calibration.summary(),
         device=embedder.device,
         runtime=embedder.runtime,
         precision=embedder.precision,

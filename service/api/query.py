@@ -100,7 +100,10 @@ def _answer(answer: Answer, form: QueryForm, images: int, fingerprint: str) -> Q
         query=QuerySummary(
             modality=answer.modality, modality_source=answer.modality_source, images=images
         ),
-        results=[_result(hit, form.explain) for hit in result.hits],
+        results=[
+            _result(hit, similarity, form.explain)
+            for hit, similarity in zip(result.hits, answer.similarities, strict=True)
+        ],
         searched=result.searched,
         candidates=result.candidates,
         exhaustive=result.exhaustive,
@@ -111,12 +114,12 @@ def _answer(answer: Answer, form: QueryForm, images: int, fingerprint: str) -> Q
     return body
 
 
-def _result(hit: Hit, explain: bool) -> Result:
+def _result(hit: Hit, similarity: float | None, explain: bool) -> Result:
     result = Result(
         rank=hit.rank,
         item=GalleryItem.model_validate(hit.item),
         distance=hit.distance,
-        similarity=None,  # checkpoints of this release hold no calibration
+        similarity=similarity,
         recall_rank=hit.recall_rank,
     )
     if explain:

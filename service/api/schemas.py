@@ -176,7 +176,12 @@ class Result(BaseModel):
     item: GalleryItem
     distance: float = Field(description="Euclidean, after modulation by the query's γ and β.")
     similarity: float | None = Field(
-        description="Calibrated probability of `same person`; null where the checkpoint has none."
+        ge=0,
+        le=1,
+        description="Calibrated probability that both images show the same person, if that was as "
+        "likely beforehand as the calibration's `prior` says (GET /model). Never rises with the "
+        "distance of items of one modality. null where the checkpoint has no calibration for this "
+        "pair of modalities, or the query's images are of both.",
     )
     recall_rank: int | None = Field(
         description="Place in the shortlist before rescoring; null without a shortlist."
@@ -219,7 +224,13 @@ class ModelCard(BaseModel):
     fingerprint: str
     metric: str
     config: dict[str, Any]
-    calibration: dict[str, Any] | None
+    calibration: dict[str, Any] | None = Field(
+        description="How distances become similarities: `prior`, the share of pairs of one person "
+        "that they assume; `maps`, one for each query and gallery modality, modulated and not, "
+        "with method, log loss, calibration error, and `thresholds`: accept above the similarity "
+        "for that share of false accepts among pairs of two people. null where the checkpoint has "
+        "none."
+    )
     device: str
     runtime: str
     precision: str = Field(description="What was chosen on this machine, and why.")

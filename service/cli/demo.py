@@ -125,10 +125,12 @@ def _run(client: Client, example: Example, gallery: int, console: Console) -> Ou
     outcome = Outcome(
         example, modulated, unmodulated, matches(client, modulated, SHOWN, example.person_id)
     )
+    calibrated = any(match.result.similarity is not None for match in outcome.matches)
     table = Table(
         "",
         "person",
         "distance",
+        *(["similarity"] if calibrated else []),
         "parts, head to feet",
         title_justify="left",
         box=None,
@@ -142,11 +144,16 @@ def _run(client: Client, example: Example, gallery: int, console: Console) -> Ou
             "[green]✓[/]" if match.right else "[red]✗[/]",
             result.item.person_id,
             f"{result.distance:.3f}",
+            *([_probability(result.similarity)] if calibrated else []),
             f"{sparkline(match.similarities)}  "
             + " ".join(f"{similarity:.2f}" for similarity in match.similarities),
         )
     console.print(table)
     return outcome
+
+
+def _probability(similarity: float | None) -> str:
+    return "-" if similarity is None else f"{similarity:.3f}"
 
 
 def _rows(outcomes: list[Outcome]) -> list[Row]:

@@ -52,7 +52,8 @@ def query(
     """Find a person, nearest first.
 
     The column of parts shows how much each stripe from head to feet agrees, unmod. the rank
-    without modulation.
+    without modulation, and same, where the checkpoint is calibrated, the similarity: the
+    probability of one person (docs/calibration.md).
 
     Example: cmt query infrared.png --group-by person_id --html sheet.html
     """
@@ -91,15 +92,20 @@ def query(
 
 def result_table(answer: QueryAnswer, show: int) -> Table:
     """The first `show` results, one line each."""
-    table = Table("rank", "person", "camera", "distance", "parts", "unmod.", **PLAIN)
+    calibrated = any(result.similarity is not None for result in answer.results)
+    same = ["same"] if calibrated else []
+    # Short heads: with an id in full, a terminal of 80 columns has no more room.
+    table = Table("#", "person", "camera", "dist.", *same, "parts", "unmod.", **PLAIN)
     table.add_column("id", no_wrap=True)  # or it could not be copied into the next command
     similarities = part_similarities(answer.results)
     for result, parts in zip(answer.results[:show], similarities, strict=False):
+        similarity = "-" if result.similarity is None else f"{result.similarity:.3f}"
         table.add_row(
             str(result.rank),
             escape(result.item.person_id or "-"),
             escape(result.item.camera_id or "-"),
             f"{result.distance:.4f}",
+            *([similarity] if calibrated else []),
             sparkline(parts),
             str(result.unmodulated_rank or "-"),
             result.item.id,

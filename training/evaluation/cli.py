@@ -16,7 +16,14 @@ from training.evaluation.figures import plot_cmc, write_sheets
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import Evaluation, score_model, summarise
 from training.evaluation.sysu import TRIAL_FILE
-from training.evaluation.tables import detail_tables, paper_tables, size_lines, vitality_lines
+from training.evaluation.tables import (
+    detail_tables,
+    open_set_lines,
+    open_set_table,
+    paper_tables,
+    size_lines,
+    vitality_lines,
+)
 
 TRIAL_FIELD = "{trial}"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -93,13 +100,19 @@ def evaluate(
         identities = sorted({sample.person_id for sample in samples})
         refuse_training_identities(info, dataset, identities)
         splits = protocol_splits(dataset, samples, trial_file=trial_file)
+        shared = _calibrated_on(info, dataset, identities)
         with console.status(f"Embedding {len(samples)} images on {device}"):
             scores.append(
                 score_model(
-                    model, samples, splits, rerank=rerank, batch_size=batch_size, workers=workers
+                    *(model, samples, splits),
+                    calibration=None if shared else info.calibration,
+                    rerank=rerank,
+                    batch_size=batch_size,
+                    workers=workers,
                 )
             )
         entry: dict[str, Any] = {"file": file.name, "fingerprint": info.fingerprint}
+        entry |= {} if shared is None else {"calibrated_on_evaluated": shared}
         checkpoints.append(entry | ({"trial": number} if layout.trials > 1 else {}))
         if sheets is not None:
             folder = sheets / file.stem if TRIAL_FIELD in checkpoint else sheets
@@ -107,6 +120,13 @@ def evaluate(
                 write_sheets(samples, split_scores, folder)
     evaluation = summarise(dataset, scores)
     _show(console, evaluation)
+    for entry in checkpoints:
+        if shared := entry.get("calibrated_on_evaluated"):
+            console.print(
+                f"{entry['file']} was calibrated on {shared} of these identities: open-set figures "
+                "by its calibrated score would be flattered, and are left out.",
+                highlight=False,
+            )
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         content = {"checkpoints": checkpoints} | evaluation.to_json()
@@ -132,6 +152,16 @@ def refuse_training_identities(
             f"({', '.join(map(str, known[:5]))}{', …' if len(known) > 5 else ''}); choose others "
             "with --ids."
         )
+
+
+def _calibrated_on(
+    info: CheckpointInfo, dataset: DatasetName, identities: Sequence[int]
+) -> int | None:
+    """How many of the identities the calibration was fitted on; None without a calibration."""
+    if info.calibration is None:
+        return None
+    facts = info.calibration.facts
+    return len(set(identities) & set(facts.identities)) if facts.dataset == dataset else 0
 
 
 def _checkpoints(
@@ -179,7 +209,11 @@ def _trial_file(root: Path, convention: Convention) -> Path | None:
 def _show(console: Console, evaluation: Evaluation) -> None:
     for line in size_lines(evaluation):
         console.print(line, highlight=False)
-    for table in [*detail_tables(evaluation), *paper_tables(evaluation)]:
+    for table in [
+        *detail_tables(evaluation),
+        open_set_table(evaluation),
+        *paper_tables(evaluation),
+    ]:
         console.print(table)
-    for line in vitality_lines(evaluation):
+    for line in [*open_set_lines(evaluation), *vitality_lines(evaluation)]:
         console.print(line, highlight=False, markup=False)

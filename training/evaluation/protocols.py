@@ -4,8 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.datasets import DatasetName, Modality, Sample
+from training.evaluation.metrics import Protocol
 from training.evaluation.splits import TRIALS, Split, of_modality, seeded_gallery
 from training.evaluation.sysu import sysu_splits
+
+
+def protocol_of(dataset: DatasetName) -> Protocol:
+    """Whose rules leave pairs out: a plain folder has RegDB's, which leave none out."""
+    if dataset is DatasetName.SYSU:
+        return "sysu"
+    return "llcm" if dataset is DatasetName.LLCM else "regdb"
 
 
 def protocol_splits(
@@ -33,9 +41,10 @@ def protocol_splits(
     splits = []
     for setting, query, gallery in directions:
         queries, pool = of_modality(samples, query), of_modality(samples, gallery)
+        protocol = protocol_of(dataset)
         if dataset is DatasetName.LLCM:
             galleries = [seeded_gallery(samples, pool, trial) for trial in range(TRIALS)]
-            splits.append(Split("llcm", setting, "", "seeded", queries, galleries))
+            splits.append(Split(protocol, setting, "", "seeded", queries, galleries))
         else:
-            splits.append(Split("regdb", setting, "", "whole", queries, [pool]))
+            splits.append(Split(protocol, setting, "", "whole", queries, [pool]))
     return splits

@@ -10,11 +10,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from model import CMT
+from model import CMT, Calibration
 from model.config import MODALITIES
 from training.datasets import DatasetName, Sample
 from training.evaluation.embedding import Embedded, embed_samples
 from training.evaluation.metrics import QueryScores
+from training.evaluation.open_set import FALSE_ALARM_RATES
 from training.evaluation.scoring import SplitScores, score_splits
 from training.evaluation.splits import Split
 from training.evaluation.vitality import (
@@ -74,6 +75,28 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class OpenSetRate:
+    """The detection-and-identification rate at rank 1 for one score and false-alarm rate.
+
+    score: "modulated distance", … (see `SplitScores`). rate: over trials; None where a trial has
+    too few non-mated queries to tell.
+    """
+
+    score: str
+    false_alarm_rate: float
+    rate: Spread | None
+
+
+@dataclass(frozen=True)
+class OpenSetEvaluation:
+    """Open-set identification (see `training.evaluation.open_set`); sizes are means over trials."""
+
+    mated: float
+    non_mated: float
+    rates: list[OpenSetRate]
+
+
+@dataclass(frozen=True)
 class SplitEvaluation:
     """One search; figures are fractions in [0, 1].
 
@@ -86,6 +109,7 @@ class SplitEvaluation:
         modulated, unmodulated: rankings with the query's γ, β and with γ = 1, β = 0.
         reranked: modulated, then k-reciprocal re-ranking; None where not asked for.
         modulation: None where the network has no instance alignment.
+        open_set: with half of the identities enrolled.
     """
 
     setting: str
@@ -100,6 +124,7 @@ class SplitEvaluation:
     unmodulated: Ranking
     reranked: Ranking | None
     modulation: ModulationVitality | None
+    open_set: OpenSetEvaluation
 
 
 @dataclass(frozen=True)
@@ -140,11 +165,14 @@ def score_model(
     samples: Sequence[Sample],
     splits: Sequence[Split],
     *,
+    calibration: Calibration | None = None,
     rerank: bool = False,
     batch_size: int = 64,
     workers: int = 0,
 ) -> ModelScores:
     """Embed all samples on the device that the network is on, and score every search.
+
+    calibration: the checkpoint's, for open-set figures by its scores beside those by distance.
 
     Raises:
         DatasetError: an image cannot be decoded.
@@ -152,7 +180,7 @@ def score_model(
     """
     embedded = embed_samples(model, samples, batch_size=batch_size, workers=workers)
     return ModelScores(
-        splits=score_splits(model, embedded, splits, rerank=rerank),
+        splits=score_splits(model, embedded, splits, rerank=rerank, calibration=calibration),
         compensation=_compensation(embedded),
         metric=model.config.metric,
         instance_alignment=model.config.instance_alignment,
@@ -213,6 +241,25 @@ def _summarise_split(models: Sequence[SplitScores], instance_alignment: bool) ->
         unmodulated=Ranking.over(unmodulated),
         reranked=Ranking.over(reranked) if reranked else None,
         modulation=_modulation_vitality(models) if instance_alignment else None,
+        open_set=_open_set(models),
+    )
+
+
+def _open_set(models: Sequence[SplitScores]) -> OpenSetEvaluation:
+    # Of several checkpoints, some may have no calibration: a mean over the others would mislead.
+    names = [name for name in models[0].open_set if all(name in m.open_set for m in models)]
+    trials = {name: [t for model in models for t in model.open_set[name]] for name in names}
+    sizes = trials["modulated distance"]
+    rates = []
+    for name in names:
+        for place, false_alarm_rate in enumerate(FALSE_ALARM_RATES):
+            found = [d for trial in trials[name] if (d := trial.dirs[place]) is not None]
+            spread = Spread.over(found) if len(found) == len(trials[name]) else None
+            rates.append(OpenSetRate(name, false_alarm_rate, spread))
+    return OpenSetEvaluation(
+        mated=float(np.mean([trial.mated for trial in sizes])),
+        non_mated=float(np.mean([trial.non_mated for trial in sizes])),
+        rates=rates,
     )
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model import CMT, Modulation
+from model import CMT, Calibration, Modulation
 from training.datasets import Sample
 from training.evaluation.embedding import Embedded
 from training.evaluation.metrics import (
@@ -19,6 +19,7 @@ from training.evaluation.metrics import (
     excluded_pairs,
     score_queries,
 )
+from training.evaluation.open_set import OpenSetTrial, open_set_trial
 from training.evaluation.rerank import k_reciprocal
 from training.evaluation.splits import Split
 from training.evaluation.vitality import gamma_beta_figures, nearest_kept, top_changes
@@ -42,6 +43,9 @@ class SplitScores:
         gamma_beta: mean γ, its deviation over queries, ‖β‖/‖y‖ (see `ModulationVitality`).
         top_changes: shares of queries whose nearest ten modulation changes, or changes or reorders.
         nearest: Q×10 indices of the samples that rank first in the first trial, modulated.
+        open_set: trials of open-set identification by the name of the score: "modulated distance",
+            "unmodulated distance" and, where the checkpoint has a calibration for this search,
+            "modulated calibrated" and "unmodulated calibrated".
     """
 
     split: Split
@@ -53,12 +57,20 @@ class SplitScores:
     gamma_beta: tuple[float, float, float]
     top_changes: list[tuple[float, float]]
     nearest: IntArray
+    open_set: dict[str, list[OpenSetTrial]]
 
 
 def score_splits(
-    model: CMT, embedded: Embedded, splits: Sequence[Split], *, rerank: bool = False
+    model: CMT,
+    embedded: Embedded,
+    splits: Sequence[Split],
+    *,
+    rerank: bool = False,
+    calibration: Calibration | None = None,
 ) -> list[SplitScores]:
     """Score every search, computing distances once for searches with the same queries.
+
+    calibration: the checkpoint's; open-set identification is then also by its scores.
 
     Raises:
         ValueError: the network's output is not finite.
@@ -68,7 +80,7 @@ def score_splits(
         by_queries[split.queries.tobytes()].append(split)
     scored = {}
     for group in by_queries.values():
-        space = _Space(model, embedded, group, rerank=rerank)
+        space = _Space(model, embedded, group, calibration, rerank=rerank)
         for split in group:
             scored[id(split)] = _score_split(space, embedded.samples, split)
     return [scored[id(split)] for split in splits]
@@ -78,7 +90,13 @@ class _Space:
     """Distances from a set of queries to every image that any gallery of theirs uses."""
 
     def __init__(
-        self, model: CMT, embedded: Embedded, splits: Sequence[Split], *, rerank: bool
+        self,
+        model: CMT,
+        embedded: Embedded,
+        splits: Sequence[Split],
+        calibration: Calibration | None,
+        *,
+        rerank: bool,
     ) -> None:
         self.queries = splits[0].queries
         self.pool = np.unique(np.concatenate([g for split in splits for g in split.galleries]))
@@ -88,6 +106,25 @@ class _Space:
         identity = Modulation.identity(*self.modulation.gamma.shape)
         self.modulated = distances(model.distance, x, self.features, self.modulation)
         self.unmodulated = distances(model.distance, x, self.features, identity)
+        self.open_set_scores = {
+            "modulated distance": self.modulated,
+            "unmodulated distance": self.unmodulated,
+        }
+        for name, modulation, distance in (
+            ("modulated", self.modulation, self.modulated),
+            ("unmodulated", identity, self.unmodulated),
+        ):
+            # Queries of a search are of one modality, and so is its gallery.
+            chosen = calibration and calibration.map_of(
+                embedded.samples[self.queries[0]].modality,
+                embedded.samples[self.pool[0]].modality,
+                modulated=name == "modulated",
+            )
+            if calibration and chosen:
+                # The score and not the probability: the same order, without the steps of a curve.
+                self.open_set_scores[f"{name} calibrated"] = calibration.scores(
+                    chosen, x, modulation, distance
+                )
         self.between: npt.NDArray[np.float32] | None = None
         if rerank:  # every image in its turn as the query, with its own γ, β
             images = torch.cat([x, self.features])
@@ -112,7 +149,8 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
     cameras = np.array([sample.camera for sample in samples])
     modulated, unmodulated, reranked, changes = [], [], [], []
     nearest: IntArray | None = None
-    for gallery in split.galleries:
+    open_set: dict[str, list[OpenSetTrial]] = {name: [] for name in space.open_set_scores}
+    for trial, gallery in enumerate(split.galleries):
         labels = (
             *(people[split.queries], people[gallery]),
             *(cameras[split.queries], cameras[gallery]),
@@ -128,6 +166,11 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
             reranked.append(score_queries(again, *labels, split.protocol))
         excluded = excluded_pairs(*labels, split.protocol)
         changes.append(top_changes(with_modulation, without, excluded))
+        for name, score in space.open_set_scores.items():
+            people_of = (people[split.queries], people[gallery])
+            open_set[name].append(
+                open_set_trial(np.take(score, columns, axis=1), *people_of, excluded, trial)
+            )
         if nearest is None:
             nearest = gallery[nearest_kept(with_modulation, excluded, SHOWN)]
     assert nearest is not None  # a search has at least one trial
@@ -142,6 +185,7 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
         gamma_beta=gamma_beta_figures(space.modulation, space.features),
         top_changes=changes,
         nearest=nearest,
+        open_set=open_set,
     )
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from training.datasets import DatasetName
+from training.evaluation.open_set import FALSE_ALARM_RATES
 from training.evaluation.published import TITLES, PublishedRow, published_rows
-from training.evaluation.report import Evaluation, Ranking, SplitEvaluation
+from training.evaluation.report import Evaluation, Ranking, SplitEvaluation, Spread
 
 FIGURES = (
     ("rank-1", "rank_1"),
@@ -57,6 +58,55 @@ def detail_tables(evaluation: Evaluation) -> list[Table]:
             table.add_row(name, *cells)
         tables.append(table)
     return tables
+
+
+def open_set_table(evaluation: Evaluation) -> Table:
+    """Detection and identification at fixed false alarms, one row a search and score."""
+    several = any(split.trials > 1 for split in evaluation.splits)
+    spread = "mean ± std over trials" if several else "of a single trial"
+    table = Table(
+        title="open-set identification, rank 1",
+        caption="half of the identities enrolled in each trial; percent of mated queries that "
+        "raise an alarm and name the right person, where the stated share of non-mated queries "
+        f"raises one; {spread}",
+    )
+    table.add_column("ranked and judged by", no_wrap=True)
+    for rate in FALSE_ALARM_RATES:
+        table.add_column(f"false alarms\n{rate:.0%}", justify="right", no_wrap=True)
+    for split in evaluation.splits:
+        table.add_row(split.title, style="bold")
+        cells: dict[str, list[str]] = {}
+        for entry in split.open_set.rates:
+            cells.setdefault(entry.score, []).append(_open_set_cell(entry.rate, split.trials))
+        for score, row in cells.items():
+            table.add_row(f"  {score}", *row)
+        table.add_section()
+    return table
+
+
+def open_set_lines(evaluation: Evaluation) -> list[str]:
+    """How many queries the open-set figures are of, and which rates those cannot tell."""
+    lines = []
+    for split in evaluation.splits:
+        sizes = split.open_set
+        line = (
+            f"{split.title}, open-set: {sizes.mated:.0f} mated and {sizes.non_mated:.0f} non-mated "
+            "queries a trial"
+        )
+        untold = {entry.false_alarm_rate for entry in sizes.rates if entry.rate is None}
+        if untold:
+            line += (
+                f"; a false-alarm rate of {min(untold):.0%} needs at least "
+                f"{round(1 / min(untold))} non-mated queries in every trial"
+            )
+        lines.append(line)
+    return lines
+
+
+def _open_set_cell(rate: Spread | None, trials: int) -> str:
+    if rate is None:
+        return "–"
+    return str(rate) if trials > 1 else f"{100 * rate.mean:.2f}"
 
 
 def paper_tables(evaluation: Evaluation) -> list[Table]:

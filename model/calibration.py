@@ -1,0 +1,244 @@
+"""Distance → probability of "same person": what a calibration holds, and how it is applied.
+
+γ and β scale distances query by query, so the distances of two queries are on no common scale. A
+query therefore first measures its distances to a fixed reference set, a few embeddings of each
+modality that the checkpoint carries, and its distances d become scores s by one of
+
+    raw        s = d
+    ratio      s = d / m
+    log-ratio  s = ln(d / m)
+    z-score    s = (d − μ) / σ
+
+with m, μ, σ the median, mean and deviation of the reference distances. Speaker verification calls
+this test normalisation (Auckenthaler, Carey, Lloyd-Thomas, "Score Normalization for
+Text-Independent Speaker Verification Systems", Digital Signal Processing 2000). A curve fitted on
+held-out people turns s into a probability, non-increasing in d for every query.
+
+The probability is that of a pair drawn with the prior stated in the facts: a pair that is as
+likely beforehand to show one person as that prior says. It is not that of the first of a ranking,
+which was picked from many pairs because it looked best. Another prior π' is reached by
+odds' = odds · π'/(1−π') · (1−π)/π.
+
+There is one curve for every pair of modalities and way of ranking (modulated, unmodulated).
+`training.calibration` fits them; this module is the only place that applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from model.config import MODALITIES, Metric, Modality
+from model.modulation import Modulation, ranking_distance
+
+Normalisation = Literal["raw", "ratio", "log-ratio", "z-score"]
+NORMALISATIONS: tuple[Normalisation, ...] = ("raw", "ratio", "log-ratio", "z-score")
+FloatArray = npt.NDArray[np.float64]
+
+_SMALLEST = 1e-12  # distances are divided by and logarithms taken of no less than this
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LogisticCurve(_Record):
+    """p(s) = 1 / (1 + exp(−(slope·s + intercept))); slope ≤ 0."""
+
+    method: Literal["logistic"] = "logistic"
+    slope: float = Field(le=0)
+    intercept: float
+
+    def __call__(self, scores: FloatArray) -> FloatArray:
+        half = (self.slope * scores + self.intercept) / 2
+        probabilities: FloatArray = (1 + np.tanh(half)) / 2  # the same without overflow
+        return probabilities
+
+
+class IsotonicCurve(_Record):
+    """Straight lines between knots, constant beyond the first and last."""
+
+    method: Literal["isotonic"] = "isotonic"
+    scores: tuple[float, ...] = Field(min_length=1, description="Of the knots, ascending.")
+    probabilities: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        description="Of the knots, never ascending."
+    )
+
+    @model_validator(mode="after")
+    def _knots_descend(self) -> IsotonicCurve:
+        if len(self.scores) != len(self.probabilities):
+            raise ValueError("a curve needs as many probabilities as scores")
+        if (np.diff(self.scores) <= 0).any() or (np.diff(self.probabilities) > 0).any():
+            raise ValueError("scores must ascend and probabilities must not")
+        return self
+
+    def __call__(self, scores: FloatArray) -> FloatArray:
+        probabilities: FloatArray = np.interp(scores, self.scores, self.probabilities)
+        return probabilities
+
+
+class Candidate(_Record):
+    """A form that was compared, with its cross-fitted log loss [nats a pair]."""
+
+    normalisation: Normalisation
+    method: Literal["logistic", "isotonic"]
+    log_loss: float
+
+
+class Threshold(_Record):
+    """From which similarity on a pair is accepted, for a share of false accepts among pairs.
+
+    similarity: accept what is above it; None where the pairs of different people are too few to
+    tell. measured_false_accept_rate, true_accept_rate: cross-fitted, a threshold from some people
+    applied to the pairs of others.
+    """
+
+    false_accept_rate: float
+    similarity: float | None = None
+    measured_false_accept_rate: float | None = None
+    true_accept_rate: float | None = None
+
+
+class CalibrationMap(_Record):
+    """Distance → probability for one modality pair and way of ranking, with how it was chosen.
+
+    log_loss [nats a pair] and expected_calibration_error are cross-fitted over people, pairs
+    weighted to the prior; a constant answer would have the log loss `log_loss_of_prior`.
+    positives, negatives: pairs of one person and of two. identities: people with positives.
+    """
+
+    query: Modality
+    gallery: Modality
+    modulated: bool
+    normalisation: Normalisation
+    curve: Annotated[LogisticCurve | IsotonicCurve, Field(discriminator="method")]
+    positives: int
+    negatives: int
+    identities: int
+    log_loss: float
+    log_loss_of_prior: float
+    expected_calibration_error: float
+    thresholds: tuple[Threshold, ...]
+    candidates: tuple[Candidate, ...]
+
+
+class CalibrationFacts(_Record):
+    """The part of a calibration that is JSON.
+
+    prior: share of pairs of one person that the probabilities assume. dataset, identities: the
+    held-out people it was fitted on.
+    """
+
+    prior: float = Field(gt=0, lt=1)
+    dataset: str
+    identities: tuple[int, ...]
+    maps: tuple[CalibrationMap, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a checkpoint knows of its distances.
+
+    facts: curves and how they were fitted. references: per modality R×P×D embeddings, fp16.
+    metric: the checkpoint's, in which all distances are.
+    """
+
+    facts: CalibrationFacts
+    references: Mapping[Modality, Tensor]
+    metric: Metric
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the reference set of a curve's gallery modality is missing."""
+        for curve in self.facts.maps:
+            if not len(self.references.get(curve.gallery, ())):
+                raise ValueError(f"the calibration has no reference embeddings of {curve.gallery}")
+
+    def map_of(self, query: str, gallery: str, *, modulated: bool) -> CalibrationMap | None:
+        """The curve for a query and gallery modality, None where there is none."""
+        wanted = (query, gallery, modulated)
+        maps = self.facts.maps
+        return next((m for m in maps if (m.query, m.gallery, m.modulated) == wanted), None)
+
+    def scores(
+        self, chosen: CalibrationMap, x: Tensor, modulation: Modulation, distance: FloatArray
+    ) -> FloatArray:
+        """Distances Q×N of queries x (Q×P×D) → scores Q×N on one scale for all queries."""
+        references = self.references[chosen.gallery]
+        reference = reference_distances(x, modulation, references, self.metric)
+        return normalised(distance, reference, chosen.normalisation)
+
+    def similarities(
+        self,
+        x: Tensor,
+        modulation: Modulation | None,
+        distances: Sequence[float],
+        *,
+        query: str,
+        gallery: Sequence[Modality],
+    ) -> list[float | None]:
+        """One query's distances → probabilities of "same person", None where there is no curve.
+
+        Args:
+            x: the query, P×D.
+            modulation: its γ, β (1×D each); None where it ranks unmodulated.
+            distances: N, in the checkpoint's metric.
+            query: modality of the query; anything but "rgb" and "ir" ("mixed") has no curve.
+            gallery: modality of each of the N items.
+        """
+        applied = modulation or Modulation.identity(1, x.shape[1])
+        found: list[float | None] = [None] * len(distances)
+        for modality in MODALITIES:
+            places = [i for i, m in enumerate(gallery) if m == modality]
+            chosen = self.map_of(query, modality, modulated=modulation is not None)
+            if not places or chosen is None:
+                continue
+            distance = np.array([[distances[i] for i in places]], dtype=np.float64)
+            values = chosen.curve(self.scores(chosen, x[None], applied, distance))[0]
+            for place, value in zip(places, values.tolist(), strict=True):
+                found[place] = value
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """For people: all but the knots of isotonic curves and the list of identities."""
+        facts = self.facts.model_dump(
+            mode="json",
+            exclude={"maps": {"__all__": {"curve": {"scores", "probabilities"}}}},
+        )
+        facts["identities"] = len(self.facts.identities)
+        facts["references"] = {name: len(rows) for name, rows in self.references.items()}
+        return facts
+
+
+@torch.inference_mode()
+def reference_distances(
+    x: Tensor, modulation: Modulation, references: Tensor, metric: Metric
+) -> FloatArray:
+    """Queries x (Q×P×D) with their modulation to the reference set R×P×D → Q×R, in float64."""
+    gamma, beta = modulation
+    distance: FloatArray = ranking_distance(
+        x.double(), references.double(), Modulation(gamma.double(), beta.double()), metric
+    ).numpy()
+    return distance
+
+
+def normalised(distance: FloatArray, reference: FloatArray, how: Normalisation) -> FloatArray:
+    """Distances Q×N → scores Q×N, by each query's distances to the reference set, Q×R."""
+    if how == "raw":
+        return distance
+    scores: FloatArray
+    if how == "z-score":
+        mean, deviation = (f(reference, axis=1, keepdims=True) for f in (np.mean, np.std))
+        scores = (distance - mean) / np.maximum(deviation, _SMALLEST)
+        return scores
+    ratio = np.maximum(distance, 0) / np.maximum(
+        np.median(reference, axis=1, keepdims=True), _SMALLEST
+    )
+    scores = ratio if how == "ratio" else np.log(np.maximum(ratio, _SMALLEST))
+    return scores

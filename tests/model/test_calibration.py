@@ -1,0 +1,274 @@
+"""A calibration gives what its formulas say, never rises with the distance, and keeps its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from model import (
+    CMT,
+    Calibration,
+    CheckpointError,
+    load_checkpoint,
+    modulated_distance,
+    save_checkpoint,
+    store_calibration,
+)
+from model.calibration import (
+    CalibrationFacts,
+    CalibrationMap,
+    IsotonicCurve,
+    LogisticCurve,
+    Threshold,
+    normalised,
+)
+
+LOGISTIC = LogisticCurve(slope=-2.0, intercept=1.0)
+STEPS = IsotonicCurve(scores=(0.5, 1.0, 1.5), probabilities=(0.9, 0.4, 0.4))
+
+
+def curve_of(query, gallery, modulated, curve=LOGISTIC, normalisation="z-score"):
+    return CalibrationMap(
+        query=query,
+        gallery=gallery,
+        modulated=modulated,
+        normalisation=normalisation,
+        curve=curve,
+        positives=10,
+        negatives=90,
+        identities=5,
+        log_loss=0.3,
+        log_loss_of_prior=0.69,
+        expected_calibration_error=0.02,
+        thresholds=(Threshold(false_accept_rate=0.01, similarity=0.8),),
+        candidates=(),
+    )
+
+
+def calibration_of(model, *maps):
+    generator = torch.Generator().manual_seed(5)
+    size = model.config.parts, model.config.dim
+    references = {
+        modality: model.ranked_form(torch.randn(12, *size, generator=generator)).half()
+        for modality in ("rgb", "ir")
+    }
+    facts = CalibrationFacts(prior=0.5, dataset="sysu", identities=(3, 5), maps=maps)
+    return Calibration(facts, references, model.config.metric)
+
+
+@pytest.fixture
+def calibration(tiny_model):
+    return calibration_of(
+        tiny_model, curve_of("ir", "rgb", True), curve_of("ir", "ir", True, STEPS, "ratio")
+    )
+
+
+@pytest.fixture
+def query(tiny_model):
+    x = tiny_model.ranked_form(
+        torch.randn(
+            *(1, tiny_model.config.parts, tiny_model.config.dim),
+            generator=torch.Generator().manual_seed(6),
+        )
+    )
+    with torch.inference_mode():
+        return x[0], tiny_model.modulation(x)
+
+
+def test_scores_by_hand():
+    distance = np.array([[1.0, 2.0, 4.0]])
+    reference = np.array([[1.0, 2.0, 6.0]])  # median 2, mean 3, deviation √(14/3)
+    assert normalised(distance, reference, "raw") is distance
+    np.testing.assert_allclose(normalised(distance, reference, "ratio"), [[0.5, 1, 2]])
+    np.testing.assert_allclose(normalised(distance, reference, "log-ratio"), np.log([[0.5, 1, 2]]))
+    np.testing.assert_allclose(
+        normalised(distance, reference, "z-score"), (distance - 3) / np.sqrt(14 / 3)
+    )
+
+
+@pytest.mark.parametrize("how", ["raw", "ratio", "log-ratio", "z-score"])
+def test_scores_stay_finite_where_everything_is_at_zero(how):
+    zero = np.zeros((1, 2))
+    assert np.isfinite(normalised(zero, zero, how)).all()
+
+
+def test_curves_by_hand():
+    np.testing.assert_allclose(LOGISTIC(np.array([0.5, -1e9, 1e9])), [0.5, 1, 0], atol=1e-12)
+    np.testing.assert_allclose(STEPS(np.array([-3, 0.75, 1.2, 9])), [0.9, 0.65, 0.4, 0.4])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scores": (1.0, 0.5), "probabilities": (0.9, 0.4)},
+        {"scores": (0.5, 1.0), "probabilities": (0.4, 0.9)},
+        {"scores": (0.5, 1.0), "probabilities": (0.9,)},
+        {"scores": (0.5,), "probabilities": (1.1,)},
+    ],
+)
+def test_curves_that_could_rise_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        IsotonicCurve(**wrong)
+    with pytest.raises(ValidationError):
+        LogisticCurve(slope=0.1, intercept=0)
+
+
+def test_similarities_follow_each_items_modality(calibration, query):
+    x, modulation = query
+    given = {"query": "ir", "gallery": ["rgb", "ir", "rgb", "ir"]}
+    found = calibration.similarities(x, modulation, [1.0, 1.0, 1.4, 1.4], **given)
+    references = {
+        m: modulated_distance(x[None], rows.float(), modulation)[0].double().numpy()
+        for m, rows in calibration.references.items()
+    }
+    visible = (np.array([1.0, 1.4]) - references["rgb"].mean()) / references["rgb"].std()
+    np.testing.assert_allclose(found[0::2], LOGISTIC(visible), rtol=1e-4)
+    infrared = np.array([1.0, 1.4]) / np.median(references["ir"])
+    np.testing.assert_allclose(found[1::2], STEPS(infrared), rtol=1e-4)
+
+
+def test_similarity_never_rises_with_the_distance(calibration, query):
+    distances = np.linspace(0, 5, 200).tolist()
+    for modality in ("rgb", "ir"):
+        found = calibration.similarities(
+            *query, distances, query="ir", gallery=[modality] * len(distances)
+        )
+        assert all(0 <= value <= 1 for value in found)
+        assert (np.diff(found) <= 0).all()
+        assert found[0] > found[-1]
+
+
+def test_where_there_is_no_curve_there_is_no_similarity(calibration, query):
+    x, modulation = query
+    both = ["rgb", "ir"]
+    assert calibration.similarities(x, None, [1, 1], query="ir", gallery=both) == [None, None]
+    for other in ("rgb", "mixed"):
+        found = calibration.similarities(x, modulation, [1, 1], query=other, gallery=both)
+        assert found == [None, None]
+    assert calibration.similarities(x, modulation, [], query="ir", gallery=[]) == []
+
+
+def test_it_comes_back_from_the_checkpoint_and_the_fingerprint_stays(
+    tiny_model, calibration, query, tmp_path
+):
+    file, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    # Half precision: the weights must be carried over as they are stored, not as they are loaded.
+    saved = save_checkpoint(file, tiny_model, training={"seed": 3}, dtype=torch.float16)
+    assert saved.calibration is None
+    before = file.read_bytes()
+    store_calibration(file, output, calibration, saved.fingerprint)
+    assert file.read_bytes() == before
+    model, info = load_checkpoint(output)
+    assert (info.fingerprint, info.training) == (saved.fingerprint, {"seed": 3})
+    assert info.calibration.facts == calibration.facts
+    for modality, rows in calibration.references.items():
+        assert torch.equal(info.calibration.references[modality], rows)
+    again = [
+        c.similarities(*query, [1.2], query="ir", gallery=["rgb"])
+        for c in (calibration, info.calibration)
+    ]
+    assert again[0] == again[1]
+    # A network that is saved again has other weights, of which the calibration says nothing.
+    assert save_checkpoint(tmp_path / "c.safetensors", model).calibration is None
+    assert load_checkpoint(tmp_path / "c.safetensors")[1].calibration is None
+
+
+def test_a_calibration_is_replaced_in_place(tiny_model, calibration, tmp_path):
+    file = tmp_path / "a.safetensors"
+    fingerprint = save_checkpoint(file, tiny_model).fingerprint
+    store_calibration(file, file, calibration, fingerprint)
+    size = file.stat().st_size
+    store_calibration(
+        file, file, calibration_of(tiny_model, curve_of("rgb", "ir", False)), fingerprint
+    )
+    assert file.stat().st_size < size
+    (only,) = load_checkpoint(file)[1].calibration.facts.maps
+    assert (only.query, only.gallery, only.modulated) == ("rgb", "ir", False)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_checkpoint_that_was_replaced_meanwhile_is_left_alone(
+    tiny_config, tiny_model, calibration, tmp_path
+):
+    file = tmp_path / "a.safetensors"
+    fingerprint = save_checkpoint(file, tiny_model).fingerprint
+    save_checkpoint(file, CMT(tiny_config))
+    before = file.read_bytes()
+    with pytest.raises(CheckpointError, match="replaced meanwhile; calibrate again"):
+        store_calibration(file, file, calibration, fingerprint)
+    assert file.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_old_file(tiny_model, calibration, tmp_path, monkeypatch):
+    file = tmp_path / "a.safetensors"
+    fingerprint = save_checkpoint(file, tiny_model).fingerprint
+    before = file.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store_calibration(file, file, calibration, fingerprint)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def altered(path: Path, change) -> Path:
+    """The file with its metadata and tensors changed by `change(metadata, tensors)`."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    change(metadata, tensors)
+    other = path.with_name("altered.safetensors")
+    save_file(tensors, other, metadata=metadata)
+    return other
+
+
+def other_prior(metadata, tensors):
+    facts = json.loads(metadata["calibration"])
+    metadata["calibration"] = json.dumps(facts | {"prior": 0.9})
+
+
+def other_references(metadata, tensors):
+    tensors["calibration.references.rgb"][0, 0, 0] += 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_prior,
+        other_references,
+        lambda metadata, tensors: metadata.update(calibration="null"),
+        lambda metadata, tensors: metadata.pop("calibration_digest"),
+        lambda metadata, tensors: tensors.pop("calibration.references.ir"),
+    ],
+)
+def test_a_calibration_that_was_altered_is_refused(tiny_model, calibration, tmp_path, change):
+    file = tmp_path / "a.safetensors"
+    store_calibration(file, file, calibration, save_checkpoint(file, tiny_model).fingerprint)
+    with pytest.raises(CheckpointError, match=r"calibration in .* was altered or damaged"):
+        load_checkpoint(altered(file, change))
+
+
+def test_a_calibration_of_other_weights_is_refused(tiny_config, tiny_model, calibration, tmp_path):
+    file, foreign = tmp_path / "a.safetensors", tmp_path / "other.safetensors"
+    store_calibration(file, file, calibration, save_checkpoint(file, tiny_model).fingerprint)
+    save_checkpoint(foreign, CMT(tiny_config))
+    with safe_open(file, framework="pt") as calibrated:
+        metadata = calibrated.metadata()
+    stolen = {name: rows for name, rows in load_file(file).items() if "calibration" in name}
+
+    def transplant(target, tensors):
+        target |= {k: metadata[k] for k in ("calibration", "calibration_digest")}
+        tensors |= stolen
+
+    with pytest.raises(CheckpointError, match="altered or damaged"):
+        load_checkpoint(altered(foreign, transplant))

@@ -1,0 +1,275 @@
+"""Choose and fit the curves of a checkpoint, cross-fitted over people.
+
+People are halved at random, a curve is fitted on the pairs within one half and judged on those
+within the other, and the other way round; pairs across the halves belong to neither, so that
+nobody is on both sides. Five halvings, because one leaves out half of the pairs of two people, and
+which of them look alike decides the rare false accepts (Dietterich's 5×2 cross-validation, Neural
+Computation 1998).
+
+The pairs of a half are normalised by reference images of the other half. References of the same
+people would know who of them looks like whom, which those of a service's gallery never do: scores
+would look better than they are, the more so the more a normalisation leans on the references.
+What is stored has references of everybody, and a curve fitted on the pairs of all halves.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from model import CMT, Calibration
+from model.calibration import (
+    NORMALISATIONS,
+    CalibrationFacts,
+    CalibrationMap,
+    Candidate,
+    FloatArray,
+    Normalisation,
+    Threshold,
+    normalised,
+)
+from model.config import MODALITIES
+from training.calibration.curves import (
+    FITS,
+    Curve,
+    Method,
+    Reliability,
+    accept_above,
+    log_loss,
+    reliability,
+)
+from training.calibration.pairs import PairMaker, Pairs
+from training.datasets import DatasetError, DatasetName
+from training.evaluation.embedding import Embedded
+from training.evaluation.metrics import BoolArray, IntArray
+
+HALVINGS = 5
+FEWEST_PEOPLE = 4  # two halves of two people: one person has no pair with another
+FALSE_ACCEPT_RATES = (0.01, 0.001)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A calibration and what only reports need.
+
+    Attributes:
+        calibration: to store in the checkpoint.
+        reliabilities: cross-fitted, one for each of its maps.
+        left_out: a sentence for each modality pair that has no curve.
+    """
+
+    calibration: Calibration
+    reliabilities: list[Reliability]
+    left_out: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts with the reliability diagram of each curve; empty bins are null."""
+        facts = self.calibration.facts.model_dump(mode="json")
+        for entry, diagram in zip(facts["maps"], self.reliabilities, strict=True):
+            entry["reliability"] = {
+                "predicted": [None if math.isnan(v) else v for v in diagram.predicted.tolist()],
+                "observed": [None if math.isnan(v) else v for v in diagram.observed.tolist()],
+                "positives": diagram.positives.tolist(),
+                "negatives": diagram.negatives.tolist(),
+            }
+        facts["references"] = {m: len(rows) for m, rows in self.calibration.references.items()}
+        return facts | {"left_out": self.left_out}
+
+
+def fit_calibration(
+    model: CMT,
+    embedded: Embedded,
+    dataset: DatasetName,
+    *,
+    prior: float = 0.5,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Fit:
+    """Fit a curve for every modality pair, modulated and unmodulated.
+
+    Each is the normalisation and method of the least cross-fitted log loss. Pairs within a
+    modality get none where the set has too few of one person (a single image of each in that
+    modality, say); across modalities they must be there.
+
+    Args:
+        model: whose γ, β and metric count.
+        embedded: held-out images, of both modalities.
+        dataset: whose protocol leaves pairs out.
+        prior: share of pairs of one person that the probabilities assume.
+        progress: told what is being fitted.
+
+    Raises:
+        DatasetError: a modality is missing, or fewer than four people have pairs across both.
+    """
+    maker = PairMaker(model, embedded, dataset)
+    identities = sorted({sample.person_id for sample in embedded.samples})
+    maps: list[CalibrationMap] = []
+    reliabilities: list[Reliability] = []
+    left_out: list[str] = []
+    for query, gallery in product(MODALITIES, MODALITIES):
+        for modulated in (True, False):
+            progress(f"{query} → {gallery}, {'modulated' if modulated else 'unmodulated'}")
+            pairs = maker.pairs(query, gallery, modulated=modulated)
+            people = np.unique(pairs.query_people[(pairs.same & pairs.counted).any(axis=1)])
+            if people.size < FEWEST_PEOPLE:
+                sentence = (
+                    f"{people.size} of the {len(identities)} identities have pairs of their own "
+                    f"{query} and {gallery} images"
+                )
+                if query != gallery:
+                    raise DatasetError(
+                        f"Calibration needs at least {FEWEST_PEOPLE} identities seen by both kinds "
+                        f"of cameras, but {sentence}; name more with --ids."
+                    )
+                left_out.append(f"No curve for {query} → {gallery}: only {sentence}.")
+                break
+            fitted, diagram = _fit_map(pairs, people, prior)
+            maps.append(CalibrationMap(query=query, gallery=gallery, modulated=modulated, **fitted))
+            reliabilities.append(diagram)
+    facts = CalibrationFacts(
+        prior=prior,
+        dataset=dataset.value,
+        identities=tuple(identities),
+        maps=tuple(maps),
+    )
+    references = {modality: maker.references(modality) for modality in MODALITIES}
+    return Fit(Calibration(facts, references, model.config.metric), reliabilities, left_out)
+
+
+@dataclass(frozen=True)
+class _Half:
+    """One half of the people: their pairs among themselves, and whose references judge them.
+
+    Attributes:
+        queries, gallery, references: which of the Q, N and R are used.
+        counted: the pairs that count, queries×gallery.
+        same: of the counted ones.
+    """
+
+    queries: IntArray
+    gallery: IntArray
+    references: IntArray
+    counted: BoolArray
+    same: BoolArray
+
+    def scores(self, pairs: Pairs, normalisation: Normalisation) -> FloatArray:
+        """Of the counted pairs."""
+        distance = pairs.distance[np.ix_(self.queries, self.gallery)]
+        reference = pairs.reference[np.ix_(self.queries, self.references)]
+        return normalised(distance, reference, normalisation)[self.counted]
+
+
+@dataclass(frozen=True)
+class _CrossFit:
+    """One form on all halves: the curve of each, and what it says of the other half's pairs."""
+
+    normalisation: Normalisation
+    method: Method
+    scores: list[FloatArray]  # of each half
+    curves: list[Curve]  # fitted on each half
+    probabilities: FloatArray  # of the halves' pairs, each by the curve of the other
+    log_loss: float
+
+
+def _fit_map(pairs: Pairs, people: IntArray, prior: float) -> tuple[dict[str, Any], Reliability]:
+    """Fields of a `CalibrationMap`, and the cross-fitted diagram of the chosen form."""
+    halves = _halves(pairs, people)
+    same = np.concatenate([half.same for half in halves])
+    compared = []
+    for normalisation in NORMALISATIONS:
+        scores = [half.scores(pairs, normalisation) for half in halves]
+        compared += [_cross_fit(scores, halves, normalisation, m, prior) for m in FITS]
+    compared.sort(key=lambda form: form.log_loss)
+    best = compared[0]
+    scores_of_all = np.concatenate(best.scores)
+    curve = FITS[best.method](scores_of_all, same, prior)
+    final = curve(scores_of_all)
+    diagram = reliability(best.probabilities, same, prior)
+    counted = pairs.same[pairs.counted]
+    return {
+        "normalisation": best.normalisation,
+        "curve": curve,
+        "positives": int(counted.sum()),
+        "negatives": int((~counted).sum()),
+        "identities": people.size,
+        "log_loss": best.log_loss,
+        "log_loss_of_prior": -prior * math.log(prior) - (1 - prior) * math.log(1 - prior),
+        "expected_calibration_error": diagram.error,
+        "thresholds": tuple(
+            _threshold(accept_above(final, same, rate), halves, best, rate)
+            for rate in FALSE_ACCEPT_RATES
+        ),
+        "candidates": tuple(
+            Candidate(normalisation=form.normalisation, method=form.method, log_loss=form.log_loss)
+            for form in compared
+        ),
+    }, diagram
+
+
+def _halves(pairs: Pairs, people: IntArray) -> list[_Half]:
+    """Five halvings, one half after the other: number k's other half is number k ^ 1.
+
+    Those with pairs of their own and the others are halved apart: both halves have some of either.
+    """
+    generator = random.Random(0)
+    everyone = np.union1d(pairs.query_people, pairs.gallery_people)
+    halves = []
+    for _ in range(HALVINGS):
+        shuffled = [
+            person
+            for group in (people, np.setdiff1d(everyone, people))
+            for person in generator.sample(group.tolist(), group.size)
+        ]
+        for chosen in (shuffled[::2], shuffled[1::2]):
+            queries = np.flatnonzero(np.isin(pairs.query_people, chosen))
+            gallery = np.flatnonzero(np.isin(pairs.gallery_people, chosen))
+            counted = pairs.counted[np.ix_(queries, gallery)]
+            halves.append(
+                _Half(
+                    queries=queries,
+                    gallery=gallery,
+                    references=np.flatnonzero(~np.isin(pairs.reference_people, chosen)),
+                    counted=counted,
+                    same=pairs.same[np.ix_(queries, gallery)][counted],
+                )
+            )
+    return halves
+
+
+def _cross_fit(
+    scores: list[FloatArray],
+    halves: list[_Half],
+    normalisation: Normalisation,
+    method: Method,
+    prior: float,
+) -> _CrossFit:
+    curves = [
+        FITS[method](values, half.same, prior) for values, half in zip(scores, halves, strict=True)
+    ]
+    probabilities = np.concatenate([curves[k ^ 1](values) for k, values in enumerate(scores)])
+    same = np.concatenate([half.same for half in halves])
+    loss = log_loss(probabilities, same, prior)
+    return _CrossFit(normalisation, method, scores, curves, probabilities, loss)
+
+
+def _threshold(
+    similarity: float | None, halves: list[_Half], form: _CrossFit, rate: float
+) -> Threshold:
+    """The threshold, and what one from a half does to the pairs of the other."""
+    accepted = []
+    for k, (curve, values) in enumerate(zip(form.curves, form.scores, strict=True)):
+        limit = accept_above(curve(values), halves[k].same, rate)
+        if limit is None:  # this half has too few pairs to tell
+            return Threshold(false_accept_rate=rate, similarity=similarity)
+        accepted.append(curve(form.scores[k ^ 1]) > limit)
+    yes = np.concatenate(accepted)
+    truth = np.concatenate([halves[k ^ 1].same for k in range(len(halves))])
+    return Threshold(
+        false_accept_rate=rate,
+        similarity=similarity,
+        measured_false_accept_rate=float(yes[~truth].mean()),
+        true_accept_rate=float(yes[truth].mean()),
+    )

@@ -1,0 +1,148 @@
+"""`cmt calibrate`."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from model import load_checkpoint, store_calibration
+from model.calibration import (
+    NORMALISATIONS,
+    CalibrationFacts,
+    CalibrationMap,
+    Normalisation,
+    Threshold,
+)
+from training.calibration.calibrate import FALSE_ACCEPT_RATES, fit_calibration
+from training.calibration.curves import FITS, Method
+from training.calibration.pairs import held_out_images
+from training.calibration.plot import PLOT_SUFFIXES, plot_reliability
+from training.datasets import LAYOUTS, DatasetName
+from training.evaluation.cli import refuse_training_identities
+from training.evaluation.embedding import embed_samples
+
+
+def calibrate(
+    checkpoint: Annotated[Path, typer.Option(help="The .safetensors file to calibrate.")],
+    dataset: Annotated[DatasetName, typer.Option(help="Layout of ROOT.")],
+    root: Annotated[Path, typer.Option(help="Folder of the dataset.")],
+    ids: Annotated[
+        Path, typer.Option(help="List of identities that the checkpoint was not trained on.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the calibrated file goes. Default: in its place.")
+    ] = None,
+    prior: Annotated[
+        float,
+        typer.Option(
+            min=0.001, max=0.999, help="Share of pairs of one person that probabilities assume."
+        ),
+    ] = 0.5,
+    plot: Annotated[Path | None, typer.Option(help="Write reliability diagrams here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+) -> None:
+    """Teach a checkpoint what its distances mean: probabilities of "same person", and thresholds.
+
+    Fitted on pairs of held-out people and stored in the checkpoint, whose weights and fingerprint
+    stay as they are. docs/calibration.md says how to read them.
+
+    Example: cmt calibrate --checkpoint run/last.safetensors --dataset sysu --root SYSU-MM01
+    --ids SYSU-MM01/exp/val_id.txt --plot reliability.png
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if plot is not None and plot.suffix not in PLOT_SUFFIXES:  # before minutes of embedding
+        raise typer.BadParameter(f"{plot} ends in none of {', '.join(PLOT_SUFFIXES)}")
+    layout = LAYOUTS[dataset]
+    wanted = layout.read_ids(ids)
+    model, info = load_checkpoint(checkpoint, device)
+    trial = int(info.training.get("trial", 1)) if layout.trials > 1 else 1
+    samples = layout.test(root, trial, wanted)
+    refuse_training_identities(info, dataset, sorted({sample.person_id for sample in samples}))
+    samples = held_out_images(samples)
+    console = Console(soft_wrap=True, highlight=False)
+    with console.status(f"Embedding {len(samples)} images on {device}") as status:
+        embedded = embed_samples(model, samples, batch_size=batch_size, workers=workers)
+        fit = fit_calibration(
+            *(model, embedded, dataset),
+            prior=prior,
+            progress=lambda what: status.update(f"Fitting {what}"),
+        )
+    facts = fit.calibration.facts
+    for modulated in (True, False):
+        console.print(_table(facts, modulated))
+    for line in fit.left_out:
+        console.print(line)
+    store_calibration(checkpoint, output or checkpoint, fit.calibration, info.fingerprint)
+    console.print(f"Stored in {output or checkpoint}; its fingerprint is unchanged.")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "checkpoint": {"file": checkpoint.name, "fingerprint": info.fingerprint},
+            "calibration": fit.to_json(),
+        }
+        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if plot is not None:
+        plot_reliability(facts, fit.reliabilities, plot)
+
+
+def _table(facts: CalibrationFacts, modulated: bool) -> Table:
+    """One column a modality pair: the forms that were compared, then what the kept one is worth."""
+    maps = [m for m in facts.maps if m.modulated == modulated]
+    table = Table(
+        title=f"{'Modulated' if modulated else 'Unmodulated'} distance → similarity, prior "
+        f"{facts.prior:g}",
+        caption="log loss in nats a pair (* kept; of the prior alone "
+        f"{maps[0].log_loss_of_prior:.4f}), calibration error and rates of accepts are of people "
+        "held out of the fit, five halvings; accept above the similarity",
+    )
+    table.add_column("query → gallery", no_wrap=True)
+    for m in maps:
+        table.add_column(f"{m.query} → {m.gallery}", justify="right", no_wrap=True)
+    for method, normalisation in product(FITS, NORMALISATIONS):
+        table.add_row(
+            f"log loss, {normalisation} {method}",
+            *(_loss(m, normalisation, method) for m in maps),
+        )
+    table.add_section()
+    table.add_row("pairs of one person", *(f"{m.positives:,}" for m in maps))
+    table.add_row("pairs of two people", *(f"{m.negatives:,}" for m in maps))
+    table.add_row("calibration error", *(f"{m.expected_calibration_error:.4f}" for m in maps))
+    for place, rate in enumerate(FALSE_ACCEPT_RATES):
+        thresholds = [m.thresholds[place] for m in maps]
+        table.add_section()
+        table.add_row(
+            f"false accepts {rate:.1%}: similarity", *(_similarity(t) for t in thresholds)
+        )
+        table.add_row("  true accepts", *(_percent(t.true_accept_rate) for t in thresholds))
+        table.add_row(
+            "  false accepts, measured",
+            *(_percent(t.measured_false_accept_rate) for t in thresholds),
+        )
+    return table
+
+
+def _loss(m: CalibrationMap, normalisation: Normalisation, method: Method) -> str:
+    kept = (m.normalisation, m.curve.method) == (normalisation, method)
+    form = (normalisation, method)
+    loss = next(c.log_loss for c in m.candidates if (c.normalisation, c.method) == form)
+    return f"{loss:.4f}{'*' if kept else ' '}"
+
+
+def _similarity(threshold: Threshold) -> str:
+    similarity = threshold.similarity
+    return "too few" if similarity is None else f"{similarity:.4f}"
+
+
+def _percent(rate: float | None) -> str:
+    return "too few" if rate is None else f"{100 * rate:.2f} %"
