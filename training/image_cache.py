@@ -8,12 +8,37 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from model.preprocess import resize
 from training.datasets.sample import DatasetError, Sample
+
+
+def readable_samples(
+    samples: Sequence[Sample],
+    height: int,
+    width: int,
+    folder: Path,
+    unreadable: Literal["stop", "skip"] = "stop",
+) -> tuple[list[Sample], list[str]]:
+    """The samples that decode, and a sentence for each that does not.
+
+    Raises DatasetError naming the file under "stop".
+    """
+    if unreadable == "stop":
+        cached_images(samples, height, width, folder)
+        return list(samples), []
+    kept, sentences = [], []
+    for sample in samples:
+        try:
+            _decode(sample.path, height, width)
+            kept.append(sample)
+        except DatasetError as error:
+            sentences.append(str(error))
+    return kept, sentences
 
 
 def cached_images(samples: Sequence[Sample], height: int, width: int, folder: Path) -> np.ndarray:

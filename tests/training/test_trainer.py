@@ -14,7 +14,9 @@ from model.cli import main
 from training.cli import training_samples
 from training.datasets.sample import DatasetError
 from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
-from training.trainer import CHECKPOINT_FILE, METRICS_FILE, Trainer, TrainingError
+from training.metrics import CURVES_FILE, METRICS_FILE, TENSORBOARD_FOLDER
+from training.state import STATE_FILE, TrainingError
+from training.trainer import CHECKPOINT_FILE, RECIPE_FILE, Trainer
 
 MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 ALL = LossWeights(triplet_parts=0.5)
@@ -90,10 +92,10 @@ def test_training_lowers_the_identity_loss_and_says_what_it_did(samples, tmp_pat
 
 def test_schedule_and_weights_follow_the_stages(samples, tmp_path):
     trainer = Trainer(recipe(), samples, tmp_path)
-    assert [round(trainer.learning_rate(s), 5) for s in range(3)] == [0.0015, 0.003, 0.003]
-    assert trainer.learning_rate(3) == pytest.approx(3e-3)
-    assert 1e-3 < trainer.learning_rate(7) < 2e-3
-    assert [trainer.loss_weights(s).modulation for s in (2, 3, 4, 5)] == [0, 0, 0.1, 0.2]
+    assert [round(trainer.schedule.learning_rate(s), 5) for s in range(3)] == [0.0015, 0.003, 0.003]
+    assert trainer.schedule.learning_rate(3) == pytest.approx(3e-3)
+    assert 1e-3 < trainer.schedule.learning_rate(7) < 2e-3
+    assert [trainer.schedule.loss_weights(s).modulation for s in (2, 3, 4, 5)] == [0, 0, 0.1, 0.2]
 
 
 def test_the_papers_recipe_is_the_default(samples, tmp_path):
@@ -111,7 +113,7 @@ def test_the_papers_recipe_is_the_default(samples, tmp_path):
     )
     epoch = trainer.steps // 120
     assert trainer.steps == 120 * epoch
-    rates = [trainer.learning_rate(e * epoch) for e in (0, 59, 60, 89, 90, 119)]
+    rates = [trainer.schedule.learning_rate(e * epoch) for e in (0, 59, 60, 89, 90, 119)]
     assert rates == [3.5e-4, 3.5e-4, 3.5e-5, 3.5e-5, 3.5e-6, 3.5e-6]
 
 
@@ -119,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(samples, tmp_path):
     trainer = Trainer(recipe(), samples, tmp_path)
     trainer.run(stop_at=2, save_every=1)
     with torch.no_grad():
-        trainer.classifiers.weight.fill_(torch.nan)
+        trainer.objective.classifiers.weight.fill_(torch.nan)
     with pytest.raises(TrainingError, match="not finite at step 2"):
         trainer.run()
     assert load_checkpoint(tmp_path / CHECKPOINT_FILE)[1].training["step"] == 2
