@@ -315,11 +315,12 @@ class Trainer:
         return figures
 
     def _finish(self) -> CheckpointInfo:
-        """Draw the curves, say what the run is worth, and return the checkpoint's info."""
+        """Draw the curves if this is the end, and write the checkpoint → its info."""
         with distributed.first_process_first():
             if not distributed.is_first():
                 return load_checkpoint(self.folder / CHECKPOINT_FILE)[1]
-            plot_curves(self.folder)
+            if self.step == self.steps:
+                plot_curves(self.folder)
             return self.save_checkpoint()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -351,8 +352,8 @@ class Trainer:
         images = [(s.person_id, s.camera, s.modality, s.path.name) for s in self.samples]
         description = {
             "seed": self.seed,
-            "identities": f"{self.sampler.classes} ({_digest(self.sampler.people)})",
-            "images": f"{len(images)} ({_digest(images)})",
+            "people": f"{self.sampler.classes} ({_digest(self.sampler.people)})",
+            "training images": f"{len(images)} ({_digest(images)})",
             "selection": self.selection,
             "start": self.facts.get("start"),
             "weights": self.facts.get("weights"),
