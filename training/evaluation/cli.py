@@ -92,6 +92,12 @@ def evaluate(
         samples = layout.test(root, number, wanted)
         identities = sorted({sample.person_id for sample in samples})
         refuse_training_identities(info, dataset, identities)
+        if checkpoints and selection_of(info) != checkpoints[0]["selection"]:
+            raise DatasetError(
+                f"{file} was selected by '{selection_of(info)}' and {checkpoints[0]['file']} by "
+                f"'{checkpoints[0]['selection']}': one table never mixes the two; train all trials "
+                "with the same --selection"
+            )
         splits = protocol_splits(dataset, samples, trial_file=trial_file)
         with console.status(f"Embedding {len(samples)} images on {device}"):
             scores.append(
@@ -99,7 +105,11 @@ def evaluate(
                     model, samples, splits, rerank=rerank, batch_size=batch_size, workers=workers
                 )
             )
-        entry: dict[str, Any] = {"file": file.name, "fingerprint": info.fingerprint}
+        entry: dict[str, Any] = {
+            "file": file.name,
+            "fingerprint": info.fingerprint,
+            "selection": selection_of(info),
+        }
         checkpoints.append(entry | ({"trial": number} if layout.trials > 1 else {}))
         if sheets is not None:
             folder = sheets / file.stem if TRIAL_FIELD in checkpoint else sheets
@@ -107,12 +117,18 @@ def evaluate(
                 write_sheets(samples, split_scores, folder)
     evaluation = summarise(dataset, scores)
     _show(console, evaluation)
+    console.print(f"Checkpoint selection: {checkpoints[0]['selection']}", highlight=False)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         content = {"checkpoints": checkpoints} | evaluation.to_json()
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
         plot_cmc(evaluation, plot)
+
+
+def selection_of(info: CheckpointInfo) -> str:
+    """How the run chose its weights: "last", or "val" by validation; the first runs had no choice."""
+    return str(info.training.get("selection", "last"))
 
 
 def refuse_training_identities(
