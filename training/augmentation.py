@@ -32,48 +32,68 @@ class AugmentationConfig(BaseModel):
     contrast: float = Field(default=0.0, ge=0, lt=1)
 
 
+class Draws:
+    """Random numbers in [0, 1) for the images of a batch, each call a new draw.
+
+    generator: on the device of the images. A process that has only some of the batch's images says
+    how many there are in all (`total`) and which are its own (`rows`): it draws for all of them,
+    and every image gets what it would get in one process.
+    """
+
+    def __init__(self, generator: torch.Generator, total: int, rows: Tensor | None = None) -> None:
+        self._generator = generator
+        self._total = total
+        self._rows = rows
+
+    def uniform(self, *shape: int) -> Tensor:
+        """B×shape."""
+        device = self._generator.device
+        drawn = torch.rand(self._total, *shape, generator=self._generator, device=device)
+        return drawn if self._rows is None else drawn[self._rows]
+
+
 def augment(
-    images: Tensor, is_ir: Tensor, config: AugmentationConfig, generator: torch.Generator
+    images: Tensor,
+    is_ir: Tensor,
+    config: AugmentationConfig,
+    generator: torch.Generator,
+    *,
+    total: int | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """uint8 B×3×H×W and is_ir B → float32 B×3×H×W, normalised as `model.preprocess` does.
 
-    Everything is drawn and computed on the device of images, is_ir and generator.
+    Everything is drawn and computed on the device of images, is_ir and generator. total, rows: see
+    `Draws`.
     """
-    pixels = _crop_and_flip(images, config, generator).float()
+    draws = Draws(generator, total or len(images), rows)
+    pixels = _crop_and_flip(images, config, draws).float()
     if config.gray:
-        pixels = _gray(pixels, is_ir, config.gray, generator)
+        pixels = _gray(pixels, is_ir, config.gray, draws)
     if config.channel_exchange:
-        pixels = _exchange_channels(pixels, is_ir, config.channel_exchange, generator)
+        pixels = _exchange_channels(pixels, is_ir, config.channel_exchange, draws)
     if config.contrast:
         mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
-        pixels = (mean + (pixels - mean) * _jitter(config.contrast, pixels, generator)).clamp(
-            0, 255
-        )
+        pixels = (mean + (pixels - mean) * _jitter(config.contrast, draws)).clamp(0, 255)
     if config.brightness:
-        pixels = (pixels * _jitter(config.brightness, pixels, generator)).clamp(0, 255)
-    return _erase(normalise(pixels), config, generator)
+        pixels = (pixels * _jitter(config.brightness, draws)).clamp(0, 255)
+    return _erase(normalise(pixels), config, draws)
 
 
-def _uniform(count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(count, generator=generator, device=generator.device)
-
-
-def _jitter(span: float, pixels: Tensor, generator: torch.Generator) -> Tensor:
+def _jitter(span: float, draws: Draws) -> Tensor:
     """One factor an image, uniform in 1 ± span: B×1×1×1."""
-    return (1 + span * (2 * _uniform(len(pixels), generator) - 1))[:, None, None, None]
+    return (1 + span * (2 * draws.uniform() - 1))[:, None, None, None]
 
 
-def _crop_and_flip(
-    images: Tensor, config: AugmentationConfig, generator: torch.Generator
-) -> Tensor:
+def _crop_and_flip(images: Tensor, config: AugmentationConfig, draws: Draws) -> Tensor:
     """A window of the image's own size out of the zero-padded image, mirrored by chance."""
     count, _, height, width = images.shape
     pad = round(config.padding * height)
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    top, left = ((_uniform(count, generator) * (2 * pad + 1)).long() for _ in range(2))
+    top, left = ((draws.uniform() * (2 * pad + 1)).long() for _ in range(2))
     rows = top[:, None] + torch.arange(height, device=images.device)  # B×H
     columns = left[:, None] + torch.arange(width, device=images.device)  # B×W
-    flipped = _uniform(count, generator) < config.flip
+    flipped = draws.uniform() < config.flip
     columns = torch.where(flipped[:, None], columns.flip(1), columns)
     batch = torch.arange(count, device=images.device)[:, None, None]
     # Advanced indexing puts the channels last: B×H×W×3.
@@ -81,42 +101,38 @@ def _crop_and_flip(
     return window.permute(0, 3, 1, 2)
 
 
-def _gray(pixels: Tensor, is_ir: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    count = len(pixels)
-    weights = torch.rand(count, 3, generator=generator, device=generator.device)
+def _gray(pixels: Tensor, is_ir: Tensor, probability: float, draws: Draws) -> Tensor:
+    weights = draws.uniform(3)
     weights = weights / weights.sum(1, keepdim=True)
     gray = (pixels * weights[:, :, None, None]).sum(1, keepdim=True).expand_as(pixels)
-    chosen = (_uniform(count, generator) < probability) & ~is_ir
+    chosen = (draws.uniform() < probability) & ~is_ir
     return torch.where(chosen[:, None, None, None], gray, pixels)
 
 
-def _exchange_channels(
-    pixels: Tensor, is_ir: Tensor, probability: float, generator: torch.Generator
-) -> Tensor:
+def _exchange_channels(pixels: Tensor, is_ir: Tensor, probability: float, draws: Draws) -> Tensor:
     """One channel, drawn for each image, in the place of all three."""
-    count = len(pixels)
-    channel = (_uniform(count, generator) * 3).long()
-    images = torch.arange(count, device=pixels.device)
+    channel = (draws.uniform() * 3).long()
+    images = torch.arange(len(pixels), device=pixels.device)
     single = pixels[images, channel][:, None].expand_as(pixels)
-    chosen = (_uniform(count, generator) < probability) & ~is_ir
+    chosen = (draws.uniform() < probability) & ~is_ir
     return torch.where(chosen[:, None, None, None], single, pixels)
 
 
-def _erase(images: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:
+def _erase(images: Tensor, config: AugmentationConfig, draws: Draws) -> Tensor:
     """A random rectangle becomes 0, the mean colour (Zhong et al., Random Erasing)."""
-    count, _, height, width = images.shape
+    _, _, height, width = images.shape
     smallest, largest = config.erasing_area
-    area = (smallest + (largest - smallest) * _uniform(count, generator)) * height * width
+    area = (smallest + (largest - smallest) * draws.uniform()) * height * width
     # Aspect ratios between 0.3 and 1/0.3, uniform in the logarithm.
-    aspect = torch.exp((2 * _uniform(count, generator) - 1) * torch.tensor(0.3).log().abs())
+    aspect = torch.exp((2 * draws.uniform() - 1) * torch.tensor(0.3).log().abs())
     tall = (area * aspect).sqrt().clamp(max=height)
     wide = (area / aspect).sqrt().clamp(max=width)
-    top = _uniform(count, generator) * (height - tall)
-    left = _uniform(count, generator) * (width - wide)
+    top = draws.uniform() * (height - tall)
+    left = draws.uniform() * (width - wide)
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
     in_rows = (y >= top[:, None]) & (y < (top + tall)[:, None])  # B×H
     in_columns = (x >= left[:, None]) & (x < (left + wide)[:, None])  # B×W
-    chosen = _uniform(count, generator) < config.erasing
+    chosen = draws.uniform() < config.erasing
     hole = in_rows[:, :, None] & in_columns[:, None, :] & chosen[:, None, None]
     return images.masked_fill(hole[:, None], 0.0)

@@ -18,7 +18,6 @@ from model.benchmark import Spread, publish, seconds
 from model.config import MODALITIES
 from training.cli import training_samples
 from training.datasets import LAYOUTS, DatasetName, Sample
-from training.image_cache import cached_images
 from training.memory import keep_large_blocks
 from training.recipe import Recipe, Stage, load_recipe
 from training.trainer import Trainer
@@ -61,7 +60,7 @@ def train(
             samples = training_samples([root], None, dataset)
         trainer = Trainer(chosen, samples, Path(folder) / "run", device=device)
         stage = chosen.stages[0]
-        sides = {"training step": _training_step(trainer, stage), **_resident_sides(trainer, stage)}
+        sides = {"training step": trainer.train_step, **_resident_sides(trainer, stage)}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for call in sides.values():
             call()  # warm up: decode, choose kernels, allocate
@@ -89,7 +88,7 @@ def train(
         "batch": batch,
         "size": f"{height}×{width}",
         "backbone": chosen.model.backbone,
-        "precision": trainer.precision.reason,
+        "precision": trainer.acceleration.precision_reason,
     }
     rows = [tuple(result.values()) for result in results]
     rows.append((f"batch {batch}, {facts['size']}, {facts['backbone']}", facts["precision"], ""))
@@ -121,25 +120,15 @@ def made_up_samples(recipe: Recipe, folder: Path) -> list[Sample]:
     return LAYOUTS[DatasetName.FOLDER].images(folder)
 
 
-def _training_step(trainer: Trainer, stage: Stage) -> Callable[[], object]:
-    cache = cached_images(trainer.samples, *trainer.recipe.size(stage), trainer.cache)
-    trainer.model.train()
-
-    def step() -> None:
-        trainer._train_step(stage, cache)
-        trainer.step += 1
-
-    return step
-
-
 def _resident_sides(trainer: Trainer, stage: Stage) -> dict[str, Callable[[], object]]:
     """Networks of their own, forward and backward on one batch that lies on the device."""
-    recipe, device, precision = trainer.recipe, trainer.device, trainer.precision
+    recipe, device = trainer.recipe, trainer.device
+    precision, layout = trainer.acceleration.precision, trainer.acceleration.memory_format
     count = recipe.identities * recipe.images
     modalities: list[Modality] = [modality for modality in MODALITIES for _ in range(count)]
     is_ir = torch.tensor([modality == "ir" for modality in modalities], device=device)
     images = torch.randn(2 * count, 3, *recipe.size(stage), device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=layout)
     bare, whole = TwoStreamResNet(recipe.model).to(device), CMT(recipe.model).to(device)
 
     def backbone() -> torch.Tensor:
@@ -151,7 +140,7 @@ def _resident_sides(trainer: Trainer, stage: Stage) -> dict[str, Callable[[], ob
     def forward_backward(
         module: torch.nn.Module, forward: Callable[[], torch.Tensor]
     ) -> Callable[[], object]:
-        module.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.train().to(memory_format=layout)  # type: ignore[call-overload]
 
         def run() -> None:
             with torch.autocast(device.type, precision.dtype, enabled=precision.autocast):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -45,13 +45,13 @@ class PartClassifiers(nn.Module):
 
 @torch.no_grad()
 def imprint(
-    classifiers: PartClassifiers,
+    classifiers: Mapping[str, PartClassifiers],
     model: CMT,
     images: np.ndarray,
     labels: Sequence[int],
     modalities: Sequence[Modality],
-) -> float:
-    """Start the part classifiers as nearest-mean classifiers of the network's representations.
+) -> dict[str, float]:
+    """Start part classifiers as nearest-mean classifiers of what the network computes.
 
     Classifiers are no part of a checkpoint. Drawn at random they send noise into weights that
     already know people for as long as it takes to see every class a few times; class means are
@@ -59,9 +59,10 @@ def imprint(
     Of several scales the one is taken that has the lowest identity loss on images that made no
     mean.
 
+    classifiers: by the name of the output that they classify, see `CMTOutput`.
     images: uint8 N×3×H×W with their labels (0-based class) and modalities; the first few of each
     class and modality are used.
-    Returns that identity loss, per part, in nats.
+    Returns those identity losses, per part, in nats.
     """
     seen: Counter[tuple[int, Modality]] = Counter()
     rows, held = [], []
@@ -73,29 +74,34 @@ def imprint(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    features = torch.cat(
-        [
-            model(
-                normalise(torch.from_numpy(images[part]).to(device)),
-                [modalities[row] for row in part],
-            ).complete.float()
-            for part in np.array_split(rows, max(1, len(rows) // _BATCH))
-        ]
-    )  # R×P×D
+    outputs = [
+        model(
+            normalise(torch.from_numpy(images[part]).to(device)), [modalities[row] for row in part]
+        ).float()
+        for part in np.array_split(rows, max(1, len(rows) // _BATCH))
+    ]
     model.train(was_training)
     owners = torch.tensor([labels[row] for row in rows], device=device)
     held_out = torch.tensor(held, device=device)
-    classes = classifiers.bias.shape[1]
+    return {
+        name: _imprint(head, torch.cat([getattr(o, name) for o in outputs]), owners, held_out)
+        for name, head in classifiers.items()
+    }
+
+
+def _imprint(head: PartClassifiers, features: Tensor, owners: Tensor, held_out: Tensor) -> float:
+    """features R×P×D of owners R; held_out: which of them make no mean while scales compete."""
+    classes = head.bias.shape[1]
     some = _means(features[~held_out], owners[~held_out], classes)
     variance = float((features - features.mean(0)).square().sum(2).mean())
     scales = [scale / variance for scale in _SCALES]
     losses = []
     for scale in scales:
-        classifiers.take_means(some, scale)
-        logits = classifiers(features[held_out])
+        head.take_means(some, scale)
+        logits = head(features[held_out])
         losses.append(float(identity_loss(logits, owners[held_out])) / features.shape[1])
     best = int(np.argmin(losses))
-    classifiers.take_means(_means(features, owners, classes), scales[best])
+    head.take_means(_means(features, owners, classes), scales[best])
     return losses[best]
 
 

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
-import yaml
 
+from model import CheckpointInfo
+from training import distributed
+from training.acceleration import Switch
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
+from training.image_cache import readable_samples
 from training.memory import keep_large_blocks
-from training.recipe import load_recipe
-from training.trainer import CHECKPOINT_FILE, STATE_FILE, Trainer, TrainingError
+from training.recipe import RecipeError, load_recipe, recipe_yaml
+from training.sampler import TrainingSetError
+from training.start import StartError
+from training.state import STATE_FILE, TrainingError
+from training.trainer import CHECKPOINT_FILE, Trainer
+from training.validation import Interval, Selection, Validation, drawn_identities, without
 
 # Where the paper's settings differ between datasets: GeM's exponent.
 DEFAULT_RECIPES = {DatasetName.REGDB: "paper-regdb"}
+
+# Under several processes all of them meet these, and one sentence is enough.
+EXPECTED_ERRORS = (DatasetError, RecipeError, StartError, TrainingError, TrainingSetError)
 
 
 def train(
@@ -31,6 +42,14 @@ def train(
         typer.Option(
             help="'paper', 'paper-regdb', 'compact', or the path of a YAML file. Default: the "
             "paper's for the dataset."
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change a value of the recipe, repeatable: --set margin=0.5 --set "
+            "model.gem_p=10 --set stages.0.lr=1e-4",
         ),
     ] = None,
     train_ids: Annotated[
@@ -54,6 +73,43 @@ def train(
         Path | None,
         typer.Option(help="A checkpoint whose weights the whole network starts from."),
     ] = None,
+    selection: Annotated[
+        Selection,
+        typer.Option(
+            help="last: train on everyone, keep the last weights, as the paper. val: hold some "
+            "identities out, keep the weights of the best mAP on them."
+        ),
+    ] = "last",
+    validate_every: Annotated[
+        str | None,
+        typer.Option(
+            help="'2000' steps or '5 epochs' between validations on held-out identities. "
+            "Default: 5 epochs if any are held out."
+        ),
+    ] = None,
+    validation_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=0.5,
+            help="Share of the training identities to hold out. Default: 0.1 under val.",
+        ),
+    ] = None,
+    validation_ids: Annotated[
+        Path | None,
+        typer.Option(help="List of identities in the roots to hold out instead of a share."),
+    ] = None,
+    unreadable: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(help="What to do about images that cannot be decoded; they are named."),
+    ] = "stop",
+    channels_last: Annotated[
+        Switch, typer.Option(help="Memory format; auto takes the faster one.")
+    ] = "auto",
+    compile: Annotated[
+        Switch,
+        typer.Option(help="torch.compile; auto tries it in runs that are long enough to gain."),
+    ] = "auto",
     cache: Annotated[
         Path | None, typer.Option(help="Folder of decoded images. Default: inside the run.")
     ] = None,
@@ -64,42 +120,72 @@ def train(
     """Train a checkpoint; interrupt it at any moment and go on with --resume.
 
     Example: cmt train --root SYSU-MM01 --recipe paper --weights resnet50.pth --run runs/paper
+
+    On several GPUs: torchrun --nproc-per-node 4 --no-python cmt train …
     """
     keep_large_blocks()
-    if (run / STATE_FILE).is_file() and not resume:
-        raise TrainingError(
-            f"{run} holds a run already; add --resume to go on with it, or choose another folder"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with distributed.process_group(device) as own_device, _said_once():
+        if (run / STATE_FILE).is_file() and not resume:
+            raise TrainingError(
+                f"{run} holds a run already; add --resume to go on with it, or choose another "
+                "folder"
+            )
+        chosen = load_recipe(recipe or DEFAULT_RECIPES.get(dataset, "paper"), changes or ())
+        samples = training_samples(root, train_ids, dataset, trial)
+        if validation_share is None and selection == "val" and validation_ids is None:
+            validation_share = 0.1
+        held_out = held_out_samples(
+            samples, root, dataset, trial, share=validation_share or 0.0, ids=validation_ids
         )
-    chosen = load_recipe(recipe or DEFAULT_RECIPES.get(dataset, "paper"))
-    samples = training_samples(root, train_ids, dataset, trial)
-    identities = sorted({sample.person_id for sample in samples})
-    trainer = Trainer(
-        chosen,
-        samples,
-        run,
-        seed=seed,
-        device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
-        weights=weights,
-        start=start,
-        cache=cache,
-        facts={
-            "dataset": dataset.value,
-            "identities": identities,
-            "images": len(samples),
-            **({"trial": trial} if LAYOUTS[dataset].trials > 1 else {}),
-        },
-    )
-    typer.echo(yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False))
-    typer.echo(
-        f"{len(identities)} identities, {len(samples)} images, {trainer.steps} steps, seed {seed}, "
-        f"{trainer.precision.reason}"
-    )
-    try:
-        info = trainer.run(save_every=save_every, log_every=log_every)
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted; the same command with --resume goes on from {run}.", err=True)
-        raise typer.Exit(130) from None
-    typer.echo(f"Wrote {run / CHECKPOINT_FILE}, fingerprint {info.fingerprint[:16]}")
+        if validate_every is not None and not held_out:
+            raise TrainingError(
+                "--validate-every needs held-out identities; add --selection val, "
+                "--validation-share or --validation-ids"
+            )
+        samples = without(samples, {sample.person_id for sample in held_out})
+        cache = cache or run / "cache"
+        with distributed.first_process_first():
+            first_size = chosen.size(chosen.stages[0])
+            samples, skipped = readable_samples(samples, *first_size, cache, unreadable)
+            if held_out:  # a damaged one is found now, not at the first validation
+                size = chosen.model.input_height, chosen.model.input_width
+                held_out, more = readable_samples(held_out, *size, cache, unreadable)
+                skipped += more
+        identities = sorted({sample.person_id for sample in samples})
+        trainer = Trainer(
+            chosen,
+            samples,
+            run,
+            seed=seed,
+            device=own_device,
+            weights=weights,
+            start=start,
+            cache=cache,
+            facts={
+                "dataset": dataset.value,
+                "identities": identities,
+                "images": len(samples),
+                **({"skipped_images": len(skipped)} if skipped else {}),
+                **({"trial": trial} if LAYOUTS[dataset].trials > 1 else {}),
+            },
+            validation=_validation(dataset, held_out, validate_every or "5 epochs"),
+            selection=selection,
+            channels_last=channels_last,
+            compile=compile,
+        )
+        if distributed.is_first():
+            _introduce(trainer, skipped)
+        try:
+            info = trainer.run(save_every=save_every, log_every=log_every)
+        except KeyboardInterrupt:
+            if distributed.is_first():
+                again = f"the same command with --resume goes on from {run}."
+                typer.echo(f"Interrupted; {again}", err=True)
+            raise typer.Exit(130) from None
+        if distributed.is_first():
+            _conclude(run / CHECKPOINT_FILE, info)
 
 
 def training_samples(
@@ -140,3 +226,96 @@ def training_samples(
             dataset,
         )
     return samples
+
+
+def held_out_samples(
+    samples: Sequence[Sample],
+    roots: Sequence[Path],
+    dataset: DatasetName,
+    trial: int,
+    *,
+    share: float = 0.0,
+    ids: Path | None = None,
+) -> list[Sample]:
+    """The images of the people to validate on: listed in the file `ids`, or a share of `samples`.
+
+    Listed people may be others than those of `samples`, but none whom the roots' protocol tests on.
+    Raises DatasetError for such a one, for one in none of the roots, and where too few are left.
+    """
+    if ids is None:
+        people = drawn_identities(samples, share) if share else set()
+        return [sample for sample in samples if sample.person_id in people]
+    layout = LAYOUTS[dataset]
+    if dataset is not DatasetName.FOLDER:  # which has no test side of its own
+        tested = set(layout.read_ids(ids)) & _test_ids(roots, dataset, trial)
+        if tested:
+            raise DatasetError(
+                f"{ids} names identity {min(tested)}, whom the protocol tests on; validate on "
+                "people of the training side only"
+            )
+    return training_samples(roots, [ids], dataset, trial)
+
+
+def _test_ids(roots: Sequence[Path], dataset: DatasetName, trial: int) -> set[int]:
+    """Of all roots that have a test side."""
+    people: set[int] = set()
+    for root in roots:
+        with suppress(DatasetError):  # a root of training images only
+            people |= LAYOUTS[dataset].test_ids(root, trial)
+    return people
+
+
+def _validation(dataset: DatasetName, held_out: Sequence[Sample], every: str) -> Validation | None:
+    return Validation(dataset, held_out, Interval.parse(every)) if held_out else None
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """All processes meet the same mistakes of the user: the first one alone says so."""
+    try:
+        yield
+    except EXPECTED_ERRORS:
+        if distributed.is_first():
+            raise
+        raise typer.Exit(1) from None
+
+
+def _introduce(trainer: Trainer, skipped: Sequence[str]) -> None:
+    """All that decides the run, before its first step."""
+    typer.echo(recipe_yaml(trainer.recipe))
+    for sentence in skipped:
+        typer.echo(sentence, err=True)
+    held_out = trainer.validation.identities if trainer.validation else []
+    typer.echo(
+        f"{trainer.sampler.classes} identities, {len(trainer.samples)} images, {trainer.steps} "
+        f"steps ({trainer.schedule.epoch} an epoch), seed {trainer.seed}"
+    )
+    if held_out:
+        typer.echo(
+            f"{len(held_out)} more identities are held out for validation; the checkpoint will be "
+            f"the {'best on them' if trainer.selection == 'val' else 'last'}"
+        )
+    if trainer.step:
+        typer.echo(f"Goes on from step {trainer.step}")
+    processes = distributed.count()
+    reasons = trainer.acceleration.reasons
+    typer.echo(
+        f"{reasons['device']}{f' × {processes}' if processes > 1 else ''}: "
+        f"{reasons['precision']}; {reasons['memory_format']}"
+    )
+
+
+def _conclude(path: Path, info: CheckpointInfo) -> None:
+    """What was written, and a warning where modulation is dead."""
+    facts = info.training
+    step = f" of step {facts['step']}" if facts["selection"] == "val" else ""
+    typer.echo(f"Wrote {path}{step}, fingerprint {info.fingerprint[:16]}")
+    verdict = facts.get("modulation")
+    if verdict is not None and verdict["collapsed"]:
+        typer.echo(
+            f"Warning: modulation collapsed. L_mod is {verdict['loss']:.3g}, and "
+            f"{verdict['loss_at_equal_distances']:.3g} where all distances are equal; γ is "
+            f"{verdict['gamma_mean']:.3g} on average. Do not call this a good run: try "
+            "modulation_form softmax, normalise_test, or a smaller modulation weight.",
+            err=True,
+        )

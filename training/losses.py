@@ -6,6 +6,7 @@ each of its N identities in each modality, in any order.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -126,6 +127,24 @@ def modulation_discriminative(
         return functional.relu(margin + positive - negative).mean()
     gaps = margin + distances[:, :, None] - distances[:, None, :]  # query × positive × negative
     return functional.relu(gaps[same[:, :, None] & other[:, None, :]]).mean()
+
+
+def modulation_at_equal_distances(
+    form: ModulationForm,
+    identities: int,
+    images: int,
+    *,
+    margin: float = 0.3,
+    across_modalities: bool = False,
+) -> float:
+    """What `modulation_discriminative` is where all distances are equal: modulation collapsed.
+
+    For a batch of `identities` N with `images` K in each modality.
+    """
+    if form == "softmax":
+        negatives = (identities - 1) * images * (1 if across_modalities else 2)
+        return math.log(1 + negatives)
+    return margin
 
 
 def _distances(features: Tensor) -> Tensor:

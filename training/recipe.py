@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,11 +21,19 @@ class RecipeError(ValueError):
 
 
 class LossWeights(BaseModel):
-    """Equation (15): L_ID = identity + triplet, consistency = both L_cyc, modulation = λ."""
+    """Equation (15): L_ID = identity + triplet, consistency = both L_cyc, modulation = λ.
+
+    Two more, 0 in the paper's recipe: `triplet_parts`, the triplet of every part (HCT's public
+    setting), and `identity_features`, the identity loss of the raw part features F beside that of
+    the complete ones. Without it nothing asks F to tell people apart, and from random
+    initialisation the compensation learns the training people by heart in its place: see
+    docs/training.md.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     identity: float = Field(default=1.0, ge=0)
+    identity_features: float = Field(default=0.0, ge=0)
     triplet: float = Field(default=1.0, ge=0)
     triplet_parts: float = Field(default=0.0, ge=0)
     consistency: float = Field(default=1.0, ge=0)
@@ -58,6 +67,8 @@ class Stage(BaseModel):
     def _one_length(self) -> Stage:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("a stage has either steps or epochs")
+        if not (self.weights.identity or self.weights.triplet or self.weights.triplet_parts):
+            raise ValueError("a stage needs weight on identity, triplet or triplet_parts")
         return self
 
 
@@ -112,9 +123,10 @@ class Recipe(BaseModel):
         )
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     """A recipe by the name of one that ships with the package, or by the path of a YAML file.
 
+    changes: "key=value" each, keys dotted and values YAML: "margin=0.5", "stages.0.lr=1e-4".
     Raises RecipeError with the place and the reason.
     """
     path = RECIPES / f"{name}.yaml"
@@ -123,11 +135,51 @@ def load_recipe(name: str) -> Recipe:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise RecipeError(f"no recipe {name!r}; use one of {known}, or the path of a YAML file")
+    recipe = _validated(_yaml(path.read_text(encoding="utf-8"), path) or {}, path)
+    if not changes:
+        return recipe
+    # Defaults included, so that any key can be named; all changes at once, so that two that only
+    # fit together may come in any order.
+    values = recipe.model_dump(mode="json")
+    for change in changes:
+        _change(values, change)
+    return _validated(values, "--set")
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """All of a recipe, defaults included, as `load_recipe` reads it."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    """Put the value of "key=value" into its place among `values`."""
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {change} has no value; write for example --set margin=0.5")
+    *path, last = [int(word) if word.isdecimal() else word for word in key.split(".")]
+    place: Any = values
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        for word in path:
+            place = place[word]
+        place[last]  # a new key is a misspelt one
+    except (LookupError, TypeError) as error:
+        raise RecipeError(f"--set {key}: the recipe has no such key") from error
+    place[last] = _yaml(text, f"--set {key}")
+
+
+def _yaml(text: str, where: object) -> Any:
+    try:
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {error}") from error
+        raise RecipeError(f"{where} is no YAML: {error}") from error
+
+
+def _validated(values: Any, where: object) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{path}: {where}: {first['msg']}") from error
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error

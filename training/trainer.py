@@ -2,58 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import CMT, CheckpointInfo, CMTOutput, save_checkpoint
-from model.precision import choose_precision
+from model import CMT, CheckpointInfo, Modality, load_checkpoint, save_checkpoint
+from training import distributed
+from training.acceleration import Acceleration, Switch, choose_acceleration, decide_compile
 from training.augmentation import augment
-from training.classifiers import PartClassifiers, imprint
+from training.averaging import AveragedWeights, copy_of
+from training.batches import BatchReader
+from training.classifiers import imprint
 from training.datasets.sample import Sample
+from training.diagnosis import modulation_verdict, why_not_finite
 from training.image_cache import cached_images
-from training.losses import (
-    hetero_centre_triplet,
-    identity_loss,
-    modality_consistency,
-    modulation_discriminative,
-)
-from training.recipe import LossWeights, Recipe, Stage
-from training.sampler import Batch, IdentityBalancedSampler
+from training.metrics import VALIDATION, Metrics, plot_curves, read_metrics
+from training.objective import Labels, Objective
+from training.progress import RunProgress, in_words
+from training.recipe import Recipe, recipe_yaml
+from training.sampler import IdentityBalancedSampler
+from training.schedule import Schedule
 from training.start import start_from
+from training.state import TrainingError, read_state, save_state, writing
+from training.validation import Selection, Validation
 
-STATE_FILE = "state.pt"
 CHECKPOINT_FILE = "checkpoint.safetensors"
-METRICS_FILE = "metrics.jsonl"
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why and what to change."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a step lies: its stage, and its number within the stage."""
-
-    stage: int
-    within: int
+RECIPE_FILE = "recipe.yaml"
 
 
 class Trainer:
     """One run in one folder.
 
-    `run` goes on from the folder's state if there is one, and ends with the same weights as an
+    It goes on from the folder's state if there is one, and ends with the same weights as an
     uninterrupted run on the same machine: batches and augmentation are pure functions of seed and
-    step, and the state holds weights, averaged weights and the optimiser's moments.
+    step, and the state holds weights, averaged weights, the optimiser's moments and the best
+    weights so far. Under torchrun it is one of several processes that train as one, see
+    `training.distributed`.
+
+    Attributes:
+        step: steps done. steps: of the whole run.
+        acceleration: what is used on this device, and why.
     """
 
     def __init__(
@@ -67,13 +64,20 @@ class Trainer:
         weights: str | Path | None = None,
         start: Path | None = None,
         cache: Path | None = None,
-        facts: dict[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        validation: Validation | None = None,
+        selection: Selection = "last",
+        channels_last: Switch = "auto",
+        compile: Switch = "auto",
     ) -> None:
         """weights: of the backbone, see `CMT`. start: a checkpoint to go on from, see `start_from`.
         facts: what the checkpoint shall say of its training, beside recipe, seed and time.
+        validation: on people who are not among `samples`. selection: whether the last weights
+        become the checkpoint, or the best on `validation`. compile: `--compile`.
 
         Raises TrainingSetError, TrainingError or StartError before anything is written.
         """
+        _check(recipe, selection, validation)
         self.recipe = recipe
         self.samples = samples
         self.folder = folder
@@ -81,311 +85,349 @@ class Trainer:
         self.device = torch.device(device)
         self.cache = cache or folder / "cache"
         self.facts = dict(facts or {})
-        self.precision = choose_precision(self.device.type, recipe.precision)
+        self.validation = validation
+        self.selection: Selection = selection
         self.sampler = IdentityBalancedSampler(samples, recipe.identities, recipe.images, seed)
-        self.stage_ends = np.cumsum([self._stage_steps(stage) for stage in recipe.stages])
+        self.schedule = Schedule(recipe, samples)
+        self.share = distributed.share_of(recipe.identities, recipe.images)
+        self.acceleration = choose_acceleration(self.device, recipe.precision, channels_last)
+        self._compile: Switch = compile
+        self._reader = BatchReader(self.sampler, self.share, pin=self.device.type == "cuda")
+        self._images: tuple[tuple[int, int], np.ndarray] | None = None  # of which size, and they
+        self._earlier: dict[str, Tensor] = {}
 
         torch.manual_seed(seed)
         self.model = CMT(recipe.model, weights=weights)
+        if weights is not None:
+            self.facts["weights"] = Path(weights).name
         self.start = start
         if start is not None:
             self.facts["start"] = start_from(self.model, start).fingerprint
-        self.model.to(self.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.classifiers = PartClassifiers(
-            recipe.model.parts, recipe.model.dim, self.sampler.classes
-        ).to(self.device)
-        self.averaged = _copy(self.model) if recipe.ema else None
+        distributed.use_global_batch_norm(self.model, self.device)
+        self.objective = Objective(recipe, self.model, self.sampler.classes, seed)
+        self.objective.to(self.device)
+        self.averaged = AveragedWeights(self.model, recipe.ema) if recipe.ema else None
         self.optimiser = torch.optim.Adam(
             self._parameter_groups(), weight_decay=recipe.weight_decay
         )
         self.step = 0
         self.seconds = 0.0
+        self.validated: dict[str, Any] | None = None  # the last validation: step and figures
+        self.best: dict[str, Any] | None = None  # the best one, with its weights
+        state = read_state(folder, self._description())
+        if state is not None:
+            self._load(state, channels_last)
+        self.acceleration = distributed.agreed(self.acceleration)
+        self.objective.precision = self.acceleration.precision
+        self.model.to(memory_format=self.acceleration.memory_format)  # type: ignore[call-overload]
+        self.parallel = distributed.parallel(self.objective)
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
-        return int(self.stage_ends[-1])
+        return self.schedule.steps
 
     def run(
         self, *, save_every: int = 250, log_every: int = 50, stop_at: int | None = None
     ) -> CheckpointInfo:
         """Train to the end (or to step `stop_at`), saving state as it goes → the checkpoint's info.
 
-        Raises TrainingError when the loss is not finite, naming the step; the state saved before
-        stays.
+        Raises TrainingError when a loss or gradient is not finite, naming step and likely cause,
+        and where the folder cannot be written; the state saved before stays.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._resume()
-        images: tuple[tuple[int, int], np.ndarray] | None = None
-        if self.start is not None and self.step == 0:
-            size = self.recipe.size(self.recipe.stages[0])
-            images = size, cached_images(self.samples, *size, self.cache)
-            classes = {person: label for label, person in enumerate(self.sampler.people)}
-            imprint(
-                self.classifiers,
-                self.model,
-                images[1],
-                [classes[sample.person_id] for sample in self.samples],
-                [sample.modality for sample in self.samples],
-            )
+        first = distributed.is_first()
         end = min(self.steps, stop_at or self.steps)
-        started, logged, since = time.monotonic(), self.step, time.monotonic()
-        before = self.seconds
-        self.model.train()
-        while self.step < end:
-            stage = self.recipe.stages[self.position(self.step).stage]
-            size = self.recipe.size(stage)
-            if images is None or images[0] != size:
-                images = size, cached_images(self.samples, *size, self.cache)
-            values = self._train_step(stage, images[1])
-            self.step += 1
-            self.seconds = before + time.monotonic() - started
-            if self.step % log_every == 0 or self.step == end:
-                rate = (self.step - logged) / (time.monotonic() - since)
-                self._log(values, rate)
-                logged, since = self.step, time.monotonic()
-            if self.step % save_every == 0 or self.step == end:
-                self._save_state()
-                self.save_checkpoint()
-        return self.save_checkpoint()
+        if first:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / RECIPE_FILE).write_text(recipe_yaml(self.recipe), encoding="utf-8")
+        with (
+            RunProgress(self.step, self.steps, shown=first) as progress,
+            Metrics(self.folder, self.step, written=first) as metrics,
+        ):
+            if self.start is not None and self.step == 0:
+                progress.say(self._imprint())
+            self._decide_compile(progress)
+            before, started = self.seconds, time.monotonic()
+            while self.step < end:
+                values = self.train_step()
+                self.seconds = before + time.monotonic() - started
+                progress.advance(self.step)
+                if self.step % log_every == 0 or self.step == end:
+                    plain = {name: value.item() for name, value in values.items()}
+                    rate = progress.log(self.step, plain)
+                    lr = self.schedule.learning_rate(self.step - 1)
+                    metrics.write(self.step, {"lr": lr, **plain, "steps_per_second": rate})
+                if first and self._validation_is_due():
+                    figures = self._validate()
+                    progress.say(f"validation at step {self.step}: {in_words(figures)}")
+                    metrics.write(
+                        self.step, {f"{VALIDATION}{name}": f for name, f in figures.items()}
+                    )
+                if first and (self.step % save_every == 0 or self.step == end):
+                    self._save_state()
+                    self.save_checkpoint()
+        return self._finish()
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One step of the optimiser on the next batch; its losses and figures, on the device.
+
+        Raises TrainingError when the loss or its gradient is not finite, before any weight changes.
+        """
+        images, modalities, labels = self._next_batch()
+        rate = self.schedule.learning_rate(self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["scale"]
+        loss, values = self._forward(images, modalities, labels)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        values["gradient_norm"] = nn.utils.get_total_norm(gradients)
+        if not (loss + values["gradient_norm"]).isfinite():
+            self._stop(images, modalities, values)
+        self.optimiser.step()
+        if self.averaged is not None:
+            self.averaged.update(self.model, self.step)
+        self.step += 1
+        self._earlier = values
+        return values
 
     def save_checkpoint(self) -> CheckpointInfo:
-        """Write the run's checkpoint as it is now (averaged weights if the recipe has them)."""
-        facts = {
+        """Write the run's checkpoint as it is now, and return its info.
+
+        The averaged weights if the recipe has them; under selection "val" the best so far.
+        """
+        facts: dict[str, Any] = {
             **self.facts,
             "recipe": self.recipe.model_dump(mode="json"),
             "seed": self.seed,
             "step": self.step,
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
-            "precision": self.precision.reason,
+            "acceleration": self.acceleration.reasons,
+            "processes": distributed.count(),
+            "selection": self.selection,
         }
-        model = CMT(self.recipe.model)
-        model.load_state_dict(self.averaged or self.model.state_dict())
-        path = self.folder / CHECKPOINT_FILE
-        return save_checkpoint(path, model, training=facts, dtype=torch.float16)
+        if self.validation is not None:
+            facts["held_out"] = self.validation.identities
+            facts["validation"] = self.validated
+        weights = self._weights()
+        if self.selection == "val" and self.best is not None:
+            facts |= {"step": self.best["step"], "validation": self.best["validated"]}
+            weights = self.best["weights"]
+        verdict = modulation_verdict(self.recipe, read_metrics(self.folder))
+        if verdict is not None:
+            facts["modulation"] = verdict
+        with writing(self.folder):
+            return save_checkpoint(
+                self.folder / CHECKPOINT_FILE,
+                self._network(weights),
+                training=facts,
+                dtype=torch.float16,
+            )
 
-    def position(self, step: int) -> Position:
-        """The stage that `step` belongs to, and its number within that stage."""
-        stage = int(np.searchsorted(self.stage_ends, step, side="right"))
-        start = int(self.stage_ends[stage - 1]) if stage else 0
-        return Position(stage, step - start)
-
-    def learning_rate(self, step: int) -> float:
-        """Warm-up, then half a cosine from the stage's lr to its lr_end, or constant."""
-        at = self.position(step)
-        stage = self.recipe.stages[at.stage]
-        if at.within < stage.warmup_steps:
-            return stage.lr * (at.within + 1) / stage.warmup_steps
-        if stage.lr_end is None:
-            return stage.lr
-        done = (at.within - stage.warmup_steps) / self._stage_steps(stage)
-        return stage.lr_end + (stage.lr - stage.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
-
-    def loss_weights(self, step: int) -> LossWeights:
-        """The stage's weights, reached from those of the stage before over its fade_steps."""
-        at = self.position(step)
-        stage = self.recipe.stages[at.stage]
-        if at.stage == 0 or at.within >= stage.fade_steps:
-            return stage.weights
-        earlier = self.recipe.stages[at.stage - 1].weights.model_dump()
-        share = at.within / stage.fade_steps
-        return LossWeights(
-            **{
-                name: earlier[name] + share * (target - earlier[name])
-                for name, target in stage.weights.model_dump().items()
-            }
+    def _imprint(self) -> str:
+        """Classifiers for the weights that the run starts from; see `imprint`. Says how good."""
+        classes = {person: label for label, person in enumerate(self.sampler.people)}
+        losses = imprint(
+            self.objective.heads,
+            self.model,
+            self._pixels(),
+            [classes[sample.person_id] for sample in self.samples],
+            [sample.modality for sample in self.samples],
+        )
+        said = ", ".join(f"{name} {loss:.2f}" for name, loss in losses.items())
+        return (
+            f"classifiers start as class means; identity loss per part {said} "
+            f"(chance {math.log(len(classes)):.2f})"
         )
 
-    def _train_step(self, stage: Stage, cache: np.ndarray) -> dict[str, float]:
-        batch = self.sampler.batch(self.step, stage.identities)
+    def _pixels(self) -> np.ndarray:
+        """All decoded images at the size of the current stage."""
+        size = self.recipe.size(self.schedule.stage(self.step))
+        if self._images is None or self._images[0] != size:
+            with distributed.first_process_first():
+                self._images = size, cached_images(self.samples, *size, self.cache)
+        return self._images[1]
+
+    def _next_batch(self) -> tuple[Tensor, list[Modality], Labels]:
+        """Augmented images and modalities of this process's share, labels of the whole batch."""
+        stage = self.schedule.stage(self.step)
+        batch, pixels = self._reader.read(self.step, self._pixels(), stage.identities)
         generator = torch.Generator(self.device)
         generator.manual_seed(hash((self.seed, self.step)) % 2**63)
-        torch.manual_seed(generator.initial_seed())  # dropout
+        torch.manual_seed(generator.initial_seed() + distributed.rank())  # dropout
         is_ir = torch.from_numpy(batch.is_ir).to(self.device)
-        pixels = torch.from_numpy(cache[batch.rows]).to(self.device)
-        images = augment(pixels, is_ir, self.recipe.augmentation, generator)
-        images = images.contiguous(memory_format=torch.channels_last)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate(self.step) * group["scale"]
-        with torch.autocast(
-            self.device.type, self.precision.dtype, enabled=self.precision.autocast
+        rows = torch.from_numpy(self.share.rows).to(self.device)
+        images = augment(
+            pixels.to(self.device, non_blocking=True),
+            is_ir[rows],
+            self.recipe.augmentation,
+            generator,
+            total=self.share.total,
+            rows=rows,
+        )
+        modalities: list[Modality] = ["ir" if ir else "rgb" for ir in batch.is_ir[self.share.rows]]
+        labels = Labels(torch.from_numpy(batch.labels).to(self.device), is_ir)
+        images = images.contiguous(memory_format=self.acceleration.memory_format)
+        return images, modalities, labels
+
+    def _forward(
+        self, images: Tensor, modalities: list[Modality], labels: Labels
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self.objective.train()
+        loss, values = self.parallel(
+            images,
+            modalities,
+            self.share,
+            labels,
+            self.schedule.loss_weights(self.step),
+            self.schedule.stage(self.step).identities,
+        )
+        return loss, values
+
+    def _decide_compile(self, progress: RunProgress) -> None:
+        """torch.compile, where it pays for the steps that are left; see `decide_compile`."""
+        if self.step == self.steps:
+            return
+        batch = self._next_batch()
+
+        def trial() -> None:
+            loss, _ = self._forward(*batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimiser.zero_grad(set_to_none=True)
+
+        before = copy_of(self.model)  # forward changes batch norm's statistics
+        self.acceleration = decide_compile(
+            self.acceleration,
+            self.model,
+            trial,
+            self.device,
+            self._compile,
+            self.steps - self.step,
+            distributed.count(),
+        )
+        self.model.load_state_dict(before)
+        progress.say(self.acceleration.compile_reason)
+
+    def _stop(
+        self, images: Tensor, modalities: list[Modality], values: Mapping[str, Tensor]
+    ) -> NoReturn:
+        plain, earlier = (
+            {name: value.item() for name, value in of.items()} for of in (values, self._earlier)
+        )
+        rate = self.schedule.learning_rate(self.step)
+        cause = why_not_finite(self.objective, images, modalities, plain, earlier, rate)
+        raise TrainingError(
+            f"loss or gradient is not finite at step {self.step} ({in_words(plain)}): {cause}; the "
+            "state saved before that step is intact"
+        )
+
+    def _validation_is_due(self) -> bool:
+        if self.validation is None:
+            return False
+        every = self.validation.every.steps(self.schedule.epoch)
+        return self.step % every == 0 or self.step == self.steps
+
+    def _validate(self) -> dict[str, float]:
+        """Figures of the weights that would be saved now; keeps the weights if they are best."""
+        assert self.validation is not None
+        figures = self.validation.figures(self._network(self._weights()).to(self.device))
+        self.validated = {"step": self.step, **figures}
+        if self.selection == "val" and (
+            self.best is None or figures["map"] > self.best["validated"]["map"]
         ):
-            output = self.model(images, ["ir" if ir else "rgb" for ir in batch.is_ir])
-        # Losses in fp32: distances and centroids are differences of near numbers.
-        output = output.float()
-        loss, values = self._loss(output, batch, stage)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is not finite at step {self.step} ({_sentence(values)}); lower the "
-                "learning rate or train in float32, then resume from the last saved state"
-            )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimiser.step()
-        if self.averaged is not None:
-            # The average forgets its start quickly: decay grows with the steps taken.
-            decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-            _average(self.averaged, self.model.state_dict(), decay)
-        return values
+            weights = {name: tensor.cpu().clone() for name, tensor in self._weights().items()}
+            self.best = {"step": self.step, "validated": self.validated, "weights": weights}
+        return figures
 
-    def _loss(
-        self, output: CMTOutput, batch: Batch, stage: Stage
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Equation (15), and the values to log."""
-        recipe, weights = self.recipe, self.loss_weights(self.step)
-        labels = torch.from_numpy(batch.labels).to(self.device)
-        is_ir = torch.from_numpy(batch.is_ir).to(self.device)
-        values: dict[str, float] = {}
-        total = torch.zeros((), device=self.device)
+    def _finish(self) -> CheckpointInfo:
+        """Draw the curves if this is the end, and write the checkpoint → its info."""
+        with distributed.first_process_first():
+            if not distributed.is_first():
+                return load_checkpoint(self.folder / CHECKPOINT_FILE)[1]
+            if self.step == self.steps:
+                plot_curves(self.folder)
+            return self.save_checkpoint()
 
-        def add(name: str, weight: float, loss: Tensor) -> None:
-            nonlocal total
-            values[name] = loss.item()
-            if weight:
-                total = total + weight * loss
+    def _weights(self) -> dict[str, Tensor]:
+        """What is saved and validated: the averaged weights if the recipe has them."""
+        return self.model.state_dict() if self.averaged is None else self.averaged.weights
 
-        logits = self.classifiers(output.complete)[:, :, : stage.identities]
-        add("identity", weights.identity, identity_loss(logits, labels, recipe.label_smoothing))
-        flat = output.embedding.flatten(1)
-        triplet = hetero_centre_triplet(flat, labels, is_ir, recipe.margin)
-        add("triplet", weights.triplet, triplet)
-        if weights.triplet_parts:
-            per_part = [
-                hetero_centre_triplet(part, labels, is_ir, recipe.margin)
-                for part in output.embedding.unbind(1)
-            ]
-            add("triplet_parts", weights.triplet_parts, torch.stack(per_part).mean())
-        if output.compensated is not None:
-            consistency = modality_consistency(
-                output.compensated,
-                output.features,
-                labels,
-                is_ir,
-                centroid_gradient=recipe.centroid_gradient,
-            )
-            add("consistency", weights.consistency, consistency)
-        if recipe.model.instance_alignment and weights.modulation:
-            modulation = self.model.modulation(output.embedding)
-            loss = modulation_discriminative(
-                output.embedding,
-                modulation,
-                labels,
-                is_ir,
-                form=recipe.modulation_form,
-                margin=recipe.margin,
-                temperature=recipe.modulation_temperature,
-                across_modalities=recipe.modulation_across,
-            )
-            add("modulation", weights.modulation, loss)
-            gamma, beta = modulation
-            values["gamma_mean"] = gamma.mean().item()
-            values["gamma_std"] = gamma.std(dim=0).mean().item()
-            beta_norm = beta.norm(dim=1).mean() * recipe.model.parts**0.5
-            values["beta_share"] = (beta_norm / flat.norm(dim=1).mean()).item()
-        values["accuracy"] = (logits.sum(1).argmax(1) == labels).float().mean().item()
-        values["feature_norm"] = output.features.flatten(1).norm(dim=1).mean().item()
-        values["loss"] = total.item()
-        return total, values
-
-    def _stage_steps(self, stage: Stage) -> int:
-        if stage.steps is not None:
-            return stage.steps
-        visible = sum(sample.modality == "rgb" for sample in self.samples)
-        most = max(visible, len(self.samples) - visible)
-        return (stage.epochs or 0) * math.ceil(most / (self.recipe.identities * self.recipe.images))
+    def _network(self, weights: Mapping[str, Tensor]) -> CMT:
+        """A network of its own with `weights`, on the CPU."""
+        model = CMT(self.recipe.model)
+        model.load_state_dict(weights)
+        return model.eval()
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
+        """g_γ and g_β learn at `generator_lr` times the rate of everything else."""
         generators = [
             parameter
             for name, parameter in self.model.named_parameters()
             if name.startswith("generator_")
         ]
         kept = {id(parameter) for parameter in generators}
-        rest = [p for p in self.model.parameters() if id(p) not in kept]
-        rest += list(self.classifiers.parameters())
+        rest = [p for p in self.objective.parameters() if id(p) not in kept]
         return [
             {"params": rest, "lr": 0.0, "scale": 1.0},
             {"params": generators, "lr": 0.0, "scale": self.recipe.generator_lr},
         ]
 
-    def _facts_of_run(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         """What must be the same for a state to be resumed."""
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
+        images = [(s.person_id, s.camera, s.modality, s.path.name) for s in self.samples]
+        description = {
             "seed": self.seed,
-            "people": self.sampler.people,
+            "people": f"{self.sampler.classes} ({_digest(self.sampler.people)})",
+            "training images": f"{len(images)} ({_digest(images)})",
+            "selection": self.selection,
+            "start": self.facts.get("start"),
+            "weights": self.facts.get("weights"),
         }
+        if self.validation is not None:
+            held_out = self.validation.identities
+            description["held-out identities"] = f"{len(held_out)} ({_digest(held_out)})"
+            description["steps between validations"] = self.validation.every.steps(
+                self.schedule.epoch
+            )
+        return description | self.recipe.model_dump(mode="json")
 
     def _save_state(self) -> None:
-        """Atomic: an interruption leaves the state saved before."""
-        partial = self.folder / f".{STATE_FILE}.partial"
         state = {
-            "run": json.dumps(self._facts_of_run()),
             "step": self.step,
             "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "averaged": self.averaged,
-            "classifiers": self.classifiers.state_dict(),
+            "acceleration": asdict(self.acceleration),
+            "objective": self.objective.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.weights,
             "optimiser": self.optimiser.state_dict(),
+            "validated": self.validated,
+            "best": self.best,
         }
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.folder / STATE_FILE)
+        save_state(self.folder, self._description(), state)
 
-    def _resume(self) -> None:
-        path = self.folder / STATE_FILE
-        if not path.is_file() or self.step:
-            return
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if json.loads(state["run"]) != json.loads(json.dumps(self._facts_of_run())):
-            raise TrainingError(
-                f"{self.folder} holds a run of another recipe, seed or set of people; resume with "
-                "the same ones, or choose another run folder"
-            )
-        self.model.load_state_dict(state["model"])
-        self.classifiers.load_state_dict(state["classifiers"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.averaged = state["averaged"]
+    def _load(self, state: dict[str, Any], channels_last: Switch) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
-
-    def _log(self, values: dict[str, float], rate: float) -> None:
-        record: dict[str, float] = {
-            "step": self.step,
-            "lr": self.learning_rate(self.step - 1),
-            **values,
-            "steps_per_second": rate,
-        }
-        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        left = (self.steps - self.step) / rate / 60
-        text = _sentence(values)
-        print(f"step {self.step}/{self.steps} {text} {rate:.2f}/s, {left:.0f} min left", flush=True)
+        self.objective.load_state_dict(state["objective"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.averaged is not None:
+            self.averaged.weights = {
+                name: tensor.to(self.device) for name, tensor in state["averaged"].items()
+            }
+        self.validated, self.best = state["validated"], state["best"]
+        self.acceleration = self.acceleration.resumed(
+            Acceleration(**state["acceleration"]), channels_last
+        )
 
 
-def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def _check(recipe: Recipe, selection: Selection, validation: Validation | None) -> None:
+    if selection == "val" and validation is None:
+        raise TrainingError("--selection val needs held-out identities; give --validation-share")
+    if recipe.identities % distributed.count():
+        raise TrainingError(
+            f"the {recipe.identities} identities of a batch cannot be shared out evenly to "
+            f"{distributed.count()} processes; start a number of processes that divides them"
+        )
 
 
-def _float_pairs(
-    averaged: dict[str, Tensor], current: dict[str, Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for name, tensor in averaged.items():
-        if tensor.is_floating_point():
-            yield tensor, current[name].detach()
-        else:
-            tensor.copy_(current[name])
-
-
-@torch.no_grad()
-def _average(averaged: dict[str, Tensor], current: dict[str, Tensor], decay: float) -> None:
-    """averaged ← decay·averaged + (1 − decay)·current, batch norm's statistics included."""
-    pairs = list(_float_pairs(averaged, current))
-    torch._foreach_lerp_([pair[0] for pair in pairs], [pair[1] for pair in pairs], 1 - decay)
-
-
-def _sentence(values: dict[str, float]) -> str:
-    return " ".join(f"{name} {value:.3g}" for name, value in values.items())
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]

@@ -176,6 +176,19 @@ def test_options_that_cannot_work_are_refused_before_any_work(folder_root, more,
     assert word in error and error.count("\n") == 1
 
 
+def test_checkpoints_that_were_selected_in_two_ways_share_no_table(
+    tiny_model, regdb_root, tmp_path, capsys
+):
+    for trial in range(1, 11):
+        ids = sorted(LAYOUTS[DatasetName.REGDB].train_ids(regdb_root, trial))
+        facts = {"dataset": "regdb", "identities": ids, "selection": "val" if trial > 1 else "last"}
+        save(tiny_model, tmp_path / f"{trial}.safetensors", **facts)
+    assert evaluate("regdb", regdb_root, tmp_path / "{trial}.safetensors") == 1
+    assert "was selected by 'val' and 1.safetensors by 'last'" in capsys.readouterr().err
+    assert evaluate("regdb", regdb_root, tmp_path / "2.safetensors", "--trial", "2") == 0
+    assert "Checkpoint selection: val" in capsys.readouterr().out
+
+
 def test_sheets_show_the_nearest_of_best_and_worst(tiny_model, regdb_root, tmp_path):
     samples = LAYOUTS[DatasetName.REGDB].test(regdb_root)
     splits = protocol_splits(DatasetName.REGDB, samples)

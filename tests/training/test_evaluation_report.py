@@ -211,7 +211,7 @@ def test_the_command_prints_and_writes_what_the_library_computes(tiny_checkpoint
     model, info = load_checkpoint(tiny_checkpoint)
     expected = evaluate_sysu(model, read_sysu(MINI, [12, 218, 370]))
     assert written.pop("checkpoints") == [
-        {"file": tiny_checkpoint.name, "fingerprint": info.fingerprint}
+        {"file": tiny_checkpoint.name, "fingerprint": info.fingerprint, "selection": "last"}
     ]
     assert written == json.loads(json.dumps(expected.to_json()))
     printed = capsys.readouterr().out

@@ -14,7 +14,7 @@ from model import CheckpointInfo, load_checkpoint
 from training.datasets import LAYOUTS, DatasetError, DatasetName
 from training.evaluation.figures import plot_cmc, write_sheets
 from training.evaluation.protocols import protocol_splits
-from training.evaluation.report import Evaluation, score_model, summarise
+from training.evaluation.report import Evaluation, ModelScores, score_model, summarise
 from training.evaluation.sysu import TRIAL_FILE
 from training.evaluation.tables import (
     detail_tables,
@@ -91,7 +91,8 @@ def evaluate(
     wanted = None if ids is None else layout.read_ids(ids)
     trial_file = _trial_file(root, convention) if dataset is DatasetName.SYSU else None
     console = Console(soft_wrap=True)
-    scores, checkpoints = [], []
+    scores: list[ModelScores] = []
+    checkpoints: list[dict[str, Any]] = []
     for number, file in _checkpoints(dataset, checkpoint, trial):
         model, info = load_checkpoint(file, device)
         if number is None:  # a checkpoint of RegDB says which split it is of
@@ -99,6 +100,12 @@ def evaluate(
         samples = layout.test(root, number, wanted)
         identities = sorted({sample.person_id for sample in samples})
         refuse_training_identities(info, dataset, identities)
+        if checkpoints and selection_of(info) != checkpoints[0]["selection"]:
+            raise DatasetError(
+                f"{file} was selected by '{selection_of(info)}' and {checkpoints[0]['file']} by "
+                f"'{checkpoints[0]['selection']}': one table never mixes the two; train all trials "
+                "with the same --selection"
+            )
         splits = protocol_splits(dataset, samples, trial_file=trial_file)
         shared = _calibrated_on(info, dataset, identities)
         with console.status(f"Embedding {len(samples)} images on {device}"):
@@ -111,7 +118,11 @@ def evaluate(
                     workers=workers,
                 )
             )
-        entry: dict[str, Any] = {"file": file.name, "fingerprint": info.fingerprint}
+        entry: dict[str, Any] = {
+            "file": file.name,
+            "fingerprint": info.fingerprint,
+            "selection": selection_of(info),
+        }
         entry |= {} if shared is None else {"calibrated_on_evaluated": shared}
         checkpoints.append(entry | ({"trial": number} if layout.trials > 1 else {}))
         if sheets is not None:
@@ -120,10 +131,11 @@ def evaluate(
                 write_sheets(samples, split_scores, folder)
     evaluation = summarise(dataset, scores)
     _show(console, evaluation)
+    console.print(f"Checkpoint selection: {checkpoints[0]['selection']}", highlight=False)
     for entry in checkpoints:
-        if shared := entry.get("calibrated_on_evaluated"):
+        if people := entry.get("calibrated_on_evaluated"):
             console.print(
-                f"{entry['file']} was calibrated on {shared} of these identities: open-set figures "
+                f"{entry['file']} was calibrated on {people} of these identities: open-set figures "
                 "by its calibrated score would be flattered, and are left out.",
                 highlight=False,
             )
@@ -133,6 +145,11 @@ def evaluate(
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
         plot_cmc(evaluation, plot)
+
+
+def selection_of(info: CheckpointInfo) -> str:
+    """How a run chose its weights: "last", or "val" by validation; early runs had no choice."""
+    return str(info.training.get("selection", "last"))
 
 
 def refuse_training_identities(

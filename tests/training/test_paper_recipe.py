@@ -1,0 +1,54 @@
+"""One step of the paper's recipe as it is: ResNet-50, 384×144, 128 images, fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.cli import training_samples
+from training.recipe import load_recipe
+from training.trainer import Trainer
+
+MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
+NEEDED = 17e9  # bytes; a step took 15.8
+
+
+def available_memory() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * float(ln.split()[1]) for ln in lines if ln.startswith("MemAvailable")), 0)
+
+
+@pytest.mark.skipif(available_memory() < NEEDED, reason="a step of the paper's recipe takes 16 GB")
+def test_one_step_of_the_exact_recipe_from_a_local_file_of_imagenet_weights(tmp_path):
+    from torchvision.models import resnet50
+
+    torch.manual_seed(7)
+    weights = resnet50().state_dict()
+    torch.save(weights, tmp_path / "resnet50.pth")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        trainer = Trainer(
+            load_recipe("paper", ["precision=float32"]),
+            training_samples([MINI], None),
+            tmp_path / "run",
+            weights=tmp_path / "resnet50.pth",
+            channels_last="off",
+        )
+        for modality in ("rgb", "ir"):
+            stem = trainer.model.backbone.stems[modality]
+            assert torch.equal(stem.conv1.weight, weights["conv1.weight"])
+        assert trainer.share.total == 128
+        before = {n: p.detach().clone() for n, p in trainer.objective.named_parameters()}
+        values = trainer.train_step()
+    finally:
+        torch.set_num_threads(threads)
+    assert {"identity", "triplet", "consistency", "modulation"} <= values.keys()
+    assert all(value.isfinite() for value in values.values())
+    assert values["gamma_mean"] == 1  # modulation starts as the identity
+    assert trainer.optimiser.param_groups[0]["lr"] == 3.5e-4
+    still = {n for n, p in trainer.objective.named_parameters() if torch.equal(p, before[n])}
+    # Behind a last layer of zeros, the first layers of the generators wait for their gradient.
+    assert still <= {n for n in before if ".generator_" in n and ".inner." in n}

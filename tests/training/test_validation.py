@@ -1,0 +1,150 @@
+"""Held-out identities: who they are, what is kept of them, and that a resumed run agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from model import CMTConfig, load_checkpoint
+from model.cli import main
+from training.cli import held_out_samples, training_samples
+from training.datasets import DatasetError, DatasetName
+from training.metrics import read_metrics
+from training.recipe import Recipe, Stage
+from training.state import TrainingError
+from training.trainer import CHECKPOINT_FILE, Trainer
+from training.validation import Interval, Validation, drawn_identities, without
+
+MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
+RECIPE = Recipe(
+    model=CMTConfig(
+        backbone="resnet18",
+        width=0.125,
+        dim=16,
+        heads=4,
+        input_height=96,
+        input_width=32,
+        normalise_test=True,
+    ),
+    stages=(Stage(steps=6, lr=3e-3),),
+    identities=3,
+    images=2,
+    ema=0.5,
+    precision="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return training_samples([MINI], None)
+
+
+@pytest.fixture(scope="module")
+def trainer(samples, tmp_path_factory):
+    """Folder name → a trainer that validates every two steps and keeps the best."""
+    base = tmp_path_factory.mktemp("runs")
+    held_out = held_out_samples(samples, [MINI], DatasetName.SYSU, 1, share=0.25)
+    validation = Validation(DatasetName.SYSU, held_out, Interval.parse("2"))
+    rest = without(samples, validation.identities)
+
+    def make(name: str) -> Trainer:
+        return Trainer(
+            RECIPE,
+            rest,
+            base / name,
+            cache=base / "cache",
+            facts={"identities": sorted({s.person_id for s in rest})},
+            validation=validation,
+            selection="val",
+        )
+
+    return make
+
+
+def test_the_best_weights_on_held_out_people_become_the_checkpoint(trainer):
+    run = trainer("whole")
+    info = run.run(log_every=3)
+    found = [r for r in read_metrics(run.folder) if "validation_map" in r]
+    assert [r["step"] for r in found] == [2, 4, 6]
+    best = max(found, key=lambda r: r["validation_map"])
+    facts = info.training
+    assert facts["selection"] == "val"
+    assert facts["step"] == facts["validation"]["step"] == best["step"]
+    assert facts["validation"]["map"] == best["validation_map"]
+    assert facts["held_out"] == run.validation.identities
+    assert not set(facts["held_out"]) & set(facts["identities"])
+    # The file holds the weights that those figures are of (in fp16).
+    model = load_checkpoint(run.folder / CHECKPOINT_FILE)[0]
+    assert run.validation.figures(model)["map"] == pytest.approx(best["validation_map"], abs=0.02)
+
+
+def test_an_interrupted_run_keeps_the_same_best(trainer):
+    for stop in (3, 5, 6):
+        pieces = trainer("pieces")
+        pieces.run(stop_at=stop, save_every=100)
+    whole = trainer("whole")
+    whole.run()  # over already, unless this test runs alone
+    one, other = (load_checkpoint(t.folder / CHECKPOINT_FILE) for t in (whole, pieces))
+    assert one[1].training["validation"] == other[1].training["validation"]
+    for name, tensor in one[0].state_dict().items():
+        assert torch.equal(tensor, other[0].state_dict()[name]), name
+
+
+def test_who_is_held_out(samples, tmp_path):
+    people = {s.person_id for s in samples}
+    drawn = drawn_identities(samples, 0.3)
+    assert drawn < people
+    assert len(drawn) == max(2, round(0.3 * len(people)))
+    assert drawn == drawn_identities(samples[::-1], 0.3)
+    with pytest.raises(DatasetError, match="too few to hold"):
+        drawn_identities(without(samples, drawn), 0.9)
+    listed = held_out_samples(samples, [MINI], DatasetName.SYSU, 1, ids=MINI / "exp" / "val_id.txt")
+    assert {s.person_id for s in listed} < people
+    assert held_out_samples(samples, [MINI], DatasetName.SYSU, 1) == []
+
+
+def test_people_of_the_test_side_are_never_validated_on(regdb_root, tmp_path):
+    from training.datasets import LAYOUTS
+
+    layout = LAYOUTS[DatasetName.REGDB]
+    train = layout.train(regdb_root)
+    for side, refused in ((layout.train_ids(regdb_root), False), (layout.test_ids(regdb_root), 1)):
+        (tmp_path / "ids.txt").write_text(str(min(side)))
+        arguments = (train, [regdb_root], DatasetName.REGDB, 1)
+        if refused:
+            with pytest.raises(DatasetError, match="whom the protocol tests on"):
+                held_out_samples(*arguments, ids=tmp_path / "ids.txt")
+        else:
+            found = held_out_samples(*arguments, ids=tmp_path / "ids.txt")
+            assert {s.person_id for s in found} == {min(side)}
+
+
+def test_intervals_are_steps_or_epochs():
+    assert Interval.parse("500").steps(epoch=7) == Interval.parse("500 steps").steps(7) == 500
+    assert Interval.parse("3 epochs").steps(7) == Interval.parse("3epochs").steps(7) == 21
+    for text in ("0", "often", "-3", "3 weeks", ""):
+        with pytest.raises(ValueError, match="is no interval"):
+            Interval.parse(text)
+
+
+def test_selection_by_validation_needs_held_out_people(samples, tmp_path):
+    with pytest.raises(TrainingError, match="needs held-out identities"):
+        Trainer(RECIPE, samples, tmp_path, selection="val")
+
+
+def test_the_command_holds_people_out_and_says_so(tmp_path, capsys):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(RECIPE.model_dump(mode="json")))
+    arguments = ["train", "--root", str(MINI), "--recipe", str(tmp_path / "small.yaml")]
+    arguments += ["--set", "stages.0.steps=2", "--run", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*arguments, "--validate-every", "1"]) == 1
+    assert "--validate-every needs held-out identities" in capsys.readouterr().err
+    listed = ["--validation-ids", str(MINI / "exp" / "val_id.txt"), "--selection", "val"]
+    assert main([*arguments, *listed, "--validate-every", "1 epoch"]) == 0
+    assert "more identities are held out for validation" in capsys.readouterr().out
+    info = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)[1]
+    assert info.training["held_out"]
+    assert main([*arguments, "--resume"]) == 1
+    assert "selection val, here last" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""bf16 autocast, channels_last and torch.compile: each only where it measures faster here.
+
+A choice is made once in a run and kept in its state: with another one, a resumed run would round
+differently. On another device it is made anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import nn
+
+from model import CMT
+from model.machine import machine
+from model.precision import Precision, PrecisionName, choose_precision
+
+Switch = Literal["auto", "on", "off"]
+
+# torch.compile takes up to some minutes before the first step, and its trial as long: not worth it
+# in a run that is over soon.
+_LEAST_STEPS = 500
+_LEAST_SECONDS = 3600.0
+# Less is the noise of a few steps.
+_CLEAR_WIN = 1.05
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What a run uses on `device`, each with the sentence that says why.
+
+    compiled is None until torch.compile has been decided on (`decide_compile`).
+    """
+
+    device: str
+    dtype: str
+    precision_reason: str
+    channels_last: bool
+    layout_reason: str
+    compiled: bool | None = None
+    compile_reason: str = "not decided yet"
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(getattr(torch, self.dtype), self.precision_reason)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def resumed(self, saved: Acceleration, channels_last: Switch) -> Acceleration:
+        """`saved`, the choice of an interrupted run, if it was made on the same device.
+
+        channels_last: not "auto" where the user chose anew.
+        """
+        if saved.device != self.device:
+            return self
+        if channels_last == "auto":
+            return saved
+        return replace(saved, channels_last=self.channels_last, layout_reason=self.layout_reason)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """For people and for the checkpoint's facts."""
+        return {
+            "device": self.device,
+            "precision": self.precision_reason,
+            "memory_format": self.layout_reason,
+            "compile": self.compile_reason,
+        }
+
+
+def device_name(device: torch.device) -> str:
+    """What the choice holds for: the name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(machine()["cpu"])
+
+
+@lru_cache(maxsize=8)
+def choose_acceleration(
+    device: torch.device, precision: PrecisionName = "auto", channels_last: Switch = "auto"
+) -> Acceleration:
+    """Measure precision and memory format in about a second; torch.compile comes later."""
+    chosen = choose_precision(device.type, precision)
+    if channels_last != "auto":
+        use, reason = channels_last == "on", "set by --channels-last"
+    else:
+        ratio = _layout_gain(device, chosen)
+        use = ratio > _CLEAR_WIN
+        reason = f"a residual block ran {ratio:.2f}× as fast with it"
+    return Acceleration(
+        device=device_name(device),
+        dtype=str(chosen.dtype).removeprefix("torch."),
+        precision_reason=chosen.reason,
+        channels_last=use,
+        layout_reason=f"channels_last {'on' if use else 'off'}: {reason}",
+    )
+
+
+def decide_compile(
+    acceleration: Acceleration,
+    model: CMT,
+    trial: Callable[[], None],
+    device: torch.device,
+    switch: Switch,
+    steps: int,
+    processes: int,
+) -> Acceleration:
+    """Compile the network's modules in place where that measures faster, or is switched on.
+
+    trial: one forward and backward pass that leaves nothing behind. steps: how many are left.
+    A network that does not compile stays as it is; the reason says so.
+    """
+
+    def decided(compiled: bool, reason: str) -> Acceleration:
+        reason = f"torch.compile {'on' if compiled else 'off'}: {reason}"
+        return replace(acceleration, compiled=compiled, compile_reason=reason)
+
+    if switch == "off":
+        return decided(False, "set by --compile")
+    eager = None
+    if switch == "auto":
+        if acceleration.compiled is False:
+            return acceleration
+        if acceleration.compiled is None:
+            if processes > 1:
+                return decided(False, "not tried with several processes")
+            if steps < _LEAST_STEPS:
+                return decided(False, f"{steps} steps are too few for a trial to pay")
+            eager = _seconds_of(trial, device)
+            if steps * eager < _LEAST_SECONDS:
+                return decided(False, f"a run of {steps * eager / 60:.0f} min is too short for it")
+    _compile(model)
+    try:
+        compiled = _seconds_of(trial, device)
+    except Exception as error:
+        _forget(model)
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return decided(False, f"it failed here ({first[:120]})")
+    # What is compiled later, for another image size, falls back by itself.
+    torch._dynamo.config.suppress_errors = True
+    if switch == "on":
+        return decided(True, "set by --compile")
+    if eager is None:  # a resumed run that was compiled before
+        return acceleration
+    faster = eager / compiled >= _CLEAR_WIN
+    if not faster:
+        _forget(model)
+    return decided(faster, f"a step took {compiled:.3g} s with it, {eager:.3g} s without")
+
+
+def _parts(model: CMT) -> list[nn.Module]:
+    """The modules that hold the work. The code between them sorts images by modality, which has
+    no fixed shapes."""
+    backbone = model.backbone
+    parts = [*backbone.stems.values(), backbone.layer2, backbone.layer3, backbone.layer4]
+    parts.append(model.parts)
+    return parts if model.alignment is None else [*parts, model.alignment]
+
+
+def _compile(model: CMT) -> None:
+    for part in _parts(model):
+        part.compile()
+
+
+def _forget(model: CMT) -> None:
+    for part in _parts(model):
+        part._compiled_call_impl = None
+
+
+def _layout_gain(device: torch.device, precision: Precision) -> float:
+    """Seconds of the default memory format over those of channels_last, best of several turns."""
+    plain = _residual_block(device, precision, torch.contiguous_format)
+    channels_last = _residual_block(device, precision, torch.channels_last)
+    seconds = [
+        (_seconds_of(plain, device, 1), _seconds_of(channels_last, device, 1)) for _ in range(4)
+    ]
+    return min(first for first, _ in seconds) / min(second for _, second in seconds)
+
+
+def _residual_block(
+    device: torch.device, precision: Precision, memory_format: torch.memory_format
+) -> Callable[[], None]:
+    """Forward and backward of a residual block as layer2 has it."""
+    with torch.random.fork_rng(devices=[]):
+        block = nn.Sequential(
+            *(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)),
+        )
+        images = torch.randn(4 if device.type == "cpu" else 128, 64, 48, 18)
+    block.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    images = images.to(device=device, memory_format=memory_format).requires_grad_()
+
+    def run() -> None:
+        with torch.autocast(device.type, precision.dtype, enabled=precision.autocast):
+            out = torch.relu(block(images) + images)
+        out.float().sum().backward()  # type: ignore[no-untyped-call]
+
+    return run
+
+
+def _seconds_of(run: Callable[[], None], device: torch.device, runs: int = 2) -> float:
+    """The best of some runs after a first one, which builds kernels."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run()
+    best = float("inf")
+    for _ in range(runs):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return best

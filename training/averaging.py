@@ -1,0 +1,36 @@
+"""The exponential moving average of a network's weights, which is saved in their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class AveragedWeights:
+    """averaged ← decay·averaged + (1 − decay)·current, batch norm's statistics included.
+
+    The average forgets its start quickly: decay grows with the steps taken, up to the one given.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = copy_of(model)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = model.state_dict()
+        floating = [n for n, tensor in self.weights.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.weights[name] for name in floating],
+            [current[name].detach() for name in floating],
+            1 - decay,
+        )
+        for name in self.weights.keys() - set(floating):
+            self.weights[name].copy_(current[name])
+
+
+def copy_of(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """The weights as they are now, on `device` (default: where they are)."""
+    return {n: tensor.detach().to(device, copy=True) for n, tensor in model.state_dict().items()}
