@@ -84,7 +84,8 @@ def evaluate(
     wanted = None if ids is None else layout.read_ids(ids)
     trial_file = _trial_file(root, convention) if dataset is DatasetName.SYSU else None
     console = Console(soft_wrap=True)
-    scores, checkpoints = [], []
+    scores = []
+    checkpoints: list[dict[str, Any]] = []
     for number, file in _checkpoints(dataset, checkpoint, trial):
         model, info = load_checkpoint(file, device)
         if number is None:  # a checkpoint of RegDB says which split it is of
@@ -105,7 +106,7 @@ def evaluate(
                     model, samples, splits, rerank=rerank, batch_size=batch_size, workers=workers
                 )
             )
-        entry: dict[str, Any] = {
+        entry = {
             "file": file.name,
             "fingerprint": info.fingerprint,
             "selection": selection_of(info),
@@ -127,7 +128,7 @@ def evaluate(
 
 
 def selection_of(info: CheckpointInfo) -> str:
-    """How the run chose its weights: "last", or "val" by validation; the first runs had no choice."""
+    """How a run chose its weights: "last", or "val" by validation; early runs had no choice."""
     return str(info.training.get("selection", "last"))
 
 
