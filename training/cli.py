@@ -315,7 +315,7 @@ def _conclude(path: Path, info: CheckpointInfo) -> None:
         typer.echo(
             f"Warning: modulation collapsed. L_mod is {verdict['loss']:.3g}, and "
             f"{verdict['loss_at_equal_distances']:.3g} where all distances are equal; γ is "
-            f"{verdict['gamma_mean']:.3g} on average. Do not call this a good run: try "
-            "modulation_form softmax, normalise_test, or a smaller modulation weight.",
+            f"{verdict['gamma_mean']:.3g} on average. Do not call this a good run: train for "
+            "longer, or try another modulation_form, normalise_test or modulation weight.",
             err=True,
         )

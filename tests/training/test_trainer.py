@@ -248,6 +248,7 @@ def test_the_command_trains_refuses_to_overwrite_and_resumes(tmp_path, capsys):
     assert main([*arguments, "--root", str(MINI)]) == 1
     assert "add --resume" in capsys.readouterr().err
     assert main([*arguments, "--root", str(MINI), "--resume"]) == 0
+    assert "modulation collapsed" in capsys.readouterr().err  # after eight steps it has learned 0
     assert main([*arguments, "--root", str(tmp_path / "absent"), "--resume"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Error: ")

@@ -14,7 +14,7 @@ from model import CheckpointInfo, load_checkpoint
 from training.datasets import LAYOUTS, DatasetError, DatasetName
 from training.evaluation.figures import plot_cmc, write_sheets
 from training.evaluation.protocols import protocol_splits
-from training.evaluation.report import Evaluation, ModelScores, score_model, summarise
+from training.evaluation.report import Evaluation, score_model, summarise
 from training.evaluation.sysu import TRIAL_FILE
 from training.evaluation.tables import (
     detail_tables,
@@ -91,7 +91,7 @@ def evaluate(
     wanted = None if ids is None else layout.read_ids(ids)
     trial_file = _trial_file(root, convention) if dataset is DatasetName.SYSU else None
     console = Console(soft_wrap=True)
-    scores: list[ModelScores] = []
+    scores = []
     checkpoints: list[dict[str, Any]] = []
     for number, file in _checkpoints(dataset, checkpoint, trial):
         model, info = load_checkpoint(file, device)
