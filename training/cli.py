@@ -15,7 +15,7 @@ from model import CheckpointInfo
 from training import distributed
 from training.acceleration import Switch
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
-from training.image_cache import readable_samples
+from training.image_cache import CacheError, readable_samples
 from training.memory import keep_large_blocks
 from training.recipe import RecipeError, load_recipe, recipe_yaml
 from training.sampler import TrainingSetError
@@ -28,7 +28,14 @@ from training.validation import Interval, Selection, Validation, drawn_identitie
 DEFAULT_RECIPES = {DatasetName.REGDB: "paper-regdb"}
 
 # Under several processes all of them meet these, and one sentence is enough.
-EXPECTED_ERRORS = (DatasetError, RecipeError, StartError, TrainingError, TrainingSetError)
+EXPECTED_ERRORS = (
+    CacheError,
+    DatasetError,
+    RecipeError,
+    StartError,
+    TrainingError,
+    TrainingSetError,
+)
 
 
 def train(
@@ -40,8 +47,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="'paper', 'paper-regdb', 'compact', or the path of a YAML file. Default: the "
-            "paper's for the dataset."
+            help="'paper', 'paper-regdb', 'compact' or another that ships, or the path of a YAML "
+            "file. Default: the paper's for the dataset."
         ),
     ] = None,
     changes: Annotated[
