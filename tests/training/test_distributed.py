@@ -82,7 +82,10 @@ def two(tmp_path_factory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(process, (port, folder), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        # The new processes take over sys.path, and import this module by its name from the root.
+        patch.syspath_prepend(Path(__file__).parents[2])
+        multiprocessing.spawn(process, (port, folder), nprocs=2)
     return folder
 
 

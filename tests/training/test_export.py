@@ -238,7 +238,7 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(
 
     output = tmp_path / "new"
     assert "'tflite' is not one of" in refused(output, "--format", "tflite")
-    assert "Expected the folder" in refused(output, "--images", tmp_path / "nowhere")
+    assert "but there is no such folder" in refused(output, "--images", tmp_path / "nowhere")
     (folder_images / "manifest.csv").write_text("file,modality\nir/gone.jpg,ir\n")
     assert "gone.jpg, which" in refused(output, "--images", folder_images)
     (folder_images / "manifest.csv").write_text("name\nir/gone.jpg\n")

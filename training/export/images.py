@@ -44,7 +44,7 @@ def parity_images(folder: Path | None, config: CMTConfig) -> dict[Modality, Tens
     if (folder / MANIFEST).is_file():
         samples = _listed(folder / MANIFEST)
     else:
-        samples = LAYOUTS[DatasetName.FOLDER].images(folder)
+        samples = LAYOUTS[DatasetName.FOLDER].test(folder)  # everyone
     chosen = {modality: _spread(samples, modality, folder) for modality in MODALITIES}
     with tempfile.TemporaryDirectory() as cache:
         return {modality: _preprocessed(of, config, Path(cache)) for modality, of in chosen.items()}
