@@ -147,7 +147,7 @@ def test_a_run_of_another_recipe_is_not_resumed(samples, tmp_path):
 
 
 def test_recipes_that_cannot_be_read_say_where(tmp_path):
-    with pytest.raises(RecipeError, match="use one of .*compact, .*paper, paper-regdb"):
+    with pytest.raises(RecipeError, match=r"use one of .*compact, .*paper, paper-regdb"):
         load_recipe("absent")
     bad = tmp_path / "bad.yaml"
     for text, sentence in [
