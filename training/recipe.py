@@ -67,8 +67,9 @@ class Stage(BaseModel):
     def _one_length(self) -> Stage:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("a stage has either steps or epochs")
-        if not (self.weights.identity or self.weights.triplet or self.weights.triplet_parts):
-            raise ValueError("a stage needs weight on identity, triplet or triplet_parts")
+        w = self.weights
+        if not (w.identity or w.identity_features or w.triplet or w.triplet_parts):
+            raise ValueError("a stage needs weight on an identity loss or a triplet")
         return self
 
 
