@@ -159,6 +159,7 @@ def test_pictures_and_reranking_of_every_layout(request, name, tiny_checkpoint, 
     assert "re-ranked" in printed
     for split in splits:
         assert split["reranked"]["mean_ap"]["mean"] > 0
+        assert 0 < split["raw"]["mean_ap"]["mean"] != split["unmodulated"]["mean_ap"]["mean"]
         assert len(split["modulated"]["cmc"]) == 20
         title = split["title"].replace(" ", "_")
         best, worst = (sorted(sheets.glob(f"{title}_{k}_*.png")) for k in ("best", "worst"))

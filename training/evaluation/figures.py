@@ -26,7 +26,7 @@ def plot_cmc(evaluation: Evaluation, path: Path) -> None:
     panels = figure.subplots(1, len(evaluation.splits), sharey=True, squeeze=False)[0]
     ranks = np.arange(1, CMC_LENGTH + 1)
     for panel, split in zip(panels, evaluation.splits, strict=True):
-        for (way, ranking), style in zip(ways(split), ("-", "--", ":"), strict=False):
+        for (way, ranking), style in zip(ways(split), ("-", "--", "-.", ":"), strict=False):
             panel.plot(ranks, 100 * np.array(ranking.cmc), style, label=way)
         panel.set(title=split.title, xlabel="rank", xticks=[1, 5, 10, 15, 20])
         panel.grid(alpha=0.3)

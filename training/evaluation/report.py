@@ -107,6 +107,7 @@ class SplitEvaluation:
         trials: galleries, over all models.
         identities, queries, gallery: sizes, mean over trials (queries: those that have a positive).
         modulated, unmodulated: rankings with the query's γ, β and with γ = 1, β = 0.
+        raw: raw part features F, unmodulated; None where the network has no modality alignment.
         reranked: modulated, then k-reciprocal re-ranking; None where not asked for.
         modulation: None where the network has no instance alignment.
         open_set: with half of the identities enrolled.
@@ -122,6 +123,7 @@ class SplitEvaluation:
     gallery: float
     modulated: Ranking
     unmodulated: Ranking
+    raw: Ranking | None
     reranked: Ranking | None
     modulation: ModulationVitality | None
     open_set: OpenSetEvaluation
@@ -226,6 +228,7 @@ def _summarise_split(models: Sequence[SplitScores], instance_alignment: bool) ->
     split = models[0].split
     modulated = [trial for model in models for trial in model.modulated]
     unmodulated = [trial for model in models for trial in model.unmodulated]
+    raw = [trial for model in models for trial in model.raw or ()]
     reranked = [trial for model in models for trial in model.reranked or ()]
     galleries = [gallery.size for model in models for gallery in model.split.galleries]
     return SplitEvaluation(
@@ -239,6 +242,7 @@ def _summarise_split(models: Sequence[SplitScores], instance_alignment: bool) ->
         gallery=float(np.mean(galleries)),
         modulated=Ranking.over(modulated),
         unmodulated=Ranking.over(unmodulated),
+        raw=Ranking.over(raw) if raw else None,
         reranked=Ranking.over(reranked) if reranked else None,
         modulation=_modulation_vitality(models) if instance_alignment else None,
         open_set=_open_set(models),

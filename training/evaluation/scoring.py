@@ -39,6 +39,8 @@ class SplitScores:
         identities: people among queries and gallery.
         query_people: the person of each query, Q.
         modulated, unmodulated: scores with the query's γ, β and with γ = 1, β = 0.
+        raw: raw part features F in the place of the complete ones, without γ, β: what the
+            compensation adds to. None without modality alignment, where they are the same.
         reranked: after k-reciprocal re-ranking of the modulated distances; None where not asked.
         gamma_beta: mean γ, its deviation over queries, ‖β‖/‖y‖ (see `ModulationVitality`).
         top_changes: shares of queries whose nearest ten modulation changes, or changes or reorders.
@@ -53,6 +55,7 @@ class SplitScores:
     query_people: IntArray
     modulated: list[QueryScores]
     unmodulated: list[QueryScores]
+    raw: list[QueryScores] | None
     reranked: list[QueryScores] | None
     gamma_beta: tuple[float, float, float]
     top_changes: list[tuple[float, float]]
@@ -106,6 +109,13 @@ class _Space:
         identity = Modulation.identity(*self.modulation.gamma.shape)
         self.modulated = distances(model.distance, x, self.features, self.modulation)
         self.unmodulated = distances(model.distance, x, self.features, identity)
+        self.raw: FloatArray | None = None
+        if embedded.compensated is not None:
+            raw = model.ranked_form(embedded.features)
+            of_queries, of_pool = (
+                raw[torch.from_numpy(rows)] for rows in (self.queries, self.pool)
+            )
+            self.raw = distances(model.distance, of_queries, of_pool, identity)
         self.open_set_scores = {
             "modulated distance": self.modulated,
             "unmodulated distance": self.unmodulated,
@@ -147,7 +157,7 @@ class _Space:
 def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> SplitScores:
     people = np.array([sample.person_id for sample in samples])
     cameras = np.array([sample.camera for sample in samples])
-    modulated, unmodulated, reranked, changes = [], [], [], []
+    modulated, unmodulated, raw, reranked, changes = [], [], [], [], []
     nearest: IntArray | None = None
     open_set: dict[str, list[OpenSetTrial]] = {name: [] for name in space.open_set_scores}
     for trial, gallery in enumerate(split.galleries):
@@ -161,6 +171,8 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
         )
         modulated.append(score_queries(with_modulation, *labels, split.protocol))
         unmodulated.append(score_queries(without, *labels, split.protocol))
+        if space.raw is not None:
+            raw.append(score_queries(np.take(space.raw, columns, axis=1), *labels, split.protocol))
         again = space.reranked(columns)
         if again is not None:
             reranked.append(score_queries(again, *labels, split.protocol))
@@ -181,6 +193,7 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
         query_people=people[split.queries],
         modulated=modulated,
         unmodulated=unmodulated,
+        raw=raw or None,
         reranked=reranked if space.between is not None else None,
         gamma_beta=gamma_beta_figures(space.modulation, space.features),
         top_changes=changes,

@@ -17,6 +17,7 @@ FIGURES = (
     ("mAP", "mean_ap"),
     ("mINP", "mean_inp"),
 )
+RAW = "raw F"  # a diagnosis of the compensation, no way to rank: not in the paper's tables
 HEADS = {"visible-to-infrared": "V→I", "infrared-to-visible": "I→V"}
 PUBLISHED_FIGURES = ("rank_1", "rank_10", "rank_20", "mean_ap")
 # The paper's tables: title, and the (setting, shots) side by side in each of their parts.
@@ -123,6 +124,8 @@ def paper_tables(evaluation: Evaluation) -> list[Table]:
 def ways(split: SplitEvaluation) -> list[tuple[str, Ranking]]:
     """The ways of ranking that a search was scored under, by name."""
     rankings = [("modulated", split.modulated), ("unmodulated", split.unmodulated)]
+    if split.raw is not None:
+        rankings.append((RAW, split.raw))
     if split.reranked is not None:
         rankings.append(("re-ranked", split.reranked))
     return rankings
@@ -210,7 +213,7 @@ def _paper_table(
         if any(found):
             table.add_row(f" {method} {venue}", *_cells(found, 1))
     table.add_row("measured", style="italic bold")
-    names = dict.fromkeys(way for split in splits if split for way, _ in ways(split))
+    names = dict.fromkeys(way for split in splits if split for way, _ in ways(split) if way != RAW)
     for way in names:
         ours = [dict(ways(split)).get(way) if split else None for split in splits]
         table.add_row(f" ours, {way}", *_cells(ours, 100), style="bold")
