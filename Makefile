@@ -31,7 +31,10 @@ demo: $(RUNNABLE) ## start the service with the demo gallery, query it, serve un
 	$(BIN)/cmt demo $(if $(ONCE),--once)
 
 test: $(DEVELOPMENT) ## run the tests
-	$(BIN)/pytest
+	@# Apart: after a session with ONNX Runtime, OpenVINO and all else in one process, a poll() of
+	@# another test ended in a segmentation fault; each part alone passes.
+	$(BIN)/pytest --ignore tests/training/test_export.py
+	$(BIN)/pytest tests/training/test_export.py
 
 lint: $(DEVELOPMENT) ## check style, formatting, types and the container files
 	$(BIN)/ruff check .
