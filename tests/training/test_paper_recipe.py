@@ -32,7 +32,7 @@ def test_one_step_of_the_exact_recipe_from_a_local_file_of_imagenet_weights(tmp_
     try:
         trainer = Trainer(
             load_recipe("paper", ["precision=float32"]),
-            training_samples([MINI], None),
+            training_samples([MINI], [MINI / "exp" / "available_id.txt"]),
             tmp_path / "run",
             weights=tmp_path / "resnet50.pth",
             channels_last="off",
