@@ -18,6 +18,7 @@ from model.benchmark import Spread, publish, seconds
 from model.config import MODALITIES
 from training.cli import training_samples
 from training.datasets import LAYOUTS, DatasetName, Sample
+from training.device import chosen_device
 from training.memory import keep_large_blocks
 from training.recipe import Recipe, Stage, load_recipe
 from training.trainer import Trainer
@@ -50,8 +51,7 @@ def train(
     Example: cmt bench train --recipe compact --json benchmarks/results/train.json
     """
     keep_large_blocks()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     chosen = only_last_stage(load_recipe(recipe))
     with tempfile.TemporaryDirectory() as folder:
         if root is None:

@@ -8,13 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
 from model import CheckpointInfo
 from training import distributed
 from training.acceleration import Switch
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
+from training.device import chosen_device
 from training.image_cache import CacheError, readable_samples
 from training.memory import keep_large_blocks
 from training.recipe import RecipeError, load_recipe, recipe_yaml
@@ -131,8 +131,7 @@ def train(
     On several GPUs: torchrun --nproc-per-node 4 --no-python cmt train …
     """
     keep_large_blocks()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     with distributed.process_group(device) as own_device, _said_once():
         if (run / STATE_FILE).is_file() and not resume:
             raise TrainingError(

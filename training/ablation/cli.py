@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 
@@ -19,6 +18,7 @@ from training.ablation.cells import AblationData, Budget, Cell, Runner, Start, r
 from training.ablation.render import Grid, markdown, show
 from training.ablation.results import CellResult, write_json, write_text
 from training.datasets import LAYOUTS, DatasetName
+from training.device import chosen_device
 from training.evaluation.cli import PLOT_SUFFIXES, refuse_training_identities
 from training.memory import keep_large_blocks
 from training.recipe import Recipe, load_recipe
@@ -135,7 +135,7 @@ def table3(
         Runner(
             read_data(dataset, root, train_ids, eval_root, eval_ids, trial),
             run,
-            device=_device(device),
+            device=chosen_device(device),
             budget=Budget(cells, max_minutes),
             save_every=save_every,
         ),
@@ -186,7 +186,7 @@ def sweep_lambda(
         Runner(
             read_data(dataset, root, train_ids, eval_root, eval_ids, trial),
             run,
-            device=_device(device),
+            device=chosen_device(device),
             budget=Budget(cells, max_minutes),
             save_every=save_every,
         ),
@@ -257,7 +257,7 @@ def sweep_parts(
         Runner(
             read_data(dataset, root, train_ids, eval_root, eval_ids, trial),
             run,
-            device=_device(device),
+            device=chosen_device(device),
             budget=Budget(cells, max_minutes),
             save_every=save_every,
         ),
@@ -289,7 +289,7 @@ def tsne(
     """
     _check_plot(plot)
     layout = LAYOUTS[dataset]
-    model, info = load_checkpoint(checkpoint, _device(device))
+    model, info = load_checkpoint(checkpoint, chosen_device(device))
     samples = layout.test(root, trial, None if ids is None else layout.read_ids(ids))
     chosen = planes.choose_people(samples, people, seed)
     refuse_training_identities(info, dataset.value, sorted({s.person_id for s in chosen}))
@@ -421,9 +421,3 @@ def _numbers(text: str, kind: type[Number], option: str) -> list[Number]:
 def _check_plot(plot: Path | None) -> None:
     if plot is not None and plot.suffix not in PLOT_SUFFIXES:  # before hours of training
         raise typer.BadParameter(f"{plot} ends in none of {', '.join(PLOT_SUFFIXES)}")
-
-
-def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"

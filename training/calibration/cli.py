@@ -5,7 +5,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +22,7 @@ from training.calibration.curves import FITS, Method
 from training.calibration.pairs import held_out_images
 from training.calibration.plot import PLOT_SUFFIXES, plot_reliability
 from training.datasets import LAYOUTS, DatasetName
+from training.device import chosen_device
 from training.evaluation.cli import refuse_training_identities
 from training.evaluation.embedding import embed_samples
 
@@ -59,8 +59,7 @@ def calibrate(
     Example: cmt calibrate --checkpoint run/last.safetensors --dataset sysu --root SYSU-MM01
     --ids SYSU-MM01/exp/val_id.txt --plot reliability.png
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     if plot is not None and plot.suffix not in PLOT_SUFFIXES:  # before minutes of embedding
         raise typer.BadParameter(f"{plot} ends in none of {', '.join(PLOT_SUFFIXES)}")
     layout = LAYOUTS[dataset]

@@ -6,12 +6,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from model import CheckpointInfo, load_checkpoint
 from training.datasets import LAYOUTS, DatasetError, DatasetName
+from training.device import chosen_device
 from training.evaluation.figures import plot_cmc, write_sheets
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import Evaluation, score_model, summarise
@@ -81,8 +81,7 @@ def evaluate(
     Example: cmt evaluate --dataset sysu --root SYSU-MM01 --checkpoint run/best.safetensors
     --json result.json
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     if plot is not None and plot.suffix not in PLOT_SUFFIXES:  # before minutes of embedding
         raise typer.BadParameter(f"{plot} ends in none of {', '.join(PLOT_SUFFIXES)}")
     if convention is not Convention.AUTO and dataset is not DatasetName.SYSU:
