@@ -90,7 +90,13 @@ class Trainer:
         self.sampler = IdentityBalancedSampler(samples, recipe.identities, recipe.images, seed)
         self.schedule = Schedule(recipe, samples)
         self.share = distributed.share_of(recipe.identities, recipe.images)
-        self.acceleration = choose_acceleration(self.device, recipe.precision, channels_last)
+        self.acceleration = choose_acceleration(
+            self.device,
+            recipe.model,
+            2 * recipe.identities * recipe.images,
+            recipe.precision,
+            channels_last,
+        )
         self._compile: Switch = compile
         self._reader = BatchReader(self.sampler, self.share, pin=self.device.type == "cuda")
         self._images: tuple[tuple[int, int], np.ndarray] | None = None  # of which size, and they

@@ -46,12 +46,12 @@ def test_a_network_that_does_not_compile_stays_as_it_is(tiny_config):
     assert model.parts._compiled_call_impl is None
 
 
-def test_a_choice_says_why_and_flags_override_it():
+def test_a_choice_says_why_and_flags_override_it(tiny_config):
     for switch, used in (("on", True), ("off", False)):
-        choice = choose_acceleration(CPU, "float32", switch)
+        choice = choose_acceleration(CPU, tiny_config, 8, "float32", switch)
         assert choice.channels_last is used
         assert choice.layout_reason == f"channels_last {switch}: set by --channels-last"
-    measured = choose_acceleration(CPU, "float32")
+    measured = choose_acceleration(CPU, tiny_config, 8, "float32")
     assert "as fast with it" in measured.layout_reason
     assert measured.precision.dtype == torch.float32
 
