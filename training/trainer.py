@@ -171,7 +171,8 @@ class Trainer:
                     )
                 if first and (self.step % save_every == 0 or self.step == end):
                     self._save_state()
-                    self.save_checkpoint()
+                    if self.step < end:
+                        self.save_checkpoint()
         return self._finish()
 
     def train_step(self) -> dict[str, Tensor]:
