@@ -367,18 +367,19 @@ class Trainer:
         return model.eval()
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """g_γ and g_β learn at `generator_lr` times the rate of everything else."""
-        generators = [
-            parameter
-            for name, parameter in self.model.named_parameters()
-            if name.startswith("generator_")
+        """Both modules at their own multiple of the learning rate of everything else."""
+        scales = {"alignment.": self.recipe.alignment_lr, "generator_": self.recipe.generator_lr}
+        groups = [
+            {
+                "params": [p for n, p in self.model.named_parameters() if n.startswith(prefix)],
+                "lr": 0.0,
+                "scale": scale,
+            }
+            for prefix, scale in scales.items()
         ]
-        kept = {id(parameter) for parameter in generators}
-        rest = [p for p in self.objective.parameters() if id(p) not in kept]
-        return [
-            {"params": rest, "lr": 0.0, "scale": 1.0},
-            {"params": generators, "lr": 0.0, "scale": self.recipe.generator_lr},
-        ]
+        of_modules = {id(parameter) for group in groups for parameter in group["params"]}
+        rest = [p for p in self.objective.parameters() if id(p) not in of_modules]
+        return [{"params": rest, "lr": 0.0, "scale": 1.0}, *groups]
 
     def _description(self) -> dict[str, Any]:
         """What must be the same for a state to be resumed."""
