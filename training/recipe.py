@@ -78,9 +78,10 @@ class Recipe(BaseModel):
 
     Where the paper is silent: margin 0.3 (HCT's), centroids as fixed targets of L_cyc, the form of
     L_mod, no label smoothing, no weight averaging. `compensation_gradient` says whether the losses
-    of F̂ reach F, which it is made of. `features_lr` and `generator_lr` multiply the learning rate
-    of what computes F, and of g_γ and g_β. `ema` is the decay of the averaged weights that are
-    saved (0 saves the last ones).
+    of F̂ reach F, which it is made of. `features_lr`, `alignment_lr` and `generator_lr` multiply the
+    learning rate, which is the classifiers', for what computes F, for the modality alignment, and
+    for g_γ and g_β. `ema` is the decay of the averaged weights that are saved (0 saves the last
+    ones).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,6 +103,7 @@ class Recipe(BaseModel):
     modulation_temperature: float = Field(default=0.1, gt=0)
     modulation_across: bool = False
     features_lr: float = Field(default=1.0, gt=0)
+    alignment_lr: float = Field(default=1.0, gt=0)
     generator_lr: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     augmentation: AugmentationConfig = AugmentationConfig()

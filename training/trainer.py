@@ -367,9 +367,10 @@ class Trainer:
         return model.eval()
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """F's network, and g_γ and g_β, at their own multiples of everything else's rate."""
+        """The classifiers at the recipe's rate, each part of the network at its own multiple."""
         scales = {
             ("backbone.", "parts."): self.recipe.features_lr,
+            ("alignment.",): self.recipe.alignment_lr,
             ("generator_",): self.recipe.generator_lr,
         }
         groups: list[dict[str, Any]] = [
