@@ -59,7 +59,7 @@ def upgrade() -> None:
         """
         INSERT INTO models (fingerprint, created_at, state)
         SELECT features.model, MIN(items.enrolled_at),
-               CASE WHEN MAX(items.number) = (SELECT MAX(number) FROM features)
+               CASE WHEN features.model = (SELECT model FROM items ORDER BY number DESC LIMIT 1)
                     THEN 'active' ELSE 'retired' END
         FROM features JOIN items ON items.number = features.number
         GROUP BY features.model
