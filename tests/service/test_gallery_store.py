@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_every_connection_is_durable_and_erases(gallery: Gallery) -> None:
-    with gallery._store._engine.connect() as connection:
+    with gallery._store._database.engine.connect() as connection:
         values = [
             connection.execute(text(f"PRAGMA {name}")).scalar_one()
             for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
@@ -317,7 +317,7 @@ def test_every_connection_is_durable_and_erases(gallery: Gallery) -> None:
 
 
 def test_migrations_end_at_the_tables(gallery: Gallery) -> None:
-    with gallery._store._engine.connect() as connection:
+    with gallery._store._database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema) == []
 
 
@@ -325,12 +325,13 @@ def test_a_newer_schema_is_refused_and_kept(gallery: Gallery, tmp_path: Path) ->
     gallery.add(new(2), features(2))
     gallery.close()
     with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        known = connection.execute("SELECT version_num FROM alembic_version").fetchone()
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
     with pytest.raises(GalleryVersion, match="newer release"):
         Gallery.open(tmp_path, INFO)
     with sqlite3.connect(tmp_path / FILE_NAME) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+        connection.execute("UPDATE alembic_version SET version_num = ?", known)
     connection.close()
     again = Gallery.open(tmp_path, INFO)
     assert len(again) == 2
@@ -362,7 +363,7 @@ def test_a_full_disk_refuses_enrollment_and_loses_nothing(tmp_path: Path) -> Non
     gallery = Gallery.open(tmp_path, INFO)
     y = features(400)
     kept = gallery.add(new(50), y[:50])
-    engine = gallery._store._engine
+    engine = gallery._store._database.engine
     pages = [0]
 
     def limit(connection: sqlite3.Connection, *_: object) -> None:
