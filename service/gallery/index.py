@@ -26,7 +26,7 @@ MEMORY_SHARE = 0.5
 NPROBE_SHARE = 0.25  # of all lists
 TRAINING_PER_LIST = 40  # FAISS's own advice is 39 at least
 _GRAPH_LINKS = 32
-_GraphParameters: Any = getattr(faiss, "SearchParametersHNSW")  # noqa: B009: not in the stubs
+_GraphParameters: Any = vars(faiss)["SearchParametersHNSW"]  # its stubs leave it out
 _EF_SEARCH = 2  # times the shortlist's length
 _PQ_NUMBERS = 8  # per byte of a code
 
@@ -95,7 +95,8 @@ class RecallIndex:
         """→ how many vectors are in the file."""
         with self._lock.shared():
             faiss.write_index(self._faiss, path)
-            return len(self)
+            count: int = self._faiss.ntotal
+            return count
 
     def train(self, lifted: npt.NDArray[np.float32]) -> None:
         """Learn lists and codes from a sample, where the kind has any. Before the first `add`."""

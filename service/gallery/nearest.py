@@ -29,6 +29,7 @@ Mask = npt.NDArray[np.bool_]
 
 # Up to so many queries a CPU scans, for more it multiplies.
 _SCAN_QUERIES = 4
+_SLACK, _SLACK_BF16 = 64, 1024
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
 _LOW = 2.0**11  # the low half of a number in two fp16: its distance in scale from the high half
 
@@ -55,7 +56,7 @@ def scan(features: Features, w: Tensor, count: int, allowed: Sequence[Mask]) -> 
     best: list[Best] = [_EMPTY] * len(w)
     for members in sharing(allowed):
         mask = allowed[members[0]]
-        chunks = [c for c in features.chunks if mask[c.first : c.first + c.capacity].any()]
+        chunks = [c for c in features.chunks if mask[c.first : c.first + c.count].any()]
         queries = w[members]
         search = partial(_scan_chunk, queries=queries, count=count, mask=mask, dim=features.dim)
         threads = _threads() if len(chunks) > 1 else None
@@ -108,11 +109,17 @@ def multiply(
 
 def exhaustive(
     features: Features, w: Tensor, count: int, allowed: Sequence[Mask], *, exact: bool
-) -> list[Best]:
-    """The faster of `scan` and `multiply` for so many queries; `scan` rounds like fp32."""
+) -> tuple[list[Best], bool]:
+    """Candidates for the `count` best by the faster way, and whether it was exact to fp32.
+
+    They are some more than `count`, so that rounding seldom keeps a caller from proving that the
+    best are among them. exact: not in bf16.
+    """
     if len(w) <= _SCAN_QUERIES and features.device.type == "cpu":
-        return scan(features, w, count, allowed)
-    return multiply(features, w, count, allowed, exact=exact)
+        return scan(features, w, count + _SLACK, allowed), True
+    exact = exact or product_dtype(features.device, exact) != torch.bfloat16
+    slack = _SLACK if exact else _SLACK_BF16
+    return multiply(features, w, count + slack, allowed, exact=exact), exact
 
 
 def rounding_bound(features: Features, w: Tensor, *, exact: bool) -> float:
@@ -182,7 +189,7 @@ def _scan_chunk(
     chunk: Chunk, *, queries: Tensor, count: int, mask: Mask, dim: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     w = np.ascontiguousarray(chunk.projected(queries, dim).numpy())
-    return chunk.scan(w, count, mask[chunk.first : chunk.first + chunk.capacity])
+    return chunk.scan(w, count, mask[chunk.first : chunk.first + chunk.count])
 
 
 def merged(parts: Sequence[Best], count: int) -> Best:

@@ -74,10 +74,12 @@ class Features:
 
     def adopt(self, chunks: Sequence[Chunk], norms: Norms) -> None:
         """Take filled chunks, as a snapshot has them, into empty features."""
+        for chunk in chunks:
+            chunk.first, self._count = self._count, self._count + chunk.count
         self.chunks, self.norms = tuple(chunks), norms
-        self._count = sum(chunk.count for chunk in chunks)
 
     def new_chunk(self, scale: float) -> Chunk:
+        """An empty chunk of our shape, for `adopt`."""
         return Chunk(0, self.width, scale, self.device)
 
     def stored(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:

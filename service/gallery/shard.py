@@ -27,12 +27,11 @@ from service.gallery.store import Stored
 from service.gallery.together import Together
 from service.gallery.upkeep import Upkeep
 
-# An exhaustive search keeps so many more than asked for, and where the bound on rounding says that
-# this may have lost one, searches again in fp32 for so many times as many.
-_SLACK = 64
+# Where the bound on rounding says that an exhaustive search may have lost one, it searches again in
+# fp32 for so many times as many.
 _WIDEN = 8
 # A product of larger numbers could leave fp32.
-_LARGEST = 1e15
+_LARGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,7 @@ class _Found:
     allowed: Mask
     searched: int
     best: Best
+    exact: bool = True
 
 
 class Shard:
@@ -144,7 +144,7 @@ class Shard:
             self._upkeep.wake()
 
     def bury(self, numbers: Sequence[int]) -> list[int]:
-        """Take items out of every later search → those that were here. `revive` or `settle` them."""
+        """Hide items from every later search → those that were here, to `revive` or `settle`."""
         with self._upkeep.changing:
             buried = self._upkeep.resident.columns.bury(numbers)
             self._upkeep.touch(buried, unsettled=True)
@@ -307,11 +307,12 @@ class Shard:
                 for found, query in zip(seen, queries, strict=True)
             ]
         w = torch.stack([query.project()[0] for query in queries])
-        count = max(query.count for query in queries) + _SLACK
+        count = max(query.count for query in queries)
         exact = any(query.exact for query in queries)
-        masks = [found.allowed for found in seen]
-        best = exhaustive(features, w, count, masks, exact=exact)
-        return [replace(found, best=one) for found, one in zip(seen, best, strict=True)]
+        best, exact = exhaustive(features, w, count, [one.allowed for one in seen], exact=exact)
+        return [
+            replace(found, best=one, exact=exact) for found, one in zip(seen, best, strict=True)
+        ]
 
     def _seen(self, queries: Sequence[_Query]) -> list[_Found]:
         """What each query may see, before anything is found; the same mask for equal filters."""
@@ -344,7 +345,7 @@ class Shard:
         if len(kept.positions) == found.searched or features.metric == "cosine":
             return True
         w, c = query.project()
-        bound = rounding_bound(features, w, exact=query.exact)
+        bound = rounding_bound(features, w, exact=found.exact)
         lost = c - float(kept.scores[-1]) - bound
         return int(np.count_nonzero(distances**2 < lost)) >= shortlist
 
