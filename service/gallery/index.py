@@ -144,7 +144,7 @@ class RecallIndex:
 
 def _lists(count: int) -> int:
     """Twice the root, and never so many that a list could not be learnt."""
-    return max(1, min(round(2 * count**0.5), count // TRAINING_PER_LIST))
+    return max(1, min(round(2 * math.sqrt(count)), count // TRAINING_PER_LIST))
 
 
 def _factory(kind: IndexKind, size: int, lists: int) -> str:
