@@ -129,7 +129,6 @@ def recall(
 def _gallery(data: Data) -> Gallery:
     count, parts, dim = data.gallery.shape
     kept = Features(parts, dim, "euclidean", "cpu")
-    kept.reserve(count)
     lifted = np.empty((count, (parts + 1) * dim), np.float32)
     for start in range(0, count, _BLOCK):
         rows = data.gallery[start : start + _BLOCK].flatten(1).numpy()

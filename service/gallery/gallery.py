@@ -65,7 +65,7 @@ class Gallery:
         try:
             store = Store(folder, info.fingerprint, info.config.embedding_size, database_url)
             shard = Shard(info.config, device)
-            shard.load(store.stream(), store.count_embedded())
+            shard.load(store.stream())
             gallery = cls(lock, store, shard, folder, candidates)
         except BaseException:
             lock.release()
@@ -89,6 +89,7 @@ class Gallery:
 
     def close(self) -> None:
         """Close the store and give the folder free."""
+        self._shard.close()
         self._store.close()
         self._lock.release()
 
@@ -164,12 +165,13 @@ class Gallery:
 
         candidates: length of the recall stage's shortlist, at least top_k. group_by "person_id":
         the best image per person; the shortlist grows until top_k groups are in it. max_distance
-        drops weaker results. With a cosine checkpoint every search is exhaustive.
+        drops weaker results. With a cosine checkpoint every search is exhaustive. Raises
+        ValueError for numbers below 1, and for x, γ or β of another shape or not finite.
         """
+        if top_k < 1 or (candidates is not None and candidates < 1):
+            raise ValueError("top_k and candidates must be at least 1")
         filters = filters or Filters()
         modulation = modulation or Modulation.identity(1, x.shape[1])
-        modulation = Modulation(*(p.detach().float().cpu().view(1, -1) for p in modulation))
-        x = x.detach().float().cpu()
         shortlist = max(top_k, candidates or self._candidates)
         for attempt in range(_TRIES):
             while True:
@@ -238,7 +240,7 @@ class Gallery:
             self._shard.revive(buried)
             raise
         self.awaiting -= deleted - len(buried)
-        self._shard.tidy()
+        self._shard.settle(buried)
         return deleted
 
 

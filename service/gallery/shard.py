@@ -1,34 +1,37 @@
 """A gallery in memory: features, recall index and filter columns, searched as one.
 
-The shard is a cache of the store and knows no SQL: it answers with row numbers. Searches run side
-by side; changes wait for them and are short. Positions are the same in all three members.
+The shard is a cache of the store and knows no SQL: it answers with row numbers. Searches hold no
+lock: they see the rows there were when they began. Those of several threads run as one.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from model import CMTConfig, Modulation, project
 from service.gallery.columns import Columns
-from service.gallery.index import RecallIndex
+from service.gallery.index import IndexKind
+from service.gallery.nearest import Best, Mask, exhaustive, rounding_bound
+from service.gallery.recall import recall
 from service.gallery.records import Filters
-from service.gallery.rescoring import Features
+from service.gallery.resident import Resident
 from service.gallery.store import Stored
+from service.gallery.together import Together
+from service.gallery.upkeep import Upkeep
 
-# Deleted rows stay as tombstones until they are a fifth of the rest, then all is rebuilt.
-_TOMBSTONE_SHARE = 0.2
-_TOMBSTONE_LEAST = 256
-_REBUILD_ROWS = 16_384
-# An exhaustive search recomputes so many more than asked for, against rounding of the product.
-_SLACK = 64
+# Where the bound on rounding says that an exhaustive search may have lost one, it searches again in
+# fp32 for so many times as many.
+_WIDEN = 8
+# A product of larger numbers could leave fp32.
+_LARGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -49,99 +52,130 @@ class Scored:
 
 @dataclass
 class Counters:
-    """How often each stage ran since the gallery was opened."""
+    """How often each stage ran since the gallery was opened, one count per query.
+
+    recall_batches, exhaustive_batches: how often the queries that had come together were run.
+    widened: exhaustive searches that had to be repeated for more rows, to be sure.
+    """
 
     recall_calls: int = 0
     rescore_calls: int = 0
-
-
-class _SharedLock:
-    """Many readers or one writer; a waiting writer lets no new reader in."""
-
-    def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._readers = 0
-        self._idle = threading.Condition()
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        with self._turn, self._idle:
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._readers -= 1
-                self._idle.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._turn:
-            with self._idle:
-                self._idle.wait_for(lambda: self._readers == 0)
-            yield
+    recall_batches: int = 0
+    exhaustive_calls: int = 0
+    exhaustive_batches: int = 0
+    largest_batch: int = 0
+    widened: int = 0
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The members that share positions, swapped together by a rebuild."""
+class Statistics:
+    """index: the kind that serves recall. indexed: rows in it; the others are scanned."""
 
+    items: int
+    tombstones: int
+    index: IndexKind
+    indexed: int
+    feature_bytes: int
+    column_bytes: int
+    rebuilds: int
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A shard at one moment: what a snapshot is written from. Later changes do not show."""
+
+    resident: Resident
     columns: Columns
-    features: Features
-    index: RecallIndex | None
 
-    def add(self, stored: Stored) -> None:
-        lifted = self.features.add(stored.features)
-        if self.index is not None:
-            self.index.add(lifted.numpy())
-        self.columns.add(stored)
+
+@dataclass(frozen=True)
+class _Query:
+    """x P×D with γ, β 1×D, float64 on the CPU."""
+
+    x: Tensor
+    modulation: Modulation
+    count: int
+    filters: Filters
+    exact: bool = False
+
+    def project(self) -> tuple[Tensor, float]:
+        w, c = project(self.x[None], self.modulation)
+        return w[0], float(c[0])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Candidates of one query, among the rows that it saw."""
+
+    resident: Resident
+    columns: Columns
+    allowed: Mask
+    searched: int
+    best: Best
+    exact: bool = True
 
 
 class Shard:
-    """Features of one checkpoint (its `config`) on one device. Thread-safe."""
+    """Features of one checkpoint (its `config`) on one device. Thread-safe.
 
-    def __init__(self, config: CMTConfig, device: str) -> None:
-        self._config, self._device = config, device
-        self._rows = self._empty()
-        self._lock = _SharedLock()
-        self._changing = threading.Lock()
+    device: "cpu" or "cuda". kind: forces a kind of index; None lets `choose_kind` choose.
+    """
+
+    def __init__(self, config: CMTConfig, device: str, kind: IndexKind | None = None) -> None:
+        self._config = config
+        self._upkeep = Upkeep(Resident.empty(config, device), kind)
+        self._recall = Together(self._run_recall)
+        self._exhaustive = Together(self._run_exhaustive)
         self.counters = Counters()
         self._counting = threading.Lock()
 
     def __len__(self) -> int:
-        return self._rows.columns.alive_count
+        return self._upkeep.resident.columns.alive_count
 
-    def load(self, blocks: Iterable[Stored], count: int) -> None:
-        """Fill an empty shard with about `count` items."""
-        with self._changing, self._lock.alone():
-            self._rows.features.reserve(count)
-            for stored in blocks:
-                self._rows.add(stored)
+    def load(self, blocks: Iterable[Stored]) -> None:
+        """Add many items; searches see each block when it is in."""
+        for stored in blocks:
+            self.add(stored)
 
     def add(self, stored: Stored) -> None:
-        with self._changing, self._lock.alone():
-            self._rows.add(stored)
+        """The next search finds them."""
+        with self._upkeep.changing:
+            self._upkeep.resident.add(stored)
+            self._upkeep.wake()
 
     def bury(self, numbers: Sequence[int]) -> list[int]:
-        """Take items out of every later search → the numbers that were here."""
-        with self._changing, self._lock.alone():
-            return self._rows.columns.bury(numbers)
+        """Hide items from every later search → those that were here, to `revive` or `settle`."""
+        with self._upkeep.changing:
+            buried = self._upkeep.resident.columns.bury(numbers)
+            self._upkeep.touch(buried, unsettled=True)
+            return buried
 
     def revive(self, numbers: Sequence[int]) -> None:
-        """Take `bury` back, before any `tidy`."""
-        with self._changing, self._lock.alone():
-            self._rows.columns.revive(numbers)
+        """Take `bury` back."""
+        with self._upkeep.changing:
+            self._upkeep.resident.columns.revive(numbers)
+            self._upkeep.touch(numbers, unsettled=False)
 
-    def tidy(self) -> None:
-        """Rebuild without tombstones if they are many; searches go on, changes wait."""
-        with self._changing:
-            columns = self._rows.columns
-            dead = len(columns) - columns.alive_count
-            if dead < max(_TOMBSTONE_LEAST, _TOMBSTONE_SHARE * columns.alive_count):
-                return
-            rebuilt = self._rebuilt()
-            with self._lock.alone():
-                self._rows = rebuilt
+    def settle(self, numbers: Sequence[int]) -> None:
+        """What was buried is gone for good; its memory is given back in the background."""
+        with self._upkeep.changing:
+            self._upkeep.touch(numbers, unsettled=False)
+            self._upkeep.wake()
+
+    def update(
+        self,
+        numbers: Sequence[int],
+        *,
+        persons: Sequence[str | None] | None = None,
+        cameras: Sequence[str | None] | None = None,
+        captured: Sequence[int | None] | None = None,
+    ) -> None:
+        """New labels, one for each number; None leaves that label of all of them as it is."""
+        with self._upkeep.changing:
+            self._upkeep.resident.columns.update(
+                numbers, persons=persons, cameras=cameras, captured=captured
+            )
+            self._upkeep.touch(numbers)
 
     def search(
         self,
@@ -153,86 +187,198 @@ class Shard:
         filters: Filters,
         explain: bool,
     ) -> Scored:
-        """One query x (P×D) with γ, β (1×D) → at least the `shortlist` nearest, or all there are.
+        """One query x (P×D) with γ, β (1×D) → the `shortlist` nearest, or all there are.
 
-        exhaustive: every allowed row is scored by the exact product, else FAISS makes the
-        shortlist. Both ways the distances returned are recomputed directly.
+        exhaustive: the nearest of all rows, proven against rounding, else of those that recall
+        finds. Both ways the distances returned are computed directly in float64; items at equal
+        distance are in order of their numbers. Raises ValueError for a query of the wrong shape
+        or with numbers that are not finite, and for a shortlist below 1.
         """
-        with self._lock.shared():
-            rows = self._rows
-            started = time.perf_counter()
-            allowed = rows.columns.mask(filters)
-            searched = int(np.count_nonzero(allowed))
-            exhaustive = exhaustive or rows.index is None
-            unmodulated = Modulation.identity(1, x.shape[1]) if explain else None
-            plain_ranks: npt.NDArray[np.int64] | None = None
-            if exhaustive:
-                found = _nearest(rows.features.score_all(x, modulation), allowed, shortlist)
-                if unmodulated is not None:
-                    plain = rows.features.score_all(x, unmodulated)
-                    plain_ranks = _ranks_among(plain[allowed], plain[found])
-            else:
-                w, _ = project(x[None], modulation)
-                assert rows.index is not None
-                found = rows.index.search(w[0].numpy(), shortlist, allowed)
-                self._count(recall=1)
-            recalled = time.perf_counter()
+        query = self._checked(x, modulation, shortlist, filters)
+        started = time.perf_counter()
+        exhaustive = exhaustive or self._config.metric == "cosine"
+        found = self._exhaustive(query) if exhaustive else self._recall(query)
+        recalled = time.perf_counter()
+        distances, parts = self._rescore(query, found)
+        while exhaustive and not self._proven(query, found, distances, shortlist):
+            wider = min(found.searched, _WIDEN * query.count)
+            query = replace(query, count=wider, exact=True)
+            self._count(widened=1)
+            found = self._exhaustive(query)
+            distances, parts = self._rescore(query, found)
 
-            distances, parts = rows.features.rescore(x, modulation, found)
-            self._count(rescore=1)
-            if unmodulated is not None and plain_ranks is None:
-                plain_distances, _ = rows.features.rescore(x, unmodulated, found)
-                plain_ranks = _ranks_among(plain_distances, plain_distances)
-            numbers = rows.columns.numbers[found]
-            persons = rows.columns.persons[found]
-            order = np.lexsort((numbers, distances))
-            return Scored(
-                numbers=numbers[order],
-                groups=np.where(persons < 0, -1 - numbers, persons)[order],
-                distances=distances[order],
-                recall_ranks=None if exhaustive else order + 1,
-                unmodulated_ranks=None if plain_ranks is None else plain_ranks[order],
-                parts=None if parts is None else parts[order],
-                searched=searched,
-                exhaustive=exhaustive,
-                recall_ms=1e3 * (recalled - started),
-                rescore_ms=1e3 * (time.perf_counter() - recalled),
+        positions = found.best.positions
+        numbers = found.columns.numbers[positions]
+        persons = found.columns.persons[positions]
+        order = np.lexsort((numbers, distances))[:shortlist]
+        unmodulated = None
+        if explain:
+            unmodulated = self._unmodulated_ranks(query, found, exhaustive)[order]
+        return Scored(
+            numbers=numbers[order],
+            groups=np.where(persons < 0, -1 - numbers, persons)[order],
+            distances=distances[order],
+            recall_ranks=None if exhaustive else order + 1,
+            unmodulated_ranks=unmodulated,
+            parts=None if parts is None else parts[order],
+            searched=found.searched,
+            exhaustive=exhaustive,
+            recall_ms=1e3 * (recalled - started),
+            rescore_ms=1e3 * (time.perf_counter() - recalled),
+        )
+
+    def freeze(self) -> Frozen:
+        """The shard as it is now. Whoever needs a store position with it holds changes off."""
+        resident = self._upkeep.resident
+        return Frozen(resident, resident.columns.frozen())
+
+    def restore(self, resident: Resident) -> None:
+        """Take what `snapshot.load` read into an empty shard."""
+        if len(self._upkeep.resident.columns):
+            raise ValueError("only an empty shard can be restored")
+        with self._upkeep.changing:
+            self._upkeep.resident = resident
+            self._upkeep.wake()
+
+    def statistics(self) -> Statistics:
+        resident = self._upkeep.resident
+        index, columns = resident.index, resident.columns
+        return Statistics(
+            items=columns.alive_count,
+            tombstones=len(columns) - columns.alive_count,
+            index="SQfp16" if index is None else index.kind,
+            indexed=0 if index is None else len(index),
+            feature_bytes=resident.features.bytes,
+            column_bytes=columns.bytes,
+            rebuilds=self._upkeep.rebuilds,
+        )
+
+    def wait(self) -> None:
+        """Until the background has nothing left to do."""
+        self._upkeep.wait()
+
+    def close(self) -> None:
+        """Stop background work, giving up what is under way."""
+        self._upkeep.close()
+
+    def _checked(
+        self, x: Tensor, modulation: Modulation, shortlist: int, filters: Filters
+    ) -> _Query:
+        parts, dim = self._config.parts, self._config.dim
+        if shortlist < 1:
+            raise ValueError(f"a search needs room for at least one result, not {shortlist}")
+        if tuple(x.shape) != (parts, dim):
+            raise ValueError(f"x has the shape {tuple(x.shape)}; this gallery needs {parts, dim}")
+        if any(tuple(p.shape) != (1, dim) for p in modulation):
+            shapes = " and ".join(str(tuple(p.shape)) for p in modulation)
+            raise ValueError(f"γ and β have the shapes {shapes}; one query needs {1, dim}")
+        x = x.detach().cpu().double()
+        modulation = Modulation(*(p.detach().cpu().double() for p in modulation))
+        # A comparison with NaN is false.
+        if not all(bool((v.abs() < _LARGEST).all()) for v in (x, *modulation)):
+            raise ValueError(
+                "x, γ or β holds numbers that are not finite, or far too large; the checkpoint is "
+                "damaged or untrained"
             )
+        return _Query(x, modulation, shortlist, filters)
 
-    def _empty(self) -> _Rows:
-        config = self._config
-        features = Features(config.parts, config.dim, config.metric, self._device)
-        if config.metric == "cosine":  # no single inner product: searched exhaustively only
-            return _Rows(Columns(), features, None)
-        return _Rows(Columns(), features, RecallIndex((config.parts + 1) * config.dim))
+    @torch.inference_mode()
+    def _run_recall(self, queries: Sequence[_Query]) -> list[_Found]:
+        seen = self._seen(queries)
+        index = seen[0].resident.index
+        w = torch.stack([query.project()[0] for query in queries])
+        count = max(query.count for query in queries)
+        features = seen[0].resident.features
+        best = recall(features, index, w, count, [found.allowed for found in seen])
+        self._count(recall_calls=len(queries), recall_batches=1, largest_batch=len(queries))
+        return [
+            replace(found, best=one.first(query.count))
+            for found, one, query in zip(seen, best, queries, strict=True)
+        ]
 
-    def _rebuilt(self) -> _Rows:
-        old = self._rows
-        columns, positions = old.columns.compacted()
-        rows = self._empty()
-        rows.features.reserve(len(positions))
-        for start in range(0, len(positions), _REBUILD_ROWS):
-            block = old.features.stored(positions[start : start + _REBUILD_ROWS])
-            lifted = rows.features.add(block)
-            if rows.index is not None:
-                rows.index.add(lifted.numpy())
-        return _Rows(columns, rows.features, rows.index)
+    @torch.inference_mode()
+    def _run_exhaustive(self, queries: Sequence[_Query]) -> list[_Found]:
+        seen = self._seen(queries)
+        features = seen[0].resident.features
+        self._count(exhaustive_calls=len(queries), exhaustive_batches=1, largest_batch=len(queries))
+        if features.metric == "cosine":  # no single inner product
+            return [
+                replace(found, best=_by_cosine(found, query))
+                for found, query in zip(seen, queries, strict=True)
+            ]
+        w = torch.stack([query.project()[0] for query in queries])
+        count = max(query.count for query in queries)
+        exact = any(query.exact for query in queries)
+        best, exact = exhaustive(features, w, count, [one.allowed for one in seen], exact=exact)
+        return [
+            replace(found, best=one, exact=exact) for found, one in zip(seen, best, strict=True)
+        ]
 
-    def _count(self, *, recall: int = 0, rescore: int = 0) -> None:
+    def _seen(self, queries: Sequence[_Query]) -> list[_Found]:
+        """What each query may see, before anything is found; the same mask for equal filters."""
+        resident = self._upkeep.resident
+        columns = resident.columns.frozen()
+        masks = {query.filters: columns.mask(query.filters) for query in queries}
+        counts = {filters: int(np.count_nonzero(mask)) for filters, mask in masks.items()}
+        nothing = Best(np.empty(0, np.int64), np.empty(0, np.float32))
+        return [
+            _Found(resident, columns, masks[query.filters], counts[query.filters], nothing)
+            for query in queries
+        ]
+
+    def _rescore(
+        self, query: _Query, found: _Found
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32] | None]:
+        self._count(rescore_calls=1)
+        features = found.resident.features
+        return features.rescore(query.x, query.modulation, found.best.positions)
+
+    def _proven(
+        self, query: _Query, found: _Found, distances: npt.NDArray[np.float64], shortlist: int
+    ) -> bool:
+        """Whether the `shortlist` nearest of those found are certainly the nearest of all.
+
+        A row that was not kept scored at most as the last one kept, so its D² is at least
+        c − score − bound.
+        """
+        kept, features = found.best, found.resident.features
+        if len(kept.positions) == found.searched or features.metric == "cosine":
+            return True
+        w, c = query.project()
+        bound = rounding_bound(features, w, exact=found.exact)
+        lost = c - float(kept.scores[-1]) - bound
+        return int(np.count_nonzero(distances**2 < lost)) >= shortlist
+
+    def _unmodulated_ranks(
+        self, query: _Query, found: _Found, exhaustive: bool
+    ) -> npt.NDArray[np.int64]:
+        """Place of each of `found` by the distance without γ and β, among what was scored."""
+        plain = Modulation.identity(1, query.x.shape[1], dtype=torch.float64)
+        features, positions = found.resident.features, found.best.positions
+        if not exhaustive:
+            distances, _ = features.rescore(query.x, plain, positions)
+            return _ranks_among(distances, distances)
+        scores = features.score_all(query.x, plain)
+        return _ranks_among(scores[: len(found.allowed)][found.allowed], scores[positions])
+
+    def _count(self, *, largest_batch: int = 0, **calls: int) -> None:
         with self._counting:
-            self.counters.recall_calls += recall
-            self.counters.rescore_calls += rescore
+            for name, count in calls.items():
+                setattr(self.counters, name, getattr(self.counters, name) + count)
+            self.counters.largest_batch = max(self.counters.largest_batch, largest_batch)
 
 
-def _nearest(
-    scores: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_], count: int
-) -> npt.NDArray[np.int64]:
-    """Positions of the allowed rows with the smallest scores, `count` and some slack, unsorted."""
-    positions = np.flatnonzero(allowed)
-    count += _SLACK
-    if count >= len(positions):
-        return positions
-    return positions[np.argpartition(scores[positions], count)[:count]]
+def _by_cosine(found: _Found, query: _Query) -> Best:
+    """The nearest allowed rows, and all at the same distance as the last."""
+    scores = found.resident.features.score_all(query.x, query.modulation)
+    scores = scores[: len(found.allowed)]
+    positions = np.flatnonzero(found.allowed)
+    near = scores[positions]
+    if query.count < len(positions):
+        last = np.partition(near, query.count - 1)[query.count - 1]
+        # float64 rounds a little otherwise in another block.
+        positions = positions[near <= last + 1e-12]
+    return Best(positions, -scores[positions].astype(np.float32))
 
 
 def _ranks_among(
