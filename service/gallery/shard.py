@@ -162,6 +162,13 @@ class Shard:
             self._upkeep.touch(numbers, unsettled=False)
             self._upkeep.wake()
 
+    def lacking(self, numbers: Sequence[int]) -> list[int]:
+        """Those of these items that are not here, or deleted."""
+        columns = self._upkeep.resident.columns
+        positions = columns.positions(numbers)
+        here = columns.numbers[positions[columns.alive[positions]]]
+        return [int(number) for number in np.setdiff1d(numbers, here)]
+
     def update(
         self,
         numbers: Sequence[int],

@@ -95,6 +95,15 @@ def load(
         raise SnapshotInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
+def remove(folder: Path) -> None:
+    """Leave nothing of a snapshot, nor of one that is being written, which then fails."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.is_dir():
+        for own in folder.iterdir():
+            if own.is_dir():
+                shutil.rmtree(own, ignore_errors=True)
+
+
 def _write_all(frozen: Frozen, own: Path) -> dict[str, Any]:
     features, columns = frozen.resident.features, frozen.columns
     files: list[_File] = []

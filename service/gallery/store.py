@@ -85,6 +85,11 @@ class Store:
     def close(self) -> None:
         self._database.close()
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may write to it."""
+        return not self._database.sqlite
+
     def add(self, new: Sequence[NewItem], rows: npt.NDArray[np.float16]) -> list[tuple[int, Item]]:
         """Commit items with their features (N×(P·D)) → their numbers and records, durable.
 

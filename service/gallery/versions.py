@@ -21,7 +21,7 @@ from service.errors import ModelVersionConflict, ModelVersionUnknown
 from service.gallery.audit import Act, write
 from service.gallery.commits import GroupCommit
 from service.gallery.database import Database
-from service.gallery.records import ModelVersion, StoredCrop
+from service.gallery.records import ModelVersion, StoredCrop, VersionState
 from service.gallery.rows import blocks, microseconds, moment_of
 from service.gallery.streaming import STORED, checked, record_changes
 from service.gallery.tables import crops, features, items, models
@@ -52,6 +52,10 @@ class Versions:
         if row is None:
             raise _unknown(fingerprint)
         return _version(row)
+
+    def state(self, fingerprint: str) -> VersionState:
+        with self._database.reading() as connection:
+            return _state(connection, fingerprint)
 
     def active(self) -> str | None:
         """The active version's fingerprint, None in a gallery that never had one."""
@@ -152,6 +156,31 @@ class Versions:
             return len(wanted)
 
         return self._commits.run(work)
+
+    def sample(
+        self, fingerprint: str, count: int
+    ) -> tuple[Sequence[StoredCrop], npt.NDArray[np.float32]]:
+        """Up to `count` items that have features of this version, at random → crops, N×(P·D)."""
+        chosen = (
+            select(features.c.number, features.c.data.label("row"))
+            .where(features.c.model == fingerprint)
+            .order_by(func.random())
+            .limit(count)
+            .subquery()
+        )
+        query = (
+            select(
+                *(chosen.c.number, crops.c.data, crops.c.media_type, items.c.modality),
+                chosen.c.row,
+            )
+            .join(crops, crops.c.number == chosen.c.number)
+            .join(items, items.c.number == chosen.c.number)
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        found = [StoredCrop(int(r.number), bytes(r.data), r.media_type, r.modality) for r in rows]
+        stored = np.frombuffer(b"".join(bytes(r.row) for r in rows), STORED)
+        return found, stored.reshape(len(found), -1).astype(np.float32)
 
     def count_missing(self, fingerprint: str) -> int:
         """Items that have no features of this version."""
@@ -269,9 +298,9 @@ def _refuse_other_size(connection: Connection, fingerprint: str, size: int) -> N
         )
 
 
-def _state(connection: Connection, fingerprint: str) -> str:
+def _state(connection: Connection, fingerprint: str) -> VersionState:
     query = select(models.c.state).where(models.c.fingerprint == fingerprint)
-    state: str | None = connection.execute(query).scalar_one_or_none()
+    state: VersionState | None = connection.execute(query).scalar_one_or_none()
     if state is None:
         raise _unknown(fingerprint)
     return state
