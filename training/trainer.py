@@ -369,7 +369,7 @@ class Trainer:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Both modules at their own multiple of the learning rate of everything else."""
         scales = {"alignment.": self.recipe.alignment_lr, "generator_": self.recipe.generator_lr}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {
                 "params": [p for n, p in self.model.named_parameters() if n.startswith(prefix)],
                 "lr": 0.0,
