@@ -153,7 +153,7 @@ class View:
         )
         while rows := self._connection.execute(labels.where(features.c.number > after)).all():
             block = _Block(len(rows), self._size)
-            block.add_labels(rows)
+            block.add_labels(zip(*rows, strict=True))
             until = rows[-1].number
             # The same rows in the same order: the transaction sees one state of the database.
             with (
@@ -208,16 +208,18 @@ class _Block:
     def add(self, rows: Sequence[Sequence[Any]]) -> None:
         """Rows of a number, the four labels and the features' bytes."""
         if rows:
-            self.add_labels(rows)
-            self.add_features([row[-1] for row in rows])
+            *labels, data = zip(*rows, strict=True)
+            self.add_labels(labels)
+            self.add_features(data)
 
-    def add_labels(self, rows: Sequence[Sequence[Any]]) -> None:
-        for column, values in zip(self._columns, zip(*rows, strict=True), strict=False):
-            column.extend(values)
+    def add_labels(self, columns: Iterable[Sequence[Any]]) -> None:
+        """Numbers, persons, cameras, modalities, times of some rows."""
+        for mine, more in zip(self._columns, columns, strict=True):
+            mine.extend(more)
 
     def add_features(self, data: Sequence[Any]) -> None:
         """The bytes of rows whose labels are here already."""
-        if any(len(row) != self._width for row in data):
+        if set(map(len, data)) != {self._width}:
             wrong = next(i for i, row in enumerate(data) if len(row) != self._width)
             raise GalleryDamaged(
                 f"the features of row {self._columns[0][self._filled + wrong]} do not have "
