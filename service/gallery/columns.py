@@ -185,11 +185,12 @@ class Columns:
 
     @classmethod
     def restored(cls, table: npt.NDArray[np.int64], texts: dict[str, list[str | None]]) -> Columns:
-        """Take `dump` back."""
+        """Take `dump` back, its table flat and writable."""
         columns = cls()
         columns._persons, columns._cameras, columns._modalities = (
             Codes(texts[name]) for name in _FIELDS[1:4]
         )
+        table = table.reshape(len(_FIELDS), -1)
         alive = table[0] >= 0
         table[0] = np.where(alive, table[0], ~table[0])
         columns._append(table, alive)

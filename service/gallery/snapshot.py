@@ -121,7 +121,6 @@ def _write_all(frozen: Frozen, own: Path) -> dict[str, Any]:
     files.append(_write(own / "labels.json", json.dumps(texts).encode()))
     return {
         "items": columns.alive_count,
-        "rows": len(columns),
         "chunks": chunks,
         "norms": list(features.norms),
         "index": _write_index(frozen, own, files),
@@ -197,7 +196,7 @@ def _read_all(
             index = load_index(manifest["index"]["kind"], manifest["index"]["expected"])
         chunks = [job.result() for job in jobs]
     features.adopt(chunks, Norms(*manifest["norms"]))
-    columns = Columns.restored(table.reshape(-1, manifest["rows"]).copy(), texts)
+    columns = Columns.restored(table, texts)
     first, last = manifest["position"]
     return Resident(features, columns, index), (first, last)
 
