@@ -58,7 +58,7 @@ def embedded(roots: Sequence[Path], embedder: Embedder, cache: Path | None) -> C
     Persons of two roots are different ones, whatever their numbers. Raises BenchmarkDataError.
     """
     files = crop_files(roots)
-    names = "\n".join(map(str, files))
+    names = "\n".join("/".join(file.parts[-4:]) for file in files)
     source = hashlib.sha256(f"{embedder.info.fingerprint}\n{names}".encode()).hexdigest()
     cached = _read(cache, source) if cache is not None else None
     if cached is not None:

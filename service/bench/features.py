@@ -23,7 +23,7 @@ def features(
     checkpoint: Annotated[Path, typer.Option(help="What embeds the crops.")] = CHECKPOINT,
     output: Annotated[Path, typer.Option(help="Means and covariances go here.")] = STATISTICS,
     cache: Annotated[Path | None, typer.Option(help="Keep the crops' features here.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Leading directions per covariance.")] = 256,
+    rank: Annotated[int, typer.Option(min=1, help="Leading directions per covariance.")] = 192,
     queries: Annotated[int, typer.Option(min=1, help="Queries of the comparison.")] = 500,
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
 ) -> None:

@@ -13,9 +13,9 @@ variance that they leave of every single number: FFᵀ + diag(r), positive whate
 small in a file, and sampled with as many numbers a row as it has directions and features.
 
 A new person's coordinates in B's directions are cos θ·u + sin θ·v, where u and v are those of two
-of the measured persons, whitened, and θ is uniform from 0 to π/2. Their covariance is B again, but
-their distribution stays nearer to the real one than a normal one does, which makes people too easy
-to tell apart and γ, β too different (`cmt bench features` compares samples with real features).
+of the measured persons, whitened, and θ is uniform from 0 to 30°. Their covariance is B again, but
+their distribution stays nearer to the real one: with normal ones people are far too easy to tell
+apart, and γ, β too different. What is left of that, `cmt bench features` measures.
 Samples are scaled to unit norm where the checkpoint does that, and rounded to fp16, as the service
 stores them.
 """
@@ -38,6 +38,7 @@ from service.bench.crops import BenchmarkDataError, CropFeatures
 
 CROPS_PER_PERSON = 4
 _PERSONS = 8192  # sampled at once
+_WIDEST_ANGLE = math.radians(30)  # between a sampled person and the measured one behind it
 _FORMAT = "cmt-population-1"
 
 
@@ -157,7 +158,7 @@ class Population:
         for start in range(0, count, _PERSONS):
             block = min(_PERSONS, count - start)
             first, second = torch.randint(len(self.people), (2, block), generator=generator)
-            angle = torch.rand(block, 1, generator=generator) * (math.pi / 2)
+            angle = torch.rand(block, 1, generator=generator) * _WIDEST_ANGLE
             mixed = angle.cos() * self.people[first] + angle.sin() * self.people[second]
             visible, infrared = self.between.of(mixed, generator).chunk(2, dim=1)
             yield start, visible + self.mean[0], infrared + self.mean[1]
