@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 _MARKERS = "osD^vP*X"
@@ -24,7 +25,7 @@ def draw_recall(results: Sequence[dict[str, Any]], path: Path) -> None:
         *(len(modulations), len(galleries)),
         figsize=(1.8 + 3.4 * len(galleries), 0.6 + 2.9 * len(modulations)),
         sharex="col",
-        sharey=True,
+        sharey="row",
         squeeze=False,
         layout="constrained",
     )
@@ -39,14 +40,17 @@ def draw_recall(results: Sequence[dict[str, Any]], path: Path) -> None:
             axis = axes[row][column]
             _draw_curves(axis, chosen, curves)
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3, which="both", linewidth=0.5)
             if row == 0:
                 axis.set_title(f"N = {gallery[1]:,}, {gallery[0]}", fontsize=10)
             if row == len(modulations) - 1:
                 axis.set_xlabel("ms per query")
             if column == 0:
-                axis.set_ylabel(f"recall@10\nγ, β {modulation}")
-    lines = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+                axis.set_ylabel(f"recall@10\n{modulation}")
+    lines: dict[str, Any] = {}
     for axis in axes.flat:  # some galleries have curves that others lack
         handles, labels = axis.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))

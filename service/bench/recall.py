@@ -29,6 +29,7 @@ from service.bench.engine import Engine, Index, Positions
 from service.embedder import Embedder
 
 TOP = 10
+_REAL = "the checkpoint's γ, β"
 _UNMODIFIED = 10_000
 _TIMED_EXHAUSTIVE = 3  # queries a round: it takes long, and every query takes the same
 
@@ -78,7 +79,7 @@ def recall(
     results: list[dict[str, Any]] = []
     for features, data in _galleries(source, numbers(sizes), queries, root, checkpoint, cache):
         modulations = {
-            "of the checkpoint": data.modulation,
+            _REAL: data.modulation,
             f"γ × (1 ± {gamma:g})": stronger(data.modulation, gamma),
         }
         engine = Engine(data.gallery)
@@ -87,7 +88,7 @@ def recall(
             {"features": features, "N": engine.count, **result}
             for result in _measure(engine, data.queries, modulations, lengths, timed, rounds)
         ]
-    publish("recall", settings, _COLUMNS, [_row(result) for result in results], results, json)
+    publish("recall", settings, *_table(results), results, json)
     if plot is not None:
         from service.bench.plots import draw_recall  # matplotlib, which only plots need
 
@@ -206,22 +207,32 @@ def _of(modulation: Modulation, q: int) -> Modulation:
     return Modulation(*(parameter[q : q + 1] for parameter in modulation))
 
 
-_COLUMNS = (
-    *("features", "N", "index", "shortlist", "γ, β", "recall@10"),
-    *("by unmodulated", "ms per query", "share of exhaustive time"),
-)
-
-
-def _row(result: dict[str, Any]) -> tuple[object, ...]:
-    time = result["seconds per query"]
-    return (
-        result["features"],
-        f"{result['N']:,}",
-        f"{result['index']} {result['setting']}".strip(),
-        result["C"],
-        result["modulation"],
-        f"{result['recall@10']:.3f}",
-        f"{result['recall@10 by unmodulated shortlist']:.3f}",
-        Spread(*(1e3 * t for t in (time.median, time.least, time.most))),
-        result["share of exhaustive time"],
+def _table(
+    results: Sequence[dict[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Columns and rows; the modulations of one index and length stand side by side."""
+    places: dict[tuple[object, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        index = f"{result['index']} {result['setting']}".strip()
+        place = (result["features"], f"{result['N']:,}", index, result["C"])
+        places.setdefault(place, []).append(result)
+    rows = []
+    for place, of in places.items():
+        time = of[0]["seconds per query"]
+        rows.append(
+            (
+                *place,
+                *(f"{r['recall@10']:.3f}" for r in of),
+                *(f"{r['recall@10 by unmodulated shortlist']:.3f}" for r in of),
+                Spread(*(1e3 * t for t in (time.median, time.least, time.most))),
+                of[0]["share of exhaustive time"],
+            )
+        )
+    names = list(dict.fromkeys(result["modulation"] for result in results))
+    columns = (
+        *("features", "N", "index", "shortlist"),
+        *(f"recall@10, {name}" for name in names),
+        *(f"by unmodulated, {name}" for name in names),
+        *("ms per query", "share of exhaustive time"),
     )
+    return columns, rows
