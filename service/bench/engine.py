@@ -1,4 +1,4 @@
-"""The service's features and recall index over one gallery: the one place that benchmarks them."""
+"""The service's features and recall index over one gallery: what benchmarks know of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,6 @@ class Engine:
     def __init__(self, gallery: Tensor, device: str = "cpu") -> None:
         self.count, self.parts, self.dim = gallery.shape
         self._features = Features(self.parts, self.dim, "euclidean", device)
-        self._features.reserve(self.count)
         for start in range(0, self.count, _BLOCK):
             self._features.add(gallery[start : start + _BLOCK].flatten(1).numpy())
 

@@ -214,14 +214,14 @@ def _table(
     places: dict[tuple[object, ...], list[dict[str, Any]]] = {}
     for result in results:
         index = f"{result['index']} {result['setting']}".strip()
-        place = (result["features"], f"{result['N']:,}", index, result["C"])
+        place: tuple[object, ...] = (result["features"], f"{result['N']:,}", index, result["C"])
         places.setdefault(place, []).append(result)
     rows = []
-    for place, of in places.items():
+    for key, of in places.items():
         time = of[0]["seconds per query"]
         rows.append(
             (
-                *place,
+                *key,
                 *(f"{r['recall@10']:.3f}" for r in of),
                 *(f"{r['recall@10 by unmodulated shortlist']:.3f}" for r in of),
                 Spread(*(1e3 * t for t in (time.median, time.least, time.most))),
