@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 ONCE ?=
 # Where `make bench` writes its results, and which benchmarks it runs.
 RESULTS ?= benchmarks/results
-BENCHES ?= rescore recall embed
+BENCHES ?= rescore recall scale start enroll embed
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,7 +50,8 @@ format: $(DEVELOPMENT) ## format the code and order its imports
 
 bench: $(DEVELOPMENT) ## run the benchmarks and write their results to benchmarks/results
 	@mkdir -p $(RESULTS)
-	$(foreach name,$(BENCHES),$(BIN)/cmt bench $(name) --json $(RESULTS)/$(name).json &&) true
+	$(foreach name,$(BENCHES),$(BIN)/cmt bench $(name) --json $(RESULTS)/$(name).json \
+		$(if $(filter recall scale,$(name)),--plot $(RESULTS)/$(name).png) &&) true
 
 clean: ## remove the environment and what tools have cached
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
