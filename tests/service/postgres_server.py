@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,8 +45,11 @@ class PostgresServer:
         info.process.wait(60)
 
     def start(self) -> None:
-        """Start it again on what it has stored."""
-        self._server.ensure_postgres_running()
+        """Start it again on what it has stored, however long its recovery takes."""
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                self._server.ensure_postgres_running()
+                return
 
     def _url(self, database: str | None) -> str:
         return str(self._server.get_uri(database=database, driver="psycopg"))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -58,6 +58,7 @@ def picture(modality: str, seed: int) -> Crop:
 CROPS = {(kind, seed): picture(kind, seed) for kind in ("rgb", "ir") for seed in range(3)}
 PERSONS = ("ann", "bob", "çelik; --")
 CAMERAS = ("gate", "hall")
+MANY = 15  # items
 MOMENTS = tuple(START + timedelta(hours=hour) for hour in range(4))
 
 # Few vectors and few values, so that equal and nearly equal items and queries come up. All are
@@ -82,7 +83,7 @@ entries = st.tuples(
     st.sampled_from([{}, {"note": "ü"}]),
     vectors,
 )
-batches = st.lists(entries, min_size=1, max_size=6)
+batches = st.lists(entries, min_size=1, max_size=8)
 filters = st.builds(
     Filters,
     person_id=st.sampled_from([(), (), ("ann",), ("ann", "bob", "nobody")]),
@@ -91,6 +92,32 @@ filters = st.builds(
     gallery_modality=st.sampled_from([(), (), ("rgb",), ("rgb", "ir")]),
     captured_from=st.none() | st.sampled_from(MOMENTS),
     captured_to=st.none() | st.sampled_from(MOMENTS),
+)
+
+
+class Call(NamedTuple):
+    """What a search is asked, apart from its way."""
+
+    x: Vector
+    modulation: tuple[Vector, Vector] | None
+    top_k: int
+    candidates: int | None
+    filters: Filters
+    by_person: bool
+    max_distance: float | None
+    explain: bool
+
+
+searches = st.builds(
+    Call,
+    vectors,
+    modulations,
+    top_k=st.sampled_from([1, 2, 5, 100]),
+    candidates=st.none() | st.integers(1, 10),
+    filters=st.just(Filters()) | filters,
+    by_person=st.booleans(),
+    max_distance=st.none() | st.sampled_from([0.0, 1.0, 2.5]),
+    explain=st.booleans(),
 )
 
 
@@ -164,6 +191,7 @@ class GalleryMachine(RuleBasedStateMachine):
         self.gallery.delete(item_id)
         self._forget([item_id])
 
+    @precondition(lambda self: len(self.expected) > MANY)  # else nothing would ever grow
     @rule(person=st.sampled_from(PERSONS))
     def delete_person(self, person: str) -> None:
         theirs = [i for i, e in self.expected.items() if e.item.person_id == person]
@@ -220,50 +248,13 @@ class GalleryMachine(RuleBasedStateMachine):
                 break
         assert listed == matching
 
-    @rule(
-        x=vectors,
-        modulation=modulations,
-        top_k=st.sampled_from([1, 2, 5, 100]),
-        candidates=st.none() | st.integers(1, 10),
-        exhaustive=st.booleans(),
-        wanted=st.just(Filters()) | filters,
-        by_person=st.booleans(),
-        max_distance=st.none() | st.sampled_from([0.0, 1.0, 2.5]),
-        explain=st.booleans(),
-    )
-    def search(
-        self,
-        x: Vector,
-        modulation: tuple[Vector, Vector] | None,
-        top_k: int,
-        candidates: int | None,
-        exhaustive: bool,
-        wanted: Filters,
-        by_person: bool,
-        max_distance: float | None,
-        explain: bool,
-    ) -> None:
-        result = self.gallery.search(
-            torch.tensor(x).view(PARTS, DIM),
-            None if modulation is None else Modulation(*(torch.tensor([p]) for p in modulation)),
-            top_k=top_k,
-            candidates=candidates,
-            exhaustive=exhaustive,
-            filters=wanted,
-            group_by="person_id" if by_person else None,
-            max_distance=max_distance,
-            explain=explain,
-        )
-        allowed = [e for e in self.expected.values() if e.passes(wanted)]
-        assert (result.searched, result.exhaustive) == (len(allowed), exhaustive)
-        distances = {e.item.id: e.distance(x, modulation) for e in allowed}
-        for hit in result.hits:
-            assert hit.item == self.expected[hit.item.id].item
-            assert hit.distance == pytest.approx(distances[hit.item.id], abs=TOLERANCE)
-            assert max_distance is None or hit.distance <= max_distance
-            if explain:
-                assert math.sqrt(sum(hit.parts or ())) == pytest.approx(hit.distance)
-        self._compare(result.hits, allowed, distances, top_k, by_person, max_distance)
+    @rule(call=searches)
+    def search(self, call: Call) -> None:
+        self._search(call, exhaustive=False)
+
+    @rule(call=searches)
+    def search_exhaustively(self, call: Call) -> None:
+        self._search(call, exhaustive=True)
 
     @invariant()
     def index_and_store_agree(self) -> None:
@@ -272,6 +263,29 @@ class GalleryMachine(RuleBasedStateMachine):
             assert len(self.gallery) == len(self.expected)
 
     # --- parts of the above ---
+
+    def _search(self, call: Call, *, exhaustive: bool) -> None:
+        modulation = call.modulation
+        result = self.gallery.search(
+            torch.tensor(call.x).view(PARTS, DIM),
+            None if modulation is None else Modulation(*(torch.tensor([p]) for p in modulation)),
+            top_k=call.top_k,
+            candidates=call.candidates,
+            exhaustive=exhaustive,
+            filters=call.filters,
+            group_by="person_id" if call.by_person else None,
+            max_distance=call.max_distance,
+            explain=call.explain,
+        )
+        allowed = [e for e in self.expected.values() if e.passes(call.filters)]
+        assert (result.searched, result.exhaustive) == (len(allowed), exhaustive)
+        distances = {e.item.id: e.distance(call.x, modulation) for e in allowed}
+        for hit in result.hits:
+            assert hit.item == self.expected[hit.item.id].item
+            assert hit.distance == pytest.approx(distances[hit.item.id], abs=TOLERANCE)
+            if call.explain:
+                assert math.sqrt(sum(hit.parts or ())) == pytest.approx(hit.distance)
+        self._compare(result.hits, allowed, distances, call)
 
     def _enroll(self, batch: Sequence[tuple[Any, ...]]) -> Any:
         new = [NewItem(CROPS[crop], *labels) for crop, *labels, _ in batch]
@@ -287,25 +301,24 @@ class GalleryMachine(RuleBasedStateMachine):
         hits: Sequence[Hit],
         allowed: Sequence[Expected],
         distances: dict[str, float],
-        top_k: int,
-        by_person: bool,
-        max_distance: float | None,
+        call: Call,
     ) -> None:
         """The hits are the nearest in order; who of those at equal distance is left open."""
         best: dict[str, float] = {}
         for expected in allowed:
-            group = expected.group if by_person else expected.item.id
+            group = expected.group if call.by_person else expected.item.id
             best[group] = min(best.get(group, math.inf), distances[expected.item.id])
-        ranking = sorted(best.values())[:top_k]
+        ranking = sorted(best.values())[: call.top_k]
         found = [hit.distance for hit in hits]
-        if max_distance is not None:  # what is on the limit may fall to either side
-            sure = sum(distance < max_distance - TOLERANCE for distance in ranking)
+        if call.max_distance is not None:  # what is on the limit may fall to either side
+            assert all(distance <= call.max_distance for distance in found)
+            sure = sum(distance < call.max_distance - TOLERANCE for distance in ranking)
             assert sure <= len(found)
-            assert all(d <= max_distance + TOLERANCE for d in ranking[: len(found)])
+            assert all(d <= call.max_distance + TOLERANCE for d in ranking[: len(found)])
             ranking = ranking[: len(found)]
         assert found == sorted(found)
         assert found == pytest.approx(ranking, abs=TOLERANCE)
-        groups = [self.expected[h.item.id].group if by_person else h.item.id for h in hits]
+        groups = [self.expected[h.item.id].group if call.by_person else h.item.id for h in hits]
         assert len(set(groups)) == len(groups)
         assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
         ties = len(ranking) - len({round(distance, 3) for distance in ranking})
