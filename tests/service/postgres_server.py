@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,10 +47,12 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it again on what it has stored, however long its recovery takes."""
+        # The first call gives up after ten seconds; the next ones find a server that is not ready.
         while True:
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired, AssertionError):
                 self._server.ensure_postgres_running()
                 return
+            time.sleep(0.1)
 
     def _url(self, database: str | None) -> str:
         return str(self._server.get_uri(database=database, driver="psycopg"))
