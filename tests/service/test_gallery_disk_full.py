@@ -64,14 +64,19 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
+def enroll(gallery: Gallery, count: int, seed: int) -> dict[str, Tensor]:
+    """So many items in one call → id → features."""
+    y = features(count, seed)
+    items = gallery.add(new_items(count), y)
+    return {item.id: row for item, row in zip(items, y, strict=True)}
+
+
 def enroll_until_full(gallery: Gallery, seed: int) -> dict[str, Tensor]:
     """Items until StorageFull → id → features of those acknowledged."""
     stored: dict[str, Tensor] = {}
     with pytest.raises(StorageFull, match="free some") as caught:
         while True:
-            y = features(5, seed)
-            items = gallery.add(new_items(5), y)
-            stored.update((item.id, row) for item, row in zip(items, y, strict=True))
+            stored |= enroll(gallery, 5, seed)
             seed += 1
     assert (caught.value.status, caught.value.code) == (507, "storage_full")
     return stored
@@ -89,18 +94,16 @@ def assert_holds(gallery: Gallery, stored: dict[str, Tensor]) -> None:
 
 def test_enrollment_is_refused_while_full_and_works_again_without_reopening(disk: Disk) -> None:
     gallery = Gallery.open(disk.data, INFO)
-    first = gallery.add(new_items(20), features(20, seed=10**6))
-    stored = {i.id: x for i, x in zip(first, features(20, seed=10**6), strict=True)}
+    stored = enroll(gallery, 20, seed=10**6)
     disk.fill()
     stored |= enroll_until_full(gallery, seed=0)
     assert_holds(gallery, stored)
-    assert gallery.image(first[0].id)[0] == new_items(1)[0].crop.data
+    assert gallery.image(next(iter(stored)))[0] == new_items(1)[0].crop.data
     with pytest.raises(StorageUnwritable, match="free space"):
         gallery.check()
 
     disk.free()
-    y = features(20, seed=2 * 10**6)
-    stored |= {i.id: x for i, x in zip(gallery.add(new_items(20), y), y, strict=True)}
+    stored |= enroll(gallery, 20, seed=2 * 10**6)
     gallery.check()
     assert_holds(gallery, stored)
     gallery.close()
@@ -111,7 +114,6 @@ def test_enrollment_is_refused_while_full_and_works_again_without_reopening(disk
 
 def test_concurrent_enrollments_are_each_stored_or_refused(disk: Disk) -> None:
     gallery = Gallery.open(disk.data, INFO)
-    disk.fill()
     results: list[dict[str, Tensor]] = []
     threads = [
         threading.Thread(
@@ -124,35 +126,32 @@ def test_concurrent_enrollments_are_each_stored_or_refused(disk: Disk) -> None:
     for thread in threads:
         thread.join()
     assert len(results) == len(threads)
+    assert all(results)
     stored = {item_id: x for result in results for item_id, x in result.items()}
     assert_holds(gallery, stored)
-    disk.free()
-    gallery.check()
     gallery.close()
 
 
 def test_a_deletion_on_a_full_disk_happens_wholly_or_not_at_all(disk: Disk) -> None:
     gallery = Gallery.open(disk.data, INFO)
-    y = features(40, seed=10**6)
-    items = gallery.add(new_items(40), y)
-    stored = {item.id: x for item, x in zip(items, y, strict=True)}
+    stored = enroll(gallery, 40, seed=10**6)
+    ids = list(stored)
     disk.fill()
     stored |= enroll_until_full(gallery, seed=0)
-    for item in items[:20]:
+    for item_id in ids[:20]:
         try:
-            gallery.delete(item.id)
+            gallery.delete(item_id)
         except StorageFull:
             continue
-        del stored[item.id]
+        del stored[item_id]
         with pytest.raises(ItemNotFound):
-            gallery.get(item.id)
+            gallery.get(item_id)
     assert_holds(gallery, stored)
 
     disk.free()
-    for item in items:
-        if item.id in stored:
-            gallery.delete(item.id)
-            del stored[item.id]
+    for item_id in stored.keys() & set(ids):
+        gallery.delete(item_id)
+        del stored[item_id]
     gallery.check()
     assert_holds(gallery, stored)
     gallery.close()
@@ -161,8 +160,9 @@ def test_a_deletion_on_a_full_disk_happens_wholly_or_not_at_all(disk: Disk) -> N
 def test_closing_and_opening_on_a_full_disk_lose_nothing(disk: Disk) -> None:
     """Whatever is saved at the end finds no space; an opening works or says why it cannot."""
     gallery = Gallery.open(disk.data, INFO)
+    stored = enroll(gallery, 100, seed=10**6)
     disk.fill()
-    stored = enroll_until_full(gallery, seed=0)
+    stored |= enroll_until_full(gallery, seed=0)
     gallery.close()
     disk.fill()  # what closing gave back
     try:

@@ -339,7 +339,7 @@ class GalleryMachine(RuleBasedStateMachine):
 
 TestGallery = GalleryMachine.TestCase
 TestGallery.settings = settings(
-    max_examples=40,
+    max_examples=60,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,

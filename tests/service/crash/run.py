@@ -50,7 +50,7 @@ class Report:
     hits: Counter[str] = field(default_factory=Counter)
 
 
-class Ordeal:
+class CrashTest:
     """One gallery, its ledger and the rounds."""
 
     def __init__(self, subject: Subject, report: Report) -> None:
@@ -182,7 +182,7 @@ def main(
         else:
             victim = ServiceProcess(Path(folder), database_url, checkpoint)
         try:
-            Ordeal(victim, report).run(rounds)
+            CrashTest(victim, report).run(rounds)
         except BaseException:
             print(f"failed with --seed {seed} --subject {subject} after {report.rounds} rounds")
             raise
@@ -194,4 +194,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -74,8 +74,9 @@ class Subject(ABC):
         """Ask for an orderly end, which the process then begins."""
 
     def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
+        """SIGKILL; nothing where it has ended or never began."""
+        if self._process is not None:
+            self._process.kill()
 
     def ended(self, seconds: float = STARTING_SECONDS) -> int:
         """Wait for the process to end → its exit code, negative for a signal."""
