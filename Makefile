@@ -22,7 +22,7 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench crash clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ bench: $(DEVELOPMENT) ## run the benchmarks and write their results to benchmark
 	@mkdir -p $(RESULTS)
 	$(foreach name,$(BENCHES),$(BIN)/cmt bench $(name) --json $(RESULTS)/$(name).json \
 		$(if $(filter recall scale,$(name)),--plot $(RESULTS)/$(name).png) &&) true
+
+crash: $(DEVELOPMENT) ## kill the gallery and the service a hundred times each; what they acknowledged must hold
+	@mkdir -p $(RESULTS)
+	$(BIN)/python tests/service/crash/run.py --rounds 100 --json $(RESULTS)/crash.json
+	$(BIN)/python tests/service/crash/run.py --rounds 100 --json $(RESULTS)/crash-service.json \
+		--subject service --checkpoint examples/compact.safetensors
 
 clean: ## remove the environment and what tools have cached
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
