@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from model import CheckpointInfo
-from service.errors import ServiceError
+from service.errors import DatabaseUnavailable, ServiceError
 from service.gallery import snapshot
 from service.gallery.index import IndexKind
 from service.gallery.shard import Shard
@@ -50,9 +51,9 @@ class Follower:
         self._saved_items: int | None = None  # in the snapshot on disk
         self._tried = time.monotonic()
         self._erasures = 0
-        self.shard, self.position = self._restored()
+        self.shard, self.position, witness = self._restored()
         try:
-            self._complete()
+            self._complete(witness)
         except BaseException:
             self.shard.close()
             raise
@@ -70,8 +71,14 @@ class Follower:
             self._follow(view)
             self._behind = False
 
-    def wrote(self) -> None:
-        """Follow a write that is committed; if that fails now, the next search does it."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Follow what is written in this context; if that fails now, the next search does it."""
+        try:
+            yield
+        except DatabaseUnavailable:
+            self._behind = True  # where only its answer was lost, the commit has happened
+            raise
         self._behind = True
         try:
             self.follow()
@@ -102,9 +109,15 @@ class Follower:
         with self._following:
             frozen, position, erasures = self.shard.freeze(), self.position, self._erasures
         items = frozen.columns.alive_count
+        with self.store.view() as view:
+            witness = view.id_of(position.item)
         try:
             snapshot.save(
-                frozen, self._folder, fingerprint=self.info.fingerprint, position=position
+                frozen,
+                self._folder,
+                fingerprint=self.info.fingerprint,
+                position=position,
+                witness=witness,
             )
         except OSError as error:
             if self._erasures == erasures:
@@ -117,23 +130,23 @@ class Follower:
             self._saved_items = items
         return True
 
-    def _restored(self) -> tuple[Shard, Position]:
+    def _restored(self) -> tuple[Shard, Position, str | None]:
         shard = Shard(self.info.config, self._device, self._kind)
         try:
-            resident, position = snapshot.load(
+            resident, position, witness = snapshot.load(
                 self._folder, self.info.config, self._device, fingerprint=self.info.fingerprint
             )
         except SnapshotInvalid as reason:
             log.info("the index is built from the store: %s", reason)
-            return shard, Position(0, 0)
+            return shard, Position(0, 0), None
         shard.restore(resident)
         self._saved_items = len(shard)
-        return shard, Position(*position)
+        return shard, Position(*position), witness
 
-    def _complete(self) -> None:
+    def _complete(self, witness: str | None) -> None:
         """Follow the store to its end; a snapshot that does not lead there is given up."""
         with self.store.view() as view:
-            if self._leads_to(view):
+            if self._leads_to(view, witness):
                 return
             log.warning("the snapshot of the index does not fit the store; it is built anew")
             self.shard.close()
@@ -142,9 +155,12 @@ class Follower:
             snapshot.remove(self._folder)
             self._follow(view)
 
-    def _leads_to(self, view: View) -> bool:
+    def _leads_to(self, view: View, witness: str | None) -> bool:
+        # Not so where it is of another database, or of one that a backup has replaced since.
         if self.position.change > view.position().change:
-            return False  # of another database, or of one that a backup has since replaced
+            return False
+        if view.id_of(self.position.item) not in (None, witness):
+            return False
         self._follow(view)
         return len(self.shard) == view.count()
 

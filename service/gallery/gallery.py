@@ -57,7 +57,7 @@ class Gallery:
     """
 
     def __init__(self, lock: FolderLock, follower: Follower, folder: Path, candidates: int) -> None:
-        self._lock, self._follower = lock, follower
+        self._lock, self._version = lock, follower
         self._folder, self._candidates = folder, candidates
         self._enrolling = SharedLock()  # held alone while the checkpoint is changed
         self._reembedding = threading.Lock()
@@ -140,11 +140,13 @@ class Gallery:
         return self._store.count()
 
     def close(self) -> None:
-        """Close the store and give the folder free."""
+        """Close the store and give the folder free. A second call does nothing."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         self._keeper.join()
-        self._follower.close()
-        self._store.close()
+        self._version.close()
+        self._version.store.close()
         self._lock.release()
 
     def add(
@@ -157,11 +159,18 @@ class Gallery:
         for features of another checkpoint, and ValueError for those of another shape or not
         finite in fp16.
         """
-        rows = features.detach().flatten(1).half().cpu().numpy()
         with self._enrolling.shared():
             follower = self._of(model)
-            added = follower.store.add(new, rows)
-            follower.wrote()
+            config = follower.info.config
+            expected = (len(new), config.parts, config.dim)
+            if tuple(features.shape) != expected:
+                raise ValueError(
+                    f"features of shape {tuple(features.shape)} for {len(new)} items; "
+                    f"this gallery needs {expected}"
+                )
+            rows = features.detach().flatten(1).half().cpu().numpy()
+            with follower.writing():
+                added = follower.store.add(new, rows)
         return [item for _, item in added]
 
     def get(self, item_id: str) -> Item:
@@ -185,20 +194,19 @@ class Gallery:
 
         actor: who did it, for the audit log, here and below. Raises ItemNotFound.
         """
-        item = self._store.update(item_id, changed, actor=actor)
-        self._follower.wrote()
-        return item
+        with self._follower.writing():
+            return self._store.update(item_id, changed, actor=actor)
 
     def delete(self, item_id: str, *, actor: str = "system") -> None:
         """Erase an item: once this returns, no query finds it. Raises ItemNotFound."""
-        self._store.delete([self._store.number_of(item_id)], actor=actor)
-        self._follower.wrote()
+        number = self._store.number_of(item_id)
+        with self._follower.writing():
+            self._store.delete([number], actor=actor)
 
     def delete_where(self, person_id: str, *, actor: str = "system") -> int:
         """Erase a person's items → how many."""
-        erased = self._store.erase_person(person_id, actor=actor)
-        self._follower.wrote()
-        return len(erased)
+        with self._follower.writing():
+            return len(self._store.erase_person(person_id, actor=actor))
 
     def search(
         self,
@@ -225,6 +233,8 @@ class Gallery:
         """
         if top_k < 1 or (candidates is not None and candidates < 1):
             raise ValueError("top_k and candidates must be at least 1")
+        if group_by not in (None, "person_id"):
+            raise ValueError(f"results are grouped by person_id, not by {group_by}")
         filters = filters or Filters()
         modulation = modulation or Modulation.identity(1, x.shape[1])
         shortlist = max(top_k, candidates or self._candidates)
@@ -351,6 +361,13 @@ class Gallery:
             ) from error
 
     @property
+    def _follower(self) -> Follower:
+        """The version in use. Raises DatabaseUnavailable once the gallery is closed."""
+        if self._closing.is_set():
+            raise DatabaseUnavailable("the gallery is closed; open it again")
+        return self._version
+
+    @property
     def _store(self) -> Store:
         return self._follower.store
 
@@ -376,7 +393,7 @@ class Gallery:
                     if attempt == _TRIES - 1:
                         raise
             follower.follow()
-            old, self._follower = self._follower, follower
+            old, self._version = self._version, follower
         old.close()
 
     def _keep(self) -> None:

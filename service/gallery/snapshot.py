@@ -53,11 +53,14 @@ class _File:
     sha256: str
 
 
-def save(frozen: Frozen, folder: Path, *, fingerprint: str, position: Position) -> None:
+def save(
+    frozen: Frozen, folder: Path, *, fingerprint: str, position: Position, witness: str | None
+) -> None:
     """Write a snapshot into `folder`, in place of an older one, synced to disk.
 
-    fingerprint: of the checkpoint. position: of the store, at the moment of `Shard.freeze`. What
-    was deleted by then is in none of the files. Raises OSError; the older snapshot then stays.
+    fingerprint: of the checkpoint. position: of the store, at the moment of `Shard.freeze`.
+    witness: id of the item it ends with. What was deleted by then is in none of the files. Raises
+    OSError; the older snapshot then stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / uuid.uuid4().hex
@@ -68,6 +71,7 @@ def save(frozen: Frozen, folder: Path, *, fingerprint: str, position: Position) 
             "format": FORMAT,
             "fingerprint": fingerprint,
             "position": list(position),
+            "witness": witness,
             "folder": own.name,
         }
         _sync_folder(own)
@@ -86,13 +90,15 @@ def save(frozen: Frozen, folder: Path, *, fingerprint: str, position: Position) 
 
 def load(
     folder: Path, config: CMTConfig, device: str, *, fingerprint: str
-) -> tuple[Resident, Position]:
-    """What `save` wrote, for `Shard.restore`, and the store position. Raises SnapshotInvalid."""
+) -> tuple[Resident, Position, str | None]:
+    """What `save` wrote, for `Shard.restore`; position and witness. Raises SnapshotInvalid."""
     try:
         manifest = _manifest(folder, config, fingerprint)
-        return _read_all(manifest, folder / manifest["folder"], config, device)
+        resident = _read_all(manifest, folder / manifest["folder"], config, device)
     except OSError as error:
         raise SnapshotInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
+    item, change = manifest["position"]
+    return resident, (item, change), manifest["witness"]
 
 
 def remove(folder: Path) -> None:
@@ -176,9 +182,7 @@ def _manifest(folder: Path, config: CMTConfig, fingerprint: str) -> dict[str, An
     return manifest
 
 
-def _read_all(
-    manifest: dict[str, Any], own: Path, config: CMTConfig, device: str
-) -> tuple[Resident, Position]:
+def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: str) -> Resident:
     files = {file["name"]: _File(**file) for file in manifest["files"]}
     resident = Resident.empty(config, device)
     features = resident.features
@@ -197,8 +201,7 @@ def _read_all(
         chunks = [job.result() for job in jobs]
     features.adopt(chunks, Norms(*manifest["norms"]))
     columns = Columns.restored(table, texts)
-    first, last = manifest["position"]
-    return Resident(features, columns, index), (first, last)
+    return Resident(features, columns, index)
 
 
 def _read_chunk(own: Path, file: _File, features: Features, *, rows: int, scale: float) -> Chunk:

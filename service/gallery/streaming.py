@@ -95,6 +95,12 @@ class View:
             int(self._connection.execute(change).scalar_one()),
         )
 
+    def id_of(self, number: int) -> str | None:
+        """An item's id; None where there is none of this number."""
+        query = select(items.c.id).where(items.c.number == number)
+        found: str | None = self._connection.execute(query).scalar_one_or_none()
+        return found
+
     def stream(self, after: int = 0, block: int = BLOCK) -> Iterator[Stored]:
         """Items with features of this version and row numbers above `after`, in order."""
         if self._connection.dialect.name == "sqlite":

@@ -63,11 +63,6 @@ def assert_unchanged(gallery: Gallery, folder: Path) -> None:
     gallery.close()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="add stores features of any shape; those of another size commit, and after that no "
-    "opening works",
-)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -96,11 +91,6 @@ def test_features_without_a_finite_fp16_value_are_refused(
     assert_unchanged(gallery, tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, RuntimeError, pytest.fail.Exception),
-    reason="search checks none of its arguments",
-)
 @pytest.mark.parametrize("exhaustive", [False, True])
 @pytest.mark.parametrize(
     "arguments",
@@ -193,17 +183,12 @@ def test_a_folder_in_a_files_way_is_a_sentence(tmp_path: Path, name: str) -> Non
     Gallery.open(tmp_path, INFO).close()  # the lock was given free
 
 
-@pytest.mark.xfail(strict=True, reason="the URL reaches SQLAlchemy unchecked")
 @pytest.mark.parametrize("url", ["nonsense", "postgresql+nodriver://host/db", "mysql://host/db"])
 def test_a_wrong_database_url_is_a_sentence(tmp_path: Path, url: str) -> None:
     with pytest.raises(ServiceError):
         Gallery.open(tmp_path, INFO, database_url=url)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the lock is the folder's, not the file's; and a SQLite URL gets none of the pragmas",
-)
 def test_one_sqlite_file_is_not_opened_from_two_folders(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
     first = Gallery.open(tmp_path / "a", INFO, database_url=url)
@@ -214,7 +199,6 @@ def test_one_sqlite_file_is_not_opened_from_two_folders(tmp_path: Path) -> None:
         first.close()
 
 
-@pytest.mark.xfail(strict=True, reason="without PRAGMA foreign_keys, crops and features stay")
 def test_a_deletion_through_a_sqlite_url_erases(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'other.sqlite3'}"
     gallery = Gallery.open(tmp_path / "data", INFO, database_url=url)
@@ -228,7 +212,6 @@ def test_a_deletion_through_a_sqlite_url_erases(tmp_path: Path) -> None:
         gallery.close()
 
 
-@pytest.mark.xfail(strict=True, reason="close ends the lock, and nothing else knows of it")
 def test_a_closed_gallery_neither_reads_nor_writes(gallery: Gallery) -> None:
     gallery.close()
     gallery.close()  # a second time does nothing

@@ -25,6 +25,7 @@ from service.gallery.store import Stored
 PARTS, DIM, COUNT = 3, 16, 2000
 CONFIG = CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)
 MODEL, POSITION = "a" * 64, (2000, 17)
+WITNESS = "01a214e6-6bee-7068-accd-d0868f4e24cd"
 
 
 def stored(count: int = COUNT, first: int = 0, scale: float = 1.0) -> Stored:
@@ -73,8 +74,8 @@ def made(kind: IndexKind = "SQfp16") -> Shard:
 
 
 def restored(folder: Path, kind: IndexKind = "SQfp16") -> Shard:
-    resident, position = load(folder, CONFIG, "cpu", fingerprint=MODEL)
-    assert position == POSITION
+    resident, position, witness = load(folder, CONFIG, "cpu", fingerprint=MODEL)
+    assert (position, witness) == (POSITION, WITNESS)
     shard = Shard(CONFIG, "cpu", kind)
     shard.restore(resident)
     return shard
@@ -82,7 +83,7 @@ def restored(folder: Path, kind: IndexKind = "SQfp16") -> Shard:
 
 def write(shard: Shard, folder: Path) -> Path:
     """Save → the folder of the files."""
-    save(shard.freeze(), folder, fingerprint=MODEL, position=POSITION)
+    save(shard.freeze(), folder, fingerprint=MODEL, position=POSITION, witness=WITNESS)
     [own] = [path for path in folder.iterdir() if path.is_dir()]
     return own
 
@@ -143,7 +144,7 @@ def test_a_moment_is_saved_though_changes_go_on(tmp_path: Path) -> None:
     frozen = shard.freeze()
     shard.add(stored(300, COUNT))
     shard.settle(shard.bury(range(50)))
-    save(frozen, tmp_path, fingerprint=MODEL, position=POSITION)
+    save(frozen, tmp_path, fingerprint=MODEL, position=POSITION, witness=WITNESS)
     assert_equal(same, restored(tmp_path))
 
 
@@ -239,12 +240,12 @@ def test_a_crash_while_saving_leaves_the_old_one(
     monkeypatch.setattr(snapshot.os, "fsync", dies)
     monkeypatch.setattr(snapshot.shutil, "rmtree", lambda *_, **__: None)
     try:
-        save(shard.freeze(), copy, fingerprint=MODEL, position=POSITION)
+        save(shard.freeze(), copy, fingerprint=MODEL, position=POSITION, witness=WITNESS)
         whole = True
     except KeyboardInterrupt:
         whole = False
     monkeypatch.undo()
-    resident, _ = load(copy, CONFIG, "cpu", fingerprint=MODEL)
+    resident, *_ = load(copy, CONFIG, "cpu", fingerprint=MODEL)
     replaced = len(resident.columns) == COUNT + 10
     assert replaced or len(resident.columns) == COUNT
     assert replaced or not whole

