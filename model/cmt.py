@@ -61,14 +61,22 @@ class CMT(nn.Module):
         if weights is not None:
             self.backbone.load_imagenet(weights)
 
-    def forward(self, images: Tensor, modality: Modality | Sequence[Modality]) -> CMTOutput:
+    def forward(
+        self,
+        images: Tensor,
+        modality: Modality | Sequence[Modality],
+        *,
+        detached_compensation: bool = False,
+    ) -> CMTOutput:
         """images: B×3×H×W, normalised; modality: one for all, or B of them.
 
         H may differ from the configuration's (training in stages), if the parts divide H/16.
+        detached_compensation: what F̂ is trained for does not change F, which it is made of.
         """
         is_ir = self._is_ir(images, modality)
         features = self.parts(self.backbone(images, is_ir))
-        compensated = None if self.alignment is None else self.alignment(features, is_ir)
+        source = features.detach() if detached_compensation else features
+        compensated = None if self.alignment is None else self.alignment(source, is_ir)
         complete = features if compensated is None else features + compensated  # (5)
         return CMTOutput(features, compensated, complete, self.ranked_form(complete))
 

@@ -15,7 +15,7 @@ from training.losses import identity_loss
 
 # Images that speak for a person in each modality, and scales that are tried (as multiples of one
 # over the variance of a part's features): see `imprint`.
-_EXEMPLARS = 8
+_EXEMPLARS = 4
 _SCALES = tuple(2.0**k for k in range(-3, 9))
 _BATCH = 128
 

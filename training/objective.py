@@ -73,7 +73,11 @@ class Objective(nn.Module):
         with torch.autocast(
             images.device.type, self.precision.dtype, enabled=self.precision.autocast
         ):
-            output = self.model(images, modalities)
+            output = self.model(
+                images,
+                modalities,
+                detached_compensation=not self.recipe.compensation_gradient,
+            )
         # Losses in fp32: distances and centroids are differences of near numbers.
         return self._loss(_gathered(output.float(), share), labels, weights, classes)
 

@@ -77,9 +77,10 @@ class Recipe(BaseModel):
     """Everything that decides a run besides data and seed.
 
     Where the paper is silent: margin 0.3 (HCT's), centroids as fixed targets of L_cyc, the form of
-    L_mod, no label smoothing, no weight averaging. `alignment_lr` and `generator_lr` multiply the
-    learning rate of the modality alignment, and of g_γ and g_β. `ema` is the decay of the averaged
-    weights that are saved (0 saves the last ones).
+    L_mod, no label smoothing, no weight averaging. `compensation_gradient` says whether the losses
+    of F̂ reach F, which it is made of. `features_lr` and `generator_lr` multiply the learning rate
+    of what computes F, and of g_γ and g_β. `ema` is the decay of the averaged weights that are
+    saved (0 saves the last ones).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,10 +97,11 @@ class Recipe(BaseModel):
     margin: float = Field(default=0.3, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     centroid_gradient: bool = False
+    compensation_gradient: bool = True
     modulation_form: ModulationForm = "batch_hard"
     modulation_temperature: float = Field(default=0.1, gt=0)
     modulation_across: bool = False
-    alignment_lr: float = Field(default=1.0, gt=0)
+    features_lr: float = Field(default=1.0, gt=0)
     generator_lr: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     augmentation: AugmentationConfig = AugmentationConfig()

@@ -367,18 +367,21 @@ class Trainer:
         return model.eval()
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Both modules at their own multiple of the learning rate of everything else."""
-        scales = {"alignment.": self.recipe.alignment_lr, "generator_": self.recipe.generator_lr}
+        """F's network, and g_γ and g_β, at their own multiples of everything else's rate."""
+        scales = {
+            ("backbone.", "parts."): self.recipe.features_lr,
+            ("generator_",): self.recipe.generator_lr,
+        }
         groups: list[dict[str, Any]] = [
             {
-                "params": [p for n, p in self.model.named_parameters() if n.startswith(prefix)],
+                "params": [p for n, p in self.model.named_parameters() if n.startswith(names)],
                 "lr": 0.0,
                 "scale": scale,
             }
-            for prefix, scale in scales.items()
+            for names, scale in scales.items()
         ]
-        of_modules = {id(parameter) for group in groups for parameter in group["params"]}
-        rest = [p for p in self.objective.parameters() if id(p) not in of_modules]
+        scaled = {id(parameter) for group in groups for parameter in group["params"]}
+        rest = [p for p in self.objective.parameters() if id(p) not in scaled]
         return [{"params": rest, "lr": 0.0, "scale": 1.0}, *groups]
 
     def _description(self) -> dict[str, Any]:
