@@ -145,7 +145,7 @@ def _shortlists(
     index: Index, x: Tensor, modulation: Modulation, lengths: Sequence[int]
 ) -> list[list[Positions]]:
     """Of every length, one shortlist per query."""
-    projected = project(x, modulation)[0].numpy()
+    projected = project(x.double(), Modulation(*(p.double() for p in modulation)))[0]
     if not index.nested:
         return [[index.search(w, length) for w in projected] for length in lengths]
     longest = [index.search(w, max(lengths)) for w in projected]

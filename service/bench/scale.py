@@ -22,6 +22,8 @@ from service.bench.data import (
     numbers,
 )
 from service.bench.engine import Engine
+from service.gallery.index import choose_kind
+from service.gallery.upkeep import free_memory
 
 _TOP = 20
 _BATCH = 32
@@ -88,7 +90,7 @@ def _measure(source: Source, count: int, dim: int, shortlist: int, rounds: int) 
     x, modulation = data.queries, data.modulation
     before = _resident_bytes()
     engine = Engine(data.gallery)
-    index = engine.service_index()
+    search = engine.searching(engine.index(choose_kind(count, "cpu", free_memory(), engine.width)))
     occupied = _resident_bytes() - before
     del data
 
@@ -100,7 +102,7 @@ def _measure(source: Source, count: int, dim: int, shortlist: int, rounds: int) 
             if stages == 1:
                 engine.exhaustive(x[q : q + 1], one(q), _TOP)
             else:
-                engine.two_stage(x[q : q + 1], one(q), index.search, shortlist, _TOP)
+                engine.two_stage(x[q : q + 1], one(q), search, shortlist, _TOP)
 
     calls: tuple[tuple[Callable[[], object], int], ...] = (
         (partial(singles, 1), _SINGLE),
