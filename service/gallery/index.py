@@ -164,9 +164,10 @@ def _lists(count: int) -> int:
 def _factory(kind: IndexKind, size: int, lists: int) -> str:
     """FAISS's name of the index."""
     if kind == "IVF-PQ":
-        # A code needs a divisor of the vector's length.
+        # A code needs a divisor of the vector's length. "np": without polysemous training, which
+        # takes minutes and serves a kind of search that we do not use.
         numbers = next(n for n in (_PQ_NUMBERS, 4, 2, 1) if size % n == 0)
-        return f"IVF{lists},PQ{size // numbers}x8"
+        return f"IVF{lists},PQ{size // numbers}x8np"
     return {
         "SQfp16": "SQfp16",
         "Flat": "Flat",

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import uuid
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,7 +38,9 @@ from service.gallery.shard import Frozen
 FORMAT = 1
 MANIFEST = "MANIFEST"
 _THREADS = 4  # that read and check at once
-_PIECE = 1 << 22  # bytes that are hashed while they are still in the caches
+# Bytes that are checked while they are still in the caches. CRC-32 finds every flipped bit, if not
+# ill will; a GB took one core of an AMD EPYC 0.45 s, with SHA-256 0.73, with BLAKE2b 1.5.
+_PIECE = 1 << 20
 
 Position = tuple[int, int]
 
@@ -50,7 +53,7 @@ class SnapshotInvalid(Exception):  # noqa: N818
 class _File:
     name: str
     size: int
-    sha256: str
+    crc32: int
 
 
 def save(
@@ -144,8 +147,7 @@ def _write_index(frozen: Frozen, own: Path, files: list[_File]) -> dict[str, Any
         return None
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    files.append(_File("faiss", path.stat().st_size, digest))
+    files.append(_File("faiss", path.stat().st_size, _checksum(path)))
     return {"kind": index.kind, "expected": index.expected}
 
 
@@ -154,7 +156,7 @@ def _write(path: Path, data: bytes | memoryview) -> _File:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return _File(path.name, len(data), hashlib.sha256(data).hexdigest())
+    return _File(path.name, len(data), zlib.crc32(data))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -226,23 +228,30 @@ def _fill(own: Path, file: _File, place: memoryview) -> None:
     """Read a file into memory of its size, and check it piece by piece. Raises SnapshotInvalid."""
     path = own / file.name
     _check_size(path, len(place))
-    digest = hashlib.sha256()
+    checksum = 0
     with path.open("rb", buffering=0) as source:
         for start in range(0, len(place), _PIECE):
             piece = place[start : start + _PIECE]
             if source.readinto(piece) != len(piece):
                 raise SnapshotInvalid(f"{path} ended while it was read")
-            digest.update(piece)
-    if digest.hexdigest() != file.sha256:
+            checksum = zlib.crc32(piece, checksum)
+    if checksum != file.crc32:
         raise SnapshotInvalid(f"{path} is damaged: its checksum is another")
 
 
 def _check(own: Path, file: _File) -> None:
     path = own / file.name
     _check_size(path, file.size)
-    with path.open("rb") as source:
-        if hashlib.file_digest(source, "sha256").hexdigest() != file.sha256:
-            raise SnapshotInvalid(f"{path} is damaged: its checksum is another")
+    if _checksum(path) != file.crc32:
+        raise SnapshotInvalid(f"{path} is damaged: its checksum is another")
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb", buffering=0) as source:
+        while piece := source.read(_PIECE):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def _check_size(path: Path, size: int) -> None:
