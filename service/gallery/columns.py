@@ -102,12 +102,6 @@ class Columns:
         self.alive_count -= len(positions)
         return [int(number) for number in self._table[0, positions]]
 
-    def revive(self, numbers: Sequence[int]) -> None:
-        """Take `bury` back."""
-        positions = self.positions(numbers)
-        self.alive_count += int(np.count_nonzero(~self._alive[positions]))
-        self._alive[positions] = True
-
     def update(
         self,
         numbers: Sequence[int],

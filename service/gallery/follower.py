@@ -171,7 +171,7 @@ class Follower:
         if newest.change > self.position.change:
             changes = view.changes_since(self.position)
             self._forget_snapshot()
-            self.shard.settle(self.shard.bury(changes.deleted))
+            self.shard.bury(changes.deleted)
             self._replace(changes.updated)
         for stored in view.stream(self.position.item):
             self.shard.add(stored)

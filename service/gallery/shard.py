@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from model import CMTConfig, Modulation
@@ -69,23 +70,15 @@ class Shard:
             self._upkeep.wake()
 
     def bury(self, numbers: Sequence[int]) -> list[int]:
-        """Hide items from every later search → those that were here, to `revive` or `settle`."""
+        """Take items out of every later search → those that were here.
+
+        Their memory is given back in the background.
+        """
         with self._upkeep.changing:
             buried = self._upkeep.resident.columns.bury(numbers)
-            self._upkeep.touch(buried, unsettled=True)
-            return buried
-
-    def revive(self, numbers: Sequence[int]) -> None:
-        """Take `bury` back."""
-        with self._upkeep.changing:
-            self._upkeep.resident.columns.revive(numbers)
-            self._upkeep.touch(numbers, unsettled=False)
-
-    def settle(self, numbers: Sequence[int]) -> None:
-        """What was buried is gone for good; its memory is given back in the background."""
-        with self._upkeep.changing:
-            self._upkeep.touch(numbers, unsettled=False)
+            self._upkeep.touch(buried)
             self._upkeep.wake()
+            return buried
 
     def lacking(self, numbers: Sequence[int]) -> list[int]:
         """Those of these items that are not here, or deleted."""

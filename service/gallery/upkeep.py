@@ -38,21 +38,15 @@ class Upkeep:
         self.changing = threading.Lock()
         self.rebuilds = 0
         self._kind = kind
-        self._unsettled: set[int] = set()
         self._touched: set[int] | None = None  # changed during a compaction
         self._worker: threading.Thread | None = None
         self._closing = False
         self._failed = False
 
-    def touch(self, numbers: Sequence[int], *, unsettled: bool | None = None) -> None:
-        """Note that items changed. unsettled: buried, perhaps to be revived; False: no longer.
-
-        Call this and `wake` with `changing` held.
-        """
+    def touch(self, numbers: Sequence[int]) -> None:
+        """Note that items changed. Call this and `wake` with `changing` held."""
         if self._touched is not None:
             self._touched.update(numbers)
-        if unsettled is not None:
-            (self._unsettled.update if unsettled else self._unsettled.difference_update)(numbers)
 
     def wake(self) -> None:
         """Start the background thread if there is work for it."""
@@ -93,7 +87,7 @@ class Upkeep:
         """ "compact", a kind of index to build or extend, or None."""
         resident = self.resident
         columns, index = resident.columns, resident.index
-        dead = len(columns) - columns.alive_count - len(self._unsettled)
+        dead = len(columns) - columns.alive_count
         if self._failed:
             return None
         if dead >= max(_TOMBSTONE_LEAST, _TOMBSTONE_SHARE * columns.alive_count):
@@ -137,8 +131,7 @@ class Upkeep:
         """Copy what is alive, catch up with what changed meanwhile, and swap."""
         with self.changing:
             old, self._touched = self.resident, set()
-            unsettled = old.columns.positions(list(self._unsettled))
-            kept = np.union1d(np.flatnonzero(old.columns.alive), unsettled)
+            kept = np.flatnonzero(old.columns.alive)
             done = len(old.columns)
         new = old.fork()
         for start in range(0, len(kept), _CATCH_UP_ROWS):

@@ -252,7 +252,7 @@ def test_a_lone_call_runs_alone_and_those_that_wait_run_together() -> None:
 def test_changes_during_a_rebuild_are_not_lost(
     kind: IndexKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads add, bury, revive, relabel and search while the shard is compacted many times."""
+    """Threads add, bury, relabel and search while the shard is compacted many times."""
     monkeypatch.setattr(upkeep, "_TOMBSTONE_LEAST", 20)
     monkeypatch.setattr(upkeep, "_TOMBSTONE_SHARE", 0.0)
     y = features(8000)
@@ -279,26 +279,18 @@ def test_changes_during_a_rebuild_are_not_lost(
                 numbers = list(range(start, start + 5))
                 assert shard.bury(numbers) == numbers
                 assert search(shard, start, 30).numbers.min() > start + 4
-                if start % 3 == 0:
-                    time.sleep(0.002)
-                    shard.revive(numbers)
-                    assert shard.bury(numbers) == numbers
-                shard.settle(numbers)
 
-        def revive() -> None:
+        def rename() -> None:
             for start in range(1500, 2000, 10):
-                numbers = list(range(start, start + 10))
-                shard.bury(numbers)
+                shard.update(list(range(start, start + 10)), persons=["renamed"] * 10)
                 time.sleep(0.005)
-                shard.revive(numbers)
-                shard.update(numbers, persons=["renamed"] * 10)
 
         def ask() -> None:
             for seed in range(150):
                 scored = search(shard, seed, 40, exhaustive=seed % 2 == 0)
                 assert len(scored.numbers) == len(set(scored.numbers)) == 40
 
-        for thread in [guarded(work) for work in (add, delete, revive, ask)]:
+        for thread in [guarded(work) for work in (add, delete, rename, ask)]:
             thread.join(120)
         assert not errors
         shard.wait()
@@ -349,8 +341,7 @@ def test_columns_find_numbers_in_any_order() -> None:
         assert columns.bury([numbers[1], 999]) == [numbers[1]]
         assert columns.bury([numbers[1]]) == []
     assert columns.alive_count == 4
-    columns.revive([7])
-    assert (columns.alive_count, columns.alive.tolist()) == (5, [True, False] + [True] * 4)
+    assert columns.alive.tolist() == [True, False, True, True, False, True]
 
 
 NAN = float("nan")

@@ -99,7 +99,7 @@ def test_what_is_restored_answers_alike_and_goes_on(kind: IndexKind, tmp_path: P
     assert_equal(shard, again)
     for one in (shard, again):
         one.add(stored(500, COUNT))
-        one.settle(one.bury(range(100)))
+        one.bury(range(100))
         one.update([150], persons=["person 151"])
     assert_equal(shard, again)
     shard.close()
@@ -120,7 +120,7 @@ def test_chunks_of_other_scales_and_an_empty_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["SQfp16", "HNSW"])
 def test_nothing_deleted_is_written(kind: IndexKind, tmp_path: Path) -> None:
     shard = made(kind)
-    shard.settle(shard.bury([7, 8]))
+    shard.bury([7, 8])
     own = write(shard, tmp_path)
     files = {path.name: path.read_bytes() for path in own.iterdir()}
     assert "faiss" not in files
@@ -132,7 +132,7 @@ def test_nothing_deleted_is_written(kind: IndexKind, tmp_path: Path) -> None:
     assert stored().features[10].tobytes() in files["features-0"]
     again = restored(tmp_path, kind)
     assert again.bury([7, 8, 10]) == [10]
-    again.revive([10])
+    shard.bury([10])
     again.wait()  # the index is built anew
     assert_equal(shard, again)
     again.close()
@@ -143,7 +143,7 @@ def test_a_moment_is_saved_though_changes_go_on(tmp_path: Path) -> None:
     shard, same = made(), made()
     frozen = shard.freeze()
     shard.add(stored(300, COUNT))
-    shard.settle(shard.bury(range(50)))
+    shard.bury(range(50))
     save(frozen, tmp_path, fingerprint=MODEL, position=POSITION, witness=WITNESS)
     assert_equal(same, restored(tmp_path))
 
