@@ -11,7 +11,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +34,11 @@ from PIL import Image
 
 from model import CheckpointInfo, CMTConfig, Modulation
 from service.errors import ItemNotFound
-from service.gallery import Filters, Gallery, Hit, Item, NewItem
+from service.gallery import Filters, Gallery, Hit, Item, ItemUpdate, NewItem
 from service.images import Crop, decode
 
 PARTS, DIM = 2, 4
-INFO = CheckpointInfo(
-    "a" * 64, CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)
-)
+CONFIG = CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)
 START = datetime(2026, 1, 1, tzinfo=UTC)
 TOLERANCE = 1e-4  # of a distance: both sides compute it directly, one of them in fp32
 
@@ -93,6 +91,20 @@ filters = st.builds(
     captured_from=st.none() | st.sampled_from(MOMENTS),
     captured_to=st.none() | st.sampled_from(MOMENTS),
 )
+
+
+updates = st.builds(
+    ItemUpdate,
+    person_id=st.none() | st.sampled_from(PERSONS),
+    camera_id=st.none() | st.sampled_from(CAMERAS),
+    captured_at=st.none() | st.sampled_from(MOMENTS),
+)
+
+
+def made_by(version: int, crop: Crop) -> Vector:
+    """What checkpoint number `version` computes for a crop; exact in fp16."""
+    dice = random.Random(f"{version} {crop.sha256} {crop.modality}")
+    return tuple(dice.choice([-1.0, 0.5, 2.0]) for _ in range(PARTS * DIM))
 
 
 class Call(NamedTuple):
@@ -164,11 +176,16 @@ class GalleryMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.expected: dict[str, Expected] = {}
         self.erased: set[str] = set()
+        self.version = 0
+
+    @property
+    def info(self) -> CheckpointInfo:
+        return CheckpointInfo(f"{self.version:064x}", CONFIG)
 
     @initialize(target=ids, candidates=st.sampled_from([1, 3, 256]), batch=batches)
     def open(self, candidates: int, batch: list[tuple[Any, ...]]) -> Any:
         self.candidates = candidates
-        self.gallery = Gallery.open(self.folder, INFO, candidates=candidates)
+        self.gallery = Gallery.open(self.folder, self.info, candidates=candidates)
         return self._enroll(batch)
 
     def teardown(self) -> None:
@@ -198,13 +215,44 @@ class GalleryMachine(RuleBasedStateMachine):
         assert self.gallery.delete_where(person) == len(theirs)
         self._forget(theirs)
 
-    @rule()
-    def reopen(self) -> None:
+    @rule(item_id=ids, changed=updates)
+    def update(self, item_id: str, changed: ItemUpdate) -> None:
+        if item_id in self.erased:
+            with pytest.raises(ItemNotFound):
+                self.gallery.update(item_id, changed)
+            return
+        expected = self.expected[item_id]
+        item = replace(expected.item, **changed.fields)
+        assert self.gallery.update(item_id, changed) == item
+        self.expected[item_id] = replace(expected, item=item)
+
+    @precondition(lambda self: self.version < 3)
+    @rule(dropped=st.booleans())
+    def reembed(self, dropped: bool) -> None:
+        old = self.info.fingerprint
+        self.version += 1
+        version = self.version
+
+        def embed(crops: Sequence[Crop]) -> torch.Tensor:
+            return torch.tensor([made_by(version, crop) for crop in crops]).view(-1, PARTS, DIM)
+
+        self.gallery.reembed(self.info, embed)
+        for item_id, expected in self.expected.items():
+            item = replace(expected.item, model=self.info.fingerprint)
+            y = made_by(version, expected.new.crop)
+            self.expected[item_id] = replace(expected, item=item, y=y)
+        if dropped:
+            self.gallery.drop_version(old)
+
+    @rule(save=st.booleans())
+    def reopen(self, save: bool) -> None:
+        if save:
+            assert self.gallery.save_index()
         self._reopen()
 
-    @precondition(lambda self: self._index_files())
     @rule(data=st.data(), damage=st.sampled_from(["removed", "truncated", "flipped"]))
     def reopen_with_a_damaged_index(self, data: st.DataObject, damage: str) -> None:
+        assert self.gallery.save_index()
         self.gallery.close()
         file = data.draw(st.sampled_from(self._index_files()))
         content = file.read_bytes()
@@ -331,7 +379,7 @@ class GalleryMachine(RuleBasedStateMachine):
 
     def _reopen(self) -> None:
         self.gallery.close()
-        self.gallery = Gallery.open(self.folder, INFO, candidates=self.candidates)
+        self.gallery = Gallery.open(self.folder, self.info, candidates=self.candidates)
 
     def _index_files(self) -> list[Path]:
         return sorted(p for p in (self.folder / "index").rglob("*") if p.is_file())

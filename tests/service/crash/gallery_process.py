@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -148,11 +149,19 @@ def _serve(
     if dies_at_write is not None:
         die_at_write(dies_at_write)
     answers = _Answers(gallery)
+    threading.Thread(target=_save_often, args=(gallery,), daemon=True).start()
     for pipe in sessions:
         threading.Thread(target=_answer, args=(answers, pipe), daemon=True).start()
     control.recv()
     control.send("closing")
     gallery.close()
+
+
+def _save_often(gallery: Gallery) -> None:
+    """So that kills meet a snapshot that is being written, which is seldom otherwise."""
+    while True:
+        gallery.save_index()
+        time.sleep(0.02)
 
 
 def _answer(answers: _Answers, pipe: Connection) -> None:
