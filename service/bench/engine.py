@@ -10,15 +10,16 @@ import numpy.typing as npt
 from torch import Tensor
 
 from model import CMTConfig, Modulation, project
-from service.gallery.index import KINDS, IndexKind, RecallIndex
+from service.gallery.index import KINDS, NPROBE_SHARE, IndexKind, RecallIndex
 from service.gallery.nearest import exhaustive
 from service.gallery.recall import recall
 from service.gallery.rescoring import Features
 from service.gallery.resident import Resident, build_index
 from service.gallery.store import Stored
+from service.gallery.upkeep import INDEX_LEAST
 
 _BLOCK = 16_384
-_NPROBE_SHARES = (0.05, 0.25)  # of all lists; the service's is the second
+_NPROBE_SHARES = (0.05, NPROBE_SHARE)  # of all lists
 GRAPH_LIMIT = 100_000  # building HNSW over more takes hours on two cores
 
 Positions = npt.NDArray[np.int64]
@@ -96,6 +97,8 @@ class Engine:
     def indexes(self) -> Iterator[Index]:
         """Every kind that the service has, one in memory at a time; its scan first."""
         for kind in KINDS:
+            if kind != "SQfp16" and self.count < INDEX_LEAST:
+                continue
             if kind == "HNSW" and self.count > GRAPH_LIMIT:
                 continue
             index = self.index(kind)
@@ -105,7 +108,7 @@ class Engine:
                 continue
             for share in _NPROBE_SHARES:
                 index.nprobe = max(1, round(share * index.lists))
-                yield Index(kind, f"nprobe {index.nprobe} of {index.lists}", search, nested=True)
+                yield Index(kind, f"{share:.0%} of lists", search, nested=True)
 
 
 def _unlabelled(features: Tensor, first: int) -> Stored:

@@ -143,11 +143,7 @@ def _draw_growth(
 
 
 def _curve(result: dict[str, Any]) -> str:
-    """The name of a curve: the lists of an IVF grow with N, its curve is one."""
-    kind = result["index"]
-    if kind.startswith("IVF"):
-        kind = "IVF" + kind[kind.index(",") :]
-    return f"{kind} {result['setting']}".strip()
+    return f"{result['index']} {result['setting']}".strip()
 
 
 def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select
 
-from service.errors import StorageUnwritable
+from service.errors import StorageFull, StorageUnwritable
 from service.gallery.commits import GroupCommit
 from service.gallery.database import Database
 from service.gallery.records import AuditEntry, AuditPage
@@ -76,10 +77,7 @@ class Audit:
         return hmac.digest(self.load_key(), person_id.encode(), "sha256").hex()
 
     def load_key(self) -> bytes:
-        """The key of pseudonyms, made at its first use.
-
-        Call it before a writing transaction that needs pseudonyms: making the key writes too.
-        """
+        """The key of pseudonyms, made when a gallery is opened first."""
         if self._key is None:
             self._key = self._file_key() if self._database.sqlite else self._shared_key()
         return self._key
@@ -103,6 +101,10 @@ class Audit:
                 _write_whole(path, random_bytes.token_bytes(_KEY_BYTES))
             return path.read_bytes()
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise StorageFull(
+                    f"no space is left for the audit log's key {path}; free some and try again"
+                ) from error
             raise StorageUnwritable(
                 f"the audit log's key {path} cannot be read or made ({error.strerror}); check the "
                 "owner and mount of the data folder"
@@ -128,9 +130,8 @@ def write(connection: Connection, acts: Iterable[Act]) -> None:
 
 def _write_whole(path: Path, data: bytes) -> None:
     """A file that is there wholly or not at all, for its owner only; one there already stays."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", buffering=0) as file:
         file.write(data)
-        file.flush()
         os.fsync(file.fileno())
         try:
             os.link(file.name, path)

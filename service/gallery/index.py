@@ -75,7 +75,8 @@ def index_bytes(kind: IndexKind, count: int, width: int) -> int:
 def training_rows(kind: IndexKind, count: int) -> int:
     """How many of `count` vectors an index of this kind is trained on."""
     if kind.startswith("IVF"):
-        return min(count, TRAINING_PER_LIST * _lists(count))
+        least = TRAINING_PER_LIST * 256 if kind == "IVF-PQ" else 0  # a code has 256 values
+        return min(count, max(least, TRAINING_PER_LIST * _lists(count)))
     return min(count, 20_000) if kind == "SQ8" else 0
 
 

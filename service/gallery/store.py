@@ -70,6 +70,7 @@ class Store:
         self.versions = Versions(self._database, self._commits)
         self.audit = Audit(self._database, self._commits, folder)
         try:
+            self.audit.load_key()  # now, so that a deletion needs no room for it
             self.versions.register(model, configuration)
         except BaseException:
             self.close()
@@ -207,7 +208,6 @@ class Store:
 
         Numbers given twice count once, those of no item do not count.
         """
-        self.audit.load_key()  # which may have to be stored, in a transaction of its own
         wanted = sorted(set(numbers))
 
         def work(connection: Connection) -> int:

@@ -23,7 +23,7 @@ _TAIL_SHARE = 0.1
 _TAIL_LEAST = 1024
 # An index of lists is trained anew when the gallery has grown so much.
 _RETRAIN_GROWTH = 4
-_INDEX_LEAST = 1000  # fewer rows train nothing
+INDEX_LEAST = 1000  # fewer rows train nothing
 _CATCH_UP_ROWS = 1024  # that come during a compaction and are copied while changes wait
 
 
@@ -102,7 +102,7 @@ class Upkeep:
 
     def _wanted(self, resident: Resident) -> IndexKind:
         features, count = resident.features, len(resident.columns)
-        if features.metric == "cosine" or count < _INDEX_LEAST:
+        if features.metric == "cosine" or count < INDEX_LEAST:
             return "SQfp16"
         if self._kind is not None:
             return self._kind

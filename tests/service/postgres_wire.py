@@ -14,8 +14,8 @@ from sqlalchemy import URL, make_url
 class Wire:
     """Forwards connections to a server until told to lose one commit's answer.
 
-    `lose_next_commit` cuts the connection after the server has executed a COMMIT and before its
-    answer arrives, so that the client cannot know whether it happened.
+    `lose_next_commit` cuts the connection after the server has executed a write's COMMIT and before
+    its answer arrives, so that the client cannot know whether it happened.
     """
 
     def __init__(self, folder: Path, server: URL) -> None:
@@ -44,9 +44,12 @@ class Wire:
         self._listener.close()
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        writes = False
         with suppress(OSError):
             while data := client.recv(1 << 16):
-                if b"COMMIT" in data and self._losing.is_set():
+                # Only a writing transaction takes the lock; readers commit too.
+                writes = b"pg_advisory_xact_lock" in data or (writes and b"BEGIN" not in data)
+                if writes and b"COMMIT\0" in data and self._losing.is_set():
                     client.shutdown(socket.SHUT_RDWR)  # before the server can answer
                     self._losing.clear()
                 server.sendall(data)

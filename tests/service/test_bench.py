@@ -241,7 +241,9 @@ def test_recall_is_whole_with_the_flat_index_and_grows_with_the_shortlist(
                 shares = [r[name] for r in curve]
                 assert shares == sorted(shares)
         if index in ("SQfp16", "Flat"):
-            assert [r["recall@10"] for r in curve] == [1, 1, 1]
+            # A shortlist of ten may miss the tenth: s is kept in fp16.
+            assert curve[0]["recall@10"] > 0.9
+            assert [r["recall@10"] for r in curve[1:]] == [1, 1]
             assert curve[-1]["recall@10 by unmodulated shortlist"] == 1
             if modulation.startswith("γ ×"):
                 assert curve[0]["recall@10 by unmodulated shortlist"] < 1

@@ -24,7 +24,7 @@ from tests.service.postgres import PostgresServer
 from tests.service.postgres_wire import wired
 
 INFO = CheckpointInfo("a" * 64, CMTConfig(parts=2, dim=16, heads=2))
-PATIENCE = 120  # seconds until a thread that makes no progress is called stuck
+PATIENCE = 60  # seconds until a thread that makes no progress is called stuck
 
 
 def features(count: int, seed: int) -> Tensor:
