@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 ONCE ?=
 # Where `make bench` writes its results, and which benchmarks it runs.
 RESULTS ?= benchmarks/results
-BENCHES ?= rescore recall embed
+BENCHES ?= rescore recall scale start enroll embed
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench crash clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,7 +33,8 @@ demo: $(RUNNABLE) ## start the service with the demo gallery, query it, serve un
 test: $(DEVELOPMENT) ## run the tests
 	@# Apart: after a session with ONNX Runtime, OpenVINO and all else in one process, a poll() of
 	@# another test ended in a segmentation fault; each part alone passes.
-	$(BIN)/pytest --ignore tests/training/test_export.py
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+		--ignore tests/training/test_export.py
 	$(BIN)/pytest tests/training/test_export.py
 
 lint: $(DEVELOPMENT) ## check style, formatting, types and the container files
@@ -50,7 +51,14 @@ format: $(DEVELOPMENT) ## format the code and order its imports
 
 bench: $(DEVELOPMENT) ## run the benchmarks and write their results to benchmarks/results
 	@mkdir -p $(RESULTS)
-	$(foreach name,$(BENCHES),$(BIN)/cmt bench $(name) --json $(RESULTS)/$(name).json &&) true
+	$(foreach name,$(BENCHES),$(BIN)/cmt bench $(name) --json $(RESULTS)/$(name).json \
+		$(if $(filter recall scale,$(name)),--plot $(RESULTS)/$(name).png) &&) true
+
+crash: $(DEVELOPMENT) ## kill the gallery and the service a hundred times each; what they acknowledged must hold
+	@mkdir -p $(RESULTS)
+	$(BIN)/python tests/service/crash/run.py --rounds 100 --json $(RESULTS)/crash.json
+	$(BIN)/python tests/service/crash/run.py --rounds 100 --json $(RESULTS)/crash-service.json \
+		--subject service --checkpoint examples/compact.safetensors
 
 clean: ## remove the environment and what tools have cached
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -65,6 +65,12 @@ class ItemNotFound(ServiceError):
     status, code, title = 404, "item_not_found", "Item not found"
 
 
+class ModelVersionUnknown(ServiceError):
+    """The gallery has no model version of this fingerprint."""
+
+    status, code, title = 404, "model_version_unknown", "Model version not known"
+
+
 class RouteNotFound(ServiceError):
     """No route has this path."""
 
@@ -96,6 +102,12 @@ class IdempotencyConflict(ServiceError):
     """An Idempotency-Key that stands for other content."""
 
     status, code, title = 409, "idempotency_conflict", "Idempotency key used"
+
+
+class ModelVersionConflict(ServiceError):
+    """A model version that is not in the state which the call needs."""
+
+    status, code, title = 409, "model_version_conflict", "Model version in another state"
 
 
 # 413

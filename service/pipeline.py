@@ -141,7 +141,8 @@ class Pipeline:
             metadata=labels.metadata,
             request=request,
         )
-        [item] = await self.stored(partial(self.gallery.add, [new], features))
+        model = self.embedder.info.fingerprint
+        [item] = await self.stored(partial(self.gallery.add, [new], features, model=model))
         return item, True
 
     async def query(self, pictures: Sequence[Picture], search: Search) -> Answer:
@@ -228,6 +229,7 @@ class Pipeline:
             group_by=search.group_by,
             explain=search.explain,
             max_distance=search.max_distance,
+            model=self.embedder.info.fingerprint,
         )
         calibration = self.embedder.info.calibration
         if calibration is None:

@@ -53,6 +53,7 @@ def open_resources(settings: Settings) -> Iterator[Resources]:
             device=embedder.device,
             database_url=settings.database_url,
             candidates=settings.candidates,
+            index=settings.index,
         )
         with closing(gallery):
             log.info(

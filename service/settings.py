@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
+from service.gallery import IndexKind
 from service.keys import KeyFile, KeyFileError
 
 
@@ -44,6 +45,8 @@ class Settings(BaseSettings):
     runtime: Literal["auto", "torch", "openvino"] = "auto"
     candidates: int = Field(default=256, ge=1, le=100_000)
     """Shortlist size of the recall stage where a query does not say."""
+    index: IndexKind | None = None
+    """Kind of the recall index; without one, what measures best for the gallery's size."""
 
     max_image_bytes: int = Field(default=20_000_000, ge=1)
     max_image_pixels: int = Field(default=20_000_000, ge=16 * 32)

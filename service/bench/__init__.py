@@ -1,1 +1,1 @@
-"""Benchmarks of the service: `cmt bench rescore`, `recall` and `embed`."""
+"""Benchmarks of the service: `cmt bench --help` lists them."""

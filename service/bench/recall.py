@@ -2,188 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import faiss
 import numpy as np
-import numpy.typing as npt
 import torch
 import typer
+from torch import Tensor
 
 from model import Modulation, project
 from model.benchmark import Spread, publish, seconds
-from service.bench.data import Data, features
-from service.gallery.index import RecallIndex
-from service.gallery.rescoring import Features
+from service.bench.crops import embedded
+from service.bench.data import (
+    CHECKPOINT,
+    STATISTICS,
+    Checkpoint,
+    Data,
+    Source,
+    Statistics,
+    numbers,
+    stronger,
+    unmodified,
+)
+from service.bench.engine import Engine, Index, Positions
+from service.embedder import Embedder
 
-_TOP = 10
-_BLOCK = 16_384
-_TRAINING_PER_LIST = 40  # FAISS's own advice is 39 at least
-_GRAPH_LIMIT = 100_000  # building HNSW over more takes hours on two cores
-# What is tried with each kind of index, by the first letters of its name.
-_SETTINGS: dict[str, list[tuple[str, int]]] = {
-    "SQf": [("", 0)],
-    "SQ8": [("", 0)],
-    "IVF": [("nprobe", 16), ("nprobe", 64), ("nprobe", 256)],
-    "HNS": [("efSearch", 256)],
-}
-
-Positions = npt.NDArray[np.int64]
-# A projected query and the shortlist's length → positions.
-Recall = Callable[[npt.NDArray[np.float32], int], Positions]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """What the service keeps in memory, and the lifted vectors to build further indexes from."""
-
-    data: Data
-    features: Features
-    lifted: npt.NDArray[np.float32]
-
-    def modulation(self, q: int) -> Modulation:
-        return Modulation(*(p[q : q + 1] for p in self.data.modulation))
-
-    def exhaustive(self, q: int) -> Positions:
-        """The ten nearest, best first, as the service's exhaustive search finds them."""
-        x, modulation = self.data.queries[q], self.modulation(q)
-        scores = self.features.score_all(x, modulation)
-        found = np.argpartition(scores, 8 * _TOP)[: 8 * _TOP]
-        return self._best(q, found)
-
-    def two_stage(self, q: int, recall: Recall, shortlist: int) -> Positions:
-        w, _ = project(self.data.queries[q : q + 1], self.modulation(q))
-        return self._best(q, recall(w[0].numpy(), shortlist))
-
-    def unmodulated(self, q: int, shortlist: int) -> Positions:
-        """A shortlist by the distance without γ and β, then the modulated one."""
-        identity = Modulation.identity(1, self.features.dim)
-        scores = self.features.score_all(self.data.queries[q], identity)
-        return self._best(q, np.argpartition(scores, shortlist)[:shortlist])
-
-    def _best(self, q: int, found: Positions) -> Positions:
-        distances, _ = self.features.rescore(self.data.queries[q], self.modulation(q), found)
-        return found[np.argsort(distances)[:_TOP]]
+TOP = 10
+_REAL = "the checkpoint's γ, β"
+_UNMODIFIED = 10_000
+_TIMED_EXHAUSTIVE = 3  # queries a round: it takes long, and every query takes the same
 
 
 def recall(
     sizes: Annotated[str, typer.Option(help="Gallery sizes N, comma-separated.")] = (
-        "100000,1000000"
+        "10000,100000,1000000"
     ),
     shortlists: Annotated[str, typer.Option(help="Shortlist lengths.")] = "20,50,200,1000",
-    queries: Annotated[int, typer.Option(help="Single queries per round.")] = 50,
-    parts: Annotated[int, typer.Option(help="Parts P.")] = 6,
-    dim: Annotated[int, typer.Option(help="Channels D per part.")] = 128,
-    rounds: Annotated[int, typer.Option(help="How often all sides run, in turn.")] = 3,
-    gamma: Annotated[float, typer.Option(help="Deviation of γ over queries and channels.")] = 0.5,
+    queries: Annotated[int, typer.Option(min=1, help="Queries whose recall is averaged.")] = 50,
+    timed: Annotated[int, typer.Option(min=1, help="Queries on the clock in a round.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all sides run, in turn.")] = 3,
+    gamma: Annotated[
+        float, typer.Option(help="Beside the real γ: one multiplied by 1 + GAMMA·N(0, 1).")
+    ] = 0.5,
+    statistics: Statistics = STATISTICS,
+    checkpoint: Checkpoint = CHECKPOINT,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(help="SYSU-layout folder; its features are searched unmodified as well."),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep the roots' features here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw recall over latency here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
 ) -> None:
     """Measure recall@10 and latency of the two stages against the exhaustive modulated ranking.
 
-    Example: cmt bench recall --sizes 20000 --queries 10
+    Features are sampled with the means and covariances of rendered crops. γ and β are what the
+    checkpoint's generators make of each query. A shortlist by the distance *without* γ and β, then
+    rescored with them, is what the modulated index is compared with.
+
+    Example: cmt bench recall --sizes 20000 --queries 10 --plot recall.png
     """
     settings = {
         "sizes": sizes,
         "shortlists": shortlists,
         "queries": queries,
-        "parts": parts,
-        "dim": dim,
+        "timed": timed,
         "rounds": rounds,
         "gamma": gamma,
+        "statistics": str(statistics),
+        "checkpoint": str(checkpoint),
+        **({"root": " --root ".join(map(str, root))} if root else {}),
     }
-    lengths = [int(length) for length in shortlists.split(",")]
-    rows: list[tuple[object, ...]] = []
-    results: list[dict[str, object]] = []
-    for count in map(int, sizes.split(",")):
-        gallery = _gallery(features(count, queries, parts, dim, gamma_deviation=gamma))
-        truth = [gallery.exhaustive(q) for q in range(queries)]
-        for length in lengths:
-            found = [gallery.unmodulated(q, length) for q in range(queries)]
-            share = _share(found, truth)
-            results.append({"N": count, "index": "unmodulated", "C": length, "recall@10": share})
-            rows.append((f"{count:,}", "shortlist by unmodulated distance", length, share, "", ""))
-        for name, search in _indexes(gallery.lifted):
-            for length in lengths:
-                found = [gallery.two_stage(q, search, length) for q in range(queries)]
-                share = _share(found, truth)
-                time, part = _time(gallery, search, length, queries, rounds)
-                results.append(
-                    {
-                        "N": count,
-                        "index": name,
-                        "C": length,
-                        "recall@10": share,
-                        "seconds per query": time,
-                        "share of exhaustive time": part,
-                    }
-                )
-                rows.append((f"{count:,}", name, length, share, time, part))
-    columns = ("N", "index", "shortlist", "recall@10", "s per query", "share of exhaustive time")
-    publish("recall", settings, columns, rows, results, json)
+    source = Source.load(statistics, checkpoint)
+    lengths = numbers(shortlists)
+    results: list[dict[str, Any]] = []
+    for features, data in _galleries(source, numbers(sizes), queries, root, checkpoint, cache):
+        modulations = {
+            _REAL: data.modulation,
+            f"γ × (1 ± {gamma:g})": stronger(data.modulation, gamma),
+        }
+        engine = Engine(data.gallery)
+        data = data._replace(gallery=data.gallery[:0])  # the engine has its own copy
+        results += [
+            {"features": features, "N": engine.count, **result}
+            for result in _measure(engine, data.queries, modulations, lengths, timed, rounds)
+        ]
+    publish("recall", settings, *_table(results), results, json)
+    if plot is not None:
+        from service.bench.plots import draw_recall  # matplotlib, which only plots need
+
+        draw_recall(results, plot)
 
 
-def _gallery(data: Data) -> Gallery:
-    count, parts, dim = data.gallery.shape
-    kept = Features(parts, dim, "euclidean", "cpu")
-    kept.reserve(count)
-    lifted = np.empty((count, (parts + 1) * dim), np.float32)
-    for start in range(0, count, _BLOCK):
-        rows = data.gallery[start : start + _BLOCK].flatten(1).numpy()
-        lifted[start : start + len(rows)] = kept.add(rows).numpy()
-    return Gallery(data, kept, lifted)
+def _galleries(
+    source: Source,
+    sizes: Sequence[int],
+    queries: int,
+    roots: Sequence[Path] | None,
+    checkpoint: Path,
+    cache: Path | None,
+) -> Iterator[tuple[str, Data]]:
+    """What is searched, one at a time, with the name of how its features came about."""
+    if roots:
+        crops = embedded(roots, Embedder(checkpoint), cache)
+        yield "unmodified", unmodified(crops, _UNMODIFIED, queries, source.network)
+    for count in sizes:
+        yield "sampled", source.sample(count, queries)
 
 
-def _indexes(lifted: npt.NDArray[np.float32]) -> Iterator[tuple[str, Recall]]:
-    """The service's index first, then others of FAISS over the same lifted vectors, one by one."""
-    count, size = lifted.shape
-    ours = RecallIndex(size)
-    for start in range(0, count, _BLOCK):
-        ours.add(lifted[start : start + _BLOCK])
-    yield "flat (the service's)", partial(ours.search, allowed=np.ones(count, np.bool_))
-    del ours
-
-    lists = round(2 * count**0.5)
-    factories = ["SQfp16", "SQ8", f"IVF{lists},SQ8"]
-    if count <= _GRAPH_LIMIT:
-        factories.append("HNSW32")
-    for factory in factories:
-        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
-        wanted = min(count, _TRAINING_PER_LIST * lists)
-        chosen = np.random.default_rng(0).choice(count, wanted, replace=False)
-        index.train(lifted[chosen])
-        index.add(lifted)
-        for parameter, value in _SETTINGS[factory[:3]]:
-            if parameter:
-                faiss.ParameterSpace().set_index_parameter(index, parameter, value)
-            yield f"{factory} {parameter} {value or ''}".strip(), partial(_search, index)
-
-
-def _search(index: Any, w: npt.NDArray[np.float32], length: int) -> Positions:
-    found: Positions = index.search(w[None], length)[1][0]
-    return found[found >= 0]
-
-
-def _share(found: list[Positions], truth: list[Positions]) -> float:
-    """recall@10: the share of the exhaustive ten nearest that were found, mean over queries."""
-    return float(
-        np.mean([len(set(f) & set(t)) / len(t) for f, t in zip(found, truth, strict=True)])
-    )
+def _measure(
+    engine: Engine,
+    x: Tensor,
+    modulations: dict[str, Modulation],
+    lengths: Sequence[int],
+    timed: int,
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
+    """One result for every index, setting, shortlist length and modulation."""
+    exact = {name: engine.exhaustive(x, m, TOP) for name, m in modulations.items()}
+    identity = Modulation.identity(len(x), engine.dim)
+    for index in engine.indexes():
+        plain = _shortlists(index, x, identity, lengths)
+        times = [_time(engine, index, x, modulations, length, timed, rounds) for length in lengths]
+        for name, modulation in modulations.items():
+            found = _shortlists(index, x, modulation, lengths)
+            for place, (length, time) in enumerate(zip(lengths, times, strict=True)):
+                yield {
+                    "index": index.kind,
+                    "setting": index.setting,
+                    "C": length,
+                    "modulation": name,
+                    "recall@10": _recall(engine, x, modulation, found[place], exact[name]),
+                    "recall@10 by unmodulated shortlist": _recall(
+                        engine, x, modulation, plain[place], exact[name]
+                    ),
+                    **time,
+                }
 
 
+def _shortlists(
+    index: Index, x: Tensor, modulation: Modulation, lengths: Sequence[int]
+) -> list[list[Positions]]:
+    """Of every length, one shortlist per query."""
+    projected = project(x.double(), Modulation(*(p.double() for p in modulation)))[0]
+    if not index.nested:
+        return [[index.search(w, length) for w in projected] for length in lengths]
+    longest = [index.search(w, max(lengths)) for w in projected]
+    return [[found[:length] for found in longest] for length in lengths]
+
+
+def _recall(
+    engine: Engine,
+    x: Tensor,
+    modulation: Modulation,
+    shortlists: Sequence[Positions],
+    exact: Sequence[Positions],
+) -> float:
+    """The share of the exhaustive ten that are among the best ten of the shortlist, on average."""
+    shares = []
+    for q, (shortlist, best) in enumerate(zip(shortlists, exact, strict=True)):
+        found = engine.rescored(x[q : q + 1], _of(modulation, q), shortlist, TOP)
+        shares.append(len(np.intersect1d(found, best)) / len(best))
+    return float(np.mean(shares))
+
+
+@torch.inference_mode()
 def _time(
-    gallery: Gallery, search: Recall, length: int, queries: int, rounds: int
-) -> tuple[Spread, Spread]:
-    """Seconds per single query, and over the exhaustive search's, both in turn."""
-    ours, shares = [], []
-    with torch.inference_mode():
-        for _ in range(rounds):
-            time = seconds(lambda: [gallery.two_stage(q, search, length) for q in range(queries)])
-            few = max(1, queries // 10)  # it takes long, and every query takes the same
-            full = seconds(lambda n=few: [gallery.exhaustive(q) for q in range(n)])  # type: ignore[misc]
-            ours.append(time / queries)
-            shares.append(time / queries / (full / few))
-    return Spread.of(ours), Spread.of(shares)
+    engine: Engine,
+    index: Index,
+    x: Tensor,
+    modulations: dict[str, Modulation],
+    length: int,
+    timed: int,
+    rounds: int,
+) -> dict[str, Spread]:
+    """Seconds per single query of both ways, in turn, and the share of one in the other."""
+    modulation = next(iter(modulations.values()))
+
+    ours, theirs = min(timed, len(x)), min(_TIMED_EXHAUSTIVE, len(x))
+
+    def two_stage(queries: int) -> None:
+        for q in range(queries):
+            engine.two_stage(x[q : q + 1], _of(modulation, q), index.search, length, TOP)
+
+    def exhaustive(queries: int) -> None:
+        for q in range(queries):
+            engine.exhaustive(x[q : q + 1], _of(modulation, q), TOP)
+
+    two_stage(1)
+    exhaustive(1)
+    short, full = [], []
+    for _ in range(rounds):
+        short.append(seconds(lambda: two_stage(ours)) / ours)
+        full.append(seconds(lambda: exhaustive(theirs)) / theirs)
+    return {
+        "seconds per query": Spread.of(short),
+        "exhaustive seconds per query": Spread.of(full),
+        "share of exhaustive time": Spread.of([s / f for s, f in zip(short, full, strict=True)]),
+    }
+
+
+def _of(modulation: Modulation, q: int) -> Modulation:
+    return Modulation(*(parameter[q : q + 1] for parameter in modulation))
+
+
+def _table(
+    results: Sequence[dict[str, Any]],
+) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Columns and rows; the modulations of one index and length stand side by side."""
+    places: dict[tuple[object, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        index = f"{result['index']} {result['setting']}".strip()
+        place: tuple[object, ...] = (result["features"], f"{result['N']:,}", index, result["C"])
+        places.setdefault(place, []).append(result)
+    rows = []
+    for key, of in places.items():
+        time = of[0]["seconds per query"]
+        rows.append(
+            (
+                *key,
+                *(f"{r['recall@10']:.3f}" for r in of),
+                *(f"{r['recall@10 by unmodulated shortlist']:.3f}" for r in of),
+                Spread(*(1e3 * t for t in (time.median, time.least, time.most))),
+                of[0]["share of exhaustive time"],
+            )
+        )
+    names = list(dict.fromkeys(result["modulation"] for result in results))
+    columns = (
+        *("features", "N", "index", "shortlist"),
+        *(f"recall@10, {name}" for name in names),
+        *(f"by unmodulated, {name}" for name in names),
+        *("ms per query", "share of exhaustive time"),
+    )
+    return columns, rows

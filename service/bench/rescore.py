@@ -13,7 +13,14 @@ from torch import Tensor
 
 from model import Modulation, lift, modulate, project
 from model.benchmark import Comparison, compare, publish
-from service.bench.data import features
+from service.bench.data import (
+    CHECKPOINT,
+    STATISTICS,
+    Checkpoint,
+    Source,
+    Statistics,
+    numbers,
+)
 
 _TOP = 20
 _LIFT_ROWS = 16_384
@@ -31,33 +38,42 @@ class Way(NamedTuple):
 
 def rescore(
     sizes: Annotated[str, typer.Option(help="Gallery sizes N, comma-separated.")] = (
-        "10000,100000,1000000"
+        "10000,100000"
     ),
     queries: Annotated[str, typer.Option(help="Query batches Q, comma-separated.")] = "1,32,256",
-    parts: Annotated[int, typer.Option(help="Parts P.")] = 6,
-    dim: Annotated[int, typer.Option(help="Channels D per part.")] = 256,
-    rounds: Annotated[int, typer.Option(help="How often both sides run, in turn.")] = 3,
+    dim: Annotated[
+        int,
+        typer.Option(help="Channels D per part; more than the checkpoint's: draws side by side."),
+    ] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="How often both sides run, in turn.")] = 3,
+    statistics: Statistics = STATISTICS,
+    checkpoint: Checkpoint = CHECKPOINT,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
 ) -> None:
     """Time modulated ranking: one matrix product against modulating the gallery per query.
+
+    N crops take about 16·P·D bytes each: 16 GB for a million of 1,536 numbers.
 
     Example: cmt bench rescore --sizes 10000 --queries 1,32
     """
     settings = {
         "sizes": sizes,
         "queries": queries,
-        "parts": parts,
         "dim": dim,
         "rounds": rounds,
+        "statistics": str(statistics),
+        "checkpoint": str(checkpoint),
         "device": device,
     }
+    source = Source.load(statistics, checkpoint)
+    batches = numbers(queries)
     rows, results = [], []
-    for count in map(int, sizes.split(",")):
-        batches = [int(q) for q in queries.split(",")]
-        data = features(count, max(batches), parts, dim)
+    for count in numbers(sizes):
+        data = source.sample_wide(count, max(batches), dim)
         y = data.gallery.to(device).float()
-        z = torch.empty(count, (parts + 1) * dim, device=device)
+        data = data._replace(gallery=data.gallery[:0])  # widened: the narrow copy may go
+        z = torch.empty(count, (y.shape[1] + 1) * dim, device=device)
         for start in range(0, count, _LIFT_ROWS):
             z[start : start + _LIFT_ROWS] = lift(y[start : start + _LIFT_ROWS])
         for batch in batches:

@@ -1,8 +1,20 @@
 """The gallery: enroll crops with their features, find them again by modulated distance."""
 
 from service.gallery.gallery import DEFAULT_CANDIDATES, Gallery
-from service.gallery.records import Filters, Hit, Item, NewItem, Page, RequestKey, SearchResult
-from service.gallery.shard import Counters
+from service.gallery.index import IndexKind
+from service.gallery.records import (
+    Filters,
+    Hit,
+    Item,
+    ItemUpdate,
+    ModelVersion,
+    NewItem,
+    Page,
+    RequestKey,
+    SearchResult,
+)
+from service.gallery.reembedding import Progress, ReembeddingStopped
+from service.gallery.shard import Counters, Statistics
 
 __all__ = [
     "DEFAULT_CANDIDATES",
@@ -10,9 +22,15 @@ __all__ = [
     "Filters",
     "Gallery",
     "Hit",
+    "IndexKind",
     "Item",
+    "ItemUpdate",
+    "ModelVersion",
     "NewItem",
     "Page",
+    "Progress",
+    "ReembeddingStopped",
     "RequestKey",
     "SearchResult",
+    "Statistics",
 ]

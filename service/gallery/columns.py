@@ -19,39 +19,48 @@ _FIELDS = ("number", "person", "camera", "modality", "captured")
 class Codes:
     """Strings as numbers: equal strings have equal codes, None has −1."""
 
-    def __init__(self) -> None:
-        self._codes: dict[str, int] = {}
+    def __init__(self, texts: Sequence[str | None] = ()) -> None:
+        """texts: string by code, None where a code is no longer in use."""
+        self._codes = {text: code for code, text in enumerate(texts) if text is not None}
+        self._next = len(texts)
 
     def encode(self, values: Sequence[str | None]) -> npt.NDArray[np.int64]:
-        codes = self._codes
-        return np.array(
-            [_NO_CODE if v is None else codes.setdefault(v, len(codes)) for v in values],
-            dtype=np.int64,
-        )
+        return np.array([_NO_CODE if v is None else self._code(v) for v in values], np.int64)
 
     def known(self, values: Sequence[str]) -> list[int]:
         return [self._codes[v] for v in values if v in self._codes]
+
+    def strings(self, used: npt.NDArray[np.int64]) -> list[str | None]:
+        """String by code, up to the last one used; None for the others."""
+        texts = dict(zip(self._codes.values(), self._codes, strict=True))
+        known = set(used.tolist())
+        codes = range(max(known, default=-1) + 1)
+        return [texts[code] if code in known else None for code in codes]
+
+    def _code(self, text: str) -> int:
+        if text not in self._codes:
+            self._codes[text] = self._next
+            self._next += 1
+        return self._codes[text]
 
 
 class Columns:
     """Row numbers, labels and times of items by position; a deleted one stays, no longer alive.
 
-    Positions count additions from 0, as those of `Features` and `RecallIndex` do.
+    Positions count additions from 0, as those of `Features` and `RecallIndex` do. One thread
+    changes at a time; `frozen` may be called beside it.
     """
 
     def __init__(self) -> None:
         self._persons, self._cameras, self._modalities = Codes(), Codes(), Codes()
         self._table: npt.NDArray[np.int64] = np.empty((len(_FIELDS), 0), np.int64)
         self._alive: npt.NDArray[np.bool_] = np.empty(0, np.bool_)
-        self._positions: dict[int, int] = {}  # of those alive, by row number
+        self._ascending = True
         self._count = 0
+        self.alive_count = 0
 
     def __len__(self) -> int:
         return self._count
-
-    @property
-    def alive_count(self) -> int:
-        return len(self._positions)
 
     @property
     def numbers(self) -> npt.NDArray[np.int64]:
@@ -63,6 +72,15 @@ class Columns:
         """Codes of person_id by position, negative where there is none."""
         return self._table[1, : self._count]
 
+    @property
+    def alive(self) -> npt.NDArray[np.bool_]:
+        """One flag per position."""
+        return self._alive[: self._count]
+
+    @property
+    def bytes(self) -> int:
+        return self._table.nbytes + self._alive.nbytes
+
     def add(self, stored: Stored) -> None:
         rows = np.array(
             [
@@ -70,44 +88,126 @@ class Columns:
                 self._persons.encode(stored.persons),
                 self._cameras.encode(stored.cameras),
                 self._modalities.encode(stored.modalities),
-                [_NO_TIME if moment is None else moment for moment in stored.captured],
+                _times(stored.captured),
             ],
             dtype=np.int64,
         )
+        self._append(rows, np.ones(rows.shape[1], np.bool_))
+
+    def bury(self, numbers: Sequence[int]) -> list[int]:
+        """Mark items as deleted → the numbers that were alive here."""
+        positions = self.positions(numbers)
+        positions = positions[self._alive[positions]]
+        self._alive[positions] = False
+        self.alive_count -= len(positions)
+        return [int(number) for number in self._table[0, positions]]
+
+    def update(
+        self,
+        numbers: Sequence[int],
+        *,
+        persons: Sequence[str | None] | None = None,
+        cameras: Sequence[str | None] | None = None,
+        captured: Sequence[int | None] | None = None,
+    ) -> None:
+        """Give items other labels, one for each number; None leaves them. Unknown numbers pass."""
+        changes = [
+            (1, None if persons is None else self._persons.encode(persons)),
+            (2, None if cameras is None else self._cameras.encode(cameras)),
+            (4, None if captured is None else np.array(_times(captured), np.int64)),
+        ]
+        places = {number: place for place, number in enumerate(numbers)}
+        positions = self.positions(numbers)
+        chosen = [places[int(number)] for number in self._table[0, positions]]
+        for field, values in changes:
+            if values is not None:
+                self._table[field, positions] = values[chosen]
+
+    def positions(self, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Where these items are, deleted ones too; those that are not here are left out."""
+        wanted = np.unique(np.asarray(numbers, np.int64))
+        mine = self.numbers
+        if not self._ascending:
+            return np.flatnonzero(np.isin(mine, wanted))
+        places = np.searchsorted(mine, wanted)
+        places = places[places < len(mine)]
+        return places[np.isin(mine[places], wanted)]
+
+    def frozen(self) -> Columns:
+        """As it is now, for a reader: later additions and deletions do not show."""
+        copy = self._sibling()
+        # The count first: what is read after it holds at least so many rows.
+        copy._count = self._count
+        copy._table = self._table
+        copy._alive = self._alive[: copy._count].copy()
+        copy._ascending = self._ascending
+        copy.alive_count = int(np.count_nonzero(copy._alive))
+        return copy
+
+    def extend(self, other: Columns, positions: npt.NDArray[np.int64]) -> None:
+        """Append rows of another with which this one shares its codes (`fork`)."""
+        self._append(other._table[:, positions], other._alive[positions])
+
+    def fork(self) -> Columns:
+        """An empty one with the same codes."""
+        return self._sibling()
+
+    def align(self, other: Columns, numbers: Sequence[int]) -> None:
+        """Take over what `other` now says of these items, where both have them."""
+        mine, theirs = self.positions(numbers), other.positions(numbers)
+        theirs = theirs[np.isin(other.numbers[theirs], self.numbers[mine])]
+        mine = mine[np.argsort(self.numbers[mine])]
+        theirs = theirs[np.argsort(other.numbers[theirs])]
+        self._table[:, mine] = other._table[:, theirs]
+        self._alive[mine] = other._alive[theirs]
+        self.alive_count = int(np.count_nonzero(self.alive))
+
+    def dump(self) -> tuple[npt.NDArray[np.int64], dict[str, list[str | None]]]:
+        """The table, and the strings of its codes, for a file.
+
+        A deleted item has ~number, and −1 in all else; a string that no living item has is None:
+        what was deleted is not written anywhere.
+        """
+        table = np.where(self.alive, self._table[:, : self._count], _NO_CODE)
+        table[0] = np.where(self.alive, self.numbers, ~self.numbers)
+        codes = (self._persons, self._cameras, self._modalities)
+        texts = {
+            name: codes[field - 1].strings(np.unique(table[field]))
+            for field, name in enumerate(_FIELDS[1:4], start=1)
+        }
+        return table, texts
+
+    @classmethod
+    def restored(cls, table: npt.NDArray[np.int64], texts: dict[str, list[str | None]]) -> Columns:
+        """Take `dump` back, its table flat and writable."""
+        columns = cls()
+        columns._persons, columns._cameras, columns._modalities = (
+            Codes(texts[name]) for name in _FIELDS[1:4]
+        )
+        table = table.reshape(len(_FIELDS), -1)
+        alive = table[0] >= 0
+        table[0] = np.where(alive, table[0], ~table[0])
+        columns._append(table, alive)
+        return columns
+
+    def _sibling(self) -> Columns:
+        copy = Columns()
+        copy._persons, copy._cameras = self._persons, self._cameras
+        copy._modalities = self._modalities
+        return copy
+
+    def _append(self, rows: npt.NDArray[np.int64], alive: npt.NDArray[np.bool_]) -> None:
         end = self._count + rows.shape[1]
         if end > self._table.shape[1]:
             room = max(end, 2 * self._table.shape[1], 1024) - self._count
             self._table = np.pad(self._table[:, : self._count], ((0, 0), (0, room)))
             self._alive = np.pad(self._alive[: self._count], (0, room))
         self._table[:, self._count : end] = rows
-        self._alive[self._count : end] = True
-        self._positions.update(zip(stored.numbers, range(self._count, end), strict=True))
-        self._count = end
-
-    def bury(self, numbers: Sequence[int]) -> list[int]:
-        """Mark items as deleted → the numbers that were alive here."""
-        buried = [number for number in numbers if number in self._positions]
-        self._alive[[self._positions.pop(number) for number in buried]] = False
-        return buried
-
-    def revive(self, numbers: Sequence[int]) -> None:
-        """Take `bury` back."""
-        wanted = np.isin(self.numbers, numbers)
-        self._alive[: self._count][wanted] = True
-        positions = np.flatnonzero(wanted)
-        self._positions.update((int(self.numbers[p]), int(p)) for p in positions)
-
-    def compacted(self) -> tuple[Columns, npt.NDArray[np.int64]]:
-        """A copy of those alive, and their positions here, in the same order."""
-        alive = np.flatnonzero(self._alive[: self._count])
-        copy = Columns()
-        copy._persons, copy._cameras = self._persons, self._cameras
-        copy._modalities = self._modalities
-        copy._table = self._table[:, alive]
-        copy._alive = np.ones(len(alive), np.bool_)
-        copy._count = len(alive)
-        copy._positions = {int(number): p for p, number in enumerate(copy.numbers)}
-        return copy, alive
+        self._alive[self._count : end] = alive
+        last = self._table[0, max(0, self._count - 1) : end]
+        self._ascending = self._ascending and bool((np.diff(last) > 0).all())
+        self.alive_count += int(np.count_nonzero(alive))
+        self._count = end  # last: a reader sees whole rows only
 
     def mask(self, filters: Filters) -> npt.NDArray[np.bool_]:
         """One flag per position: alive and passing every filter."""
@@ -128,3 +228,7 @@ class Columns:
         if filters.captured_to is not None:
             allowed &= captured < microseconds(filters.captured_to)
         return allowed
+
+
+def _times(captured: Sequence[int | None]) -> list[int]:
+    return [_NO_TIME if moment is None else moment for moment in captured]

@@ -1,4 +1,4 @@
-"""The gallery: the store is the truth, the shard its copy in memory; every change goes to both."""
+"""The gallery: the store is the truth, a shard its copy in memory, which follows it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,44 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from model import CheckpointInfo, Modulation
-from service.errors import IndexOutOfStep, StorageUnwritable
+from service.errors import (
+    DatabaseUnavailable,
+    IndexOutOfStep,
+    ModelVersionConflict,
+    ServiceError,
+    StorageUnwritable,
+)
+from service.gallery.follower import Follower
+from service.gallery.index import IndexKind
 from service.gallery.lock import FolderLock
-from service.gallery.records import Filters, Hit, Item, NewItem, Page, RequestKey, SearchResult
-from service.gallery.rows import microseconds
-from service.gallery.shard import Counters, Scored, Shard
-from service.gallery.store import Store, Stored
+from service.gallery.records import (
+    Filters,
+    Hit,
+    Item,
+    ItemUpdate,
+    ModelVersion,
+    NewItem,
+    Page,
+    RequestKey,
+    SearchResult,
+)
+from service.gallery.reembedding import Embed, Progress, Reembedding
+from service.gallery.shard import Counters, Scored, Statistics
+from service.gallery.shared_lock import SharedLock
+from service.gallery.store import Store
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CANDIDATES = 256
+# How long another process's changes may stay unseen, where several share a PostgreSQL database.
+SYNC_SECONDS = 1.0
 _WIDEN = 4  # how much longer the shortlist gets where it held too few groups
 _TRIES = 8  # searches again because an item was deleted between search and fetch
 
@@ -33,16 +53,17 @@ class Gallery:
 
     Usable without HTTP, from several threads. `awaiting` counts items whose features come from
     another checkpoint: they are kept and listed, but no query returns them until they are
-    embedded again, because features of two checkpoints cannot be compared.
+    embedded again (`reembed`), because features of two checkpoints cannot be compared.
     """
 
-    def __init__(
-        self, lock: FolderLock, store: Store, shard: Shard, folder: Path, candidates: int
-    ) -> None:
-        self._lock, self._store, self._shard = lock, store, shard
+    def __init__(self, lock: FolderLock, follower: Follower, folder: Path, candidates: int) -> None:
+        self._lock, self._version = lock, follower
         self._folder, self._candidates = folder, candidates
-        self._changing = threading.Lock()
-        self.awaiting = store.count() - len(shard)
+        self._enrolling = SharedLock()  # held alone while the checkpoint is changed
+        self._reembedding = threading.Lock()
+        self._closing = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="gallery keeper", daemon=True)
+        self._keeper.start()
 
     @classmethod
     def open(
@@ -53,73 +74,104 @@ class Gallery:
         device: str = "cpu",
         database_url: str | None = None,
         candidates: int = DEFAULT_CANDIDATES,
+        index: IndexKind | None = None,
     ) -> Gallery:
-        """Open or create the gallery in `data_dir`; its index is rebuilt from the store.
+        """Open or create the gallery in `data_dir`.
 
-        device: "cpu" or "cuda", where the features live. Raises a ServiceError, one sentence:
-        GalleryLocked, GalleryVersion (newer schema), GalleryDamaged, DatabaseUnavailable,
-        StorageUnwritable, StorageFull.
+        Its index is read from the folder's snapshot and follows the store from there; without one
+        that fits it is built from the store. device: "cpu" or "cuda", where the features live.
+        index: forces a kind of recall index, None takes what measures best for the size. Raises a
+        ServiceError, one sentence: GalleryLocked, GalleryVersion (newer schema), GalleryDamaged,
+        DatabaseUnavailable, StorageUnwritable, StorageFull.
         """
         folder = Path(data_dir)
         lock = FolderLock(folder)
         try:
-            store = Store(folder, info.fingerprint, info.config.embedding_size, database_url)
-            shard = Shard(info.config, device)
-            shard.load(store.stream(), store.count_embedded())
-            gallery = cls(lock, store, shard, folder, candidates)
+            config = info.config
+            store = Store(
+                *(folder, info.fingerprint, config.embedding_size, database_url),
+                configuration=config.model_dump(mode="json"),
+            )
+            try:
+                gallery = cls(
+                    lock, Follower(store, info, folder, device, index), folder, candidates
+                )
+            except BaseException:
+                store.close()
+                raise
         except BaseException:
             lock.release()
             raise
-        if gallery.awaiting:
+        if awaiting := gallery.awaiting:
             log.warning(
                 "%d items were embedded by another checkpoint; queries leave them out until they "
                 "are embedded again",
-                gallery.awaiting,
+                awaiting,
             )
         return gallery
 
     @property
+    def model(self) -> str:
+        """Fingerprint of the checkpoint whose features are searched."""
+        return self._follower.info.fingerprint
+
+    @property
+    def versions(self) -> list[ModelVersion]:
+        """All checkpoints that the store has features of, oldest first."""
+        return self._store.versions.list()
+
+    @property
+    def awaiting(self) -> int:
+        """Items that no query returns until they are embedded again."""
+        return self._store.versions.count_missing(self.model)
+
+    @property
     def counters(self) -> Counters:
         """How often recall and rescoring ran."""
-        return self._shard.counters
+        return self._follower.shard.counters
+
+    @property
+    def statistics(self) -> Statistics:
+        """Sizes of the index in memory, and its kind."""
+        return self._follower.shard.statistics()
 
     def __len__(self) -> int:
         """Items of any checkpoint."""
-        return len(self._shard) + self.awaiting
+        return self._store.count()
 
     def close(self) -> None:
-        """Close the store and give the folder free."""
-        self._store.close()
+        """Close the store and give the folder free. A second call does nothing."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._keeper.join()
+        self._version.close()
+        self._version.store.close()
         self._lock.release()
 
-    def add(self, new: Sequence[NewItem], features: Tensor) -> list[Item]:
+    def add(
+        self, new: Sequence[NewItem], features: Tensor, *, model: str | None = None
+    ) -> list[Item]:
         """Enroll items with their features (B×P×D): durable, and found by the next query.
 
-        All or none. Raises StorageFull where there is no space, and ValueError for features that
-        are not finite in fp16.
+        All or none. model: fingerprint of the checkpoint that made the features, where it may
+        have been changed since. Raises StorageFull where there is no space, ModelVersionConflict
+        for features of another checkpoint, and ValueError for those of another shape or not
+        finite in fp16.
         """
-        rows = _as_stored(features)
-        if len(rows) != len(new):
-            raise ValueError(f"{len(new)} items with {len(rows)} features")
-        if not new:
-            return []
-        with self._changing:
-            added = self._store.add(new, rows)
-            items = [item for _, item in added]
-            self._shard.add(
-                Stored(
-                    numbers=[number for number, _ in added],
-                    persons=[item.person_id for item in items],
-                    cameras=[item.camera_id for item in items],
-                    modalities=[item.modality for item in items],
-                    captured=[
-                        None if item.captured_at is None else microseconds(item.captured_at)
-                        for item in items
-                    ],
-                    features=rows,
+        with self._enrolling.shared():
+            follower = self._of(model)
+            config = follower.info.config
+            expected = (len(new), config.parts, config.dim)
+            if tuple(features.shape) != expected:
+                raise ValueError(
+                    f"features of shape {tuple(features.shape)} for {len(new)} items; "
+                    f"this gallery needs {expected}"
                 )
-            )
-        return items
+            rows = features.detach().flatten(1).half().cpu().numpy()
+            with follower.writing():
+                added = follower.store.add(new, rows)
+        return [item for _, item in added]
 
     def get(self, item_id: str) -> Item:
         """Raises ItemNotFound."""
@@ -137,15 +189,24 @@ class Gallery:
         """Items in order of enrollment. Raises CursorInvalid."""
         return self._store.list(filters, limit, cursor)
 
-    def delete(self, item_id: str) -> None:
-        """Erase an item: once this returns, no query finds it. Raises ItemNotFound."""
-        with self._changing:
-            self._erase([self._store.number_of(item_id)])
+    def update(self, item_id: str, changed: ItemUpdate, *, actor: str = "system") -> Item:
+        """Give an item other labels or metadata; the next query filters by them.
 
-    def delete_where(self, person_id: str) -> int:
+        actor: who did it, for the audit log, here and below. Raises ItemNotFound.
+        """
+        with self._follower.writing():
+            return self._store.update(item_id, changed, actor=actor)
+
+    def delete(self, item_id: str, *, actor: str = "system") -> None:
+        """Erase an item: once this returns, no query finds it. Raises ItemNotFound."""
+        number = self._store.number_of(item_id)
+        with self._follower.writing():
+            self._store.delete([number], actor=actor)
+
+    def delete_where(self, person_id: str, *, actor: str = "system") -> int:
         """Erase a person's items → how many."""
-        with self._changing:
-            return self._erase(self._store.numbers_of_person(person_id))
+        with self._follower.writing():
+            return len(self._store.erase_person(person_id, actor=actor))
 
     def search(
         self,
@@ -159,21 +220,29 @@ class Gallery:
         group_by: str | None = None,
         explain: bool = False,
         max_distance: float | None = None,
+        model: str | None = None,
     ) -> SearchResult:
         """Rank the gallery for one query x (P×D) under its γ, β (1×D); None: unmodulated.
 
         candidates: length of the recall stage's shortlist, at least top_k. group_by "person_id":
         the best image per person; the shortlist grows until top_k groups are in it. max_distance
-        drops weaker results. With a cosine checkpoint every search is exhaustive.
+        drops weaker results. With a cosine checkpoint every search is exhaustive. model: the
+        checkpoint that made x, where it may have been changed since. Raises
+        ModelVersionConflict for x of another checkpoint, and ValueError for numbers below 1 and
+        for x, γ or β of another shape or not finite.
         """
+        if top_k < 1 or (candidates is not None and candidates < 1):
+            raise ValueError("top_k and candidates must be at least 1")
+        if group_by not in (None, "person_id"):
+            raise ValueError(f"results are grouped by person_id, not by {group_by}")
         filters = filters or Filters()
         modulation = modulation or Modulation.identity(1, x.shape[1])
-        modulation = Modulation(*(p.detach().float().cpu().view(1, -1) for p in modulation))
-        x = x.detach().float().cpu()
         shortlist = max(top_k, candidates or self._candidates)
+        follower = self._of(model)
+        follower.keep_up()
         for attempt in range(_TRIES):
             while True:
-                scored = self._shard.search(
+                scored = follower.shard.search(
                     x,
                     modulation,
                     shortlist,
@@ -189,10 +258,11 @@ class Gallery:
             if max_distance is not None:
                 chosen = [place for place in chosen if scored.distances[place] <= max_distance]
             started = time.perf_counter()
-            items = self._store.fetch([int(scored.numbers[place]) for place in chosen])
+            items = follower.store.fetch([int(scored.numbers[place]) for place in chosen])
             # An item may go between search and fetch; the next search knows of it.
             if len(items) == len(chosen) or attempt == _TRIES - 1:
                 break
+            follower.follow()
         found = [place for place in chosen if int(scored.numbers[place]) in items]
         return SearchResult(
             hits=[
@@ -209,14 +279,76 @@ class Gallery:
             },
         )
 
+    def reembed(
+        self,
+        info: CheckpointInfo,
+        embed: Embed,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        stop: threading.Event | None = None,
+        actor: str = "system",
+    ) -> None:
+        """Embed every item with another checkpoint, then search with that one.
+
+        Until the switch, all goes on with the features there are; the switch takes as long as it
+        takes to embed what was enrolled in the last moment. The old features stay in the store
+        until `drop_version`. embed: the new checkpoint's, B crops → B×P×D. stop: set it, and
+        ReembeddingStopped is raised soon; the same call later goes on where this one was. Raises
+        ModelVersionConflict while another one runs, GalleryDamaged where a crop cannot be
+        embedded or the check of a sample fails: the old features then stay in use.
+        """
+        if not self._reembedding.acquire(blocking=False):
+            raise ModelVersionConflict(
+                "the gallery is being embedded again already; wait until that is done"
+            )
+        try:
+            fingerprint = info.fingerprint
+            self._store.versions.register(fingerprint, info.config.model_dump(mode="json"))
+            store = self._store.seen_with(fingerprint, info.config.embedding_size)
+            work = Reembedding(store, info, embed, progress=progress, stop=stop)
+            work.fill()
+            work.verify()
+            follower = self._follower.with_version(store, info)
+            try:
+                self._switch(follower, work, actor)
+            except BaseException:
+                follower.close()
+                raise
+        finally:
+            self._reembedding.release()
+
+    def drop_version(self, fingerprint: str, *, actor: str = "system") -> None:
+        """Remove a checkpoint's features from the store.
+
+        Raises ModelVersionUnknown, and ModelVersionConflict for the one that is in use.
+        """
+        if fingerprint == self.model:
+            raise ModelVersionConflict(
+                f"model version {fingerprint[:12]} is the one in use; embed the gallery with "
+                "another checkpoint before"
+            )
+        self._store.versions.drop(fingerprint, actor=actor)
+
+    def save_index(self) -> bool:
+        """Write the index's snapshot for the next start, as the background does from time to time.
+
+        False: the disk refused, or something was erased meanwhile.
+        """
+        return self._follower.save()
+
     def check(self) -> None:
-        """Raise IndexOutOfStep, StorageUnwritable or DatabaseUnavailable, naming what fails."""
-        with self._changing:
-            stored, searchable = self._store.count_embedded(), len(self._shard)
+        """Raise IndexOutOfStep, ModelVersionConflict, StorageUnwritable or DatabaseUnavailable,
+        naming what fails."""
+        stored, searchable = self._follower.counts()
         if stored != searchable:
             raise IndexOutOfStep(
                 f"the index holds {searchable} items, the store {stored}; restart the service, "
                 "which rebuilds the index"
+            )
+        if self._store.versions.state(self.model) == "retired":
+            raise ModelVersionConflict(
+                f"the gallery went on with another checkpoint than {self.model[:12]}; restart the "
+                "service with that one"
             )
         try:
             with tempfile.TemporaryFile(dir=self._folder) as probe:
@@ -228,27 +360,58 @@ class Gallery:
                 "free space or check its mount"
             ) from error
 
-    def _erase(self, numbers: Sequence[int]) -> int:
-        # Out of the shard first: a search that fetches a row already erased then searches again
-        # without it, and always gives as many hits as there are.
-        buried = self._shard.bury(numbers)
-        try:
-            deleted = self._store.delete(numbers)
-        except BaseException:
-            self._shard.revive(buried)
-            raise
-        self.awaiting -= deleted - len(buried)
-        self._shard.tidy()
-        return deleted
+    @property
+    def _follower(self) -> Follower:
+        """The version in use. Raises DatabaseUnavailable once the gallery is closed."""
+        if self._closing.is_set():
+            raise DatabaseUnavailable("the gallery is closed; open it again")
+        return self._version
 
+    @property
+    def _store(self) -> Store:
+        return self._follower.store
 
-def _as_stored(features: Tensor) -> npt.NDArray[np.float16]:
-    """B×P×D → B×(P·D) in the form that is stored."""
-    half = features.detach().flatten(1).half().cpu()
-    if not bool(half.isfinite().all()):
-        raise ValueError("features are not finite in fp16; the checkpoint is damaged or untrained")
-    rows: npt.NDArray[np.float16] = half.numpy()
-    return rows
+    def _of(self, model: str | None) -> Follower:
+        """The version in use. ModelVersionConflict: `model` names another."""
+        follower = self._follower
+        if model not in (None, follower.info.fingerprint):
+            raise ModelVersionConflict(
+                f"the gallery is searched with model version {follower.info.fingerprint[:12]} and "
+                f"the features are of {str(model)[:12]}; embed the image again"
+            )
+        return follower
+
+    def _switch(self, follower: Follower, work: Reembedding, actor: str) -> None:
+        work.fill()  # most of what came while the new index was built, before anybody waits
+        with self._enrolling.alone():
+            for attempt in range(_TRIES):
+                work.fill()
+                try:
+                    follower.store.versions.activate(follower.info.fingerprint, actor=actor)
+                    break
+                except ModelVersionConflict:  # another process enrolled in between
+                    if attempt == _TRIES - 1:
+                        raise
+            follower.follow()
+            old, self._version = self._version, follower
+        old.close()
+
+    def _keep(self) -> None:
+        """In the background: other processes' changes, and a snapshot now and then."""
+        failing = False
+        while not self._closing.wait(SYNC_SECONDS):
+            try:
+                if self._store.shared:
+                    self._follower.follow()
+                if self._follower.snapshot_due():
+                    self._follower.save()
+                failing = False
+            except DatabaseUnavailable as error:
+                if not failing:
+                    log.warning("%s", error.detail)
+                failing = True
+            except ServiceError as error:
+                log.warning("%s", error.detail)
 
 
 def _chosen(scored: Scored, top_k: int, group_by: str | None) -> list[int]:

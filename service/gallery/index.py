@@ -1,47 +1,179 @@
-"""The recall stage: FAISS, inner products over lifted vectors, removal left to a mask.
+"""The recall stage's FAISS indexes: inner products over lifted vectors, removal left to a mask.
 
 With z(y) = `model.lift` and w(x) = `model.project`, D²(x, y) = c(x) − ⟨w(x), z(y)⟩, so that the
-largest inner products are the smallest *modulated* distances. The flat index is exact up to fp32
-rounding, which the rescoring stage removes.
+largest inner products are the smallest *modulated* distances.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
+from service.gallery.chunks import selecting
+from service.gallery.shared_lock import SharedLock
+
+IndexKind = Literal["SQfp16", "Flat", "SQ8", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "HNSW"]
+KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
+
+# From so many items on a CPU, an inverted file serves; below, the scan of all rows does.
+IVF_FROM = 200_000
+# More memory than this share of what is free is never asked for.
+MEMORY_SHARE = 0.5
+NPROBE_SHARE = 0.5  # of all lists
+TRAINING_PER_LIST = 40  # FAISS's own advice is 39 at least
+_GRAPH_LINKS = 32
+_GraphParameters: Any = vars(faiss)["SearchParametersHNSW"]  # its stubs leave it out
+_EF_SEARCH = 2  # times the shortlist's length
+_PQ_NUMBERS = 8  # per byte of a code
+
+
+def choose_kind(count: int, device: str, free_bytes: int, width: int) -> IndexKind:
+    """The index for `count` lifted vectors of `width` numbers, with `free_bytes` of memory left.
+
+    Milliseconds a query on one core of an AMD EPYC (AVX2 only), P·D = 768, for a shortlist of 256
+    of made-up features (`service.bench.data`), the core busy with other work:
+
+        kind            N = 10,000          N = 100,000         bytes per item beside the features
+                        ms     recall@10    ms     recall@10
+        SQfp16          2.1    1.00         27     1.00         0
+        Flat            3.6    1.00         34     1.00         3,584
+        SQ8             3.0    1.00         19     1.00         896
+        IVF-SQ8, 1/4    0.7    0.89         5.2    0.93         927, and 9 s to build 100,000
+        IVF-SQ8, 1/2                        11     0.99         (of its lists looked at)
+        IVF-Flat, 1/4   1.4    0.89                             3,664
+
+    So the scan of what is in memory anyway serves until it takes some 50 ms of a core. On a GPU
+    all rows are multiplied: FAISS's GPU indexes take no selector, which filters and deletions need,
+    and one product reads a gallery at the speed of the memory.
+    """
+    if device != "cpu" or count < IVF_FROM:
+        return "SQfp16"
+    if index_bytes("IVF-SQ8", count, width) > MEMORY_SHARE * free_bytes:
+        return "SQfp16"
+    return "IVF-SQ8"
+
+
+def index_bytes(kind: IndexKind, count: int, width: int) -> int:
+    """Memory of an index beside the features', nearly."""
+    per_item = {
+        "SQfp16": 0,
+        "Flat": 4 * width,
+        "SQ8": width,
+        "IVF-Flat": 4 * width + 8,
+        "IVF-SQ8": width + 8,
+        "IVF-PQ": width // _PQ_NUMBERS + 8,
+        "HNSW": 4 * width + 8 * _GRAPH_LINKS + 16,
+    }[kind]
+    lists = 4 * width * _lists(count) if kind.startswith("IVF") else 0
+    return count * per_item + lists
+
+
+def training_rows(kind: IndexKind, count: int) -> int:
+    """How many of `count` vectors an index of this kind is trained on."""
+    if kind.startswith("IVF"):
+        least = TRAINING_PER_LIST * 256 if kind == "IVF-PQ" else 0  # a code has 256 values
+        return min(count, max(least, TRAINING_PER_LIST * _lists(count)))
+    return min(count, 20_000) if kind == "SQ8" else 0
+
 
 class RecallIndex:
-    """Positions 0…N−1 in order of addition. Searches may run at once; `add` needs to be alone."""
+    """Positions 0…N−1 in order of addition. Thread-safe: an `add` waits for searches.
 
-    def __init__(self, size: int) -> None:
-        self._faiss = faiss.IndexFlatIP(size)
+    kind "SQfp16" is what a `Chunk` is made of; the service scans its chunks and builds none. count:
+    how many vectors are expected, which sets the number of an inverted file's lists.
+    """
+
+    def __init__(self, size: int, kind: IndexKind = "Flat", count: int = 0) -> None:
+        self.kind, self.expected = kind, count
+        self.lists = _lists(count) if kind.startswith("IVF") else 0
+        self.nprobe = max(1, math.ceil(NPROBE_SHARE * self.lists))
+        self._faiss = faiss.index_factory(
+            size, _factory(kind, size, self.lists), faiss.METRIC_INNER_PRODUCT
+        )
+        self._lock = SharedLock()
+
+    @classmethod
+    def read(cls, path: str, size: int, kind: IndexKind, count: int) -> RecallIndex:
+        """What `write` wrote for the same arguments. On a damaged file FAISS may crash: check."""
+        index = cls(size, kind, count)
+        index._faiss = faiss.read_index(path)
+        return index
 
     def __len__(self) -> int:
         return int(self._faiss.ntotal)
 
+    def write(self, path: str) -> int:
+        """→ how many vectors are in the file."""
+        with self._lock.shared():
+            faiss.write_index(self._faiss, path)
+            count: int = self._faiss.ntotal
+            return count
+
+    def train(self, lifted: npt.NDArray[np.float32]) -> None:
+        """Learn lists and codes from a sample, where the kind has any. Before the first `add`."""
+        if not self._faiss.is_trained:
+            self._faiss.train(np.ascontiguousarray(lifted))
+
     def add(self, lifted: npt.NDArray[np.float32]) -> None:
         """lifted: N×(P+1)D, as `model.lift` gives it."""
-        self._faiss.add(np.ascontiguousarray(lifted))
+        with self._lock.alone():
+            self._faiss.add(np.ascontiguousarray(lifted))
 
     def search(
         self, projected: npt.NDArray[np.float32], count: int, allowed: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.int64]:
         """The best positions for one projected query ((P+1)D numbers), nearest first.
 
-        allowed: one flag per position; the others are passed over *before* the shortlist is made,
-        so that `count` come back where so many are allowed.
+        allowed: one flag per position; the others are passed over *before* the shortlist is made.
+        Fewer than `count` come back where fewer are allowed, and from inverted files and graphs
+        where the parts that are looked at hold fewer.
         """
+        positions: npt.NDArray[np.int64] = self.search_batch(projected[None], count, allowed)[1][0]
+        return positions[positions >= 0]
+
+    def search_batch(
+        self, projected: npt.NDArray[np.float32], count: int, allowed: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Q queries under one mask → scores and positions, Q×count; −1 where there are no more."""
         count = min(count, int(np.count_nonzero(allowed)))
         if count == 0:
-            return np.empty(0, dtype=np.int64)
-        # Also where all are allowed: for one query, FAISS's loop with a selector reads the vectors
-        # at memory speed, 11 ms for 50,000×896 on two Zen 4 cores, where its loop without one and
-        # its way by BLAS (distance_compute_blas_threshold, made for batches) both took 23.
-        bits = np.packbits(allowed, bitorder="little")
-        parameters = faiss.SearchParameters()
-        parameters.sel = faiss.IDSelectorBitmap(bits.size, faiss.swig_ptr(bits))
-        _, positions = self._faiss.search(projected[None], count, params=parameters)
-        found: npt.NDArray[np.int64] = positions[0]
-        return found[found >= 0]
+            empty = np.empty((len(projected), 0))
+            return empty.astype(np.float32), empty.astype(np.int64)
+        # A selector also where all are allowed: FAISS's flat index would multiply by BLAS
+        # otherwise, and round a query in a batch unlike the same one alone.
+        if self.lists:
+            parameters = selecting(allowed, faiss.SearchParametersIVF, nprobe=self.nprobe)
+        elif self.kind == "HNSW":
+            breadth = _EF_SEARCH * count
+            parameters = selecting(allowed, _GraphParameters, efSearch=breadth)
+        else:
+            parameters = selecting(allowed)
+        with self._lock.shared():
+            scores, positions = self._faiss.search(projected, count, params=parameters)
+        return scores, positions
+
+
+def _lists(count: int) -> int:
+    """Twice the root, and never so many that a list could not be learnt."""
+    return max(1, min(round(2 * math.sqrt(count)), count // TRAINING_PER_LIST))
+
+
+def _factory(kind: IndexKind, size: int, lists: int) -> str:
+    """FAISS's name of the index."""
+    if kind == "IVF-PQ":
+        # A code needs a divisor of the vector's length. "np": without polysemous training, which
+        # takes minutes and serves a kind of search that we do not use.
+        numbers = next(n for n in (_PQ_NUMBERS, 4, 2, 1) if size % n == 0)
+        return f"IVF{lists},PQ{size // numbers}x8np"
+    return {
+        "SQfp16": "SQfp16",
+        "Flat": "Flat",
+        "SQ8": "SQ8",
+        "IVF-Flat": f"IVF{lists},Flat",
+        "IVF-SQ8": f"IVF{lists},SQ8",
+        "HNSW": f"HNSW{_GRAPH_LINKS}",
+    }[kind]

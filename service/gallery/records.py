@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any, Final, Literal, NamedTuple
 
 from service.images import Crop, Modality, ModalitySource
 
@@ -48,6 +49,76 @@ class Item:
     sha256: str
     metadata: dict[str, Any]
     model: str
+
+
+class _Unset(Enum):
+    UNSET = "unset"
+
+
+UNSET: Final = _Unset.UNSET
+
+
+@dataclass(frozen=True)
+class ItemUpdate:
+    """New values of an item's fields; UNSET leaves a field as it is, None empties it."""
+
+    person_id: str | Literal[_Unset.UNSET] | None = UNSET
+    camera_id: str | Literal[_Unset.UNSET] | None = UNSET
+    captured_at: datetime | Literal[_Unset.UNSET] | None = UNSET
+    metadata: dict[str, Any] | Literal[_Unset.UNSET] = UNSET
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What is given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not UNSET}
+
+
+VersionState = Literal["building", "active", "retired"]
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A checkpoint's features in the gallery.
+
+    configuration: the checkpoint's, None where a gallery of an older release did not say.
+    embedded: how many items have features of it.
+    """
+
+    fingerprint: str
+    configuration: dict[str, Any] | None
+    created_at: datetime
+    state: VersionState
+    embedded: int
+
+
+@dataclass(frozen=True)
+class StoredCrop:
+    """An enrolled crop to be embedded again."""
+
+    number: int
+    data: bytes
+    media_type: str
+    modality: Modality
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """Who did what, and when. subject: an item's id or a person's pseudonym."""
+
+    number: int
+    moment: datetime
+    actor: str
+    action: str
+    subject: str | None
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AuditPage:
+    """Entries, newest first. next_cursor is None on the last page."""
+
+    entries: list[AuditEntry]
+    next_cursor: str | None
 
 
 @dataclass(frozen=True)

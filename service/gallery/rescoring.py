@@ -1,9 +1,13 @@
-"""The features on the device: exact modulated distances of a shortlist, or of everything.
+"""The features on the device: their memory, and exact modulated distances of a few of them.
 
-y is kept as it is stored (fp16); s(y) = Σ_i y_i⊙y_i is computed in fp32 from the *stored* y.
+What ranks is y as it is stored (fp16). The lifted vectors of `chunks` hold it unchanged, beside s.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,47 +15,83 @@ import torch
 from torch import Tensor
 
 from model import Modulation, lift, modulated_cosine_distance, part_distances, project
+from service.gallery.chunks import Chunk, scale_for
 
-# Rows that are widened to fp32 at once: on a CPU they should stay in its caches.
-_BLOCK_ROWS = {"cpu": 2048, "cuda": 65_536}
+# Rows that are widened at once: on a CPU they should stay in its caches.
+BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
 _SERIAL_NUMBERS = 32_767  # torch shares out element-wise work of more numbers than this
 
 
+class Norms(NamedTuple):
+    """Largest of all rows: ‖y‖, ‖s‖, and the error of s as it is kept in fp16, ‖s̃ − s‖."""
+
+    y: float = 0.0
+    s: float = 0.0
+    s_error: float = 0.0
+
+
 class Features:
-    """N×P×D features on `device`, growing at the end. metric: the checkpoint's."""
+    """N×P×D features on `device`, growing at the end. metric: the checkpoint's.
+
+    One thread adds at a time; others may read the rows that were there before. (P+1)·D·2 bytes per
+    item.
+    """
 
     def __init__(self, parts: int, dim: int, metric: str, device: str) -> None:
         self.parts, self.dim, self.metric = parts, dim, metric
         self.device = torch.device(device)
-        self._y = torch.empty(0, parts * dim, dtype=torch.float16, device=self.device)
-        self._s = torch.empty(0, dim, dtype=torch.float32, device=self.device)
+        self.chunks: tuple[Chunk, ...] = ()
+        self.norms = Norms()
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` rows, so that adding them copies nothing."""
-        if count > len(self._y):
-            self._y = _resized(self._y, count, self._count)
-            self._s = _resized(self._s, count, self._count)
+    @property
+    def width(self) -> int:
+        """(P+1)·D, the length of a lifted vector."""
+        return (self.parts + 1) * self.dim
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, unused rows of the last chunk included."""
+        return sum(chunk.z.nbytes for chunk in self.chunks)
 
     def add(self, rows: npt.NDArray[np.float16]) -> Tensor:
         """Append N×(P·D) rows → their lifted vectors N×(P+1)D, fp32 on the CPU."""
         y = torch.from_numpy(np.ascontiguousarray(rows))
         lifted = lift(y.view(-1, self.parts, self.dim))
-        end = self._count + len(y)
-        if end > len(self._y):
-            self.reserve(max(end, 2 * len(self._y), 1024))
-        self._y[self._count : end] = y.to(self.device)
-        self._s[self._count : end] = lifted[:, self.parts * self.dim :].to(self.device)
-        self._count = end
+        s = lifted[:, self.parts * self.dim :]
+        start = 0
+        while start < len(y):
+            chunk = self._open(float(s[start:].max()))
+            end = min(len(y), start + chunk.capacity - chunk.count)
+            self._note(y[start:end], s[start:end], chunk.scale)
+            chunk.append(y[start:end].to(self.device), s[start:end].to(self.device))
+            self._count += end - start
+            start = end
         return lifted
+
+    def adopt(self, chunks: Sequence[Chunk], norms: Norms) -> None:
+        """Take filled chunks, as a snapshot has them, into empty features."""
+        for chunk in chunks:
+            chunk.first, self._count = self._count, self._count + chunk.count
+        self.chunks, self.norms = tuple(chunks), norms
+
+    def new_chunk(self, scale: float) -> Chunk:
+        """An empty chunk of our shape, for `adopt`."""
+        return Chunk(0, self.width, scale, self.device)
 
     def stored(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
         """The rows at these positions, N×(P·D)."""
-        rows: npt.NDArray[np.float16] = self._y[self._at(positions)].cpu().numpy()
+        rows: npt.NDArray[np.float16] = self._gather(positions).cpu().numpy()
         return rows
+
+    def lifted(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Their lifted vectors in fp32, N×(P+1)D, unscaled."""
+        y = self._gather(positions).cpu().view(-1, self.parts, self.dim)
+        vectors: npt.NDArray[np.float32] = lift(y).numpy()
+        return vectors
 
     @torch.inference_mode()
     def rescore(
@@ -59,43 +99,59 @@ class Features:
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32] | None]:
         """Exact distances of one query (P×D) to the rows at `positions`: N, and parts N×P.
 
-        Euclidean: computed directly, so that nothing cancels; the parts are squared and sum to
-        distance². Cosine: 1 − cosine in float64, where parts have no meaning (None).
+        In float64. Euclidean: computed directly, so that nothing cancels; the parts are squared
+        and sum to distance². Cosine: 1 − cosine, where parts have no meaning (None).
         """
-        x = x.to(self.device)[None]
-        modulation = Modulation(*(p.to(self.device) for p in modulation))
-        blocks = torch.split(self._at(positions), self._shortlist_rows())
+        x = x.to(self.device)[None].double()
+        modulation = Modulation(*(p.to(self.device).double() for p in modulation))
+        step = self._shortlist_rows()
+        edges = [*range(0, len(positions), step), len(positions)]
+        blocks = [positions[a:b] for a, b in pairwise(edges)]
+        y = (self._gather(rows).double().view(-1, self.parts, self.dim) for rows in blocks)
         if self.metric == "cosine":
-            modulation = Modulation(*(p.double() for p in modulation))
-            cosines = [
-                modulated_cosine_distance(x.double(), self._rows(rows).double(), modulation)[0]
-                for rows in blocks
-            ]
-            return torch.cat(cosines).cpu().numpy(), None
-        parts = torch.cat([part_distances(x, self._rows(rows), modulation)[0] for rows in blocks])
-        return parts.double().sum(1).sqrt().cpu().numpy(), parts.cpu().numpy()
+            cosines = [modulated_cosine_distance(x, rows, modulation)[0] for rows in y]
+            return _joined(cosines, (0,)), None
+        parts = _joined([part_distances(x, rows, modulation)[0] for rows in y], (0, self.parts))
+        return np.sqrt(parts.sum(1)), parts.astype(np.float32)
 
     @torch.inference_mode()
-    def score_all(self, x: Tensor, modulation: Modulation) -> npt.NDArray[np.float32]:
+    def score_all(self, x: Tensor, modulation: Modulation) -> npt.NDArray[np.floating]:
         """One query (P×D) against every row: N numbers that rank like the distance.
 
-        Euclidean: D² = c − ⟨w, z⟩, whose last digits cancel; `rescore` what is returned.
+        Euclidean: D² = c − ⟨w, z⟩ in fp32, whose last digits cancel. Cosine: 1 − cosine in
+        float64. `nearest` is several times as fast where only the best are wanted.
         """
-        x = x.to(self.device)[None]
-        modulation = Modulation(*(p.to(self.device) for p in modulation))
+        x = x.to(self.device)[None].double()
+        modulation = Modulation(*(p.to(self.device).double() for p in modulation))
         w, c = project(x, modulation)
-        split = self.parts * self.dim
-        scores = torch.empty(self._count, device=self.device)
-        step = _BLOCK_ROWS[self.device.type]
-        for start in range(0, self._count, step):
-            rows = slice(start, min(start + step, self._count))
-            y = self._y[rows].float()
-            if self.metric == "cosine":
-                y = y.view(-1, self.parts, self.dim)
-                scores[rows] = modulated_cosine_distance(x, y, modulation)[0]
-            else:
-                scores[rows] = c - (y @ w[0, :split] + self._s[rows] @ w[0, split:])
-        return scores.cpu().numpy()
+        cosine = self.metric == "cosine"
+        scores = torch.empty(self._count, dtype=torch.float64 if cosine else torch.float32)
+        step = BLOCK_ROWS[self.device.type]
+        for chunk in self.chunks:
+            filled = min(chunk.count, len(scores) - chunk.first)  # others may be added meanwhile
+            for start in range(0, filled, step):
+                end = min(start + step, filled)
+                y = chunk.z[start:end, : self.parts * self.dim].reshape(-1, self.parts, self.dim)
+                if cosine:
+                    block = modulated_cosine_distance(x, y.double(), modulation)[0]
+                else:
+                    block = c - lift(y) @ w[0].float()
+                scores[chunk.first + start : chunk.first + end] = block
+        numbers: npt.NDArray[np.floating] = scores.numpy()
+        return numbers
+
+    def _open(self, largest: float) -> Chunk:
+        """A chunk with room for rows whose s goes up to `largest`; a new one where needed."""
+        if not self.chunks or not self.chunks[-1].takes(largest):
+            chunk = Chunk(self._count, self.width, scale_for(largest), self.device)
+            self.chunks = (*self.chunks, chunk)
+        return self.chunks[-1]
+
+    def _note(self, y: Tensor, s: Tensor, scale: float) -> None:
+        kept = (s * scale).half().double() / scale
+        found = (y.double(), s.double(), kept - s.double())
+        largest = (float(rows.norm(dim=1).max()) for rows in found)
+        self.norms = Norms(*map(max, self.norms, largest))
 
     def _shortlist_rows(self) -> int:
         """How many rows of a shortlist are rescored at once.
@@ -104,17 +160,24 @@ class Features:
         of work, and waiting for other threads took 50 on a busy machine.
         """
         if self.device.type != "cpu":
-            return _BLOCK_ROWS[self.device.type]
+            return BLOCK_ROWS[self.device.type]
         return max(1, _SERIAL_NUMBERS // (self.parts * self.dim))
 
-    def _rows(self, positions: Tensor) -> Tensor:
-        return self._y[positions].view(-1, self.parts, self.dim)
+    def _gather(self, positions: npt.NDArray[np.int64]) -> Tensor:
+        """Rows of y in fp16 on the device, N×(P·D)."""
+        chunks, size = self.chunks, self.parts * self.dim
+        y = torch.empty(len(positions), size, dtype=torch.float16, device=self.device)
+        firsts = np.array([chunk.first for chunk in chunks], np.int64)
+        owners = np.searchsorted(firsts, positions, side="right") - 1
+        for owner in np.unique(owners):
+            chunk, mine = chunks[owner], np.flatnonzero(owners == owner)
+            local = torch.from_numpy(positions[mine] - chunk.first).to(self.device)
+            y[torch.from_numpy(mine).to(self.device)] = chunk.z[:, :size][local]
+        return y
 
-    def _at(self, positions: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(positions).to(self.device)
 
-
-def _resized(tensor: Tensor, rows: int, used: int) -> Tensor:
-    grown = tensor.new_empty(rows, tensor.shape[1])
-    grown[:used] = tensor[:used]
-    return grown
+def _joined(blocks: list[Tensor], empty: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    if not blocks:
+        return np.empty(empty)
+    joined: npt.NDArray[np.float64] = torch.cat(blocks).cpu().numpy()
+    return joined

@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import os
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -13,11 +14,12 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Row, and_, not_, or_
 
 from service.errors import CursorInvalid
-from service.gallery.records import Filters, Item, NewItem
+from service.gallery.records import Filters, Item, ItemUpdate, NewItem
 from service.gallery.tables import items
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_NUMBERS_PER_STATEMENT = 500  # SQLite takes 32,766 parameters, PostgreSQL 65,535
 # Columns that hold an Item's field of the same name as it is.
 _SAME_NAME = (
     "id",
@@ -48,7 +50,7 @@ def record_of(new: NewItem, model: str, now: datetime) -> Item:
         id=_uuid7(now),
         person_id=new.person_id,
         camera_id=new.camera_id,
-        captured_at=None if captured is None else _moment(microseconds(captured)),
+        captured_at=None if captured is None else moment_of(microseconds(captured)),
         enrolled_at=now,
         modality=crop.modality,
         modality_source=crop.modality_source,
@@ -85,12 +87,24 @@ def item_of(row: Row[Any]) -> Item:
         del values[internal]
     values["metadata"] = json.loads(values.pop("details"))
     captured = values["captured_at"]
-    values["captured_at"] = None if captured is None else _moment(captured)
-    values["enrolled_at"] = _moment(values["enrolled_at"])
+    values["captured_at"] = None if captured is None else moment_of(captured)
+    values["enrolled_at"] = moment_of(values["enrolled_at"])
     return Item(**values)
 
 
-def _moment(since_epoch: int) -> datetime:
+def columns_of(changes: ItemUpdate) -> dict[str, Any]:
+    """The columns that an update writes, with their new values."""
+    columns = changes.fields
+    if "metadata" in columns:
+        columns["details"] = json.dumps(columns.pop("metadata"))
+    captured = columns.get("captured_at")
+    if captured is not None:
+        columns["captured_at"] = microseconds(captured)
+    return columns
+
+
+def moment_of(since_epoch: int) -> datetime:
+    """The time that `microseconds` turned into a number."""
     return _EPOCH + since_epoch * _MICROSECOND
 
 
@@ -111,6 +125,12 @@ def conditions_of(filters: Filters) -> list[ColumnElement[bool]]:
     if filters.captured_to is not None:
         conditions.append(items.c.captured_at < microseconds(filters.captured_to))
     return [and_(*conditions)] if conditions else []
+
+
+def blocks(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Few enough row numbers at a time for one statement's parameters."""
+    for start in range(0, len(numbers), _NUMBERS_PER_STATEMENT):
+        yield numbers[start : start + _NUMBERS_PER_STATEMENT]
 
 
 def _uuid7(now: datetime) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import delete, func, insert, select, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from service.errors import GalleryDamaged, IdempotencyConflict, ItemNotFound
-from service.gallery.database import BUSY_SECONDS, connect, migrate, reported
-from service.gallery.records import Filters, Item, NewItem, Page, RequestKey
+from service.errors import IdempotencyConflict, ItemNotFound, ServiceError
+from service.gallery.audit import Act, Audit, write
+from service.gallery.commits import GroupCommit
+from service.gallery.database import Database
+from service.gallery.records import Filters, Item, ItemUpdate, NewItem, Page, RequestKey
 from service.gallery.rows import (
+    blocks,
+    columns_of,
     conditions_of,
     cursor_of,
     item_of,
@@ -27,54 +30,83 @@ from service.gallery.rows import (
     request_of,
     row_of,
 )
+from service.gallery.streaming import (
+    BLOCK,
+    STORED,
+    Changes,
+    Position,
+    Stored,
+    View,
+    checked,
+    record_changes,
+)
 from service.gallery.tables import crops, features, items
+from service.gallery.versions import Versions, refuse_retired
+
+__all__ = ["STORED", "Changes", "Position", "Store", "Stored", "View"]
 
 log = logging.getLogger(__name__)
 
-_TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
-_IDS_PER_STATEMENT = 500  # SQLite takes 32,766 parameters, PostgreSQL 65,535
-STORED = np.dtype("<f2")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A block of items as the index needs them: N rows, features N×(P·D) fp16."""
-
-    numbers: list[int]
-    persons: list[str | None]
-    cameras: list[str | None]
-    modalities: list[str]
-    captured: list[int | None]
-    features: npt.NDArray[np.float16]
-
 
 class Store:
-    """The database of one data folder (or URL), seen with the features of one checkpoint.
+    """The database of one data folder (or URL), seen with the features of one model version.
 
-    model: the checkpoint's fingerprint. size: P·D. Thread-safe; writes are serialised.
+    model: the checkpoint's fingerprint. size: P·D. Thread-safe; writes that come together share
+    one transaction. `versions` are all model versions, `audit` is the log of who did what.
     """
 
-    def __init__(self, folder: Path, model: str, size: int, url: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        size: int,
+        url: str | None = None,
+        configuration: dict[str, Any] | None = None,
+    ) -> None:
         self.model = model
         self.size = size
-        self._engine = connect(folder, url)
-        self._sqlite = self._engine.dialect.name == "sqlite"
-        self._writing = threading.Lock()
+        self._database = Database(folder, url)
+        self._commits = GroupCommit(self._database)
+        self.versions = Versions(self._database, self._commits)
+        self.audit = Audit(self._database, self._commits, folder)
         try:
-            migrate(self._engine)
+            self.audit.load_key()  # now, so that a deletion needs no room for it
+            self.versions.register(model, configuration)
         except BaseException:
-            self._engine.dispose()
+            self.close()
             raise
 
+    def seen_with(self, model: str, size: int) -> Store:
+        """The same store seen with another version that it knows; closing either closes both."""
+        self.versions.get(model)
+        other = copy(self)
+        other.model, other.size = model, size
+        return other
+
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may write to it."""
+        return not self._database.sqlite
 
     def add(self, new: Sequence[NewItem], rows: npt.NDArray[np.float16]) -> list[tuple[int, Item]]:
-        """Commit items with their features (N×(P·D)) → their numbers and records, durable."""
+        """Commit items with their features (N×(P·D)) → their numbers and records, durable.
+
+        All or none. ValueError: features of another shape or not finite, a time without offset.
+        ModelVersionConflict: the gallery went on with another version. IdempotencyConflict: an
+        item of the same Idempotency-Key was enrolled at the same moment.
+        """
+        rows = checked(rows, len(new), self.size)
+        if not new:
+            return []
         now = datetime.now(UTC)
         records = [record_of(item, self.model, now) for item in new]
         numbered = insert(items).returning(items.c.number)
-        with self._writing, reported(self._engine), self._engine.begin() as connection:
+
+        def work(connection: Connection) -> list[int]:
+            refuse_retired(connection, self.model)
             numbers = [
                 int(connection.execute(numbered, row_of(record) | request_of(item)).scalar_one())
                 for record, item in zip(records, new, strict=True)
@@ -89,14 +121,16 @@ class Store:
             connection.execute(
                 insert(features),
                 [
-                    {"number": n, "model": self.model, "data": row.astype(STORED).tobytes()}
+                    {"number": n, "model": self.model, "data": row.tobytes()}
                     for n, row in zip(numbers, rows, strict=True)
                 ],
             )
-        return list(zip(numbers, records, strict=True))
+            return numbers
+
+        return list(zip(self._commits.run(work), records, strict=True))
 
     def get(self, item_id: str) -> Item:
-        with reported(self._engine), self._engine.connect() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(select(items).where(items.c.id == item_id)).one_or_none()
         if row is None:
             raise _unknown(item_id)
@@ -105,7 +139,7 @@ class Store:
     def enrolled_by(self, request: RequestKey) -> Item | None:
         """What this request enrolled before. IdempotencyConflict: its key was another's."""
         query = select(items).where(items.c.request_key == request.key)
-        with reported(self._engine), self._engine.connect() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             return None
@@ -118,7 +152,7 @@ class Store:
     def image(self, item_id: str) -> tuple[bytes, str]:
         """The stored crop and its media type."""
         query = select(crops.c.data, crops.c.media_type).join(items).where(items.c.id == item_id)
-        with reported(self._engine), self._engine.connect() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise _unknown(item_id)
@@ -126,7 +160,7 @@ class Store:
 
     def number_of(self, item_id: str) -> int:
         query = select(items.c.number).where(items.c.id == item_id)
-        with reported(self._engine), self._engine.connect() as connection:
+        with self._database.reading() as connection:
             number = connection.execute(query).scalar_one_or_none()
         if number is None:
             raise _unknown(item_id)
@@ -134,35 +168,80 @@ class Store:
 
     def numbers_of_person(self, person_id: str) -> list[int]:
         query = select(items.c.number).where(items.c.person_id == person_id)
-        with reported(self._engine), self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return [int(number) for number in connection.execute(query).scalars()]
 
     def fetch(self, numbers: Sequence[int]) -> dict[int, Item]:
         """Items by number; those deleted meanwhile are missing."""
         found: dict[int, Item] = {}
-        with reported(self._engine), self._engine.connect() as connection:
-            for block in _blocks(numbers):
+        with self._database.reading() as connection:
+            for block in blocks(numbers):
                 rows = connection.execute(select(items).where(items.c.number.in_(block)))
                 found.update((int(row.number), item_of(row)) for row in rows)
         return found
 
-    def delete(self, numbers: Sequence[int]) -> int:
-        """Erase items with crops and features (of every checkpoint) → how many were there."""
-        deleted = 0
-        with self._writing, reported(self._engine):
-            with self._engine.begin() as connection:
-                for block in _blocks(numbers):
-                    result = connection.execute(delete(items).where(items.c.number.in_(block)))
-                    deleted += result.rowcount
-            if self._sqlite and deleted:
-                self._truncate_log()
+    def update(self, item_id: str, changed: ItemUpdate, *, actor: str = "system") -> Item:
+        """Give an item new labels or metadata → the item as it is then. Raises ItemNotFound."""
+        columns = columns_of(changed)
+        mine = items.c.id == item_id
+
+        def work(connection: Connection) -> Row[Any] | None:
+            if columns:
+                number = connection.execute(
+                    update(items).where(mine).values(columns).returning(items.c.number)
+                ).scalar_one_or_none()
+                if number is not None:
+                    record_changes(connection, [number], "labels")
+                    given = {"fields": list(changed.fields)}
+                    write(connection, [Act(actor, "update", item_id, given)])
+            return connection.execute(select(items).where(mine)).one_or_none()
+
+        row = self._commits.run(work)
+        if row is None:
+            raise _unknown(item_id)
+        if "person_id" in columns:
+            self._cut_log()
+        return item_of(row)
+
+    def delete(self, numbers: Sequence[int], *, actor: str = "system") -> int:
+        """Erase items with crops and features (of every version) → how many were there.
+
+        Numbers given twice count once, those of no item do not count.
+        """
+        wanted = sorted(set(numbers))
+
+        def work(connection: Connection) -> int:
+            gone = _erase(connection, wanted)
+            write(
+                connection,
+                [Act(actor, "delete", row.id, self._person(row.person_id)) for row in gone],
+            )
+            return len(gone)
+
+        deleted = self._commits.run(work)
+        if deleted:
+            self._cut_log()
         return deleted
+
+    def erase_person(self, person_id: str, *, actor: str = "system") -> list[int]:
+        """Erase all items of a person, those too that another process adds → their numbers."""
+        subject = self.audit.pseudonym(person_id)
+
+        def work(connection: Connection) -> list[int]:
+            query = select(items.c.number).where(items.c.person_id == person_id)
+            gone = _erase(connection, connection.execute(query).scalars().all())
+            write(connection, [Act(actor, "erase", subject, {"items": len(gone)})])
+            return sorted(int(row.number) for row in gone)
+
+        numbers = self._commits.run(work)
+        self._cut_log()
+        return numbers
 
     def list(self, filters: Filters, limit: int, cursor: str | None) -> Page:
         conditions = conditions_of(filters)
         after = 0 if cursor is None else number_of_cursor(cursor)
         page = select(items).where(*conditions, items.c.number > after).order_by(items.c.number)
-        with reported(self._engine), self._engine.connect() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(page.limit(limit + 1)).all()
             total = connection.execute(
                 select(func.count()).select_from(items).where(*conditions)
@@ -177,74 +256,53 @@ class Store:
 
     def count(self) -> int:
         """Items of any checkpoint."""
-        with reported(self._engine), self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return int(connection.execute(select(func.count()).select_from(items)).scalar_one())
 
     def count_embedded(self) -> int:
         """Items that have features of this checkpoint."""
         query = select(func.count()).select_from(features).where(features.c.model == self.model)
-        with reported(self._engine), self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def stream(self, block: int = 16_384) -> Iterator[Stored]:
-        """Every item with features of this checkpoint, in order of enrollment."""
-        query = (
-            select(
-                items.c.number,
-                items.c.person_id,
-                items.c.camera_id,
-                items.c.modality,
-                items.c.captured_at,
-                features.c.data,
-            )
-            .join(features, features.c.number == items.c.number)
-            .where(features.c.model == self.model)
-            .order_by(items.c.number)
-        )
-        with reported(self._engine), self._engine.connect() as connection:
-            result = connection.execution_options(yield_per=block).execute(query)
-            for rows in result.partitions():
-                yield self._stored(rows)
+    @contextmanager
+    def view(self) -> Iterator[View]:
+        """One state of the store to read from: position, features and changes agree.
 
-    def _truncate_log(self) -> None:
-        """Cut SQLite's log, which still holds the erased pages; what fails is left to a later call.
+        Hold it no longer than that takes: SQLite cannot shorten its log meanwhile.
+        """
+        with self._database.reading() as connection:
+            yield View(connection, self.model, self.size)
 
-        The deletion is committed already: nothing here may make it look failed.
+    def stream(self, after: int = 0, block: int = BLOCK) -> Iterator[Stored]:
+        """Items with features of this version and numbers above `after`, in order of enrollment."""
+        with self.view() as view:
+            yield from view.stream(after, block)
+
+    def _person(self, person_id: str | None) -> dict[str, str]:
+        return {} if person_id is None else {"person": self.audit.pseudonym(person_id)}
+
+    def _cut_log(self) -> None:
+        """Cut SQLite's log, which still holds what was erased; a later call does what fails here.
+
+        The erasure is committed already: nothing here may make it look failed.
         """
         try:
-            with self._engine.connect() as connection:
-                connection.execute(text(f"PRAGMA busy_timeout = {_TRUNCATE_MILLISECONDS}"))
-                busy = connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
-                connection.execute(text(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}"))
-            if busy:
+            if not self._database.truncate_log():
                 log.info("readers kept SQLite's log open; the next deletion cuts it")
-        except SQLAlchemyError as error:
+        except ServiceError as error:
             log.warning("SQLite's log could not be cut after a deletion: %s", error)
 
-    def _stored(self, rows: Sequence[Sequence[Any]]) -> Stored:
-        numbers, persons, cameras, modalities, captured, data = zip(*rows, strict=True)
-        expected = self.size * STORED.itemsize
-        wrong = next((n for n, d in zip(numbers, data, strict=True) if len(d) != expected), None)
-        if wrong is not None:
-            raise GalleryDamaged(
-                f"the features of row {wrong} do not have {expected} bytes; restore a backup"
-            )
-        flat = np.frombuffer(bytearray().join(data), dtype=STORED)
-        return Stored(
-            numbers=list(numbers),
-            persons=list(persons),
-            cameras=list(cameras),
-            modalities=list(modalities),
-            captured=list(captured),
-            features=flat.reshape(len(numbers), self.size),
-        )
 
-
-def _blocks(numbers: Sequence[int]) -> Iterable[Sequence[int]]:
-    return (
-        numbers[start : start + _IDS_PER_STATEMENT]
-        for start in range(0, len(numbers), _IDS_PER_STATEMENT)
-    )
+def _erase(connection: Connection, numbers: Sequence[int]) -> list[Row[Any]]:
+    """Delete items → number, id and person of those that were there."""
+    gone: list[Row[Any]] = []
+    for part in blocks(numbers):
+        statement = delete(items).where(items.c.number.in_(part))
+        returned = statement.returning(items.c.number, items.c.id, items.c.person_id)
+        gone.extend(connection.execute(returned))
+    record_changes(connection, sorted(int(row.number) for row in gone), "delete")
+    return gone
 
 
 def _unknown(item_id: str) -> ItemNotFound:

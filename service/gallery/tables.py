@@ -6,12 +6,14 @@ from sqlalchemy import (
     BigInteger,
     Column,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
     Text,
+    text,
 )
 
 schema = MetaData()
@@ -66,5 +68,56 @@ features = Table(
         autoincrement=False,
         index=True,
     ),
+    Column("data", LargeBinary, nullable=False),
+)
+
+# Model versions. fingerprint: of the checkpoint. configuration: its JSON, unknown (null) for those
+# that a gallery of the first release brought along. state: "building", "active" or "retired".
+models = Table(
+    "models",
+    schema,
+    Column("fingerprint", String(64), primary_key=True),
+    Column("configuration", Text),
+    Column("created_at", BigInteger, nullable=False),
+    Column("state", String(8), nullable=False),
+)
+Index(
+    "ix_models_one_active",
+    models.c.state,
+    unique=True,
+    sqlite_where=text("state = 'active'"),
+    postgresql_where=text("state = 'active'"),
+)
+
+# What happened to items after their enrollment, for caches that catch up. item: its row number,
+# and nothing personal. kind: "delete", "labels" or "features".
+changes = Table(
+    "changes",
+    schema,
+    Column("number", RowNumber, primary_key=True, autoincrement=True),
+    Column("item", RowNumber, nullable=False),
+    Column("kind", String(8), nullable=False),
+    Column("moment", BigInteger, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+# Who did what, append-only. subject: an item's id or a person's keyed hash. details: JSON text.
+audit = Table(
+    "audit",
+    schema,
+    Column("number", RowNumber, primary_key=True, autoincrement=True),
+    Column("moment", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("subject", Text),
+    Column("details", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+# Random keys that replicas share. On SQLite they are files of the data folder instead.
+secrets = Table(
+    "secrets",
+    schema,
+    Column("name", String(32), primary_key=True),
     Column("data", LargeBinary, nullable=False),
 )

@@ -12,6 +12,8 @@ import pytest
 
 from service.server import running
 from service.settings import load_settings
+from tests.service.postgres import postgres, postgres_url  # noqa: F401 - fixtures
+from tests.service.stores import open_store, store  # noqa: F401 - fixtures
 
 CROPS = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 

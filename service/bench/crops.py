@@ -1,0 +1,104 @@
+"""Real features: the crops of folders in the layout of SYSU-MM01, embedded once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from service.embedder import Embedder
+from service.images import Modality, decode
+
+log = logging.getLogger(__name__)
+
+_MODALITIES: dict[str, Modality] = {
+    "cam1": "rgb", "cam2": "rgb", "cam3": "ir", "cam4": "rgb", "cam5": "rgb", "cam6": "ir"
+}  # fmt: skip
+_BATCH = 32
+
+
+class BenchmarkDataError(Exception):
+    """A benchmark's data cannot be had; the message says the remedy."""
+
+
+class CropFeatures(NamedTuple):
+    """M embedded crops. features: M×P×D fp16. persons: M numbers. infrared: M flags."""
+
+    features: Tensor
+    persons: Tensor
+    infrared: Tensor
+
+    def only(self, infrared: bool) -> CropFeatures:
+        """The crops of one modality."""
+        chosen = self.infrared == infrared
+        return CropFeatures(*(column[chosen] for column in self))
+
+
+def crop_files(roots: Sequence[Path]) -> list[Path]:
+    """`camC/PPPP/*.jpg` of every root, ordered by root and person."""
+    files = [file for root in roots for file in root.glob("cam[1-6]/*/*.jpg")]
+    if not files:
+        raise BenchmarkDataError(
+            f"no crop in {', '.join(map(str, roots))}; give folders with files camC/PPPP/FFFF.jpg"
+        )
+    return sorted(files, key=lambda file: (file.parents[2], file.parent.name, file))
+
+
+def embedded(roots: Sequence[Path], embedder: Embedder, cache: Path | None) -> CropFeatures:
+    """Features of all crops. cache: a file to keep them in; one of other crops is written anew.
+
+    Persons of two roots are different ones, whatever their numbers. Raises BenchmarkDataError.
+    """
+    files = crop_files(roots)
+    names = "\n".join("/".join(file.parts[-4:]) for file in files)
+    source = hashlib.sha256(f"{embedder.info.fingerprint}\n{names}".encode()).hexdigest()
+    cached = _read(cache, source) if cache is not None else None
+    if cached is not None:
+        return cached
+    numbers = {folder: i for i, folder in enumerate(dict.fromkeys(map(_person, files)))}
+    starts = track(range(0, len(files), _BATCH), "Embedding crops", transient=True)
+    crops = CropFeatures(
+        torch.cat([_embed(embedder, files[start : start + _BATCH]) for start in starts]),
+        torch.tensor([numbers[_person(file)] for file in files]),
+        torch.tensor([_modality(file) == "ir" for file in files]),
+    )
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_file(crops._asdict(), cache, {"source": source})
+    return crops
+
+
+def _embed(embedder: Embedder, files: Sequence[Path]) -> Tensor:
+    crops = [decode(file.read_bytes(), modality=_modality(file)) for file in files]
+    return embedder.embed(crops).half()
+
+
+def _person(file: Path) -> tuple[Path, str]:
+    return file.parents[2], file.parent.name
+
+
+def _modality(file: Path) -> Modality:
+    return _MODALITIES[file.parents[1].name]
+
+
+def _read(cache: Path, source: str) -> CropFeatures | None:
+    if not cache.exists():
+        return None
+    try:
+        with safe_open(cache, framework="pt") as file:
+            if (file.metadata() or {}).get("source") == source:
+                return CropFeatures(*(file.get_tensor(name) for name in CropFeatures._fields))
+    except SafetensorError as error:
+        raise BenchmarkDataError(
+            f"{cache} is no cache of features ({error}); delete it, or name another file"
+        ) from error
+    log.info("%s holds features of other crops; it is written anew", cache)
+    return None

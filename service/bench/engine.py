@@ -1,0 +1,127 @@
+"""The service's search over one gallery of features: what benchmarks know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from model import CMTConfig, Modulation, project
+from service.gallery.index import KINDS, NPROBE_SHARE, IndexKind, RecallIndex
+from service.gallery.nearest import exhaustive
+from service.gallery.recall import recall
+from service.gallery.rescoring import Features
+from service.gallery.resident import Resident, build_index
+from service.gallery.store import Stored
+from service.gallery.upkeep import INDEX_LEAST
+
+_BLOCK = 16_384
+_NPROBE_SHARES = (0.05, NPROBE_SHARE)  # of all lists
+GRAPH_LIMIT = 100_000  # building HNSW over more takes hours on two cores
+
+Positions = npt.NDArray[np.int64]
+# A projected query and the shortlist's length → positions, nearest first.
+Recall = Callable[[Tensor, int], Positions]
+
+
+class Index(NamedTuple):
+    """A recall index under one setting ("" if it has none).
+
+    nested: a shorter shortlist is the beginning of a longer one.
+    """
+
+    kind: str
+    setting: str
+    search: Recall
+    nested: bool
+
+
+class Engine:
+    """N×P×D fp16 features as the service keeps them."""
+
+    def __init__(self, gallery: Tensor, device: str = "cpu") -> None:
+        self.count, self.parts, self.dim = gallery.shape
+        config = CMTConfig(parts=self.parts, dim=self.dim, input_height=96 * self.parts)
+        self._resident = Resident.empty(config, device)
+        for start in range(0, self.count, _BLOCK):
+            self._resident.add(_unlabelled(gallery[start : start + _BLOCK], start))
+        self._all = np.ones(self.count, np.bool_)
+
+    @property
+    def _features(self) -> Features:
+        return self._resident.features
+
+    @property
+    def width(self) -> int:
+        """Numbers of a lifted vector."""
+        return self._features.width
+
+    def exhaustive(self, x: Tensor, modulation: Modulation, top: int) -> list[Positions]:
+        """Queries x (Q×P×D) → each one's `top` nearest of all, best first."""
+        w, _ = project(x.double(), Modulation(*(p.double() for p in modulation)))
+        best, _ = exhaustive(self._features, w, top, [self._all] * len(x), exact=False)
+        return [
+            self.rescored(x[q : q + 1], _one(modulation, q), found.positions, top)
+            for q, found in enumerate(best)
+        ]
+
+    def two_stage(
+        self, x: Tensor, modulation: Modulation, search: Recall, length: int, top: int
+    ) -> Positions:
+        """One query (1×P×D): a shortlist, rescored exactly → its `top` nearest, best first."""
+        w, _ = project(x.double(), Modulation(*(p.double() for p in modulation)))
+        return self.rescored(x, modulation, search(w[0], length), top)
+
+    def rescored(self, x: Tensor, modulation: Modulation, found: Positions, top: int) -> Positions:
+        """The `top` nearest to one query (1×P×D) of the rows at `found`."""
+        distances, _ = self._features.rescore(x[0], modulation, found)
+        return found[np.argsort(distances, kind="stable")[:top]]
+
+    def index(self, kind: IndexKind) -> RecallIndex | None:
+        """An index as the service builds it; None for the scan of the features themselves."""
+        if kind == "SQfp16":
+            return None
+        return build_index(self._resident, kind, lambda: False)
+
+    def searching(self, index: RecallIndex | None) -> Recall:
+        """The service's first stage with this index."""
+
+        def search(w: Tensor, length: int) -> Positions:
+            return recall(self._features, index, w[None], length, [self._all])[0].positions
+
+        return search
+
+    def indexes(self) -> Iterator[Index]:
+        """Every kind that the service has, one in memory at a time; its scan first."""
+        for kind in KINDS:
+            if kind != "SQfp16" and self.count < INDEX_LEAST:
+                continue
+            if kind == "HNSW" and self.count > GRAPH_LIMIT:
+                continue
+            index = self.index(kind)
+            search = self.searching(index)
+            if index is None or not index.lists:
+                yield Index(kind, "", search, nested=kind != "HNSW")
+                continue
+            for share in _NPROBE_SHARES:
+                index.nprobe = max(1, round(share * index.lists))
+                yield Index(kind, f"{share:.0%} of lists", search, nested=True)
+
+
+def _unlabelled(features: Tensor, first: int) -> Stored:
+    count = len(features)
+    return Stored(
+        numbers=list(range(first + 1, first + count + 1)),
+        persons=[None] * count,
+        cameras=[None] * count,
+        modalities=["rgb"] * count,
+        captured=[None] * count,
+        features=features.flatten(1).numpy(),
+    )
+
+
+def _one(modulation: Modulation, q: int) -> Modulation:
+    return Modulation(*(parameter[q : q + 1] for parameter in modulation))

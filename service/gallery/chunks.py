@@ -1,0 +1,88 @@
+"""Lifted vectors in fp16, in chunks that never move: growth copies nothing, readers need no lock.
+
+A row is z(y) = [y_1; …; y_P; s(y)] as `model.lift` makes it, with s scaled by its chunk's `scale`,
+a power of two that brings s into fp16's range. (P+1)·D·2 bytes per item, and at most one chunk
+more. On a CPU a chunk is FAISS's own flat fp16 index, whose codes are our rows: one memory serves
+FAISS's scan, the matrix product and rescoring.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# On a CPU a chunk is a thread's share of a scan and should stay in the last cache; on a GPU it is
+# one product. Both are what a gallery may hold unused.
+CHUNK_ROWS = {"cpu": 8192, "cuda": 65_536}
+_LARGEST = 65_504.0  # of fp16
+# Its Python form takes an array and keeps it alive, which its stub does not know.
+_Bitmap: Any = faiss.IDSelectorBitmap
+_HEADROOM = 16  # later rows of a chunk may have s so many times as large as its first
+
+
+def scale_for(largest: float) -> float:
+    """A power of two that brings s up to `largest` well into fp16's range."""
+    if largest <= 0:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(_LARGEST / _HEADROOM / largest))
+
+
+class Chunk:
+    """Rows `first` … `first` + capacity − 1 of a gallery; only the first `count` are filled."""
+
+    def __init__(self, first: int, width: int, scale: float, device: torch.device) -> None:
+        self.first, self.scale, self.count = first, scale, 0
+        self.capacity = CHUNK_ROWS[device.type]
+        self._scanner: Any = None
+        if device.type != "cpu":
+            self.z = torch.empty(self.capacity, width, dtype=torch.float16, device=device)
+            return
+        kind = faiss.ScalarQuantizer.QT_fp16
+        self._scanner = faiss.IndexScalarQuantizer(width, kind, faiss.METRIC_INNER_PRODUCT)
+        size = self.capacity * width * 2
+        self._scanner.codes.resize(size)
+        self._scanner.ntotal = self.capacity  # rows that are not filled are never allowed
+        codes = faiss.rev_swig_ptr(self._scanner.codes.data(), size)
+        self.z = torch.from_numpy(codes.view(np.float16).reshape(self.capacity, width))
+
+    def takes(self, largest: float) -> bool:
+        """Whether there is room for a row more, and for s up to `largest`."""
+        return self.count < self.capacity and largest * self.scale <= _LARGEST
+
+    def append(self, y: Tensor, s: Tensor) -> None:
+        """Fill further rows: y N×(P·D) fp16, s N×D fp32 unscaled."""
+        rows = slice(self.count, self.count + len(y))
+        self.z[rows, : y.shape[1]] = y
+        self.z[rows, y.shape[1] :] = s * self.scale
+        self.count = rows.stop
+
+    def projected(self, w: Tensor, dim: int) -> Tensor:
+        """Q×(P+1)D queries (float64, unscaled) for this chunk's scale, in fp32."""
+        tail = w[:, -dim:] / self.scale
+        return torch.cat([w[:, :-dim], tail], dim=1).float()
+
+    def scan(
+        self, w: npt.NDArray[np.float32], count: int, allowed: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Best `count` inner products of each query with the allowed rows, by FAISS, on a CPU.
+
+        w: Q×(P+1)D as `projected` gives it. → scores and rows of the gallery, Q×count; row −1
+        where fewer are allowed. Every query is computed by itself: a batch changes no answer.
+        """
+        count = min(count, self.capacity)
+        scores, rows = self._scanner.search(w, count, params=selecting(allowed))
+        return scores, np.where(rows < 0, -1, rows + self.first)
+
+
+def selecting(
+    allowed: npt.NDArray[np.bool_], kind: Any = faiss.SearchParameters, **settings: int
+) -> Any:
+    """FAISS's search parameters that let only the allowed rows pass."""
+    bits = np.packbits(allowed, bitorder="little")
+    return kind(sel=_Bitmap(bits), **settings)

@@ -1,0 +1,207 @@
+"""One model version in memory: a shard that follows the store, and its snapshot on disk.
+
+Everything comes into the shard by this one way, whether this process wrote it or another, so that
+the position it stands at is known exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from model import CheckpointInfo
+from service.errors import DatabaseUnavailable, ServiceError
+from service.gallery import snapshot
+from service.gallery.index import IndexKind
+from service.gallery.shard import Shard
+from service.gallery.snapshot import SnapshotInvalid
+from service.gallery.store import Position, Store, Stored, View
+
+log = logging.getLogger(__name__)
+
+FOLDER = "index"
+# Fewer items are read from the store as fast as from a snapshot.
+_SNAPSHOT_LEAST = 10_000
+_SNAPSHOT_GROWTH = 0.05  # a snapshot is written again when so much has been added
+_SNAPSHOT_SECONDS = 60.0  # between two attempts
+
+
+class Follower:
+    """The shard of one checkpoint's features, kept in step with `store`. Thread-safe.
+
+    folder: of the data; the snapshot lies in its `index` folder. kind: forces a kind of index.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        info: CheckpointInfo,
+        folder: Path,
+        device: str,
+        kind: IndexKind | None = None,
+    ) -> None:
+        self.store, self.info = store, info
+        self._folder, self._device, self._kind = folder / FOLDER, device, kind
+        self._following = threading.Lock()
+        self._behind = False  # a write of ours is committed and not yet searchable
+        self._saved_items: int | None = None  # in the snapshot on disk
+        self._tried = time.monotonic()
+        self._erasures = 0
+        self.shard, self.position, witness = self._restored()
+        try:
+            self._complete(witness)
+        except BaseException:
+            self.shard.close()
+            raise
+
+    def close(self) -> None:
+        self.shard.close()
+
+    def with_version(self, store: Store, info: CheckpointInfo) -> Follower:
+        """One of another version, `store` as seen with it."""
+        return Follower(store, info, self._folder.parent, self._device, self._kind)
+
+    def follow(self) -> None:
+        """Take in what was committed since. Raises DatabaseUnavailable and its kin."""
+        with self._following, self.store.view() as view:
+            self._follow(view)
+            self._behind = False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Follow what is written in this context; if that fails now, the next search does it."""
+        try:
+            yield
+        except DatabaseUnavailable:
+            self._behind = True  # where only its answer was lost, the commit has happened
+            raise
+        self._behind = True
+        try:
+            self.follow()
+        except ServiceError as error:
+            log.warning("the index could not follow the store: %s", error.detail)
+
+    def keep_up(self) -> None:
+        """What has to be done before a search."""
+        if self._behind:
+            self.follow()
+
+    def counts(self) -> tuple[int, int]:
+        """Items with features in the store, and in the shard, at one moment."""
+        with self._following, self.store.view() as view:
+            self._follow(view)
+            return view.count(), len(self.shard)
+
+    def snapshot_due(self) -> bool:
+        """Whether a start would gain by a new snapshot, and the last attempt is some time ago."""
+        items = len(self.shard)
+        if items < _SNAPSHOT_LEAST or time.monotonic() - self._tried < _SNAPSHOT_SECONDS:
+            return False
+        return self._saved_items is None or items - self._saved_items > _SNAPSHOT_GROWTH * items
+
+    def save(self) -> bool:
+        """Write a snapshot of this moment. False: the disk refused, or something was erased."""
+        self._tried = time.monotonic()
+        with self._following:
+            frozen, position, erasures = self.shard.freeze(), self.position, self._erasures
+        items = frozen.columns.alive_count
+        with self.store.view() as view:
+            witness = view.id_of(position.item)
+        try:
+            snapshot.save(
+                frozen,
+                self._folder,
+                fingerprint=self.info.fingerprint,
+                position=position,
+                witness=witness,
+            )
+        except OSError as error:
+            if self._erasures == erasures:
+                log.warning("no snapshot of the index could be written: %s", error)
+            return False
+        with self._following:
+            if self._erasures != erasures:
+                snapshot.remove(self._folder)
+                return False
+            self._saved_items = items
+        return True
+
+    def _restored(self) -> tuple[Shard, Position, str | None]:
+        shard = Shard(self.info.config, self._device, self._kind)
+        try:
+            resident, position, witness = snapshot.load(
+                self._folder, self.info.config, self._device, fingerprint=self.info.fingerprint
+            )
+        except SnapshotInvalid as reason:
+            log.info("the index is built from the store: %s", reason)
+            return shard, Position(0, 0), None
+        shard.restore(resident)
+        self._saved_items = len(shard)
+        return shard, Position(*position), witness
+
+    def _complete(self, witness: str | None) -> None:
+        """Follow the store to its end; a snapshot that does not lead there is given up."""
+        with self.store.view() as view:
+            if self._leads_to(view, witness):
+                return
+            log.warning("the snapshot of the index does not fit the store; it is built anew")
+            self.shard.close()
+            self.shard = Shard(self.info.config, self._device, self._kind)
+            self.position, self._saved_items = Position(0, 0), None
+            snapshot.remove(self._folder)
+            self._follow(view)
+
+    def _leads_to(self, view: View, witness: str | None) -> bool:
+        # Not so where it is of another database, or of one that a backup has replaced since.
+        if self.position.change > view.position().change:
+            return False
+        if view.id_of(self.position.item) not in (None, witness):
+            return False
+        self._follow(view)
+        return len(self.shard) == view.count()
+
+    def _follow(self, view: View) -> None:
+        newest = view.position()
+        if newest == self.position:
+            return
+        if newest.change > self.position.change:
+            changes = view.changes_since(self.position)
+            self._forget_snapshot()
+            self.shard.bury(changes.deleted)
+            self._replace(changes.updated)
+        for stored in view.stream(self.position.item):
+            self.shard.add(stored)
+        self.position = newest
+
+    def _replace(self, stored: Stored) -> None:
+        lacking = set(self.shard.lacking(stored.numbers))
+        late = [row for row, number in enumerate(stored.numbers) if number in lacking]
+        if late:
+            self.shard.add(_rows(stored, late))
+        self.shard.update(
+            stored.numbers,
+            persons=stored.persons,
+            cameras=stored.cameras,
+            captured=stored.captured,
+        )
+
+    def _forget_snapshot(self) -> None:
+        """What was erased must not be left in a file."""
+        self._erasures += 1
+        self._saved_items = None
+        snapshot.remove(self._folder)
+
+
+def _rows(stored: Stored, rows: Sequence[int]) -> Stored:
+    return Stored(
+        numbers=[stored.numbers[row] for row in rows],
+        persons=[stored.persons[row] for row in rows],
+        cameras=[stored.cameras[row] for row in rows],
+        modalities=[stored.modalities[row] for row in rows],
+        captured=[stored.captured[row] for row in rows],
+        features=stored.features[rows],
+    )

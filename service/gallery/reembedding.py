@@ -1,0 +1,115 @@
+"""From one checkpoint's features to another's, in the background, while the first one is searched.
+
+    stored crops → embed → features of the new version, beside the old ones; until none is missing
+    a sample embedded a second time → counts → activate, in one transaction
+
+What is done is in the store: a process that dies goes on where it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from model import CheckpointInfo
+from service.errors import GalleryDamaged, ServiceError
+from service.gallery.records import StoredCrop
+from service.gallery.store import Store
+from service.images import Crop, decode
+
+Embed = Callable[[Sequence[Crop]], Tensor]  # B crops → B×P×D, as `Embedder.embed`
+
+_BLOCK = 64
+_SAMPLE = 32  # items whose features are computed a second time before the switch
+# fp16 and another batch round differently; a wrong row or a wrong checkpoint differs far more.
+_SAME = 0.99
+
+
+class ReembeddingStopped(Exception):  # noqa: N818
+    """It was asked to stop; the next one goes on from there."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """done of total items have features of the new version."""
+
+    done: int
+    total: int
+
+
+class Reembedding:
+    """Embeds a gallery with another checkpoint. Its methods are called by one thread, in order.
+
+    store: as seen with the new version. embed: the new checkpoint's.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        info: CheckpointInfo,
+        embed: Embed,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self._store, self._info, self._embed = store, info, embed
+        self._progress = progress or (lambda _: None)
+        self._stop = stop or threading.Event()
+
+    def fill(self) -> None:
+        """Embed every item that lacks features. Items enrolled meanwhile come too.
+
+        Raises ReembeddingStopped, and GalleryDamaged for a crop that cannot be embedded.
+        """
+        versions, fingerprint = self._store.versions, self._info.fingerprint
+        self._report()
+        for block in versions.missing(fingerprint, _BLOCK):
+            if self._stop.is_set():
+                raise ReembeddingStopped
+            numbers, rows = [crop.number for crop in block], self._embedded(block)
+            versions.add_features(fingerprint, numbers, rows)
+            self._report()
+
+    def verify(self) -> None:
+        """Compute the features of a few items again, and compare. Raises GalleryDamaged."""
+        crops, kept = self._store.versions.sample(self._info.fingerprint, _SAMPLE)
+        if not crops:
+            return
+        again = self._embedded(crops).astype(np.float32)
+        norms = np.linalg.norm(again, axis=1) * np.linalg.norm(kept, axis=1)
+        cosines = (again * kept).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny)
+        worst = int(cosines.argmin())
+        if cosines[worst] < _SAME:
+            raise GalleryDamaged(
+                f"item number {crops[worst].number} was embedded a second time with another result "
+                f"(cosine {cosines[worst]:.3f}); the old version stays in use, check memory and "
+                "disk and start again"
+            )
+
+    def _embedded(self, crops: Sequence[StoredCrop]) -> npt.NDArray[np.float16]:
+        """N×(P·D)."""
+        pictures = []
+        for crop in crops:
+            try:
+                pictures.append(decode(crop.data, modality=crop.modality))
+            except ServiceError as error:
+                raise GalleryDamaged(
+                    f"the stored crop of item number {crop.number} cannot be read "
+                    f"({error.detail}); delete the item, or restore a backup"
+                ) from error
+        rows: npt.NDArray[np.float16] = (
+            self._embed(pictures).detach().flatten(1).half().cpu().numpy()
+        )
+        return rows
+
+    def _report(self) -> None:
+        total = self._store.count()
+        self._progress(Progress(total - self._missing(), total))
+
+    def _missing(self) -> int:
+        return self._store.versions.count_missing(self._info.fingerprint)
