@@ -56,6 +56,7 @@ class Database:
         )
         self.sqlite = address.get_backend_name() == "sqlite"
         self._lock: FolderLock | None = None
+        self.log_uncut = False  # SQLite's log still holds erased pages
         if self.sqlite:
             home = Path(str(address.database)).resolve().parent
             if home != folder.resolve():
@@ -100,15 +101,17 @@ class Database:
         """Cut SQLite's log, which still holds erased pages. False: readers kept it open."""
         if not self.sqlite:
             return True
+        self.log_uncut = True
         with self._reported():
             connection = self.engine.raw_connection()  # outside of any transaction
             try:
                 cursor = connection.cursor()
                 cursor.execute(f"PRAGMA busy_timeout = {_TRUNCATE_MILLISECONDS}")
                 busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-                cursor.execute(f"PRAGMA busy_timeout = {1000 * _BUSY_SECONDS}")
             finally:
+                cursor.execute(f"PRAGMA busy_timeout = {1000 * _BUSY_SECONDS}")
                 connection.close()
+        self.log_uncut = bool(busy)
         return not busy
 
     def _check_durable(self) -> None:

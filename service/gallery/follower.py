@@ -27,7 +27,8 @@ FOLDER = "index"
 # Fewer items are read from the store as fast as from a snapshot.
 _SNAPSHOT_LEAST = 10_000
 _SNAPSHOT_GROWTH = 0.05  # a snapshot is written again when so much has been added
-_SNAPSHOT_SECONDS = 60.0  # between two attempts
+_SNAPSHOT_SECONDS = 60.0  # between two attempts, at least
+_SNAPSHOT_REST = 20  # or so many times as long as the last one took
 
 
 class Follower:
@@ -49,7 +50,8 @@ class Follower:
         self._following = threading.Lock()
         self._behind = False  # a write of ours is committed and not yet searchable
         self._saved_items: int | None = None  # in the snapshot on disk
-        self._tried = time.monotonic()
+        self._next_save = time.monotonic() + _SNAPSHOT_SECONDS
+        self._snapshot_stale = False  # one is on disk that must not be
         self._erasures = 0
         self.shard, self.position, witness = self._restored()
         try:
@@ -67,9 +69,14 @@ class Follower:
 
     def follow(self) -> None:
         """Take in what was committed since. Raises DatabaseUnavailable and its kin."""
-        with self._following, self.store.view() as view:
-            self._follow(view)
-            self._behind = False
+        with self._following:
+            self._behind = False  # before the view: what is committed after it sets it again
+            try:
+                with self.store.view() as view:
+                    self._follow(view)
+            except BaseException:
+                self._behind = True
+                raise
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -90,22 +97,39 @@ class Follower:
         if self._behind:
             self.follow()
 
+    def tend(self) -> None:
+        """From time to time, in the background: what failed before, and a new snapshot."""
+        if self._behind or self.store.shared:
+            self.follow()
+        if self._snapshot_stale:
+            self._remove_snapshot()
+        if self._snapshot_due():
+            self.save()
+
     def counts(self) -> tuple[int, int]:
         """Items with features in the store, and in the shard, at one moment."""
         with self._following, self.store.view() as view:
             self._follow(view)
             return view.count(), len(self.shard)
 
-    def snapshot_due(self) -> bool:
+    def save(self) -> bool:
+        """Write a snapshot of this moment. False: the disk refused, or something was erased."""
+        started = time.monotonic()
+        self.follow()
+        try:
+            return self._save()
+        finally:
+            ended = time.monotonic()
+            self._next_save = ended + max(_SNAPSHOT_SECONDS, _SNAPSHOT_REST * (ended - started))
+
+    def _snapshot_due(self) -> bool:
         """Whether a start would gain by a new snapshot, and the last attempt is some time ago."""
         items = len(self.shard)
-        if items < _SNAPSHOT_LEAST or time.monotonic() - self._tried < _SNAPSHOT_SECONDS:
+        if items < _SNAPSHOT_LEAST or time.monotonic() < self._next_save:
             return False
         return self._saved_items is None or items - self._saved_items > _SNAPSHOT_GROWTH * items
 
-    def save(self) -> bool:
-        """Write a snapshot of this moment. False: the disk refused, or something was erased."""
-        self._tried = time.monotonic()
+    def _save(self) -> bool:
         with self._following:
             frozen, position, erasures = self.shard.freeze(), self.position, self._erasures
         items = frozen.columns.alive_count
@@ -125,7 +149,7 @@ class Follower:
             return False
         with self._following:
             if self._erasures != erasures:
-                snapshot.remove(self._folder)
+                self._remove_snapshot()
                 return False
             self._saved_items = items
         return True
@@ -152,7 +176,7 @@ class Follower:
             self.shard.close()
             self.shard = Shard(self.info.config, self._device, self._kind)
             self.position, self._saved_items = Position(0, 0), None
-            snapshot.remove(self._folder)
+            self._remove_snapshot()
             self._follow(view)
 
     def _leads_to(self, view: View, witness: str | None) -> bool:
@@ -170,11 +194,16 @@ class Follower:
             return
         if newest.change > self.position.change:
             changes = view.changes_since(self.position)
-            self._forget_snapshot()
             self.shard.bury(changes.deleted)
             self._replace(changes.updated)
+            self.position = Position(self.position.item, newest.change)
+            self._erasures += 1
+            self._saved_items = None
+            self._remove_snapshot()
+        # The position goes along with every block: should the next one fail, none comes twice.
         for stored in view.stream(self.position.item):
             self.shard.add(stored)
+            self.position = Position(stored.numbers[-1], newest.change)
         self.position = newest
 
     def _replace(self, stored: Stored) -> None:
@@ -189,11 +218,15 @@ class Follower:
             captured=stored.captured,
         )
 
-    def _forget_snapshot(self) -> None:
-        """What was erased must not be left in a file."""
-        self._erasures += 1
-        self._saved_items = None
-        snapshot.remove(self._folder)
+    def _remove_snapshot(self) -> None:
+        """What was erased must not be left in a file; what fails here is tried again (`tend`)."""
+        try:
+            snapshot.remove(self._folder)
+            self._snapshot_stale = False
+        except OSError as error:
+            if not self._snapshot_stale:
+                log.warning("an old snapshot of the index cannot be removed yet: %s", error)
+            self._snapshot_stale = True
 
 
 def _rows(stored: Stored, rows: Sequence[int]) -> Stored:

@@ -6,7 +6,8 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,12 @@ class Gallery:
         except BaseException:
             lock.release()
             raise
-        if awaiting := gallery.awaiting:
+        try:
+            awaiting = gallery.awaiting
+        except BaseException:
+            gallery.close()
+            raise
+        if awaiting:
             log.warning(
                 "%d items were embedded by another checkpoint; queries leave them out until they "
                 "are embedded again",
@@ -145,7 +151,8 @@ class Gallery:
             return
         self._closing.set()
         self._keeper.join()
-        self._version.close()
+        with self._reembedding, self._enrolling.alone():  # what is under way ends first
+            self._version.close()
         self._version.store.close()
         self._lock.release()
 
@@ -194,19 +201,19 @@ class Gallery:
 
         actor: who did it, for the audit log, here and below. Raises ItemNotFound.
         """
-        with self._follower.writing():
-            return self._store.update(item_id, changed, actor=actor)
+        with self._changing() as store:
+            return store.update(item_id, changed, actor=actor)
 
     def delete(self, item_id: str, *, actor: str = "system") -> None:
         """Erase an item: once this returns, no query finds it. Raises ItemNotFound."""
         number = self._store.number_of(item_id)
-        with self._follower.writing():
-            self._store.delete([number], actor=actor)
+        with self._changing() as store:
+            store.delete([number], actor=actor)
 
     def delete_where(self, person_id: str, *, actor: str = "system") -> int:
         """Erase a person's items → how many."""
-        with self._follower.writing():
-            return len(self._store.erase_person(person_id, actor=actor))
+        with self._changing() as store:
+            return len(store.erase_person(person_id, actor=actor))
 
     def search(
         self,
@@ -251,8 +258,9 @@ class Gallery:
                     explain=explain,
                 )
                 chosen = _chosen(scored, top_k, group_by)
-                complete = len(chosen) >= top_k or len(scored.numbers) >= scored.searched
-                if complete or group_by is None:
+                if group_by is None or len(chosen) >= top_k:
+                    break
+                if len(chosen) == scored.searched_groups():
                     break
                 shortlist *= _WIDEN
             if max_distance is not None:
@@ -305,7 +313,13 @@ class Gallery:
             fingerprint = info.fingerprint
             self._store.versions.register(fingerprint, info.config.model_dump(mode="json"))
             store = self._store.seen_with(fingerprint, info.config.embedding_size)
-            work = Reembedding(store, info, embed, progress=progress, stop=stop)
+            work = Reembedding(
+                store,
+                info,
+                embed,
+                progress=progress,
+                stopping=lambda: self._closing.is_set() or (stop is not None and stop.is_set()),
+            )
             work.fill()
             work.verify()
             follower = self._follower.with_version(store, info)
@@ -360,6 +374,14 @@ class Gallery:
                 "free space or check its mount"
             ) from error
 
+    @contextmanager
+    def _changing(self) -> Iterator[Store]:
+        """The store, for a change that the version in use follows: none is switched meanwhile."""
+        with self._enrolling.shared():
+            follower = self._follower
+            with follower.writing():
+                yield follower.store
+
     @property
     def _follower(self) -> Follower:
         """The version in use. Raises DatabaseUnavailable once the gallery is closed."""
@@ -384,15 +406,15 @@ class Gallery:
     def _switch(self, follower: Follower, work: Reembedding, actor: str) -> None:
         work.fill()  # most of what came while the new index was built, before anybody waits
         with self._enrolling.alone():
-            for attempt in range(_TRIES):
-                work.fill()
-                try:
-                    follower.store.versions.activate(follower.info.fingerprint, actor=actor)
-                    break
-                except ModelVersionConflict:  # another process enrolled in between
-                    if attempt == _TRIES - 1:
-                        raise
-            follower.follow()
+            with follower.writing():
+                for attempt in range(_TRIES):
+                    work.fill()
+                    try:
+                        follower.store.versions.activate(follower.info.fingerprint, actor=actor)
+                        break
+                    except ModelVersionConflict:  # another process enrolled in between
+                        if attempt == _TRIES - 1:
+                            raise
             old, self._version = self._version, follower
         old.close()
 
@@ -401,10 +423,8 @@ class Gallery:
         failing = False
         while not self._closing.wait(SYNC_SECONDS):
             try:
-                if self._store.shared:
-                    self._follower.follow()
-                if self._follower.snapshot_due():
-                    self._follower.save()
+                self._version.tend()
+                self._version.store.finish_erasing()
                 failing = False
             except DatabaseUnavailable as error:
                 if not failing:
@@ -412,6 +432,8 @@ class Gallery:
                 failing = True
             except ServiceError as error:
                 log.warning("%s", error.detail)
+            except Exception:  # the next round goes on
+                log.exception("background work on the gallery failed")
 
 
 def _chosen(scored: Scored, top_k: int, group_by: str | None) -> list[int]:

@@ -8,7 +8,6 @@ What is done is in the store: a process that dies goes on where it was.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,12 +53,12 @@ class Reembedding:
         info: CheckpointInfo,
         embed: Embed,
         *,
+        stopping: Callable[[], bool],
         progress: Callable[[Progress], None] | None = None,
-        stop: threading.Event | None = None,
     ) -> None:
         self._store, self._info, self._embed = store, info, embed
         self._progress = progress or (lambda _: None)
-        self._stop = stop or threading.Event()
+        self._stopping = stopping
 
     def fill(self) -> None:
         """Embed every item that lacks features. Items enrolled meanwhile come too.
@@ -67,13 +66,16 @@ class Reembedding:
         Raises ReembeddingStopped, and GalleryDamaged for a crop that cannot be embedded.
         """
         versions, fingerprint = self._store.versions, self._info.fingerprint
-        self._report()
+        total = self._store.count()
+        done = total - versions.count_missing(fingerprint)
+        self._progress(Progress(done, total))
         for block in versions.missing(fingerprint, _BLOCK):
-            if self._stop.is_set():
+            if self._stopping():
                 raise ReembeddingStopped
             numbers, rows = [crop.number for crop in block], self._embedded(block)
-            versions.add_features(fingerprint, numbers, rows)
-            self._report()
+            done += versions.add_features(fingerprint, numbers, rows)
+            total = max(total, done)
+            self._progress(Progress(done, total))
 
     def verify(self) -> None:
         """Compute the features of a few items again, and compare. Raises GalleryDamaged."""
@@ -106,10 +108,3 @@ class Reembedding:
             self._embed(pictures).detach().flatten(1).half().cpu().numpy()
         )
         return rows
-
-    def _report(self) -> None:
-        total = self._store.count()
-        self._progress(Progress(total - self._missing(), total))
-
-    def _missing(self) -> int:
-        return self._store.versions.count_missing(self._info.fingerprint)

@@ -72,6 +72,13 @@ class Features:
             start = end
         return lifted
 
+    def truncate(self, count: int) -> None:
+        """Forget rows from position `count` on, which nobody has read."""
+        self.chunks = tuple(chunk for chunk in self.chunks if chunk.first < count)
+        for chunk in self.chunks:
+            chunk.count = min(chunk.count, count - chunk.first)
+        self._count = count
+
     def adopt(self, chunks: Sequence[Chunk], norms: Norms) -> None:
         """Take filled chunks, as a snapshot has them, into empty features."""
         for chunk in chunks:

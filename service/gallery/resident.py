@@ -40,8 +40,12 @@ class Resident:
 
     def add(self, stored: Stored) -> None:
         # The columns last: they say how many rows a reader sees.
-        self.features.add(stored.features)
-        self.columns.add(stored)
+        try:
+            self.features.add(stored.features)
+            self.columns.add(stored)
+        except BaseException:
+            self.features.truncate(len(self.columns))
+            raise
 
     def extend(self, other: Resident, positions: npt.NDArray[np.int64]) -> None:
         """Append rows of another one that this was forked from."""

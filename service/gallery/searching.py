@@ -44,6 +44,14 @@ class Scored:
     exhaustive: bool
     recall_ms: float
     rescore_ms: float
+    found: _Found
+
+    def searched_groups(self) -> int:
+        """How many groups there are among all that was searched."""
+        columns, allowed = self.found.columns, self.found.allowed
+        persons = columns.persons[: len(allowed)][allowed]
+        named = persons >= 0
+        return len(np.unique(persons[named])) + int(np.count_nonzero(~named))
 
 
 @dataclass
@@ -148,6 +156,7 @@ class Searcher:
             exhaustive=exhaustive,
             recall_ms=1e3 * (recalled - started),
             rescore_ms=1e3 * (time.perf_counter() - recalled),
+            found=found,
         )
 
     def _checked(

@@ -75,6 +75,7 @@ def save(
             "fingerprint": fingerprint,
             "position": list(position),
             "witness": witness,
+            "device": frozen.resident.features.device.type,
             "folder": own.name,
         }
         _sync_folder(own)
@@ -96,7 +97,7 @@ def load(
 ) -> tuple[Resident, Position, str | None]:
     """What `save` wrote, for `Shard.restore`; position and witness. Raises SnapshotInvalid."""
     try:
-        manifest = _manifest(folder, config, fingerprint)
+        manifest = _manifest(folder, device, fingerprint)
         resident = _read_all(manifest, folder / manifest["folder"], config, device)
     except OSError as error:
         raise SnapshotInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
@@ -142,7 +143,11 @@ def _write_index(frozen: Frozen, own: Path, files: list[_File]) -> dict[str, Any
     if index is None or not columns.alive[: len(index)].all():
         return None  # it cannot forget a deleted row: it is built anew after loading
     path = own / "faiss"
-    if index.write(str(path)) > len(columns):
+    try:
+        written = index.write(str(path))
+    except RuntimeError as error:  # FAISS's word for a full disk or a folder that is gone
+        raise OSError(str(error)) from error
+    if written > len(columns):
         path.unlink()  # it took in rows that came after this moment
         return None
     with path.open("rb") as file:
@@ -167,7 +172,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _manifest(folder: Path, config: CMTConfig, fingerprint: str) -> dict[str, Any]:
+def _manifest(folder: Path, device: str, fingerprint: str) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise SnapshotInvalid(f"there is no {path}")
@@ -181,6 +186,8 @@ def _manifest(folder: Path, config: CMTConfig, fingerprint: str) -> dict[str, An
         )
     if manifest["fingerprint"] != fingerprint:
         raise SnapshotInvalid(f"{path} holds features of another checkpoint")
+    if manifest["device"] != torch.device(device).type:  # whose chunks have another size
+        raise SnapshotInvalid(f"{path} was written by a gallery on {manifest['device']}")
     return manifest
 
 

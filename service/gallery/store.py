@@ -47,6 +47,8 @@ __all__ = ["STORED", "Changes", "Position", "Store", "Stored", "View"]
 
 log = logging.getLogger(__name__)
 
+_CACHED = {"person_id", "camera_id", "captured_at"}  # what `Stored` has of an item
+
 
 class Store:
     """The database of one data folder (or URL), seen with the features of one model version.
@@ -191,7 +193,8 @@ class Store:
                     update(items).where(mine).values(columns).returning(items.c.number)
                 ).scalar_one_or_none()
                 if number is not None:
-                    record_changes(connection, [number], "labels")
+                    if columns.keys() & _CACHED:
+                        record_changes(connection, [number], "labels")
                     given = {"fields": list(changed.fields)}
                     write(connection, [Act(actor, "update", item_id, given)])
             return connection.execute(select(items).where(mine)).one_or_none()
@@ -279,17 +282,22 @@ class Store:
         with self.view() as view:
             yield from view.stream(after, block)
 
+    def finish_erasing(self) -> None:
+        """Cut SQLite's log if a deletion could not."""
+        if self._database.log_uncut:
+            self._cut_log()
+
     def _person(self, person_id: str | None) -> dict[str, str]:
         return {} if person_id is None else {"person": self.audit.pseudonym(person_id)}
 
     def _cut_log(self) -> None:
-        """Cut SQLite's log, which still holds what was erased; a later call does what fails here.
+        """Cut SQLite's log, which still holds what was erased; `finish_erasing` tries again.
 
         The erasure is committed already: nothing here may make it look failed.
         """
         try:
             if not self._database.truncate_log():
-                log.info("readers kept SQLite's log open; the next deletion cuts it")
+                log.info("readers kept SQLite's log open; it is cut later")
         except ServiceError as error:
             log.warning("SQLite's log could not be cut after a deletion: %s", error)
 

@@ -135,8 +135,10 @@ class Versions:
         given = dict(zip(numbers, rows, strict=True))
 
         def work(connection: Connection) -> int:
-            state = _state(connection, fingerprint)
+            _state(connection, fingerprint)
             _refuse_other_size(connection, fingerprint, rows.shape[1])
+            newest = select(func.max(features.c.number)).where(features.c.model == fingerprint)
+            last = connection.execute(newest).scalar_one() or 0
             wanted: list[int] = []
             for part in blocks(sorted(given)):
                 query = select(items.c.number).where(
@@ -151,7 +153,7 @@ class Versions:
                         for n in wanted
                     ],
                 )
-            if wanted and state != "building":  # caches of it have gone past these numbers
+            if wanted and wanted[0] < last:  # caches of it may have gone past these numbers
                 record_changes(connection, wanted, "features")
             return len(wanted)
 
