@@ -182,7 +182,8 @@ class Versions:
             rows = connection.execute(query).all()
         found = [StoredCrop(int(r.number), bytes(r.data), r.media_type, r.modality) for r in rows]
         stored = np.frombuffer(b"".join(bytes(r.row) for r in rows), STORED)
-        return found, stored.reshape(len(found), -1).astype(np.float32)
+        width = len(stored) // max(1, len(found))
+        return found, stored.reshape(len(found), width).astype(np.float32)
 
     def count_missing(self, fingerprint: str) -> int:
         """Items that have no features of this version."""

@@ -158,6 +158,12 @@ def test_a_wrong_second_look_keeps_the_old_version(gallery: Gallery) -> None:
     assert nearest(gallery, 1, OLD) == item_id
 
 
+def test_an_empty_gallery_changes_its_checkpoint(gallery: Gallery) -> None:
+    gallery.reembed(NEXT, embedder(NEXT))
+    item_id = enroll(gallery, 1, NEXT)
+    assert nearest(gallery, 1, NEXT) == item_id
+
+
 def test_a_version_is_dropped_unless_it_is_in_use(gallery: Gallery) -> None:
     enroll(gallery, 1)
     gallery.reembed(NEXT, embedder(NEXT))
