@@ -45,7 +45,10 @@ class Stage(BaseModel):
 
     An epoch is as many batches as it takes to draw as many visible or infrared images, whichever
     are more, as there are. The learning rate goes from `lr` to `lr_end` (half a cosine), or stays.
-    Loss weights move linearly from the stage before over the first `fade_steps`.
+    Loss weights move linearly from the stage before over the first `fade_steps`. `features_frozen`
+    keeps what computes F as it is, batch norm's statistics too, while what reads F learns: a head
+    that fits first distorts features of a good start less (Kumar et al., "Fine-Tuning can Distort
+    Pretrained Features and Underperform Out-of-Distribution", ICLR 2022). Such steps are cheaper.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +64,7 @@ class Stage(BaseModel):
     # Curriculum: only the first identities of the list (from random initialisation, hundreds of
     # classes at once stay at chance for long).
     identities: int | None = Field(default=None, ge=2)
+    features_frozen: bool = False
     weights: LossWeights = LossWeights()
 
     @model_validator(mode="after")

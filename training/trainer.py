@@ -282,6 +282,10 @@ class Trainer:
         self, images: Tensor, modalities: list[Modality], labels: Labels
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.objective.train()
+        frozen = self.schedule.stage(self.step).features_frozen
+        for module in (self.model.backbone, self.model.parts):
+            module.train(not frozen)
+            module.requires_grad_(not frozen)
         loss, values = self.parallel(
             images,
             modalities,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from model import CheckpointInfo, Modulation
@@ -21,12 +19,12 @@ from service.errors import (
     ServiceError,
     StorageUnwritable,
 )
+from service.gallery.answering import answer
 from service.gallery.follower import Follower
 from service.gallery.index import IndexKind
 from service.gallery.lock import FolderLock
 from service.gallery.records import (
     Filters,
-    Hit,
     Item,
     ItemUpdate,
     ModelVersion,
@@ -36,7 +34,7 @@ from service.gallery.records import (
     SearchResult,
 )
 from service.gallery.reembedding import Embed, Progress, Reembedding
-from service.gallery.shard import Counters, Scored, Statistics
+from service.gallery.shard import Counters, Statistics
 from service.gallery.shared_lock import SharedLock
 from service.gallery.store import Store
 
@@ -45,8 +43,7 @@ log = logging.getLogger(__name__)
 DEFAULT_CANDIDATES = 256
 # How long another process's changes may stay unseen, where several share a PostgreSQL database.
 SYNC_SECONDS = 1.0
-_WIDEN = 4  # how much longer the shortlist gets where it held too few groups
-_TRIES = 8  # searches again because an item was deleted between search and fetch
+_TRIES = 8  # switches tried again because another process enrolled in between
 
 
 class Gallery:
@@ -242,49 +239,19 @@ class Gallery:
             raise ValueError("top_k and candidates must be at least 1")
         if group_by not in (None, "person_id"):
             raise ValueError(f"results are grouped by person_id, not by {group_by}")
-        filters = filters or Filters()
-        modulation = modulation or Modulation.identity(1, x.shape[1])
-        shortlist = max(top_k, candidates or self._candidates)
         follower = self._of(model)
         follower.keep_up()
-        for attempt in range(_TRIES):
-            while True:
-                scored = follower.shard.search(
-                    x,
-                    modulation,
-                    shortlist,
-                    exhaustive=exhaustive,
-                    filters=filters,
-                    explain=explain,
-                )
-                chosen = _chosen(scored, top_k, group_by)
-                if group_by is None or len(chosen) >= top_k:
-                    break
-                if len(chosen) == scored.searched_groups():
-                    break
-                shortlist *= _WIDEN
-            if max_distance is not None:
-                chosen = [place for place in chosen if scored.distances[place] <= max_distance]
-            started = time.perf_counter()
-            items = follower.store.fetch([int(scored.numbers[place]) for place in chosen])
-            # An item may go between search and fetch; the next search knows of it.
-            if len(items) == len(chosen) or attempt == _TRIES - 1:
-                break
-            follower.follow()
-        found = [place for place in chosen if int(scored.numbers[place]) in items]
-        return SearchResult(
-            hits=[
-                _hit(scored, place, rank, items[int(scored.numbers[place])])
-                for rank, place in enumerate(found, start=1)
-            ],
-            searched=scored.searched,
-            candidates=scored.searched if scored.exhaustive else len(scored.numbers),
-            exhaustive=scored.exhaustive,
-            timings_ms={
-                "recall": scored.recall_ms,
-                "rescore": scored.rescore_ms,
-                "fetch": 1e3 * (time.perf_counter() - started),
-            },
+        return answer(
+            follower,
+            x,
+            modulation or Modulation.identity(1, x.shape[1]),
+            top_k=top_k,
+            shortlist=max(top_k, candidates or self._candidates),
+            exhaustive=exhaustive,
+            filters=filters or Filters(),
+            by_person=group_by is not None,
+            explain=explain,
+            max_distance=max_distance,
         )
 
     def reembed(
@@ -434,26 +401,3 @@ class Gallery:
                 log.warning("%s", error.detail)
             except Exception:  # the next round goes on
                 log.exception("background work on the gallery failed")
-
-
-def _chosen(scored: Scored, top_k: int, group_by: str | None) -> list[int]:
-    """Places in `scored` of the results, nearest first."""
-    places = np.arange(len(scored.numbers))
-    if group_by is not None:
-        # `scored` is sorted, so the first of each group is its best.
-        _, places = np.unique(scored.groups, return_index=True)
-        places.sort()
-    return [int(place) for place in places[:top_k]]
-
-
-def _hit(scored: Scored, place: int, rank: int, item: Item) -> Hit:
-    ranks, plain, parts = scored.recall_ranks, scored.unmodulated_ranks, scored.parts
-    explained = plain is not None
-    return Hit(
-        rank=rank,
-        item=item,
-        distance=float(scored.distances[place]),
-        recall_rank=None if ranks is None else int(ranks[place]),
-        unmodulated_rank=None if plain is None else int(plain[place]),
-        parts=parts[place].tolist() if explained and parts is not None else None,
-    )

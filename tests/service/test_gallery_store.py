@@ -38,6 +38,7 @@ from service.errors import (
     StorageUnwritable,
 )
 from service.gallery import Filters, Gallery, NewItem
+from service.gallery.audit import KEY_FILE
 from service.gallery.database import FILE_NAME
 from service.gallery.tables import schema
 from service.images import Crop, decode
@@ -247,7 +248,10 @@ def test_unknown_files_are_left_alone(tmp_path: Path) -> None:
     gallery.close()
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "sub" / "gallery.sqlite3").read_bytes() == b"not yours"
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "sub", "lock", FILE_NAME}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("notes.txt", "sub", "lock"),
+        *(FILE_NAME, KEY_FILE),
+    }
 
 
 def test_a_second_opening_is_refused(gallery: Gallery, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_person_renamed_by_an_update_leaves_no_byte(tmp_path: Path) -> None:
 
 def test_pseudonyms_need_the_key_and_stay_the_same(open_store: OpenStore, tmp_path: Path) -> None:
     store = open_store()
-    assert not (tmp_path / KEY_FILE).exists()
+    assert (tmp_path / KEY_FILE).exists() == store._database.sqlite
     pseudonym = store.audit.pseudonym("p")
     assert pseudonym != store.audit.pseudonym("q")
     assert open_store().audit.pseudonym("p") == pseudonym

@@ -189,6 +189,7 @@ def test_add_returns_after_the_log_is_synced(tmp_path: Path) -> None:
 
 
 def test_sqlite_syncs_every_commit_of_every_connection(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
     store = Store(tmp_path / "data", MODEL, SIZE, f"sqlite:///{tmp_path / 'own.sqlite3'}")
     with store._database.reading() as connection:
         values = [

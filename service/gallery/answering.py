@@ -1,0 +1,108 @@
+"""One search answered: what the shard found, grouped, cut, and read from the store."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from torch import Tensor
+
+from model import Modulation
+from service.gallery.follower import Follower
+from service.gallery.records import Filters, Hit, Item, SearchResult
+from service.gallery.shard import Scored
+
+_WIDEN = 4  # how much longer the shortlist gets where it held too few people
+_TRIES = 8  # searches again because an item was deleted between search and fetch
+
+
+def answer(
+    follower: Follower,
+    x: Tensor,
+    modulation: Modulation,
+    *,
+    top_k: int,
+    shortlist: int,
+    exhaustive: bool,
+    filters: Filters,
+    by_person: bool,
+    explain: bool,
+    max_distance: float | None,
+) -> SearchResult:
+    """x P×D under γ, β of 1×D → the best top_k items, or the best item of each of top_k people.
+
+    shortlist: how many the recall stage hands on; it grows until top_k people are in it, or all
+    who match. max_distance drops weaker results.
+    """
+    for attempt in range(_TRIES):
+        scored, chosen = _search(
+            *(follower, x, modulation, top_k, shortlist),
+            exhaustive=exhaustive,
+            filters=filters,
+            by_person=by_person,
+            explain=explain,
+        )
+        if max_distance is not None:
+            chosen = [place for place in chosen if scored.distances[place] <= max_distance]
+        started = time.perf_counter()
+        items = follower.store.fetch([int(scored.numbers[place]) for place in chosen])
+        # An item may go between search and fetch; the next search knows of it.
+        if len(items) == len(chosen) or attempt == _TRIES - 1:
+            break
+        follower.follow()
+    found = [place for place in chosen if int(scored.numbers[place]) in items]
+    return SearchResult(
+        hits=[
+            _hit(scored, place, rank, items[int(scored.numbers[place])])
+            for rank, place in enumerate(found, start=1)
+        ],
+        searched=scored.searched,
+        candidates=scored.searched if scored.exhaustive else len(scored.numbers),
+        exhaustive=scored.exhaustive,
+        timings_ms={
+            "recall": scored.recall_ms,
+            "rescore": scored.rescore_ms,
+            "fetch": 1e3 * (time.perf_counter() - started),
+        },
+    )
+
+
+def _search(
+    follower: Follower,
+    x: Tensor,
+    modulation: Modulation,
+    top_k: int,
+    shortlist: int,
+    *,
+    exhaustive: bool,
+    filters: Filters,
+    by_person: bool,
+    explain: bool,
+) -> tuple[Scored, list[int]]:
+    """What the shard scored, nearest first, and the places in it of the results."""
+    while True:
+        scored = follower.shard.search(
+            *(x, modulation, shortlist), exhaustive=exhaustive, filters=filters, explain=explain
+        )
+        places = np.arange(len(scored.numbers))
+        if by_person:
+            # `scored` is sorted, so the first of each group is its best.
+            _, places = np.unique(scored.groups, return_index=True)
+            places.sort()
+        chosen = [int(place) for place in places[:top_k]]
+        if not by_person or len(chosen) >= top_k or len(chosen) == scored.searched_groups():
+            return scored, chosen
+        shortlist *= _WIDEN
+
+
+def _hit(scored: Scored, place: int, rank: int, item: Item) -> Hit:
+    ranks, plain, parts = scored.recall_ranks, scored.unmodulated_ranks, scored.parts
+    explained = plain is not None
+    return Hit(
+        rank=rank,
+        item=item,
+        distance=float(scored.distances[place]),
+        recall_rank=None if ranks is None else int(ranks[place]),
+        unmodulated_rank=None if plain is None else int(plain[place]),
+        parts=parts[place].tolist() if explained and parts is not None else None,
+    )
