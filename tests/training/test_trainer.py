@@ -77,6 +77,34 @@ def test_steps_since_the_last_saved_state_are_repeated_alike(samples, tmp_path):
         assert torch.equal(tensor, weights_of(tmp_path / "b")[name]), name
 
 
+def test_a_stage_may_freeze_what_computes_the_features(samples, tmp_path):
+    stages = tuple(
+        Stage(steps=2, lr=3e-3, features_frozen=frozen) for frozen in (False, True, False)
+    )
+    changing = recipe(stages=stages, ema=0)
+    folder, cache = tmp_path / "pieces", tmp_path / "cache"
+    seen = []
+    for stop in (2, 3, 4, 6):  # a new process within the frozen stage, too
+        Trainer(changing, samples, folder, cache=cache).run(stop_at=stop)
+        seen.append(weights_of(folder))
+    Trainer(changing, samples, tmp_path / "whole", cache=cache).run()
+    whole = weights_of(tmp_path / "whole")
+    assert all(torch.equal(whole[name], seen[-1][name]) for name in whole)
+
+    def same(first: int, second: int) -> set[bool]:
+        pairs = ((tensor, seen[second][name]) for name, tensor in seen[first].items() if of(name))
+        return {torch.equal(*pair) for pair in pairs}
+
+    def of(name: str) -> bool:  # batch norm's statistics are among them
+        return name.startswith(("backbone.", "parts."))
+
+    assert same(0, 2) == {True}
+    assert False in same(2, 3)
+    learnt = ("prototypes_rgb", "generator_beta.outer.weight")
+    for name in (name for name in whole if name.endswith(learnt)):
+        assert not torch.equal(seen[0][name], seen[2][name])
+
+
 def test_training_lowers_the_identity_loss_and_says_what_it_did(samples, tmp_path):
     longer = recipe(stages=(Stage(steps=60, lr=3e-3, weights=ALL),))
     info = Trainer(longer, samples, tmp_path, facts={"dataset": "sysu", "identities": [7]}).run(
