@@ -84,8 +84,9 @@ class Recipe(BaseModel):
     L_mod, no label smoothing, no weight averaging. `compensation_gradient` says whether the losses
     of F̂ reach F, which it is made of. `features_lr`, `alignment_lr` and `generator_lr` multiply the
     learning rate, which is the classifiers', for what computes F, for the modality alignment, and
-    for g_γ and g_β. `ema` is the decay of the averaged weights that are saved (0 saves the last
-    ones).
+    for g_γ and g_β. `frozen_batch_norm`: normalise F by the statistics that the run starts with,
+    those of a whole training set in place of a batch's. `ema` is the decay of the averaged weights
+    that are saved (0 saves the last ones).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -109,6 +110,7 @@ class Recipe(BaseModel):
     features_lr: float = Field(default=1.0, gt=0)
     alignment_lr: float = Field(default=1.0, gt=0)
     generator_lr: float = Field(default=1.0, gt=0)
+    frozen_batch_norm: bool = False
     ema: float = Field(default=0.0, ge=0, lt=1)
     augmentation: AugmentationConfig = AugmentationConfig()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -284,7 +284,7 @@ class Trainer:
         self.objective.train()
         frozen = self.schedule.stage(self.step).features_frozen
         for module in (self.model.backbone, self.model.parts):
-            module.train(not frozen)
+            module.train(not frozen and not self.recipe.frozen_batch_norm)
             module.requires_grad_(not frozen)
         loss, values = self.parallel(
             images,

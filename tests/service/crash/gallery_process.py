@@ -23,6 +23,7 @@ from subject import (
 )
 
 from model import CheckpointInfo, CMTConfig
+from service.errors import DatabaseUnavailable
 from service.gallery import Filters, Gallery, Item, NewItem
 from service.images import decode
 
@@ -160,7 +161,10 @@ def _serve(
 def _save_often(gallery: Gallery) -> None:
     """So that kills meet a snapshot that is being written, which is seldom otherwise."""
     while True:
-        gallery.save_index()
+        try:
+            gallery.save_index()
+        except DatabaseUnavailable:  # closed
+            return
         time.sleep(0.02)
 
 

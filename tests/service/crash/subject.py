@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol
 
 from PIL import Image
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 
 # Each process starts afresh, but from a server that has imported torch already.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -106,9 +106,15 @@ def die_at_write(number: int) -> None:
         if next(writes) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def statement(_connection: object, _cursor: object, sql: str, *_rest: object) -> None:
+    def statement(connection: Connection, _cursor: object, sql: str, *_rest: object) -> None:
         if sql.startswith(("INSERT", "UPDATE", "DELETE")):
+            connection.info["wrote"] = True
+            count()
+
+    def commit(connection: Connection) -> None:
+        if connection.info.pop("wrote", False):  # what only reads commits too
             count()
 
     event.listen(Engine, "before_cursor_execute", statement)
-    event.listen(Engine, "commit", lambda _connection: count())
+    event.listen(Engine, "commit", commit)
+    event.listen(Engine, "rollback", lambda connection: connection.info.pop("wrote", None))
