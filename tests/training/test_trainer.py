@@ -105,6 +105,21 @@ def test_a_stage_may_freeze_what_computes_the_features(samples, tmp_path):
         assert not torch.equal(seen[0][name], seen[2][name])
 
 
+def test_batch_norm_may_keep_the_statistics_of_the_start(samples, tmp_path):
+    for frozen in (True, False):
+        trainer = Trainer(
+            recipe(frozen_batch_norm=frozen), samples, tmp_path / str(frozen), cache=tmp_path / "c"
+        )
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        for _ in range(2):
+            trainer.train_step()
+        after = trainer.model.state_dict()
+        statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
+        assert len(statistics) > 20
+        assert all(torch.equal(before[n], after[n]) == frozen for n in statistics)
+        assert not torch.equal(before["parts.norm.weight"], after["parts.norm.weight"])
+
+
 def test_training_lowers_the_identity_loss_and_says_what_it_did(samples, tmp_path):
     longer = recipe(stages=(Stage(steps=60, lr=3e-3, weights=ALL),))
     info = Trainer(longer, samples, tmp_path, facts={"dataset": "sysu", "identities": [7]}).run(
