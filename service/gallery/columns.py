@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,12 @@ class Codes:
         self._next = len(texts)
 
     def encode(self, values: Sequence[str | None]) -> npt.NDArray[np.int64]:
-        return np.array([_NO_CODE if v is None else self._code(v) for v in values], np.int64)
+        for value in dict.fromkeys(values):
+            if value is not None and value not in self._codes:
+                self._codes[value] = self._next
+                self._next += 1
+        code: Callable[[str | None, int], int] = self._codes.get  # type: ignore[assignment]
+        return np.array([code(value, _NO_CODE) for value in values], np.int64)
 
     def known(self, values: Sequence[str]) -> list[int]:
         return [self._codes[v] for v in values if v in self._codes]
@@ -36,12 +41,6 @@ class Codes:
         known = set(used.tolist())
         codes = range(max(known, default=-1) + 1)
         return [texts[code] if code in known else None for code in codes]
-
-    def _code(self, text: str) -> int:
-        if text not in self._codes:
-            self._codes[text] = self._next
-            self._next += 1
-        return self._codes[text]
 
 
 class Columns:

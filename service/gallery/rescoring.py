@@ -19,11 +19,12 @@ from service.gallery.chunks import Chunk, scale_for
 
 # Rows that are widened at once: on a CPU they should stay in its caches.
 BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
+_NORM_MARGIN = 1 + 2.0**-10
 _SERIAL_NUMBERS = 32_767  # torch shares out element-wise work of more numbers than this
 
 
 class Norms(NamedTuple):
-    """Largest of all rows: ‖y‖, ‖s‖, and the error of s as it is kept in fp16, ‖s̃ − s‖."""
+    """Not less than those of any row: ‖y‖, ‖s‖, and the error of s in fp16, ‖s̃ − s‖."""
 
     y: float = 0.0
     s: float = 0.0
@@ -57,20 +58,24 @@ class Features:
         """Memory held, unused rows of the last chunk included."""
         return sum(chunk.z.nbytes for chunk in self.chunks)
 
-    def add(self, rows: npt.NDArray[np.float16]) -> Tensor:
-        """Append N×(P·D) rows → their lifted vectors N×(P+1)D, fp32 on the CPU."""
+    def add(self, rows: npt.NDArray[np.float16]) -> None:
+        """Append N×(P·D) rows."""
         y = torch.from_numpy(np.ascontiguousarray(rows))
-        lifted = lift(y.view(-1, self.parts, self.dim))
-        s = lifted[:, self.parts * self.dim :]
+        s = torch.empty(len(y), self.dim)
+        step = self._rows_at_once()
+        blocks = (torch.split(rows, step) for rows in (y, s))
+        for block, place in zip(*blocks, strict=True):
+            place.copy_(lift(block.view(-1, self.parts, self.dim))[:, self.parts * self.dim :])
         start = 0
         while start < len(y):
             chunk = self._open(float(s[start:].max()))
             end = min(len(y), start + chunk.capacity - chunk.count)
-            self._note(y[start:end], s[start:end], chunk.scale)
-            chunk.append(y[start:end].to(self.device), s[start:end].to(self.device))
+            for at in range(start, end, step):
+                rows_of = slice(at, min(at + step, end))
+                self._note(s[rows_of], chunk.scale)
+                chunk.append(y[rows_of].to(self.device), s[rows_of].to(self.device))
             self._count += end - start
             start = end
-        return lifted
 
     def truncate(self, count: int) -> None:
         """Forget rows from position `count` on, which nobody has read."""
@@ -111,7 +116,7 @@ class Features:
         """
         x = x.to(self.device)[None].double()
         modulation = Modulation(*(p.to(self.device).double() for p in modulation))
-        step = self._shortlist_rows()
+        step = self._rows_at_once()
         edges = [*range(0, len(positions), step), len(positions)]
         blocks = [positions[a:b] for a, b in pairwise(edges)]
         y = (self._gather(rows).double().view(-1, self.parts, self.dim) for rows in blocks)
@@ -154,21 +159,23 @@ class Features:
             self.chunks = (*self.chunks, chunk)
         return self.chunks[-1]
 
-    def _note(self, y: Tensor, s: Tensor, scale: float) -> None:
-        kept = (s * scale).half().double() / scale
-        found = (y.double(), s.double(), kept - s.double())
-        largest = (float(rows.norm(dim=1).max()) for rows in found)
+    def _note(self, s: Tensor, scale: float) -> None:
+        # The scale is a power of two and the numbers lie close: s̃ − s is exact in fp32.
+        kept = (s * scale).half().float() / scale
+        # ‖y‖² is the sum of s. fp32 sums of D numbers round by less than the margin.
+        found = s.sum(1).sqrt(), s.norm(dim=1), (kept - s).norm(dim=1)
+        largest = (float(norms.max()) * _NORM_MARGIN for norms in found)
         self.norms = Norms(*map(max, self.norms, largest))
 
-    def _shortlist_rows(self) -> int:
-        """How many rows of a shortlist are rescored at once.
+    def _rows_at_once(self) -> int:
+        """How many rows are added, or rescored for one query, at once.
 
-        On a CPU so few that torch stays on the calling thread: a shortlist is under a millisecond
-        of work, and waiting for other threads took 50 on a busy machine.
+        On a CPU so few that torch stays on the calling thread, and the rows in its caches: it is
+        milliseconds of work, and waiting for other threads took 50 on a busy machine.
         """
         if self.device.type != "cpu":
             return BLOCK_ROWS[self.device.type]
-        return max(1, _SERIAL_NUMBERS // (self.parts * self.dim))
+        return max(1, _SERIAL_NUMBERS // self.width)
 
     def _gather(self, positions: npt.NDArray[np.int64]) -> Tensor:
         """Rows of y in fp16 on the device, N×(P·D)."""

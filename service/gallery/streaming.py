@@ -21,7 +21,7 @@ from service.gallery.rows import blocks, microseconds
 from service.gallery.tables import changes, features, items
 
 STORED = np.dtype("<f2")
-BLOCK = 16_384
+BLOCK = 4096
 _ROWS_PER_FETCH = 64  # few enough for their bytes to be in the CPU's cache when they are joined
 # PostgreSQL's COPY BINARY: a header before the first row; in each row the count of its fields and
 # the field's length before its bytes; in the end a count of −1.
