@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -16,34 +17,34 @@ _WIDEN = 4  # how much longer the shortlist gets where it held too few people
 _TRIES = 8  # searches again because an item was deleted between search and fetch
 
 
-def answer(
-    follower: Follower,
-    x: Tensor,
-    modulation: Modulation,
-    *,
-    top_k: int,
-    shortlist: int,
-    exhaustive: bool,
-    filters: Filters,
-    by_person: bool,
-    explain: bool,
-    max_distance: float | None,
-) -> SearchResult:
-    """x P×D under γ, β of 1×D → the best top_k items, or the best item of each of top_k people.
+@dataclass(frozen=True)
+class Query:
+    """What is searched for: x P×D under γ, β of 1×D.
 
-    shortlist: how many the recall stage hands on; it grows until top_k people are in it, or all
-    who match. max_distance drops weaker results.
+    Attributes:
+        top_k: wanted items; with by_person, wanted people, of whom the best item is given.
+        shortlist: how many the recall stage hands on; it grows until top_k people are in it, or
+            all who match.
+        max_distance: weaker results are dropped.
     """
+
+    x: Tensor
+    modulation: Modulation
+    top_k: int
+    shortlist: int
+    exhaustive: bool
+    filters: Filters
+    by_person: bool
+    explain: bool
+    max_distance: float | None
+
+
+def answer(follower: Follower, query: Query) -> SearchResult:
+    """Rank what `follower` has in memory, and read the best from its store."""
     for attempt in range(_TRIES):
-        scored, chosen = _search(
-            *(follower, x, modulation, top_k, shortlist),
-            exhaustive=exhaustive,
-            filters=filters,
-            by_person=by_person,
-            explain=explain,
-        )
-        if max_distance is not None:
-            chosen = [place for place in chosen if scored.distances[place] <= max_distance]
+        scored, chosen = _search(follower, query)
+        if query.max_distance is not None:
+            chosen = [place for place in chosen if scored.distances[place] <= query.max_distance]
         started = time.perf_counter()
         items = follower.store.fetch([int(scored.numbers[place]) for place in chosen])
         # An item may go between search and fetch; the next search knows of it.
@@ -67,30 +68,27 @@ def answer(
     )
 
 
-def _search(
-    follower: Follower,
-    x: Tensor,
-    modulation: Modulation,
-    top_k: int,
-    shortlist: int,
-    *,
-    exhaustive: bool,
-    filters: Filters,
-    by_person: bool,
-    explain: bool,
-) -> tuple[Scored, list[int]]:
+def _search(follower: Follower, query: Query) -> tuple[Scored, list[int]]:
     """What the shard scored, nearest first, and the places in it of the results."""
+    shortlist = query.shortlist
     while True:
         scored = follower.shard.search(
-            *(x, modulation, shortlist), exhaustive=exhaustive, filters=filters, explain=explain
+            *(query.x, query.modulation, shortlist),
+            exhaustive=query.exhaustive,
+            filters=query.filters,
+            explain=query.explain,
         )
         places = np.arange(len(scored.numbers))
-        if by_person:
+        if query.by_person:
             # `scored` is sorted, so the first of each group is its best.
             _, places = np.unique(scored.groups, return_index=True)
             places.sort()
-        chosen = [int(place) for place in places[:top_k]]
-        if not by_person or len(chosen) >= top_k or len(chosen) == scored.searched_groups():
+        chosen = [int(place) for place in places[: query.top_k]]
+        if (
+            not query.by_person
+            or len(chosen) >= query.top_k
+            or len(chosen) == scored.searched_groups()
+        ):
             return scored, chosen
         shortlist *= _WIDEN
 

@@ -19,7 +19,7 @@ from service.errors import (
     ServiceError,
     StorageUnwritable,
 )
-from service.gallery.answering import answer
+from service.gallery.answering import Query, answer
 from service.gallery.follower import Follower
 from service.gallery.index import IndexKind
 from service.gallery.lock import FolderLock
@@ -241,18 +241,18 @@ class Gallery:
             raise ValueError(f"results are grouped by person_id, not by {group_by}")
         follower = self._of(model)
         follower.keep_up()
-        return answer(
-            follower,
+        query = Query(
             x,
             modulation or Modulation.identity(1, x.shape[1]),
-            top_k=top_k,
-            shortlist=max(top_k, candidates or self._candidates),
-            exhaustive=exhaustive,
-            filters=filters or Filters(),
+            top_k,
+            max(top_k, candidates or self._candidates),
+            exhaustive,
+            filters or Filters(),
             by_person=group_by is not None,
             explain=explain,
             max_distance=max_distance,
         )
+        return answer(follower, query)
 
     def reembed(
         self,
