@@ -33,10 +33,12 @@ def make(folder: Path, identities: int = 4) -> Trainer:
             input_width=32,
             normalise_test=True,
         ),
-        # The second stage leaves g_γ and g_β without gradients.
+        # The second stage leaves g_γ and g_β without gradients, the third what computes F.
         stages=(
             Stage(steps=2, lr=1e-3, weights=WEIGHTS),
             Stage(steps=1, lr=1e-3, weights=LossWeights(modulation=0)),
+            Stage(steps=1, lr=1e-3, features_frozen=True, weights=WEIGHTS),
+            Stage(steps=1, lr=1e-3, weights=WEIGHTS),
         ),
         identities=identities,
         images=2,
@@ -113,9 +115,9 @@ def test_a_step_of_two_processes_is_the_step_of_one(one, two):
 def test_a_run_of_two_processes_is_written_once_and_like_that_of_one(one, two):
     make(one).run(log_every=1)
     records, expected = read_metrics(two / "run"), read_metrics(one / "run")
-    assert [record["step"] for record in records] == [1, 2, 3]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     for record, alone in zip(records, expected, strict=True):
         assert record["loss"] == pytest.approx(alone["loss"], rel=2e-2)
     info = load_checkpoint(two / "run" / CHECKPOINT_FILE)[1]
     assert info.training["processes"] == 2
-    assert info.training["step"] == 3
+    assert info.training["step"] == 5
