@@ -314,7 +314,7 @@ def test_a_sweep_changes_one_thing():
         *("lambda-0-seed1", "lambda-3-seed1"),
     ]
     bare = Recipe.model_validate(PRETRAINING)
-    with pytest.raises(AblationError, match="no stage"):
+    with pytest.raises(AblationError, match="last stage has no weight"):
         sweep_lambda(bare, Start(weights="w"), [0, 3])
     assert summarise_sweep(swept, [], DatasetName.SYSU) is None
 

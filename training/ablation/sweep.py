@@ -69,19 +69,19 @@ class Sweep:
 
 
 def sweep_lambda(recipe: Recipe, start: Start, values: Sequence[float] = LAMBDAS) -> Sweep:
-    """Both modules on, λ in every stage that has L_mod.
+    """Both modules on, λ in the last stage, and in the others as much as they have beside it.
 
-    Raises AblationError where no stage has it.
+    Raises AblationError where the last stage has none.
     """
     both = row_recipe(recipe, BOTH)
-    if not any(stage.weights.modulation for stage in both.stages):
-        raise AblationError("no stage of the recipe has a weight of modulation to be swept")
+    own = both.stages[-1].weights.modulation
+    if not own:
+        raise AblationError("the recipe's last stage has no weight of modulation to be swept")
     points = []
     for value in values:
         content = both.model_dump(mode="json")
         for stage in content["stages"]:
-            if stage["weights"]["modulation"]:
-                stage["weights"]["modulation"] = value
+            stage["weights"]["modulation"] *= value / own
         row = f"lambda-{value:g}"
         points.append(Point(value, {row: "CMT"}, {row: Recipe.model_validate(content)}, start))
     return Sweep("lambda", "λ (weight of the modulation loss)", points)
