@@ -119,10 +119,12 @@ def part_distances(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
     """
     x, y = _widen(x), _widen(y)
     modulation = Modulation(*(_widen(parameter) for parameter in modulation))
+    gamma, beta = (parameter[:, None, None] for parameter in modulation)
+    offset = beta - x[:, None]  # Q×1×P×D
     block = max(1, _BLOCK_NUMBERS // max(1, x.numel()))
     return torch.cat(
         [
-            (x[:, None] - modulate(rows, modulation)).square().sum(-1)
+            torch.addcmul(offset, rows[None], gamma).square().sum(-1)
             for rows in torch.split(y, block)
         ],
         dim=1,

@@ -19,7 +19,7 @@ from service.gallery.store import Stored
 from service.gallery.upkeep import INDEX_LEAST
 
 _BLOCK = 16_384
-_NPROBE_SHARES = (0.05, NPROBE_SHARE)  # of all lists
+_NPROBE_SHARES = (0.05, 0.2, NPROBE_SHARE)  # of all lists
 GRAPH_LIMIT = 100_000  # building HNSW over more takes hours on two cores
 
 Positions = npt.NDArray[np.int64]

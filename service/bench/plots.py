@@ -15,6 +15,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 _MARKERS = "osD^vP*X"
+_LINES = ("-", "--", "-.", ":")
+_CURVE = ("index", "setting")
 
 
 def draw_recall(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -29,7 +31,7 @@ def draw_recall(results: Sequence[dict[str, Any]], path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    curves = _styles([_curve(r) for r in results])
+    curves = _styles(results)
     for column, gallery in enumerate(galleries):
         for row, modulation in enumerate(modulations):
             chosen = [
@@ -81,16 +83,14 @@ def draw_scale(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _draw_curves(
-    axis: Any, results: Sequence[dict[str, Any]], curves: dict[str, tuple[str, str]]
+    axis: Any, results: Sequence[dict[str, Any]], curves: dict[str, dict[str, str]]
 ) -> None:
-    for name, (color, marker) in curves.items():
+    for name, style in curves.items():
         points = [r for r in results if _curve(r) == name]
         if not points:
             continue
         ms = [1e3 * _median(r["seconds per query"]) for r in points]
-        axis.plot(
-            *(ms, [r["recall@10"] for r in points]), color=color, marker=marker, ms=4, label=name
-        )
+        axis.plot(ms, [r["recall@10"] for r in points], **style, ms=4, label=name)
     first = _curve(results[0])
     ours = [r for r in results if _curve(r) == first]
     axis.plot(
@@ -143,14 +143,19 @@ def _draw_growth(
 
 
 def _curve(result: dict[str, Any]) -> str:
-    return f"{result['index']} {result['setting']}".strip()
+    return " ".join(str(result[name]) for name in _CURVE).strip()
 
 
-def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    unique = list(dict.fromkeys(names))
+def _styles(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Of each curve: a color for the kind of index, a line and marker for its setting."""
+    kinds, settings = (list(dict.fromkeys(r[name] for r in results)) for name in _CURVE)
     return {
-        name: (_COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)])
-        for i, name in enumerate(unique)
+        _curve(r): {
+            "color": _COLORS[kinds.index(r["index"])],
+            "marker": _MARKERS[settings.index(r["setting"])],
+            "linestyle": _LINES[settings.index(r["setting"]) % len(_LINES)],
+        }
+        for r in results
     }
 
 

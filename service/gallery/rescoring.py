@@ -5,8 +5,7 @@ What ranks is y as it is stored (fp16). The lifted vectors of `chunks` hold it u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,8 @@ from service.gallery.chunks import Chunk, scale_for
 
 # Rows that are widened at once: on a CPU they should stay in its caches.
 BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
+# Rows that are collected from their chunks at once; a search per chunk for each few costs most.
+_GATHER_ROWS = 65_536
 _NORM_MARGIN = 1 + 2.0**-10
 _SERIAL_NUMBERS = 32_767  # torch shares out element-wise work of more numbers than this
 
@@ -95,13 +96,13 @@ class Features:
         return Chunk(0, self.width, scale, self.device)
 
     def stored(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
-        """The rows at these positions, N×(P·D)."""
+        """The rows at these positions, which ascend: N×(P·D)."""
         rows: npt.NDArray[np.float16] = self._gather(positions).cpu().numpy()
         return rows
 
     def lifted(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Their lifted vectors in fp32, N×(P+1)D, unscaled."""
-        y = self._gather(positions).cpu().view(-1, self.parts, self.dim)
+        y = self._gather(positions).cpu().reshape(-1, self.parts, self.dim)
         vectors: npt.NDArray[np.float32] = lift(y).numpy()
         return vectors
 
@@ -116,14 +117,14 @@ class Features:
         """
         x = x.to(self.device)[None].double()
         modulation = Modulation(*(p.to(self.device).double() for p in modulation))
-        step = self._rows_at_once()
-        edges = [*range(0, len(positions), step), len(positions)]
-        blocks = [positions[a:b] for a, b in pairwise(edges)]
-        y = (self._gather(rows).double().view(-1, self.parts, self.dim) for rows in blocks)
+        order = np.argsort(positions)
+        back = np.argsort(order)
+        y = self._gathered(positions[order])
         if self.metric == "cosine":
             cosines = [modulated_cosine_distance(x, rows, modulation)[0] for rows in y]
-            return _joined(cosines, (0,)), None
-        parts = _joined([part_distances(x, rows, modulation)[0] for rows in y], (0, self.parts))
+            return _joined(cosines, (0,))[back], None
+        found = [part_distances(x, rows, modulation)[0] for rows in y]
+        parts = _joined(found, (0, self.parts))[back]
         return np.sqrt(parts.sum(1)), parts.astype(np.float32)
 
     @torch.inference_mode()
@@ -177,17 +178,24 @@ class Features:
             return BLOCK_ROWS[self.device.type]
         return max(1, _SERIAL_NUMBERS // self.width)
 
+    def _gathered(self, positions: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+        """Blocks of y at `positions`, which ascend, in float64: B×P×D."""
+        for start in range(0, len(positions), _GATHER_ROWS):
+            rows = self._gather(positions[start : start + _GATHER_ROWS])
+            for block in torch.split(rows, self._rows_at_once()):
+                # By way of fp32: from fp16 at once takes three times as long.
+                yield block.float().double().view(-1, self.parts, self.dim)
+
     def _gather(self, positions: npt.NDArray[np.int64]) -> Tensor:
-        """Rows of y in fp16 on the device, N×(P·D)."""
-        chunks, size = self.chunks, self.parts * self.dim
-        y = torch.empty(len(positions), size, dtype=torch.float16, device=self.device)
-        firsts = np.array([chunk.first for chunk in chunks], np.int64)
-        owners = np.searchsorted(firsts, positions, side="right") - 1
-        for owner in np.unique(owners):
-            chunk, mine = chunks[owner], np.flatnonzero(owners == owner)
-            local = torch.from_numpy(positions[mine] - chunk.first).to(self.device)
-            y[torch.from_numpy(mine).to(self.device)] = chunk.z[:, :size][local]
-        return y
+        """Rows of y in fp16 on the device, N×(P·D), at `positions`, which ascend."""
+        rows = torch.empty(len(positions), self.width, dtype=torch.float16, device=self.device)
+        chunks = self.chunks
+        edges = np.searchsorted(positions, [chunk.first for chunk in chunks]).tolist()
+        for chunk, start, end in zip(chunks, edges, [*edges[1:], len(positions)], strict=True):
+            if start < end:
+                local = torch.from_numpy(positions[start:end] - chunk.first).to(self.device)
+                torch.index_select(chunk.z, 0, local, out=rows[start:end])
+        return rows[:, : self.parts * self.dim]
 
 
 def _joined(blocks: list[Tensor], empty: tuple[int, ...]) -> npt.NDArray[np.float64]:
