@@ -19,7 +19,7 @@ from service.gallery.store import Stored
 from service.gallery.upkeep import INDEX_LEAST
 
 _BLOCK = 16_384
-_NPROBE_SHARES = (0.05, 0.2, NPROBE_SHARE)  # of all lists
+_NPROBE_SHARES = (0.05, NPROBE_SHARE, 0.2)  # of all lists
 GRAPH_LIMIT = 100_000  # building HNSW over more takes hours on two cores
 
 Positions = npt.NDArray[np.int64]
@@ -30,7 +30,8 @@ Recall = Callable[[Tensor, int], Positions]
 class Index(NamedTuple):
     """A recall index under one setting ("" if it has none).
 
-    nested: a shorter shortlist is the beginning of a longer one.
+    nested: a shorter shortlist is the beginning of a longer one. Not where the lists that are
+    looked at may hold too few for the longer one, which is then found by a scan of all rows.
     """
 
     kind: str
@@ -108,7 +109,7 @@ class Engine:
                 continue
             for share in _NPROBE_SHARES:
                 index.nprobe = max(1, round(share * index.lists))
-                yield Index(kind, f"{share:.0%} of lists", search, nested=True)
+                yield Index(kind, f"{share:.0%} of lists", search, nested=False)
 
 
 def _unlabelled(features: Tensor, first: int) -> Stored:

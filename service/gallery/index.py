@@ -23,7 +23,7 @@ KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
 IVF_FROM = 200_000
 # More memory than this share of what is free is never asked for.
 MEMORY_SHARE = 0.5
-NPROBE_SHARE = 0.5  # of all lists
+NPROBE_SHARE = 0.1  # of all lists
 TRAINING_PER_LIST = 40  # FAISS's own advice is 39 at least
 _GRAPH_LINKS = 32
 _GraphParameters: Any = vars(faiss)["SearchParametersHNSW"]  # its stubs leave it out
@@ -34,21 +34,23 @@ _PQ_NUMBERS = 8  # per byte of a code
 def choose_kind(count: int, device: str, free_bytes: int, width: int) -> IndexKind:
     """The index for `count` lifted vectors of `width` numbers, with `free_bytes` of memory left.
 
-    Milliseconds a query on one core of an AMD EPYC (AVX2 only), P·D = 768, for a shortlist of 256
-    of made-up features (`service.bench.data`), the core busy with other work:
+    Milliseconds a query and recall@10 with a shortlist of 200, on two cores of an AMD EPYC
+    (AVX-512), P·D = 768, features sampled like rendered crops (`cmt bench recall`):
 
-        kind            N = 10,000          N = 100,000         bytes per item beside the features
-                        ms     recall@10    ms     recall@10
-        SQfp16          2.1    1.00         27     1.00         0
-        Flat            3.6    1.00         34     1.00         3,584
-        SQ8             3.0    1.00         19     1.00         896
-        IVF-SQ8, 1/4    0.7    0.89         5.2    0.93         927, and 9 s to build 100,000
-        IVF-SQ8, 1/2                        11     0.99         (of its lists looked at)
-        IVF-Flat, 1/4   1.4    0.89                             3,664
+        kind             N = 100,000      200,000          1,000,000        bytes per item beside
+                         ms     recall    ms     recall    ms     recall    the features
+        SQfp16           5.3    1.00      10.3   1.00      43.5   1.00      0
+        Flat             11.4   1.00      21.4   1.00      100    1.00      3,584
+        SQ8              6.5    1.00      11.7   1.00      42.9   1.00      896
+        IVF-Flat, 10%    1.8    0.978     2.9    1.00      11.2   0.998     3,592
+        IVF-SQ8, 10%     1.3    0.978     2.1    1.00      6.9    0.998     904 (of its lists
+        IVF-PQ, 10%      1.2    0.804     1.7    0.694     5.4    0.526     120  looked at)
+        HNSW             1.5    0.988                                       3,856
 
-    So the scan of what is in memory anyway serves until it takes some 50 ms of a core. On a GPU
-    all rows are multiplied: FAISS's GPU indexes take no selector, which filters and deletions need,
-    and one product reads a gallery at the speed of the memory.
+    So the scan of what is in memory anyway serves as long as it takes some 10 ms, and an inverted
+    file where it finds as much. On a GPU all rows are multiplied: FAISS's GPU indexes take no
+    selector, which filters and deletions need, and one product reads a gallery at the speed of the
+    memory.
     """
     if device != "cpu" or count < IVF_FROM:
         return "SQfp16"
