@@ -10,8 +10,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from model import CMTConfig, Modulation, project
+from service.bench.crops import BenchmarkDataError
 from service.gallery.index import KINDS, NPROBE_SHARE, IndexKind, RecallIndex
-from service.gallery.nearest import exhaustive
+from service.gallery.nearest import Best, exhaustive
+from service.gallery.proof import nearest_of
 from service.gallery.recall import recall
 from service.gallery.rescoring import Features
 from service.gallery.resident import Resident, build_index
@@ -61,13 +63,25 @@ class Engine:
         return self._features.width
 
     def exhaustive(self, x: Tensor, modulation: Modulation, top: int) -> list[Positions]:
-        """Queries x (Q×P×D) → each one's `top` nearest of all, best first."""
-        w, _ = project(x.double(), Modulation(*(p.double() for p in modulation)))
-        best, _ = exhaustive(self._features, w, top, [self._all] * len(x), exact=False)
+        """Queries x (Q×P×D) → each one's `top` nearest of all, proven, best first."""
+        x, modulation = x.double(), Modulation(*(p.double() for p in modulation))
+        w, _ = project(x, modulation)
+        everything = [self._all] * len(x)
+        best, exact = exhaustive(self._features, w, top, everything, exact=False)
         return [
-            self.rescored(x[q : q + 1], _one(modulation, q), found.positions, top)
-            for q, found in enumerate(best)
+            self._nearest(x[q], _one(modulation, q), one, top, exact) for q, one in enumerate(best)
         ]
+
+    def _nearest(
+        self, x: Tensor, modulation: Modulation, best: Best, top: int, exact: bool
+    ) -> Positions:
+        nearest = nearest_of(
+            self._features, x, modulation, best, searched=self.count, count=top, exact=exact
+        )
+        if not nearest.proven:
+            raise BenchmarkDataError("rounding hides the nearest of these features")
+        order = np.argsort(nearest.distances, kind="stable")[:top]
+        return nearest.best.positions[order]
 
     def two_stage(
         self, x: Tensor, modulation: Modulation, search: Recall, length: int, top: int

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model import CMTConfig, Modulation, project
 from service.gallery.columns import Columns
-from service.gallery.nearest import Best, Mask, exhaustive, rounding_bound
+from service.gallery.nearest import Best, Mask, exhaustive
+from service.gallery.proof import Nearest, nearest_of
 from service.gallery.recall import recall
 from service.gallery.records import Filters
 from service.gallery.resident import Resident
@@ -130,13 +131,15 @@ class Searcher:
         exhaustive = exhaustive or self._config.metric == "cosine"
         found = self._exhaustive(query) if exhaustive else self._recall(query)
         recalled = time.perf_counter()
-        distances, parts = self._rescore(query, found)
-        while exhaustive and not self._proven(query, found, distances, shortlist):
+        nearest = self._computed(query, found, exhaustive)
+        while not nearest.proven:
             wider = min(found.searched, _WIDEN * query.count)
             query = replace(query, count=wider, exact=True)
             self._count(widened=1)
             found = self._exhaustive(query)
-            distances, parts = self._rescore(query, found)
+            nearest = self._computed(query, found, exhaustive, shortlist)
+        found = replace(found, best=nearest.best)
+        distances, parts = nearest.distances, nearest.parts
 
         positions = found.best.positions
         numbers = found.columns.numbers[positions]
@@ -224,28 +227,24 @@ class Searcher:
             for query in queries
         ]
 
-    def _rescore(
-        self, query: _Query, found: _Found
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32] | None]:
+    def _computed(
+        self, query: _Query, found: _Found, exhaustive: bool, count: int | None = None
+    ) -> Nearest:
+        """Exact distances of what was found; exhaustive: with the proof of the `count` nearest."""
         self._count(rescore_calls=1)
-        features = found.resident.features
-        return features.rescore(query.x, query.modulation, found.best.positions)
-
-    def _proven(
-        self, query: _Query, found: _Found, distances: npt.NDArray[np.float64], shortlist: int
-    ) -> bool:
-        """Whether the `shortlist` nearest of those found are certainly the nearest of all.
-
-        A row that was not kept scored at most as the last one kept, so its D² is at least
-        c − score − bound.
-        """
-        kept, features = found.best, found.resident.features
-        if len(kept.positions) == found.searched or features.metric == "cosine":
-            return True
-        w, c = query.project()
-        bound = rounding_bound(features, w, exact=found.exact)
-        lost = c - float(kept.scores[-1]) - bound
-        return int(np.count_nonzero(distances**2 < lost)) >= shortlist
+        features, best = found.resident.features, found.best
+        if not exhaustive:
+            distances, parts = features.rescore(query.x, query.modulation, best.positions)
+            return Nearest(best, distances, parts, proven=True)
+        return nearest_of(
+            features,
+            query.x,
+            query.modulation,
+            best,
+            searched=found.searched,
+            count=query.count if count is None else count,
+            exact=found.exact,
+        )
 
     def _unmodulated_ranks(
         self, query: _Query, found: _Found, exhaustive: bool

@@ -1,0 +1,60 @@
+"""The nearest of a whole gallery, proven: scores round, so the best-scored are computed again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from model import Modulation, project
+from service.gallery.nearest import SLACK, Best, rounding_bound
+from service.gallery.rescoring import Features
+
+_GROW = 4  # times as many rows are computed again while the proof lacks some
+
+
+class Nearest(NamedTuple):
+    """Rows and their exact distances, M each, in order of score; parts M×P or None.
+
+    proven: the nearest that were wanted, of all that was searched, are certainly among them.
+    """
+
+    best: Best
+    distances: npt.NDArray[np.float64]
+    parts: npt.NDArray[np.float32] | None
+    proven: bool
+
+
+def nearest_of(
+    features: Features,
+    x: Tensor,
+    modulation: Modulation,
+    best: Best,
+    *,
+    searched: int,
+    count: int,
+    exact: bool,
+) -> Nearest:
+    """Compute the distances of the best-scored rows until the `count` nearest are certain.
+
+    x: one query, P×D, with γ, β (1×D), in float64. best: of `searched` rows, the best first; exact:
+    their scores come from fp32, not bf16. A row that was not computed scored at most as the last
+    one that was, so its D² is at least c − score − bound. Where `best` is too short for the proof
+    all its rows are computed.
+    """
+    w, c = project(x[None], modulation)
+    bound = rounding_bound(features, w[0], exact=exact)
+    take = count + SLACK
+    while True:
+        kept = best.first(take)
+        distances, parts = features.rescore(x, modulation, kept.positions)
+        whole = len(kept.positions) == searched
+        if whole or features.metric == "cosine":  # whose rows are all that can be as near
+            return Nearest(kept, distances, parts, proven=True)
+        lost = float(c[0]) - float(kept.scores[-1]) - bound
+        proven = int(np.count_nonzero(distances**2 < lost)) >= count
+        if proven or take >= len(best.positions):
+            return Nearest(kept, distances, parts, proven)
+        take *= _GROW
