@@ -8,19 +8,20 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from anyio import to_thread
+from anyio import create_task_group, to_thread
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import problems
-from service.api import gallery, operate, query
+from service.api import admin, backup, gallery, operate, query
 from service.api.schemas import Problem
 from service.auth import ROUTE_SCOPES, authorise
+from service.metrics import Metrics
+from service.middleware import Door, Gate, Observe, SecurityHeaders
 from service.resources import State, open_resources
 from service.settings import Settings
+from service.tracing import Tracing
 
 _TITLE = "CMT re-identification"
 _INTRODUCTION = """Enroll person crops from visible and infrared cameras, then find a person seen
@@ -32,16 +33,22 @@ Every error is `application/problem+json` (RFC 9457) with a stable `code`."""
 def create_app(settings: Settings) -> FastAPI:
     """The application for `settings`; nothing is opened before its lifespan starts."""
 
+    metrics, tracing, door = Metrics(), Tracing(settings.otlp_endpoint), Door()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        resources = open_resources(settings)
+        resources = open_resources(settings, metrics, tracing)
         try:
             opened = await to_thread.run_sync(resources.__enter__)
         except Exception as error:
             app.state.failure = error  # for whoever runs the server: see service.server
             raise
         try:
-            yield State(resources=opened)
+            async with create_task_group() as group:
+                group.start_soon(opened.pipeline.run)
+                await opened.pipeline.pulse.first()
+                yield State(resources=opened)
+                group.cancel_scope.cancel()
         finally:
             await to_thread.run_sync(partial(resources.__exit__, None, None, None))
 
@@ -55,8 +62,8 @@ def create_app(settings: Settings) -> FastAPI:
         # A slash too many is a 404, not a redirect that would send the body twice.
         redirect_slashes=False,
     )
-    app.state.failure = None
-    for router in (gallery.router, query.router, operate.router):
+    app.state.failure, app.state.door = None, door
+    for router in (gallery.router, query.router, admin.router, backup.router, operate.router):
         app.include_router(router)
     problems.install(app)
     app.openapi = partial(_openapi, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]
@@ -64,39 +71,13 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Idempotency-Key"],
         )
+    app.add_middleware(Gate, door=door)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(Observe, metrics=metrics, tracing=tracing)
     return app
-
-
-class SecurityHeaders:
-    """Nothing this service answers may be framed, sniffed, cached or load from elsewhere."""
-
-    # The page of the documentation runs its own scripts; everything else runs nothing.
-    PAGE = (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    DATA = "default-src 'none'; frame-ancestors 'none'; sandbox"
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                page = headers.get("content-type", "").startswith("text/html")
-                headers["Content-Security-Policy"] = self.PAGE if page else self.DATA
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-                headers.setdefault("Cache-Control", "no-store")
-            await send(message)
-
-        wrapped = scope["type"] == "http"
-        await self.app(scope, receive, send_with_headers if wrapped else send)
 
 
 def _openapi(app: FastAPI, keys: bool) -> dict[str, Any]:

@@ -16,13 +16,20 @@ from service.keys import Scope
 # The one table of who may do what; None is open to all. A route that is not in it is refused.
 ROUTE_SCOPES: Mapping[tuple[str, str], Scope | None] = {
     ("POST", "/gallery"): "enroll",
+    ("POST", "/gallery/batch"): "enroll",
     ("GET", "/gallery"): "query",
     ("DELETE", "/gallery"): "admin",
     ("GET", "/gallery/{id}"): "query",
+    ("PATCH", "/gallery/{id}"): "enroll",
     ("DELETE", "/gallery/{id}"): "enroll",
     ("GET", "/gallery/{id}/image"): "query",
     ("POST", "/query"): "query",
     ("GET", "/model"): "query",
+    ("GET", "/metrics"): "query",
+    ("POST", "/admin/backup"): "admin",
+    ("POST", "/admin/reembed"): "admin",
+    ("GET", "/admin/reembed"): "admin",
+    ("GET", "/admin/audit"): "admin",
     ("GET", "/livez"): None,
     ("GET", "/readyz"): None,
     ("GET", "/openapi.json"): None,
@@ -40,16 +47,21 @@ async def authorise(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> None:
-    """Let the request through, or raise Unauthorized, ScopeMissing or OriginRefused.
+    """Let the request through, or raise Unauthorized, ScopeMissing, OriginRefused or RateLimited.
 
     Runs before any body is read. Closed by default: a route missing from ROUTE_SCOPES is refused.
+    `request.state.actor` says from here on who asks: `key:ID`, or the address where there are no
+    keys.
     """
     route = (request.method, request.scope["route"].path)
     if route in ROUTE_SCOPES and ROUTE_SCOPES[route] is None:
         return
-    keyring = request.state.resources.keyring
+    resources = request.state.resources
+    keyring = resources.keyring
     if keyring.open:
         _refuse_other_sites(request)
+        request.state.actor = f"address:{request.client.host if request.client else 'unknown'}"
+        resources.rates.count(request.state.actor)
         return
     key = None if credentials is None else keyring.find(credentials.credentials)
     if key is None:
@@ -60,6 +72,8 @@ async def authorise(
     scope = ROUTE_SCOPES.get(route)
     if scope not in key.scopes:
         raise ScopeMissing(f"this key may not do that; use one with the scope {scope!r}")
+    request.state.actor = f"key:{key.id}"
+    resources.rates.count(request.state.actor, key.rate)
 
 
 def _refuse_other_sites(request: Request) -> None:

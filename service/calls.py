@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.api.schemas import Problem
+from service.api.schemas import BatchItem, ItemPatch, Problem
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -37,11 +38,21 @@ class Call(NamedTuple):
     """One request, ready to be sent by either client."""
 
     method: str
-    path: str
+    url: str
     params: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     files: Sequence[tuple[str, tuple[str, bytes]]] | None = None
     headers: Mapping[str, str] | None = None
+    json: Any = None
+    timeout: Any = httpx.USE_CLIENT_DEFAULT
+
+    def arguments(self) -> dict[str, Any]:
+        """For `httpx.Client.request`."""
+        return self._asdict()
+
+
+# The answer begins once the service has copied its gallery.
+BACKUP = Call("POST", "/admin/backup", timeout=httpx.Timeout(3600, connect=5))
 
 
 def enroll(
@@ -51,6 +62,21 @@ def enroll(
     data = _form({"box": _box(box), **fields})
     headers = None if key is None else {"Idempotency-Key": key}
     return Call("POST", "/gallery", data=data, files=[_file(image)], headers=headers)
+
+
+def enroll_batch(images: Sequence[ImageSource], items: Sequence[BatchItem] | None) -> Call:
+    """POST /gallery/batch."""
+    data = {}
+    if items is not None:
+        told = [item.model_dump(mode="json", exclude_unset=True) for item in items]
+        data["items"] = json.dumps(told)
+    return Call("POST", "/gallery/batch", data=data, files=[_file(image) for image in images])
+
+
+def update(item_id: str, fields: Mapping[str, Any]) -> Call:
+    """PATCH /gallery/{id}; None empties a field."""
+    changed = ItemPatch(**fields).model_dump(mode="json", include=set(fields))
+    return Call("PATCH", f"/gallery/{item_id}", json=changed)
 
 
 def query(
@@ -140,6 +166,18 @@ def unreachable(url: httpx.URL, error: httpx.TransportError) -> Unreachable:
         f"no answer from {url} ({error or type(error).__name__}); start the service with "
         "`cmt serve`, or give its address with --url"
     )
+
+
+@contextmanager
+def receiving(url: httpx.URL) -> Iterator[None]:
+    """Raises Unreachable where an answer ends before it is whole."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise Unreachable(
+            f"{url} ended its answer in the middle ({error or type(error).__name__}); look into "
+            "the service's log and try again"
+        ) from error
 
 
 def authorization(api_key: str | None) -> dict[str, str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing, closing
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,15 +18,21 @@ import httpx
 
 from service import calls
 from service.api.schemas import (
+    AuditRecords,
+    BatchAnswer,
+    BatchItem,
+    BatchResult,
     Erased,
     GalleryItem,
     GalleryPage,
     ModalityChoice,
     ModelCard,
     QueryAnswer,
+    ReembedStatus,
 )
 from service.calls import ImageSource, ServiceProblem, Unreachable
 from service.settings import is_loopback
+from service.whole_file import whole_file
 
 __all__ = ["AsyncClient", "Client", "ServiceProblem", "Unreachable"]
 
@@ -97,6 +105,20 @@ class Client:
             self._send(calls.enroll(image, box, idempotency_key, fields)), GalleryItem
         )
 
+    def enroll_batch(
+        self, images: Sequence[ImageSource], items: Sequence[BatchItem] | None = None
+    ) -> list[BatchResult]:
+        """POST /gallery/batch: up to 256 images, with the labels of each → a result for each."""
+        call = calls.enroll_batch(images, items)
+        return calls.parsed(self._send(call), BatchAnswer).results
+
+    def update(self, item_id: str, **fields: Any) -> GalleryItem:
+        """PATCH /gallery/{id}; fields: person_id, camera_id, captured_at, metadata.
+
+        None empties one; those not given stay.
+        """
+        return calls.parsed(self._send(calls.update(item_id, fields)), GalleryItem)
+
     def query(
         self,
         images: ImageSource | Sequence[ImageSource],
@@ -133,26 +155,47 @@ class Client:
         """GET /model."""
         return calls.parsed(self._send(calls.Call("GET", "/model")), ModelCard)
 
+    def reembed(self, checkpoint: str | None = None) -> ReembedStatus:
+        """POST /admin/reembed; checkpoint: the name of a file beside the one in use."""
+        call = calls.Call("POST", "/admin/reembed", json={"checkpoint": checkpoint})
+        return calls.parsed(self._send(call), ReembedStatus)
+
+    def reembed_status(self) -> ReembedStatus:
+        """GET /admin/reembed."""
+        return calls.parsed(self._send(calls.Call("GET", "/admin/reembed")), ReembedStatus)
+
+    def audit(self, *, limit: int = 100, cursor: str | None = None) -> AuditRecords:
+        """GET /admin/audit."""
+        fields = {"limit": limit, **({} if cursor is None else {"cursor": cursor})}
+        call = calls.Call("GET", "/admin/audit", params=fields)
+        return calls.parsed(self._send(call), AuditRecords)
+
+    def backup(self, file: Path) -> None:
+        """POST /admin/backup → a file that is there wholly or not at all, for its owner only."""
+        response = self._send(calls.BACKUP, stream=True)
+        with closing(response), calls.receiving(response.url):
+            if not response.is_success:
+                response.read()
+            calls.checked(response)
+            with whole_file(file) as target:
+                for block in response.iter_bytes():
+                    target.write(block)
+
     def ready(self) -> None:
         """GET /readyz. Raises ServiceProblem while the service is not ready."""
         calls.checked(self._send(calls.Call("GET", "/readyz")))
 
-    def _send(self, call: calls.Call) -> httpx.Response:
+    def _send(self, call: calls.Call, *, stream: bool = False) -> httpx.Response:
         for attempt in range(self._retries + 1):
             try:
-                response = self._http.request(
-                    call.method,
-                    call.path,
-                    params=call.params,
-                    data=call.data,
-                    files=call.files,
-                    headers=call.headers,
-                )
+                request = self._http.build_request(**call.arguments())
+                response = self._http.send(request, stream=stream)
             except httpx.TransportError as error:
                 raise calls.unreachable(self._http.base_url, error) from error
             wait = calls.wait_before_retry(response, attempt, self._retries)
             if wait is None:
                 break
+            response.close()
             time.sleep(wait)
         return response
 
@@ -218,6 +261,20 @@ class AsyncClient:
             await self._send(calls.enroll(image, box, idempotency_key, fields)), GalleryItem
         )
 
+    async def enroll_batch(
+        self, images: Sequence[ImageSource], items: Sequence[BatchItem] | None = None
+    ) -> list[BatchResult]:
+        """POST /gallery/batch: up to 256 images, with the labels of each → a result for each."""
+        call = calls.enroll_batch(images, items)
+        return calls.parsed(await self._send(call), BatchAnswer).results
+
+    async def update(self, item_id: str, **fields: Any) -> GalleryItem:
+        """PATCH /gallery/{id}; fields: person_id, camera_id, captured_at, metadata.
+
+        None empties one; those not given stay.
+        """
+        return calls.parsed(await self._send(calls.update(item_id, fields)), GalleryItem)
+
     async def query(
         self,
         images: ImageSource | Sequence[ImageSource],
@@ -254,25 +311,47 @@ class AsyncClient:
         """GET /model."""
         return calls.parsed(await self._send(calls.Call("GET", "/model")), ModelCard)
 
+    async def reembed(self, checkpoint: str | None = None) -> ReembedStatus:
+        """POST /admin/reembed; checkpoint: the name of a file beside the one in use."""
+        call = calls.Call("POST", "/admin/reembed", json={"checkpoint": checkpoint})
+        return calls.parsed(await self._send(call), ReembedStatus)
+
+    async def reembed_status(self) -> ReembedStatus:
+        """GET /admin/reembed."""
+        return calls.parsed(await self._send(calls.Call("GET", "/admin/reembed")), ReembedStatus)
+
+    async def audit(self, *, limit: int = 100, cursor: str | None = None) -> AuditRecords:
+        """GET /admin/audit."""
+        fields = {"limit": limit, **({} if cursor is None else {"cursor": cursor})}
+        call = calls.Call("GET", "/admin/audit", params=fields)
+        return calls.parsed(await self._send(call), AuditRecords)
+
+    async def backup(self, file: Path) -> None:
+        """POST /admin/backup → a file that is there wholly or not at all, for its owner only."""
+        response = await self._send(calls.BACKUP, stream=True)
+        async with aclosing(response):
+            with calls.receiving(response.url):
+                if not response.is_success:
+                    await response.aread()
+                calls.checked(response)
+                with whole_file(file) as target:
+                    async for block in response.aiter_bytes():
+                        await asyncio.to_thread(target.write, block)
+
     async def ready(self) -> None:
         """GET /readyz. Raises ServiceProblem while the service is not ready."""
         calls.checked(await self._send(calls.Call("GET", "/readyz")))
 
-    async def _send(self, call: calls.Call) -> httpx.Response:
+    async def _send(self, call: calls.Call, *, stream: bool = False) -> httpx.Response:
         for attempt in range(self._retries + 1):
             try:
-                response = await self._http.request(
-                    call.method,
-                    call.path,
-                    params=call.params,
-                    data=call.data,
-                    files=call.files,
-                    headers=call.headers,
-                )
+                request = self._http.build_request(**call.arguments())
+                response = await self._http.send(request, stream=stream)
             except httpx.TransportError as error:
                 raise calls.unreachable(self._http.base_url, error) from error
             wait = calls.wait_before_retry(response, attempt, self._retries)
             if wait is None:
                 break
+            await response.aclose()
             await asyncio.sleep(wait)
         return response

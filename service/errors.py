@@ -98,6 +98,18 @@ class BodyTimeout(ServiceError):
 # 409
 
 
+class BackupRunning(ServiceError):
+    """A backup is being taken already."""
+
+    status, code, title = 409, "backup_running", "Backup running"
+
+
+class GalleryNotEmpty(ServiceError):
+    """A backup was to be restored where there is something already."""
+
+    status, code, title = 409, "gallery_not_empty", "Gallery not empty"
+
+
 class IdempotencyConflict(ServiceError):
     """An Idempotency-Key that stands for other content."""
 
@@ -143,10 +155,22 @@ class ImageTypeUnsupported(ServiceError):
 # 422
 
 
+class BackupInvalid(ServiceError):
+    """A file that is no backup, a damaged one, or one of a newer release."""
+
+    status, code, title = 422, "backup_invalid", "Backup not valid"
+
+
 class BoxOutside(ServiceError):
     """A box that is not wholly inside its image."""
 
     status, code, title = 422, "box_outside", "Box outside the image"
+
+
+class CheckpointUnusable(ServiceError):
+    """A checkpoint that is missing, damaged or no checkpoint."""
+
+    status, code, title = 422, "checkpoint_unusable", "Checkpoint not usable"
 
 
 class CursorInvalid(ServiceError):
@@ -200,7 +224,28 @@ class Overloaded(ServiceError):
     status, code, title = 429, "overloaded", "Overloaded"
 
 
+class RateLimited(ServiceError):
+    """More requests in a while than the limit of this key."""
+
+    status, code, title = 429, "rate_limited", "Rate limit reached"
+
+
+# 499, which is nginx's and goes to nobody
+
+
+class ClientGone(ServiceError):
+    """The client closed the connection before the answer."""
+
+    status, code, title = 499, "client_gone", "Client gone"
+
+
 # 500
+
+
+class EmbeddingFailed(ServiceError):
+    """The network fails on an image."""
+
+    status, code, title = 500, "embedding_failed", "Embedding failed"
 
 
 class InternalError(ServiceError):
@@ -242,10 +287,28 @@ class IndexOutOfStep(ServiceError):
     status, code, title = 503, "index_out_of_step", "Index out of step"
 
 
+class MemoryExhausted(ServiceError):
+    """No memory to embed an image."""
+
+    status, code, title = 503, "memory_exhausted", "Memory exhausted"
+
+
+class NotReady(ServiceError):
+    """A part of the service that does not work at the moment."""
+
+    status, code, title = 503, "not_ready", "Not ready"
+
+
 class RuntimeUnavailable(ServiceError):
     """A device or inference runtime that this machine does not have."""
 
     status, code, title = 503, "runtime_unavailable", "Runtime not available"
+
+
+class ShuttingDown(ServiceError):
+    """The service ends; requests in flight are finished, others refused."""
+
+    status, code, title = 503, "shutting_down", "Shutting down"
 
 
 class StorageUnwritable(ServiceError):
@@ -267,3 +330,11 @@ class StorageFull(ServiceError):
     """No space left for what was to be written."""
 
     status, code, title = 507, "storage_full", "Storage full"
+
+
+def error_of(code: str, detail: str) -> ServiceError:
+    """The error of this code, as another process told it."""
+    for kind in ServiceError.__subclasses__():
+        if kind.code == code:
+            return kind(detail)
+    return InternalError(detail)

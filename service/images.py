@@ -40,6 +40,7 @@ from service.wide_pixels import (
 )
 
 Modality = Literal["rgb", "ir"]
+ModalityChoice = Literal["auto", "rgb", "ir"]
 ModalitySource = Literal["given", "detected"]
 T = TypeVar("T")
 
@@ -78,7 +79,15 @@ class Box(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImageLimits:
+class Picture:
+    """Uploaded bytes and how to read them."""
+
+    data: bytes
+    modality: ModalityChoice = "auto"
+    box: Box | None = None
+
+
+class ImageLimits(NamedTuple):
     """What an upload may be; pixels count before a box is cut out."""
 
     max_bytes: int = 20_000_000
@@ -91,7 +100,8 @@ class ImageLimits:
 class Crop:
     """A person crop, ready for `model.preprocess`.
 
-    image: mode RGB, 8 bits, upright, the box cut out. bit_depth: of the upload. sha256: of the
+    image: mode RGB, 8 bits, upright, the box cut out; from `Decoders` at the network's input size.
+    width, height: of the crop that is stored. bit_depth: of the upload. sha256: of the
     uploaded bytes. data: what is stored, the upload itself or a lossless PNG of the box.
     """
 
@@ -109,7 +119,7 @@ class Crop:
 def decode(
     data: bytes,
     *,
-    modality: Literal["auto", "rgb", "ir"] = "auto",
+    modality: ModalityChoice = "auto",
     box: Box | None = None,
     limits: ImageLimits | None = None,
 ) -> Crop:

@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.errors import KeysUnreadable
+from service.rates import checked_rate
 
 Scope = Literal["query", "enroll", "admin"]
 
@@ -38,6 +39,8 @@ class Key(BaseModel):
     scopes: frozenset[Scope]
     sha256: str
     created_at: datetime
+    rate: str | None = None
+    """Requests that it may make, such as 50/second; None: what the service's setting says."""
 
 
 class _Keys(BaseModel):
@@ -67,8 +70,19 @@ class KeyFile:
                 "new keys with `cmt keys create`"
             ) from error
 
-    def create(self, name: str, scopes: Sequence[Scope]) -> tuple[Key, str]:
-        """Add a key → (what is stored, the key itself). The file is made where it is missing."""
+    def create(
+        self, name: str, scopes: Sequence[Scope], rate: str | None = None
+    ) -> tuple[Key, str]:
+        """Add a key → (what is stored, the key itself). The file is made where it is missing.
+
+        rate: requests that it may make, such as 50/second. Raises KeyFileError for one that is no
+        rate.
+        """
+        if rate is not None:
+            try:
+                checked_rate(rate)
+            except ValueError as error:
+                raise KeyFileError(str(error)) from error
         with self._locked():
             keys = self.read() if self.path.exists() else []
             token = f"cmt_{secrets.token_urlsafe(32)}"
@@ -78,6 +92,7 @@ class KeyFile:
                 scopes=frozenset(scopes),
                 sha256=_digest(token),
                 created_at=datetime.now(UTC),
+                rate=rate,
             )
             self._write([*keys, key])
         return key, token

@@ -1,57 +1,51 @@
-"""The way of an enrollment and of a query, off the event loop: every step runs in a bounded thread.
+"""The way of an enrollment and of a query, off the event loop: every step is bounded.
 
-bytes → images → embedder → y → gallery.add                            (enroll)
-bytes → images → embedder → x, γ, β → gallery.search → ranked items    (query)
+bytes → decoding process → queue → network → y → gallery.add                            (enroll)
+bytes → decoding process → queue → network → x, γ, β → gallery.search → ranked items    (query)
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import asyncio
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from anyio import CapacityLimiter, create_task_group, to_thread
+from anyio import CapacityLimiter, create_task_group, sleep, to_thread
+from anyio.abc import TaskGroup
 from torch import Tensor
 
-from model import Modulation
+from service.concurrently import gathered
+from service.decoding import Decoders
 from service.embedder import Embedder
-from service.errors import Overloaded
-from service.gallery import Filters, Gallery, Item, NewItem, RequestKey, SearchResult
-from service.images import Box, Crop, ImageLimits, Modality, ModalitySource, decode
+from service.errors import ModelVersionConflict, ServiceError
+from service.fusion import fuse
+from service.gallery import Act, Filters, Gallery, SearchResult
+from service.images import Crop, Modality, ModalitySource, Picture
+from service.metrics import Metrics
+from service.network import Network
+from service.pulse import Pulse
 from service.settings import Settings
+from service.tracing import Tracing
+from service.trail import Trail
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# One embeds while the next one's tensors are made; the device serves one batch at a time anyway.
-_EMBED_THREADS = 2
 # SQLite has one writer; readers of a page or an image are short.
 _STORE_THREADS = 8
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Uploaded bytes and how to read them."""
-
-    data: bytes
-    modality: Literal["auto", "rgb", "ir"] = "auto"
-    box: Box | None = None
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the sender of a crop knows of it."""
-
-    person_id: str | None = None
-    camera_id: str | None = None
-    captured_at: datetime | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+# Searches that come together run as one product; more threads than that only wait.
+_SEARCH_THREADS = 8
+_EXPIRE_EVERY = 600.0  # seconds
+# Between the moment when the gallery goes on to another checkpoint and that when we do.
+SWITCH_TRIES = 20
+SWITCH_WAIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,8 @@ class Search:
 
 @dataclass(frozen=True)
 class Answer:
-    """A ranking, and what its query was taken for. timings_ms: decode, queue, embed, total too.
+    """A ranking, and what its query was taken for. model: fingerprint of the checkpoint.
+    timings_ms: decode, queue, embed, total too.
 
     similarities: of each hit, the probability that it shows the person of the query; None where
     the checkpoint is not calibrated for this query and gallery modality.
@@ -80,145 +75,144 @@ class Answer:
     similarities: list[float | None]
     modality: Modality | Literal["mixed"]
     modality_source: ModalitySource
+    model: str
     timings_ms: dict[str, float]
 
 
+class Embedding(NamedTuple):
+    """A decoded crop, its features P×D by a network, and the seconds of decode, queue and embed."""
+
+    crop: Crop
+    features: Tensor
+    network: Network
+    seconds: dict[str, float]
+
+
 class Pipeline:
-    """Runs enrollments and queries. Its embedder and gallery belong to whoever made it."""
+    """Runs queries, and what enrollments share with them. Its parts belong to whoever made it.
 
-    def __init__(self, embedder: Embedder, gallery: Gallery, settings: Settings) -> None:
-        self.embedder = embedder
+    network: the one in use; see `switch`.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        gallery: Gallery,
+        decoders: Decoders,
+        settings: Settings,
+        metrics: Metrics,
+        tracing: Tracing,
+    ) -> None:
         self.gallery = gallery
-        self._limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        self._places = settings.max_pending
-        self._decoding = CapacityLimiter(settings.decode_threads)
-        self._embedding = CapacityLimiter(_EMBED_THREADS)
+        self._decoders, self._settings = decoders, settings
+        self._metrics, self._tracing = metrics, tracing
+        self.network = Network(embedder, settings, metrics.batch)
+        self._background: TaskGroup | None = None
+        self._decoding = CapacityLimiter(settings.decode_processes)
+        self._searching = CapacityLimiter(_SEARCH_THREADS)
         self._storing = CapacityLimiter(_STORE_THREADS)
+        self.trail = Trail(gallery, CapacityLimiter(1), metrics.audit_failures.inc)
+        self.pulse = Pulse(partial(self.embedded, query=True))
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold one of `max_pending` places while an upload is read and worked on.
+    async def run(self) -> None:
+        """What goes on in the background, until cancelled."""
+        async with create_task_group() as group:
+            self._background = group
+            group.start_soon(self.network.run)
+            group.start_soon(self.pulse.run)
+            group.start_soon(self._expire)
 
-        Raises Overloaded, at once, when all are taken.
+    def switch(self, embedder: Embedder) -> None:
+        """Embed with another checkpoint from now on; call it when the gallery has switched.
+
+        What waits before the network of old is still embedded there, found to be of the wrong
+        checkpoint by the gallery, and embedded once more.
         """
-        if self._places == 0:
-            raise Overloaded(
-                "the service has as many uploads as it can queue; try again in a second",
-                headers={"Retry-After": "1"},
-            )
-        self._places -= 1
-        try:
-            yield
-        finally:
-            self._places += 1
+        assert self._background is not None
+        network = Network(embedder, self._settings, self._metrics.batch)
+        self._background.start_soon(network.run)
+        self.network = network
+        self._metrics.use(embedder)
+
+    def note(self, stage: str, seconds: float) -> None:
+        """A stage of the present request has ended."""
+        self._metrics.stage(stage, seconds)
+        self._tracing.stage(stage, seconds)
 
     async def stored(self, call: Callable[[], T]) -> T:
-        """Run a call to the gallery that reads or deletes."""
+        """Run a call to the gallery that reads or changes it."""
         return await to_thread.run_sync(call, limiter=self._storing)
 
-    async def enroll(
-        self, picture: Picture, labels: Labels, key: str | None = None
-    ) -> tuple[Item, bool]:
-        """Decode, embed and store one crop → (the item, whether it is new); durable on return.
-
-        key: the client's Idempotency-Key. With the same content it gives the item stored before.
-        Raises ServiceError, IdempotencyConflict among them.
-        """
-        request: RequestKey | None = None
-        if key is not None:
-            content = await to_thread.run_sync(_content, picture, labels, limiter=self._decoding)
-            request = RequestKey(key, content)
-            stored = await self.stored(partial(self.gallery.enrolled_by, request))
-            if stored is not None:
-                return stored, False
-        [crop] = await self._decode([picture])
-        features = await to_thread.run_sync(self.embedder.embed, [crop], limiter=self._embedding)
-        new = NewItem(
-            crop,
-            person_id=labels.person_id,
-            camera_id=labels.camera_id,
-            captured_at=labels.captured_at,
-            metadata=labels.metadata,
-            request=request,
-        )
-        model = self.embedder.info.fingerprint
-        [item] = await self.stored(partial(self.gallery.add, [new], features, model=model))
-        return item, True
-
-    async def query(self, pictures: Sequence[Picture], search: Search) -> Answer:
-        """Rank the gallery for one person seen in 1 to 16 pictures. Raises ServiceError."""
+    async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
+        """Decode and embed one picture. Raises ServiceError."""
+        network = self.network
+        config = network.embedder.info.config
         started = time.perf_counter()
-        crops = await self._decode(pictures)
+        decode = partial(self._decoders.decode, picture, config.input_height, config.input_width)
+        crop = await to_thread.run_sync(decode, limiter=self._decoding)
         decoded = time.perf_counter()
-        x, modulation, begun = await to_thread.run_sync(
-            self._represent, crops, limiter=self._embedding
-        )
-        embedded = time.perf_counter()
-        modalities = {crop.modality for crop in crops}
+        features, waited, took = await network.queue.embed(crop, query=query)
+        seconds = {"decode": decoded - started, "queue": waited, "embed": took}
+        for stage, taken in seconds.items():
+            self.note(stage, taken)
+        return Embedding(crop, features, network, seconds)
+
+    async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
+        """Rank the gallery for one person seen in 1 to 16 pictures, which are fused.
+
+        actor: who asks, for the audit log. Raises ServiceError.
+        """
+        for _ in range(SWITCH_TRIES):
+            try:
+                return await self._query(pictures, search, actor)
+            except ModelVersionConflict:  # the gallery has just gone on to another checkpoint
+                await sleep(SWITCH_WAIT)
+        return await self._query(pictures, search, actor)
+
+    async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
+        started = time.perf_counter()
+        seen = await gathered(self.embedded(picture, query=True) for picture in pictures)
+        network = seen[0].network
+        if any(one.network is not network for one in seen):
+            raise ModelVersionConflict("the checkpoint was changed between two of the images")
+        modalities = {one.crop.modality for one in seen}
         modality = modalities.pop() if len(modalities) == 1 else "mixed"
-        result, similarities = await to_thread.run_sync(
-            self._rank,
-            *(x, modulation if search.modulation else None, modality, search),
-            limiter=self._embedding,
-        )
+        details = {"images": len(seen), "modality": modality, **_described(search)}
+        act = Act(actor, "query", details=details, persons=search.filters.person_id)
+        features = torch.stack([one.features for one in seen])
+        rank = partial(self._rank, network.embedder, features, modality, search)
+        noting = asyncio.create_task(self.trail.note(act))
+        try:
+            result, similarities = await to_thread.run_sync(rank, limiter=self._searching)
+        finally:
+            await noting
+        for stage, milliseconds in result.timings_ms.items():
+            self.note(stage, milliseconds / 1000)
+        slowest = {stage: max(one.seconds[stage] for one in seen) for stage in seen[0].seconds}
         return Answer(
             result=result,
             similarities=similarities,
             modality=modality,
-            modality_source=crops[0].modality_source,
+            modality_source=seen[0].crop.modality_source,
+            model=network.model,
             timings_ms={
-                "decode": 1000 * (decoded - started),
-                "queue": 1000 * (begun - decoded),
-                "embed": 1000 * (embedded - begun),
+                **{stage: 1000 * seconds for stage, seconds in slowest.items()},
                 **result.timings_ms,
                 "total": 1000 * (time.perf_counter() - started),
             },
         )
 
-    async def _decode(self, pictures: Sequence[Picture]) -> list[Crop]:
-        crops: dict[int, Crop] = {}
-
-        async def decode_one(place: int, picture: Picture) -> None:
-            call = partial(
-                decode,
-                picture.data,
-                modality=picture.modality,
-                box=picture.box,
-                limits=self._limits,
-            )
-            crops[place] = await to_thread.run_sync(call, limiter=self._decoding)
-
-        if len(pictures) == 1:
-            await decode_one(0, pictures[0])
-        else:
-            try:
-                async with create_task_group() as group:
-                    for place, picture in enumerate(pictures):
-                        group.start_soon(decode_one, place, picture)
-            except ExceptionGroup as several:
-                raise several.exceptions[0] from several
-        return [crops[place] for place in range(len(pictures))]
-
-    def _represent(self, crops: Sequence[Crop]) -> tuple[Tensor, Modulation, float]:
-        """Crops of one person → x: P×D, its γ and β (1×D each), and when the work began.
-
-        Several crops are one query: x is the mean of their complete representations (normalised
-        again where the checkpoint normalises), and γ, β are generated once, from that mean.
-        """
-        begun = time.perf_counter()
-        x = self.embedder.embed(crops).mean(0)
-        if self.embedder.info.config.normalise_test:
-            x = torch.nn.functional.normalize(x.flatten(), dim=0).view_as(x)
-        return x, self.embedder.modulation(x[None]), begun
-
     def _rank(
-        self, x: Tensor, modulation: Modulation | None, modality: str, search: Search
+        self, embedder: Embedder, features: Tensor, modality: str, search: Search
     ) -> tuple[SearchResult, list[float | None]]:
-        """The gallery's answer to x: P×D, and the similarity of each of its hits.
+        """The gallery's answer to features K×P×D of one person, and the similarity of each hit.
 
         Curves are fitted on queries of one image; a query of several is judged by the same ones,
         one of both modalities by none.
         """
+        info = embedder.info
+        x = fuse(features, normalise=info.config.normalise_test)
+        modulation = embedder.modulation(x[None]) if search.modulation else None
         result = self.gallery.search(
             x,
             modulation,
@@ -229,12 +223,11 @@ class Pipeline:
             group_by=search.group_by,
             explain=search.explain,
             max_distance=search.max_distance,
-            model=self.embedder.info.fingerprint,
+            model=info.fingerprint,
         )
-        calibration = self.embedder.info.calibration
-        if calibration is None:
+        if info.calibration is None:
             return result, [None] * len(result.hits)
-        return result, calibration.similarities(
+        return result, info.calibration.similarities(
             x,
             modulation,
             [hit.distance for hit in result.hits],
@@ -242,11 +235,24 @@ class Pipeline:
             gallery=[hit.item.modality for hit in result.hits],
         )
 
+    async def _expire(self) -> None:
+        """Delete what is older than the settings let it grow."""
+        days = self._settings.retention_days
+        while days is not None:
+            before = datetime.now(UTC) - timedelta(days=days)
+            try:
+                gone = await self.stored(partial(self.gallery.expire, before))
+                if gone:
+                    log.info("%d items were older than %g days and are deleted", gone, days)
+            except ServiceError as error:
+                log.warning("items that are too old are not deleted yet: %s", error.detail)
+            await sleep(_EXPIRE_EVERY)
 
-def _content(picture: Picture, labels: Labels) -> str:
-    """SHA-256 of all that an enrollment sends."""
-    digest = hashlib.sha256(hashlib.sha256(picture.data).digest())
-    captured = None if labels.captured_at is None else labels.captured_at.isoformat()
-    rest = [picture.modality, picture.box, labels.person_id, labels.camera_id, captured]
-    digest.update(json.dumps([*rest, labels.metadata], sort_keys=True).encode())
-    return digest.hexdigest()
+
+def _described(search: Search) -> dict[str, Any]:
+    """What the audit log says of a search, but for the persons it is for."""
+    return {
+        "top_k": search.top_k,
+        "exhaustive": search.exhaustive,
+        **search.filters.described(),
+    }

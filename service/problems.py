@@ -24,7 +24,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 def documented(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
@@ -51,6 +50,8 @@ _EVERYWHERE: tuple[type[ServiceError], ...] = (
     errors.ScopeMissing,
     errors.ParametersInvalid,
     errors.InternalError,
+    errors.RateLimited,
+    errors.ShuttingDown,
     errors.KeysUnreadable,
     errors.DatabaseUnavailable,
 )
@@ -66,14 +67,14 @@ _HTTP_ERRORS: Mapping[int, tuple[type[ServiceError], str]] = {
 
 async def _service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
-    return _response(request, error)
+    return response(request, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     fields = list(_field_problems(error.errors()))
     sentence = "; ".join(f"{field.name}: {field.detail}" for field in fields[:_TOLD])
-    return _response(request, errors.ParametersInvalid(sentence), fields)
+    return response(request, errors.ParametersInvalid(sentence), fields)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -85,7 +86,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     if kind is ServiceError:
         problem.status, problem.code = error.status_code, "http_error"
         problem.title = "HTTP error"
-    return _response(request, problem)
+    return response(request, problem)
 
 
 def _methods(path: str) -> list[str]:
@@ -95,24 +96,35 @@ def _methods(path: str) -> list[str]:
     )
 
 
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    # The server logs the traceback; the client learns nothing of the inside.
-    return _response(
+def defect(request: Request) -> JSONResponse:
+    """The answer where the code failed: the client learns nothing of the inside."""
+    return response(
         request, errors.InternalError("the service met a defect; its log has the details")
     )
 
 
-def _response(
-    request: Request, error: ServiceError, fields: list[FieldProblem] | None = None
-) -> JSONResponse:
-    problem = Problem(
+def problem_of(
+    error: ServiceError, instance: str, fields: list[FieldProblem] | None = None
+) -> Problem:
+    """An error as RFC 9457 writes it. instance: where it happened."""
+    return Problem(
         title=error.title,
         status=error.status,
         code=error.code,
         detail=error.detail,
-        instance=request.url.path,
+        instance=instance,
         errors=fields or [],
     )
+
+
+def response(
+    request: Request, error: ServiceError, fields: list[FieldProblem] | None = None
+) -> JSONResponse:
+    """An error as the client gets it, counted."""
+    resources = getattr(request.state, "resources", None)
+    if resources is not None:
+        resources.metrics.rejections.labels(error.code).inc()
+    problem = problem_of(error, request.url.path, fields)
     return JSONResponse(
         problem.model_dump(exclude=set() if fields else {"errors"}),
         status_code=error.status,

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
 
+from service.admission import Admission
+from service.decoding import Decoders
 from service.embedder import Embedder
 from service.gallery import Gallery
+from service.images import ImageLimits
 from service.keys import Keyring
+from service.metrics import Metrics
 from service.pipeline import Pipeline
+from service.rates import Rates
+from service.reembedder import Reembedder
 from service.settings import Settings
+from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +30,12 @@ class Resources:
 
     settings: Settings
     keyring: Keyring
-    embedder: Embedder
+    rates: Rates
     gallery: Gallery
+    admission: Admission
     pipeline: Pipeline
+    reembedder: Reembedder
+    metrics: Metrics
 
 
 class State(TypedDict):
@@ -35,38 +45,93 @@ class State(TypedDict):
 
 
 @contextmanager
-def open_resources(settings: Settings) -> Iterator[Resources]:
-    """Load the checkpoint and open the gallery.
+def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> Iterator[Resources]:
+    """Load the checkpoint, open the gallery and start the processes that decode.
 
     Raises CheckpointError and ServiceError (a locked or unwritable data folder), each one sentence.
     """
-    embedder = Embedder(
+    with ExitStack() as stack:
+        embedder = _embedder(settings)
+        gallery = stack.enter_context(closing(_gallery(settings, embedder)))
+        decoders = stack.enter_context(closing(_decoders(settings)))
+        stack.callback(tracing.close)
+        admission = Admission(
+            receiving=settings.max_receiving,
+            working=settings.max_pending,
+            bytes=settings.max_pending_bytes,
+        )
+        pipeline = Pipeline(embedder, gallery, decoders, settings, metrics, tracing)
+        reembedder = Reembedder(pipeline, settings)
+        stack.callback(reembedder.close)
+        _watch(metrics, gallery, admission, pipeline)
+        log.info(
+            "%d items; %s on %s, %s",
+            len(gallery),
+            embedder.runtime,
+            embedder.device,
+            embedder.precision,
+        )
+        yield Resources(
+            settings=settings,
+            keyring=Keyring(settings.api_keys_file),
+            rates=Rates(settings.rate_limit),
+            gallery=gallery,
+            admission=admission,
+            pipeline=pipeline,
+            reembedder=reembedder,
+            metrics=metrics,
+        )
+
+
+def _embedder(settings: Settings) -> Embedder:
+    return Embedder(
         settings.checkpoint,
         device=settings.device,
         runtime=settings.runtime,
         cache_dir=settings.data_dir / "cache",
     )
-    with closing(embedder):
-        gallery = Gallery.open(
-            settings.data_dir,
-            embedder.info,
-            device=embedder.device,
-            database_url=settings.database_url,
-            candidates=settings.candidates,
-            index=settings.index,
-        )
-        with closing(gallery):
-            log.info(
-                "%d items; %s on %s, %s",
-                len(gallery),
-                embedder.runtime,
-                embedder.device,
-                embedder.precision,
-            )
-            yield Resources(
-                settings=settings,
-                keyring=Keyring(settings.api_keys_file),
-                embedder=embedder,
-                gallery=gallery,
-                pipeline=Pipeline(embedder, gallery, settings),
-            )
+
+
+def _gallery(settings: Settings, embedder: Embedder) -> Gallery:
+    return Gallery.open(
+        settings.data_dir,
+        embedder.info,
+        device=embedder.device,
+        database_url=settings.database_url,
+        candidates=settings.candidates,
+        index=settings.index,
+    )
+
+
+def _decoders(settings: Settings) -> Decoders:
+    return Decoders(
+        settings.decode_processes,
+        ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+        seconds=settings.decode_timeout,
+    )
+
+
+def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: Pipeline) -> None:
+    """The checkpoint's name, and gauges."""
+    metrics.use(pipeline.network.embedder)
+    metrics.watch(
+        "cmt_gallery_items", "Items that queries search.", lambda: gallery.statistics.items
+    )
+    metrics.watch(
+        "cmt_gallery_bytes",
+        "Memory of the features and filter columns.",
+        lambda: gallery.statistics.feature_bytes + gallery.statistics.column_bytes,
+    )
+    metrics.watch(
+        "cmt_uploads_receiving", "Uploads whose body arrives.", lambda: admission.receiving
+    )
+    metrics.watch(
+        "cmt_uploads_pending",
+        "Uploads that have arrived and are worked on.",
+        lambda: admission.working,
+    )
+    metrics.watch(
+        "cmt_embed_waiting",
+        "Images that wait for the network.",
+        lambda: len(pipeline.network.queue),
+    )

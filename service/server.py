@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.connections import patient_for
+from service.middleware import Door
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -60,6 +65,7 @@ def run(settings: Settings) -> None:
     # so that an orderly end is exit status 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    log.info("settings: %s", json.dumps(settings.redacted()))
     log.info("loading %s, then serving on %s", settings.checkpoint, address_of(bound))
     with bound, suppress(SystemExit):  # uvicorn exits where the lifespan could not start
         server.run(sockets=[bound])
@@ -99,14 +105,48 @@ def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
+        http=patient_for(settings.header_timeout),
         # The access log would hold query strings, and with them names of persons.
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
     logging.getLogger("uvicorn.error").addFilter(_no_startup_traceback)
-    return app, uvicorn.Server(config)
+    return app, _Server(config, app.state.door, settings)
+
+
+class _Server(uvicorn.Server):
+    """After a signal new requests are answered with 503 while those in flight finish.
+
+    It goes on listening until nothing is in flight and `shutdown_linger` is over, so that a
+    balancer sees the 503 before connections are refused. A second Ctrl-C ends it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, door: Door, settings: Settings) -> None:
+        super().__init__(config)
+        self._door, self._settings = door, settings
+        self._signalled: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._signalled is not None or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)
+        self._signalled = time.monotonic()
+        self._door.closing = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._signalled is not None and not self.should_exit:
+            passed = time.monotonic() - self._signalled
+            idle = self._door.in_flight == 0 and passed >= self._settings.shutdown_linger
+            self.should_exit = idle or passed >= self._settings.shutdown_timeout
+            if self.should_exit:
+                # What is still in flight has had its time.
+                self.config.timeout_graceful_shutdown = 1
+        return await super().on_tick(counter)
 
 
 def _no_startup_traceback(record: logging.LogRecord) -> bool:

@@ -6,15 +6,19 @@ from __future__ import annotations
 import ipaddress
 import os
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from service.gallery import IndexKind
 from service.keys import KeyFile, KeyFileError
+from service.rates import checked_rate
 
 
 class SettingsError(Exception):
@@ -50,13 +54,43 @@ class Settings(BaseSettings):
 
     max_image_bytes: int = Field(default=20_000_000, ge=1)
     max_image_pixels: int = Field(default=20_000_000, ge=16 * 32)
+    max_batch_bytes: int = Field(default=256_000_000, ge=1)
+    """All images of one POST /gallery/batch."""
     max_pending: int = Field(default=64, ge=1)
-    """Uploads in progress at once; one more is answered with 429."""
+    """Uploads that have arrived and are worked on; one more is answered with 429."""
+    max_receiving: int = Field(default=256, ge=1)
+    """Uploads on their way, so that slow clients do not take the places of the others."""
+    max_pending_bytes: int = Field(default=1_000_000_000, ge=1)
+    """Of all uploads in progress."""
+    header_timeout: float = Field(default=10, gt=0)
+    """How long a connection may take to send the headers of a request."""
     body_timeout: float = Field(default=60, gt=0)
     """How long a body may take to arrive."""
-    decode_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    rate_limit: str | None = None
+    """Requests of one key (without keys: of one address), such as 50/second or 1000/minute."""
+
+    decode_processes: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    decode_timeout: float = Field(default=10, gt=0)
+    """How long one image may take to decode."""
+    max_batch: int = Field(default=32, ge=1, le=1024)
+    """Images embedded at once."""
+    batch_wait: float = Field(default=0.0, ge=0, le=1)
+    """How long an image waits for others while the network is idle."""
+
+    retention_days: float | None = Field(default=None, gt=0)
+    """Items enrolled longer ago are deleted; without it none is."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of reverse proxies whose X-Forwarded-For and -Proto are believed."""
     shutdown_timeout: int = Field(default=30, ge=0)
     """How long requests in flight may take to finish after SIGTERM."""
+    shutdown_linger: float = Field(default=1.0, ge=0)
+    """How long new requests are answered with 503 before the service stops listening."""
+
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """auto: console on a terminal, else JSON lines."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_endpoint: str | None = None
+    """Where traces go, such as http://collector:4318/v1/traces; needs the extra otel."""
 
     @model_validator(mode="after")
     def _nothing_contradicts(self) -> Settings:
@@ -76,11 +110,50 @@ class Settings(BaseSettings):
                 "one with `cmt keys create --file keys.json` and set CMT_API_KEYS_FILE=keys.json, "
                 "or bind to 127.0.0.1"
             )
+        for name in ("max_image_bytes", "max_batch_bytes"):
+            if getattr(self, name) > self.max_pending_bytes:
+                raise ValueError(
+                    f"{name} is more than max_pending_bytes, so that such an upload could never "
+                    "be received; raise max_pending_bytes"
+                )
+        if self.otlp_endpoint is not None and find_spec("opentelemetry.sdk") is None:
+            raise ValueError(
+                "otlp_endpoint is set and OpenTelemetry is not installed; install the extra otel"
+            )
+        if self.device == "cuda" and self.runtime == "openvino":
+            raise ValueError("OpenVINO runs on the CPU here; use device cpu or runtime torch")
         if "*" in self.cors_origins:
             raise ValueError(
                 "cors_origins may not be '*': any page could then use the service; name the origins"
             )
         return self
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _is_rate(cls, value: str | None) -> str | None:
+        return None if value is None else checked_rate(value)
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            try:
+                ipaddress.ip_network(value)
+            except ValueError as error:
+                raise ValueError(
+                    f"{value!r} is no address or network, such as 10.0.0.5 or 10.0.0.0/8"
+                ) from error
+        return values
+
+    def redacted(self) -> dict[str, Any]:
+        """All settings as text for a log, without the password of a database."""
+        shown = self.model_dump(mode="json")
+        if self.database_url is not None:
+            try:
+                shown["database_url"] = make_url(self.database_url).render_as_string()
+            except ArgumentError:
+                shown["database_url"] = "***"
+        return shown
 
 
 def load_settings(config: Path | None = None, **options: Any) -> Settings:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 import anyio
+from anyio import create_task_group
 from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
+from service.admission import Body
 from service.api.schemas import FormModel, form_errors
 from service.errors import (
     BodyTimeout,
     BodyTooLarge,
+    ClientGone,
     ContentTypeUnsupported,
+    EmbeddingFailed,
     FormMalformed,
     ImageTooLarge,
+    MemoryExhausted,
+    Overloaded,
     ParametersInvalid,
+    RuntimeUnavailable,
 )
 from service.resources import Resources
 
@@ -40,7 +49,19 @@ UPLOAD_ERRORS = (
     ImageTooLarge,
     ContentTypeUnsupported,
     ParametersInvalid,
+    Overloaded,
+    EmbeddingFailed,
+    MemoryExhausted,
+    RuntimeUnavailable,
 )
+
+
+def actor(request: Request) -> str:
+    """Who asks, for the audit log, as `authorise` found."""
+    return cast(str, request.state.actor)
+
+
+ActorDep = Annotated[str, Depends(actor)]
 
 
 def resources(request: Request) -> Resources:
@@ -79,20 +100,70 @@ class Upload:
 
 
 @asynccontextmanager
-async def read_upload(request: Request, max_images: int) -> AsyncIterator[Upload]:
+async def read_upload(
+    request: Request, max_images: int, max_bytes: int | None = None
+) -> AsyncIterator[Upload]:
     """Read a multipart body with 1 to `max_images` parts named `image`, bounded in size and time.
 
-    Holds one of the places that `max_pending` limits while the caller works on it, so that what
-    waits in memory is bounded; files over 1 MB lie in a temporary file until they are needed.
+    Holds a place (`service.admission`) while the caller works on it, so that what waits is bounded;
+    files over 1 MB lie in a temporary file until they are needed. What the caller does is cancelled
+    once the client is gone. max_bytes: of all images, if that is less than the sum of their limits.
     """
     state = resources(request)
     limit = state.settings.max_image_bytes
-    with state.pipeline.place():
-        form = await _parse(request, max_images, max_images * limit + FORM_OVERHEAD_BYTES)
+    most = min(max_images * limit, max_bytes or max_images * limit) + FORM_OVERHEAD_BYTES
+    started = time.perf_counter()
+    with state.admission.receive() as body:
+        form = await _parse(request, max_images, most, body)
         try:
-            yield await _sort(form, limit)
+            upload = await _sort(form, limit)
         finally:
             await form.close()
+        body.arrive()
+        state.pipeline.note("receive", time.perf_counter() - started)
+        async with _while_connected(request):
+            yield upload
+
+
+@asynccontextmanager
+async def _while_connected(request: Request) -> AsyncIterator[None]:
+    """Cancel the block when the client goes: nobody waits for its answer. Raises ClientGone."""
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        group.cancel_scope.cancel()
+
+    try:
+        async with create_task_group() as group:
+            group.start_soon(watch)
+            yield
+            group.cancel_scope.cancel()
+    except ExceptionGroup as several:  # the block's error is the only one there can be
+        raise several.exceptions[0] from several
+    if gone:
+        raise ClientGone("the client closed the connection")
+
+
+IMAGE_PART = {
+    "type": "string",
+    "format": "binary",
+    "description": "JPEG, PNG, WebP, BMP or TIFF, 8- or 16-bit: a person crop.",
+}
+
+
+def images_part(most: int, description: str) -> dict[str, Any]:
+    """The schema of a form's part `image` that may be repeated."""
+    return {
+        "type": "array",
+        "items": IMAGE_PART,
+        "minItems": 1,
+        "maxItems": most,
+        "description": description,
+    }
 
 
 def form_body(model: type[FormModel], image: dict[str, Any]) -> dict[str, Any]:
@@ -118,14 +189,14 @@ def _form_field(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-async def _parse(request: Request, max_images: int, max_bytes: int) -> FormData:
+async def _parse(request: Request, max_images: int, max_bytes: int, body: Body) -> FormData:
     media_type, options = parse_options_header(request.headers.get("content-type", ""))
     charset = options.get(b"charset", b"utf-8").lower()
     if media_type != b"multipart/form-data" or charset not in (b"utf-8", b"utf8"):
         raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
     parser = MultiPartParser(
         request.headers,
-        _bounded(request, max_bytes),
+        _bounded(request, max_bytes, body),
         max_files=max_images + 1,  # one too many is told as that, not as a broken form
         max_fields=MAX_FIELDS,
         max_part_size=MAX_FIELD_BYTES,
@@ -135,12 +206,14 @@ async def _parse(request: Request, max_images: int, max_bytes: int) -> FormData:
             return await parser.parse()
     except TimeoutError as error:
         raise BodyTimeout("the body did not arrive in time; send it faster or smaller") from error
+    except ClientDisconnect as error:
+        raise ClientGone("the client closed the connection in the middle of the body") from error
     except MultiPartException as error:
         raise FormMalformed(f"the form cannot be read: {error.message}") from error
 
 
-async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks, as long as they stay within `max_bytes`."""
+async def _bounded(request: Request, max_bytes: int, body: Body) -> AsyncGenerator[bytes, None]:
+    """The body's chunks, as long as they stay within `max_bytes` and what is admitted."""
     too_large = BodyTooLarge(
         f"the body may have {max_bytes:,} bytes; send fewer or smaller images",
         headers={"Connection": "close"},
@@ -157,6 +230,7 @@ async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
         if received > max_bytes:
             await _discard(chunks, max_bytes)
             raise too_large
+        body.grow(len(chunk))
         yield chunk
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -50,40 +51,54 @@ def _box(value: Any) -> Any:
 
 
 def _metadata(value: Any) -> Any:
-    """JSON text → an object that every database and JSON reader takes unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        encoded = value.encode()
-        if len(encoded) > METADATA_BYTES:
-            raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
-        parsed = from_json(encoded, allow_inf_nan=False)
-    except ValueError as error:
-        if str(error).startswith("must be"):
-            raise
-        raise ValueError('must be a JSON object, such as {"note": "gate 3"}') from error
-    if not isinstance(parsed, dict):
+    """JSON text, or what came from some → an object that every database and JSON reader takes."""
+    if isinstance(value, str):
+        value = _parsed(value)
+    if not isinstance(value, dict):
         raise ValueError("must be a JSON object, not another JSON value")
-    if not _is_portable(parsed, METADATA_DEPTH):
+    if not _is_portable(value, METADATA_DEPTH):
         raise ValueError(
             f"must nest at most {METADATA_DEPTH} deep, without NUL characters and with numbers of "
             "at most 64 bits"
         )
-    return parsed
+    if len(json.dumps(value, ensure_ascii=False).encode(errors="replace")) > METADATA_BYTES:
+        raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
+    return value
+
+
+def _parsed(text: str) -> Any:
+    try:
+        encoded = text.encode()
+        if len(encoded) > METADATA_BYTES:
+            raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
+        return from_json(encoded, allow_inf_nan=False)
+    except ValueError as error:
+        if str(error).startswith("must be"):
+            raise
+        raise ValueError('must be a JSON object, such as {"note": "gate 3"}') from error
 
 
 def _is_portable(value: Any, depth: int) -> bool:
     if depth < 0:
         return False
     if isinstance(value, dict):
-        return all("\0" not in k and _is_portable(v, depth - 1) for k, v in value.items())
+        return all(_is_portable(k, 0) and _is_portable(v, depth - 1) for k, v in value.items())
     if isinstance(value, list):
         return all(_is_portable(element, depth - 1) for element in value)
     if isinstance(value, str):
-        return "\0" not in value
+        return "\0" not in value and _is_whole(value)
     if isinstance(value, float):
         return math.isfinite(value)
     return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+def _is_whole(text: str) -> bool:
+    """Whether there is no half of a surrogate pair, which JSON may name and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 Label = Annotated[str, Field(max_length=128), AfterValidator(plain_text)]
@@ -101,4 +116,9 @@ Metadata = Annotated[
     dict[str, Any],
     BeforeValidator(_metadata),
     WithJsonSchema({"type": "string", "maxLength": METADATA_BYTES}),
+]
+MetadataObject = Annotated[
+    dict[str, Any],
+    BeforeValidator(_metadata),
+    WithJsonSchema({"type": "object", "description": f"At most {METADATA_BYTES} bytes of JSON."}),
 ]

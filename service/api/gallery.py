@@ -8,27 +8,39 @@ from uuid import UUID
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 
-from service import errors
+from service import enrollment, errors
 from service.api.deps import (
+    IMAGE_PART,
     NO_QUERY,
     UPLOAD_ERRORS,
+    ActorDep,
     ResourcesDep,
     check_image_count,
     form_body,
+    images_part,
+    invalid_field,
     read_upload,
 )
 from service.api.schemas import (
+    BATCH_IMAGES,
+    KEY_PATTERN,
+    BatchAnswer,
+    BatchForm,
+    BatchItem,
+    BatchResult,
     EnrollForm,
     Erased,
     EraseParameters,
     GalleryItem,
     GalleryPage,
+    ItemPatch,
     ListParameters,
 )
-from service.gallery import Filters
-from service.images import Box
-from service.pipeline import Labels, Picture
-from service.problems import documented
+from service.enrollment import Enrollment, Labels, Outcome
+from service.gallery import Act, Filters, ItemUpdate
+from service.images import Box, Picture
+from service.problems import documented, problem_of
+from service.resources import Resources
 
 router = APIRouter(prefix="/gallery", tags=["gallery"])
 
@@ -42,19 +54,13 @@ IMAGE_ERRORS = (
     errors.ImageUndecodable,
     errors.BoxOutside,
 )
-IMAGE_PART = {
-    "type": "string",
-    "format": "binary",
-    "description": "JPEG, PNG, WebP, BMP or TIFF, 8- or 16-bit: a person crop.",
-}
-
 IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         min_length=1,
         max_length=255,
-        pattern=r"^[\x21-\x7e]+$",
+        pattern=KEY_PATTERN,
         description="Makes a repeat of this enrollment harmless.",
     ),
 ]
@@ -73,7 +79,6 @@ ItemId = Annotated[str, Path(alias="id", json_schema_extra={"format": "uuid"})]
             *UPLOAD_ERRORS,
             *IMAGE_ERRORS,
             errors.IdempotencyConflict,
-            errors.Overloaded,
             errors.StorageUnwritable,
             errors.StorageFull,
         ),
@@ -93,19 +98,70 @@ async def enroll(
     async with read_upload(request, max_images=1) as upload:
         form = upload.parse(EnrollForm)
         check_image_count(upload.images, most=1)
-        item, new = await state.pipeline.enroll(
-            Picture(upload.images[0], form.modality, None if form.box is None else Box(*form.box)),
-            Labels(form.person_id, form.camera_id, form.captured_at, form.metadata),
-            idempotency_key,
-        )
-    response.status_code = 201 if new else 200
-    response.headers["Location"] = f"/gallery/{item.id}"
-    return GalleryItem.model_validate(item)
+        wanted = _enrollment(upload.images[0], form, idempotency_key)
+        [outcome] = await enrollment.enroll(state.pipeline, [wanted])
+    if isinstance(outcome, errors.ServiceError):
+        raise outcome
+    response.status_code = 201 if outcome.new else 200
+    response.headers["Location"] = f"/gallery/{outcome.item.id}"
+    return GalleryItem.model_validate(outcome.item)
+
+
+@router.post(
+    "/batch",
+    response_model=BatchAnswer,
+    response_model_exclude_unset=True,
+    dependencies=[NO_QUERY],
+    openapi_extra=form_body(BatchForm, images_part(BATCH_IMAGES, "Crops, each of its own.")),
+    responses=documented(*UPLOAD_ERRORS, errors.StorageUnwritable, errors.StorageFull),
+)
+async def enroll_batch(request: Request, state: ResourcesDep) -> BatchAnswer:
+    """Enroll up to 256 crops in one transaction, each with a result of its own, in order.
+
+    A bad image fails alone. Once this is answered, all items with 201 or 200 are durable.
+    """
+    most = state.settings.max_batch_bytes
+    async with read_upload(request, max_images=BATCH_IMAGES, max_bytes=most) as upload:
+        form = upload.parse(BatchForm)
+        check_image_count(upload.images, most=BATCH_IMAGES)
+        items = form.items or [BatchItem() for _ in upload.images]
+        if len(items) != len(upload.images):
+            raise invalid_field(
+                "items", f"has {len(items)} objects for {len(upload.images)} images; give one each"
+            )
+        wanted = [
+            _enrollment(image, item, item.key)
+            for image, item in zip(upload.images, items, strict=True)
+        ]
+        outcomes = await enrollment.enroll(state.pipeline, wanted)
+    return BatchAnswer(
+        results=[
+            _result(outcome, f"{request.url.path}#{place}", state)
+            for place, outcome in enumerate(outcomes)
+        ]
+    )
+
+
+def _enrollment(image: bytes, form: EnrollForm | BatchItem, key: str | None) -> Enrollment:
+    return Enrollment(
+        Picture(image, form.modality, None if form.box is None else Box(*form.box)),
+        Labels(form.person_id, form.camera_id, form.captured_at, form.metadata),
+        key,
+    )
+
+
+def _result(outcome: Outcome, instance: str, state: Resources) -> BatchResult:
+    if isinstance(outcome, errors.ServiceError):
+        state.metrics.rejections.labels(outcome.code).inc()
+        return BatchResult(status=outcome.status, problem=problem_of(outcome, instance))
+    return BatchResult(
+        status=201 if outcome.new else 200, item=GalleryItem.model_validate(outcome.item)
+    )
 
 
 @router.get("", response_model=GalleryPage, responses=documented(errors.CursorInvalid))
 async def list_items(
-    parameters: Annotated[ListParameters, Query()], state: ResourcesDep
+    parameters: Annotated[ListParameters, Query()], state: ResourcesDep, actor: ActorDep
 ) -> GalleryPage:
     """List items in the order of enrollment, filtered, page by page."""
     filters = Filters(
@@ -118,6 +174,8 @@ async def list_items(
     page = await state.pipeline.stored(
         partial(state.gallery.list, filters, parameters.limit, parameters.cursor)
     )
+    details = {"items": len(page.items), **filters.described()}
+    await state.pipeline.trail.note(Act(actor, "list", None, details, filters.person_id))
     return GalleryPage(
         items=[GalleryItem.model_validate(item) for item in page.items],
         next_cursor=page.next_cursor,
@@ -131,10 +189,11 @@ async def list_items(
     responses=documented(errors.StorageUnwritable, errors.StorageFull),
 )
 async def erase_person(
-    parameters: Annotated[EraseParameters, Query()], state: ResourcesDep
+    parameters: Annotated[EraseParameters, Query()], state: ResourcesDep, actor: ActorDep
 ) -> Erased:
     """Erase a person: rows, crops, features and index entries of every item with this label."""
-    deleted = await state.pipeline.stored(partial(state.gallery.delete_where, parameters.person_id))
+    erase = partial(state.gallery.delete_where, parameters.person_id, actor=actor)
+    deleted = await state.pipeline.stored(erase)
     return Erased(deleted=deleted)
 
 
@@ -162,12 +221,30 @@ async def get_item(item_id: ItemId, state: ResourcesDep) -> GalleryItem:
         },
     },
 )
-async def get_image(item_id: ItemId, state: ResourcesDep) -> Response:
+async def get_image(item_id: ItemId, state: ResourcesDep, actor: ActorDep) -> Response:
     """The stored crop of one item."""
-    data, media_type = await state.pipeline.stored(
-        partial(state.gallery.image, _canonical(item_id))
-    )
+    known = _canonical(item_id)
+    data, media_type = await state.pipeline.stored(partial(state.gallery.image, known))
+    await state.pipeline.trail.note(Act(actor, "image", known))
     return Response(data, media_type=media_type)
+
+
+@router.patch(
+    "/{id}",
+    response_model=GalleryItem,
+    dependencies=[NO_QUERY],
+    responses=documented(errors.ItemNotFound, errors.StorageUnwritable, errors.StorageFull),
+)
+async def update_item(
+    item_id: ItemId, patch: ItemPatch, state: ResourcesDep, actor: ActorDep
+) -> GalleryItem:
+    """Change an item's labels or metadata: what is given; null empties a field.
+
+    Once this is answered, queries filter by the new labels.
+    """
+    changed = ItemUpdate(**patch.model_dump(include=patch.model_fields_set))
+    update = partial(state.gallery.update, _canonical(item_id), changed, actor=actor)
+    return GalleryItem.model_validate(await state.pipeline.stored(update))
 
 
 @router.delete(
@@ -176,9 +253,10 @@ async def get_image(item_id: ItemId, state: ResourcesDep) -> Response:
     dependencies=[NO_QUERY],
     responses=documented(errors.ItemNotFound, errors.StorageUnwritable, errors.StorageFull),
 )
-async def delete_item(item_id: ItemId, state: ResourcesDep) -> None:
+async def delete_item(item_id: ItemId, state: ResourcesDep, actor: ActorDep) -> None:
     """Delete one item. Once this is answered, no query returns it."""
-    await state.pipeline.stored(partial(state.gallery.delete, _canonical(item_id)))
+    delete = partial(state.gallery.delete, _canonical(item_id), actor=actor)
+    await state.pipeline.stored(delete)
 
 
 def _canonical(item_id: str) -> str:

@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse
 from service import errors
 from service.api.deps import NO_QUERY, ResourcesDep
 from service.api.schemas import Health, ModelCard
+from service.metrics import CONTENT_TYPE_LATEST
 from service.problems import documented
 
 router = APIRouter(tags=["operate"])
@@ -33,18 +34,39 @@ async def livez() -> Health:
 @router.get(
     "/readyz",
     dependencies=[NO_QUERY],
-    responses=documented(errors.IndexOutOfStep, errors.StorageUnwritable, errors.GalleryDamaged),
+    responses=documented(
+        errors.NotReady,
+        errors.IndexOutOfStep,
+        errors.ModelVersionConflict,
+        errors.StorageUnwritable,
+        errors.GalleryDamaged,
+    ),
 )
 async def readyz(state: ResourcesDep) -> Health:
-    """Model loaded, index in step with the store, disk writable; else 503 naming what failed."""
+    """Images are embedded, index in step with the store, disk writable; 503 names what is not."""
+    state.pipeline.pulse.check()
     await state.pipeline.stored(state.gallery.check)
     return Health()
+
+
+@router.get(
+    "/metrics",
+    dependencies=[NO_QUERY],
+    response_class=Response,
+    responses={
+        **documented(),
+        200: {"description": "The text format of Prometheus.", "content": {"text/plain": {}}},
+    },
+)
+async def metrics(state: ResourcesDep) -> Response:
+    """Requests, stages, batches, refusals and sizes, for Prometheus."""
+    return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/model", dependencies=[NO_QUERY], responses=documented())
 async def model_card(state: ResourcesDep) -> ModelCard:
     """The checkpoint and how it runs here."""
-    embedder = state.embedder
+    embedder = state.pipeline.network.embedder
     info = embedder.info
     return ModelCard(
         fingerprint=info.fingerprint,

@@ -8,13 +8,15 @@ from service import errors
 from service.api.deps import (
     NO_QUERY,
     UPLOAD_ERRORS,
+    ActorDep,
     ResourcesDep,
     check_image_count,
     form_body,
+    images_part,
     invalid_field,
     read_upload,
 )
-from service.api.gallery import IMAGE_ERRORS, IMAGE_PART
+from service.api.gallery import IMAGE_ERRORS
 from service.api.schemas import (
     QUERY_IMAGES,
     GalleryItem,
@@ -25,19 +27,11 @@ from service.api.schemas import (
     Timings,
 )
 from service.gallery import Filters, Hit
-from service.images import Box
-from service.pipeline import Answer, Picture, Search
+from service.images import Box, Picture
+from service.pipeline import Answer, Search
 from service.problems import documented
 
 router = APIRouter(tags=["query"])
-
-IMAGES_PART = {
-    "type": "array",
-    "items": IMAGE_PART,
-    "minItems": 1,
-    "maxItems": QUERY_IMAGES,
-    "description": "Images of the same person; several are fused into one query.",
-}
 
 
 @router.post(
@@ -45,16 +39,18 @@ IMAGES_PART = {
     response_model=QueryAnswer,
     response_model_exclude_unset=True,
     dependencies=[NO_QUERY],
-    openapi_extra=form_body(QueryForm, IMAGES_PART),
+    openapi_extra=form_body(
+        QueryForm,
+        images_part(QUERY_IMAGES, "Images of the same person; several are fused into one query."),
+    ),
     responses=documented(
         *UPLOAD_ERRORS,
         *IMAGE_ERRORS,
-        errors.Overloaded,
         errors.GalleryDamaged,
         errors.IndexOutOfStep,
     ),
 )
-async def query(request: Request, state: ResourcesDep) -> QueryAnswer:
+async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> QueryAnswer:
     """Rank the gallery for one person, nearest first.
 
     The query's γ and β modulate every gallery item. By default a shortlist is recalled in the
@@ -69,9 +65,9 @@ async def query(request: Request, state: ResourcesDep) -> QueryAnswer:
             raise invalid_field("box", "goes with one image; cut the crops out before")
         box = None if form.box is None else Box(*form.box)
         answer = await state.pipeline.query(
-            [Picture(image, form.modality, box) for image in upload.images], _search(form)
+            [Picture(image, form.modality, box) for image in upload.images], _search(form), actor
         )
-    return _answer(answer, form, len(upload.images), state.embedder.info.fingerprint)
+    return _answer(answer, form, len(upload.images))
 
 
 def _search(form: QueryForm) -> Search:
@@ -94,7 +90,7 @@ def _search(form: QueryForm) -> Search:
     )
 
 
-def _answer(answer: Answer, form: QueryForm, images: int, fingerprint: str) -> QueryAnswer:
+def _answer(answer: Answer, form: QueryForm, images: int) -> QueryAnswer:
     result = answer.result
     body = QueryAnswer(
         query=QuerySummary(
@@ -107,7 +103,7 @@ def _answer(answer: Answer, form: QueryForm, images: int, fingerprint: str) -> Q
         searched=result.searched,
         candidates=result.candidates,
         exhaustive=result.exhaustive,
-        model=fingerprint,
+        model=answer.model,
     )
     if form.debug:
         body.timings_ms = Timings.model_validate(answer.timings_ms)

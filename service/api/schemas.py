@@ -11,17 +11,20 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    Json,
     ValidationError,
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from service.api.fields import Box, Label, Metadata, Timestamp, plain_text
+from service.api.fields import Box, Label, Metadata, MetadataObject, Timestamp, plain_text
 
 Modality = Literal["rgb", "ir"]
 ModalityChoice = Literal["auto", "rgb", "ir"]
 ModalitySource = Literal["given", "detected"]
 
 QUERY_IMAGES = 16
+BATCH_IMAGES = 256
+KEY_PATTERN = r"^[\x21-\x7e]+$"  # of an Idempotency-Key
 
 
 class FormModel(BaseModel):
@@ -64,6 +67,47 @@ class EnrollForm(FormModel):
         description="Enroll only this part: x,y,width,height in pixels, after orientation.",
     )
     metadata: Metadata = Field(default={}, description="A JSON object of at most 8 KB.")
+
+
+class BatchItem(BaseModel):
+    """What accompanies one image of POST /gallery/batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    person_id: Label | None = None
+    camera_id: Label | None = None
+    captured_at: Timestamp | None = None
+    modality: ModalityChoice = "auto"
+    box: Box | None = None
+    metadata: MetadataObject = {}
+    key: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=255,
+        pattern=KEY_PATTERN,
+        description="As the header Idempotency-Key of a single enrollment.",
+    )
+
+
+class BatchForm(FormModel):
+    """What accompanies the images of POST /gallery/batch."""
+
+    items: Json[list[BatchItem]] | None = Field(
+        default=None,
+        description="JSON array with one object per image, in order: person_id, camera_id, "
+        "captured_at, modality, box, metadata (an object), key. Without it no image has labels.",
+    )
+
+
+class ItemPatch(BaseModel):
+    """Body of PATCH /gallery/{id}: what is given changes, null empties, the rest stays."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    person_id: Label | None = None
+    camera_id: Label | None = None
+    captured_at: Timestamp | None = None
+    metadata: MetadataObject = {}
 
 
 class QueryForm(FormModel):
@@ -242,6 +286,61 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
+class AuditRecord(BaseModel):
+    """One entry of the audit log."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    number: int
+    moment: datetime
+    actor: str = Field(description="`key:ID`, `address:IP` without keys, or a part of the service.")
+    action: str
+    subject: str | None = Field(description="An item's id, or the pseudonym of a person.")
+    details: dict[str, Any]
+
+
+class AuditRecords(BaseModel):
+    """One page of GET /admin/audit, newest first."""
+
+    entries: list[AuditRecord]
+    next_cursor: str | None = Field(description="null on the last page.")
+
+
+class AuditParameters(BaseModel):
+    """Page of GET /admin/audit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=1000)
+    cursor: Annotated[str, AfterValidator(plain_text)] | None = Field(
+        default=None, max_length=512, description="`next_cursor` of the page before."
+    )
+
+
+class ReembedRequest(BaseModel):
+    """Body of POST /admin/reembed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors$",
+        max_length=128,
+        description="Name of a checkpoint beside the one that the service was started with. "
+        "Without it: embed the items that another checkpoint embedded with the present one.",
+    )
+
+
+class ReembedStatus(BaseModel):
+    """How far embedding the gallery again is."""
+
+    state: Literal["idle", "running", "done", "failed"]
+    checkpoint: str | None = Field(description="Fingerprint that is embedded with.")
+    done: int
+    total: int
+    detail: str | None = Field(description="Why it failed.")
+
+
 class FieldProblem(BaseModel):
     """One parameter that is wrong."""
 
@@ -259,6 +358,20 @@ class Problem(BaseModel):
     detail: str = Field(description="One sentence with the remedy.")
     instance: str = Field(description="Path of the request.")
     errors: list[FieldProblem] = []
+
+
+class BatchResult(BaseModel):
+    """What became of one image of a batch: `item` or `problem`."""
+
+    status: int = Field(description="201 new, 200 enrolled before under the same key, or an error.")
+    item: GalleryItem | None = None
+    problem: Problem | None = None
+
+
+class BatchAnswer(BaseModel):
+    """Answer of POST /gallery/batch, one result per image, in order."""
+
+    results: list[BatchResult]
 
 
 def form_errors(error: ValidationError) -> list[dict[str, Any]]:

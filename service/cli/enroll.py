@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,11 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from service.api.schemas import BatchItem
 from service.cli.options import DEFAULT_URL, ApiKey, Client, ModalityOption, Url
 from service.client import ServiceProblem
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-_SENDERS = 4  # uploads on their way while the service embeds another
+_SENDERS = 2  # one is on its way while the service embeds the other
+_BATCH = 64  # files of one request
+_BATCH_BYTES = 64_000_000
 
 
 class EnrollmentError(Exception):
@@ -96,13 +99,12 @@ def send(client: Client, entries: list[Entry], console: Console) -> list[Failure
     pool = ThreadPoolExecutor(_SENDERS)
     try:
         with bar:
-            work: dict[Future[str | None], Entry] = {
-                pool.submit(_send_one, client, entry): entry for entry in entries
-            }
-            for done in bar.track(as_completed(work), total=len(work)):
-                reason = done.result()
-                if reason is not None:
-                    failures.append(Failure(work[done].file, reason))
+            task = bar.add_task("", total=len(entries))
+            work = [pool.submit(_send_some, client, some) for some in _batches(entries)]
+            for done in as_completed(work):
+                sent, failed = done.result()
+                failures += failed
+                bar.advance(task, sent)
     finally:
         pool.shutdown(cancel_futures=True)
     return sorted(failures, key=lambda failure: failure.file)
@@ -158,25 +160,66 @@ def _modality(text: str | None) -> Literal["auto", "rgb", "ir"]:
             raise ValueError(f"modality {other!r} is not auto, rgb or ir")
 
 
-def _send_one(client: Client, entry: Entry) -> str | None:
-    """Enroll one file → why not, if it failed. Raises Unreachable: then all the others fail too."""
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Entries that go into one request: few enough, and not too large together."""
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        try:
+            more = entry.file.stat().st_size
+        except OSError:  # told when it is read
+            more = 0
+        if batch and (len(batch) == _BATCH or size + more > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += more
+    if batch:
+        yield batch
+
+
+def _send_some(client: Client, entries: Sequence[Entry]) -> tuple[int, list[Failure]]:
+    """Enroll files in one request → how many there were, and those that failed.
+
+    Raises Unreachable, and ServiceProblem for a key that may not enroll: then all others fail too.
+    """
+    failures: list[Failure] = []
+    images: list[bytes] = []
+    sent: list[Entry] = []
+    for entry in entries:
+        try:
+            images.append(entry.file.read_bytes())
+            sent.append(entry)
+        except OSError as error:
+            failures.append(Failure(entry.file, error.strerror or str(error)))
+    if not sent:
+        return len(entries), failures
+    items = [_item(entry, data) for entry, data in zip(sent, images, strict=True)]
     try:
-        data = entry.file.read_bytes()
-    except OSError as error:
-        return error.strerror or str(error)
-    try:
-        client.enroll(
-            data,
-            person_id=entry.person_id,
-            camera_id=entry.camera_id,
-            modality=entry.modality,
-            idempotency_key=_key(entry, data),
-        )
+        results = client.enroll_batch(images, items)
     except ServiceProblem as problem:
         if problem.status in (401, 403):
             raise
-        return str(problem)
-    return None
+        if len(sent) == 1:
+            return len(entries), [*failures, Failure(sent[0].file, str(problem))]
+        # Refused as a whole, for its size for example: what can be enrolled alone is.
+        alone = [_send_some(client, [entry]) for entry in sent]
+        return len(entries), failures + [failure for _, some in alone for failure in some]
+    failures += [
+        Failure(entry.file, result.problem.detail)
+        for entry, result in zip(sent, results, strict=True)
+        if result.problem is not None
+    ]
+    return len(entries), failures
+
+
+def _item(entry: Entry, data: bytes) -> BatchItem:
+    item = BatchItem(modality=entry.modality, key=_key(entry, data))
+    if entry.person_id is not None:
+        item.person_id = entry.person_id
+    if entry.camera_id is not None:
+        item.camera_id = entry.camera_id
+    return item
 
 
 def _key(entry: Entry, data: bytes) -> str:

@@ -1,7 +1,8 @@
-"""`cmt gallery`: look at what is enrolled, and delete it."""
+"""`cmt gallery`: look at what is enrolled, take it out, and delete it."""
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,11 @@ from rich.table import Column, Table
 from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
 
 gallery = typer.Typer(
-    help="List, show and delete enrolled crops.\n\nExample: cmt gallery list --person-id 17"
+    help="List, show, export and delete enrolled crops.\n\nExample: cmt gallery list --person-id 17"
 )
 
 PAGE = 1000
+_PARTIAL = ".partial"
 
 
 @gallery.command("list")
@@ -62,6 +64,54 @@ def list_items(
     if not json:
         Console().print(table)
         typer.echo(f"{shown} of {page.total}")
+
+
+@gallery.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Made if missing.")],
+    person_id: Annotated[list[str] | None, typer.Option(help="Any of these; repeat.")] = None,
+    camera_id: Annotated[list[str] | None, typer.Option(help="Any of these; repeat.")] = None,
+    modality: Annotated[list[Modality] | None, typer.Option()] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Write crops, items.jsonl and a manifest.csv that `cmt enroll --manifest` reads.
+
+    May be interrupted and run again: crops that are there already are not fetched twice.
+
+    Example: cmt gallery export out --camera-id gate
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    filters = {"person_id": person_id, "camera_id": camera_id, "modality": modality}
+    there = {file.stem: file.name for file in folder.iterdir() if file.suffix != _PARTIAL}
+    count, cursor = 0, None
+    with (
+        Client(url, api_key=api_key) as client,
+        (folder / "items.jsonl").open("w") as lines,
+        (folder / "manifest.csv").open("w", newline="") as table,
+    ):
+        rows = csv.writer(table)
+        rows.writerow(("file", "person_id", "camera_id", "modality"))
+        while True:
+            page = client.list(**filters, limit=PAGE, cursor=cursor)
+            for item in page.items:
+                name = there.get(item.id) or _fetch(client, item.id, folder)
+                lines.write(item.model_dump_json() + "\n")
+                rows.writerow((name, item.person_id, item.camera_id, item.modality))
+            count, cursor = count + len(page.items), page.next_cursor
+            if cursor is None:
+                break
+    typer.echo(f"{count} crops are in {folder}.")
+
+
+def _fetch(client: Client, item_id: str, folder: Path) -> str:
+    """Write an item's crop into `folder`, whole or not at all → the file's name."""
+    data, media_type = client.image(item_id)
+    file = folder / f"{item_id}.{media_type.removeprefix('image/')}"
+    partial = file.with_suffix(_PARTIAL)
+    partial.write_bytes(data)
+    partial.replace(file)
+    return file.name
 
 
 @gallery.command()

@@ -27,12 +27,15 @@ def create(
         ),
     ],
     name: Annotated[str, typer.Option(help="Who will use it.")] = "unnamed",
+    rate: Annotated[
+        str | None, typer.Option(help="Requests that it may make, such as 50/second.")
+    ] = None,
 ) -> None:
     """Make a key and print it, this once; the file keeps only its hash.
 
     Example: cmt keys create --file keys.json --name gate --scope query --scope enroll
     """
-    _, token = KeyFile(file).create(name, [scope.value for scope in scopes])
+    _, token = KeyFile(file).create(name, [scope.value for scope in scopes], rate)
     typer.echo(token)
 
 

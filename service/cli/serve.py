@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,23 +37,19 @@ def serve(
 
     Example: cmt serve --checkpoint model.safetensors --data-dir data
     """
+    from service.logs import configure_logs
     from service.server import run
     from service.settings import load_settings
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    settings = load_settings(
+        config,
+        checkpoint=checkpoint,
+        data_dir=data_dir,
+        host=host,
+        port=port,
+        device=device,
+        runtime=runtime,
+        api_keys_file=api_keys_file,
     )
-    for noisy in ("alembic", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    run(
-        load_settings(
-            config,
-            checkpoint=checkpoint,
-            data_dir=data_dir,
-            host=host,
-            port=port,
-            device=device,
-            runtime=runtime,
-            api_keys_file=api_keys_file,
-        )
-    )
+    configure_logs(settings.log_format, settings.log_level)
+    run(settings)

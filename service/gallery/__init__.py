@@ -1,8 +1,11 @@
 """The gallery: enroll crops with their features, find them again by modulated distance."""
 
+from service.gallery.audit import Act
 from service.gallery.gallery import DEFAULT_CANDIDATES, Gallery
 from service.gallery.index import IndexKind
 from service.gallery.records import (
+    AuditEntry,
+    AuditPage,
     Filters,
     Hit,
     Item,
@@ -18,6 +21,9 @@ from service.gallery.shard import Counters, Statistics
 
 __all__ = [
     "DEFAULT_CANDIDATES",
+    "Act",
+    "AuditEntry",
+    "AuditPage",
     "Counters",
     "Filters",
     "Gallery",

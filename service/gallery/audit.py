@@ -23,17 +23,21 @@ from service.gallery.rows import cursor_of, microseconds, moment_of, number_of_c
 from service.gallery.tables import audit, secrets
 
 KEY_FILE = "audit.key"
-_KEY_NAME = "audit"
+KEY_NAME = "audit"
 _KEY_BYTES = 32
 
 
 class Act(NamedTuple):
-    """What an entry says, but for its number and moment. details must name no person."""
+    """What an entry says, but for its number and moment. details must name no person.
+
+    persons: labels that `Audit.append` writes as pseudonyms among the details.
+    """
 
     actor: str
     action: str
     subject: str | None = None
     details: dict[str, Any] | None = None
+    persons: tuple[str, ...] = ()
 
 
 class Audit:
@@ -49,7 +53,8 @@ class Audit:
 
     def append(self, *acts: Act) -> None:
         """Log acts: on the disk when this returns."""
-        self._commits.run(lambda connection: write(connection, acts))
+        told = [self._without_names(act) for act in acts]
+        self._commits.run(lambda connection: write(connection, told))
 
     def page(self, limit: int, cursor: str | None = None) -> AuditPage:
         """Entries, newest first. Raises CursorInvalid."""
@@ -72,6 +77,12 @@ class Audit:
         more = len(rows) > limit and bool(entries)
         return AuditPage(entries, cursor_of(entries[-1].number) if more else None)
 
+    def _without_names(self, act: Act) -> Act:
+        if not act.persons:
+            return act
+        pseudonyms = [self.pseudonym(person_id) for person_id in act.persons]
+        return act._replace(details={**(act.details or {}), "persons": pseudonyms}, persons=())
+
     def pseudonym(self, person_id: str) -> str:
         """HMAC-SHA256 of a person's label: equal labels, equal pseudonyms."""
         return hmac.digest(self.load_key(), person_id.encode(), "sha256").hex()
@@ -83,13 +94,13 @@ class Audit:
         return self._key
 
     def _shared_key(self) -> bytes:
-        query = select(secrets.c.data).where(secrets.c.name == _KEY_NAME)
+        query = select(secrets.c.data).where(secrets.c.name == KEY_NAME)
 
         def find_or_make(connection: Connection) -> bytes:
             key = connection.execute(query).scalar_one_or_none()
             if key is None:
                 key = random_bytes.token_bytes(_KEY_BYTES)
-                connection.execute(insert(secrets).values(name=_KEY_NAME, data=key))
+                connection.execute(insert(secrets).values(name=KEY_NAME, data=key))
             return bytes(key)
 
         return self._commits.run(find_or_make)

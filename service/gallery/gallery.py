@@ -7,7 +7,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -20,10 +22,13 @@ from service.errors import (
     StorageUnwritable,
 )
 from service.gallery.answering import Query, answer
+from service.gallery.audit import Act
+from service.gallery.backup import Backup
 from service.gallery.follower import Follower
 from service.gallery.index import IndexKind
 from service.gallery.lock import FolderLock
 from service.gallery.records import (
+    AuditPage,
     Filters,
     Item,
     ItemUpdate,
@@ -34,6 +39,7 @@ from service.gallery.records import (
     SearchResult,
 )
 from service.gallery.reembedding import Embed, Progress, Reembedding
+from service.gallery.scratch import remove_leftovers
 from service.gallery.shard import Counters, Statistics
 from service.gallery.shared_lock import SharedLock
 from service.gallery.store import Store
@@ -43,6 +49,7 @@ log = logging.getLogger(__name__)
 DEFAULT_CANDIDATES = 256
 # How long another process's changes may stay unseen, where several share a PostgreSQL database.
 SYNC_SECONDS = 1.0
+_EXPIRED_AT_ONCE = 500  # so that enrollments get their turn
 _TRIES = 8  # switches tried again because another process enrolled in between
 
 
@@ -85,6 +92,7 @@ class Gallery:
         folder = Path(data_dir)
         lock = FolderLock(folder)
         try:
+            remove_leftovers(folder)
             config = info.config
             store = Store(
                 *(folder, info.fingerprint, config.embedding_size, database_url),
@@ -212,6 +220,22 @@ class Gallery:
         with self._changing() as store:
             return len(store.erase_person(person_id, actor=actor))
 
+    def expire(self, before: datetime, *, actor: str = "retention") -> int:
+        """Erase the items that were enrolled before this moment → how many."""
+        gone = 0
+        while numbers := self._store.numbers_before(before, _EXPIRED_AT_ONCE):
+            with self._changing() as store:
+                gone += store.delete(numbers, actor=actor)
+        return gone
+
+    def record(self, *acts: Act) -> None:
+        """Write acts that the gallery does not see by itself into the audit log, durably."""
+        self._store.audit.append(*acts)
+
+    def audit(self, limit: int, cursor: str | None = None) -> AuditPage:
+        """Entries of the audit log, newest first. Raises CursorInvalid."""
+        return self._store.audit.page(limit, cursor)
+
     def search(
         self,
         x: Tensor,
@@ -309,6 +333,19 @@ class Gallery:
                 "another checkpoint before"
             )
         self._store.versions.drop(fingerprint, actor=actor)
+
+    def backup(self, target: Path | BinaryIO, *, actor: str = "system") -> None:
+        """Write all that is stored at one moment into a file that `restore` takes.
+
+        Enrollments, searches and deletions go on. A path is there wholly or not at all, readable
+        by its owner only. Raises BackupRunning while another one is taken, StorageFull and
+        StorageUnwritable, also for the temporary copy that lies in the data folder meanwhile.
+        """
+        self._store.backups.write(target, actor=actor)
+
+    def begin_backup(self, *, actor: str = "system") -> Backup:
+        """The same for a caller who takes the blocks and closes it. Raises as `backup`."""
+        return self._store.backups.begin(actor=actor)
 
     def save_index(self) -> bool:
         """Write the index's snapshot for the next start, as the background does from time to time.

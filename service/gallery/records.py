@@ -141,6 +141,14 @@ class Filters:
         """Whether anything is filtered at all."""
         return self != Filters()
 
+    def described(self) -> dict[str, Any]:
+        """What is filtered by, as JSON has it, but for the persons, whom a log must not name."""
+        return {
+            name: value.isoformat() if isinstance(value, datetime) else value
+            for name, value in vars(self).items()
+            if value and name != "person_id"
+        }
+
 
 @dataclass(frozen=True)
 class Page:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from service.errors import IdempotencyConflict, ItemNotFound, ServiceError
 from service.gallery.audit import Act, Audit, write
+from service.gallery.backup import Backups
 from service.gallery.commits import GroupCommit
 from service.gallery.database import Database
 from service.gallery.records import Filters, Item, ItemUpdate, NewItem, Page, RequestKey
@@ -25,6 +26,7 @@ from service.gallery.rows import (
     conditions_of,
     cursor_of,
     item_of,
+    microseconds,
     number_of_cursor,
     record_of,
     request_of,
@@ -54,7 +56,8 @@ class Store:
     """The database of one data folder (or URL), seen with the features of one model version.
 
     model: the checkpoint's fingerprint. size: P·D. Thread-safe; writes that come together share
-    one transaction. `versions` are all model versions, `audit` is the log of who did what.
+    one transaction. `versions` are all model versions, `audit` is the log of who did what,
+    `backups` takes them.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Store:
         self._commits = GroupCommit(self._database)
         self.versions = Versions(self._database, self._commits)
         self.audit = Audit(self._database, self._commits, folder)
+        self.backups = Backups(self._database, self.audit, folder)
         try:
             self.audit.load_key()  # now, so that a deletion needs no room for it
             self.versions.register(model, configuration)
@@ -86,6 +90,7 @@ class Store:
         return other
 
     def close(self) -> None:
+        self.backups.close()
         self._database.close()
 
     @property
@@ -170,6 +175,13 @@ class Store:
 
     def numbers_of_person(self, person_id: str) -> list[int]:
         query = select(items.c.number).where(items.c.person_id == person_id)
+        with self._database.reading() as connection:
+            return [int(number) for number in connection.execute(query).scalars()]
+
+    def numbers_before(self, moment: datetime, limit: int) -> list[int]:
+        """Items enrolled before a moment, the first ones."""
+        old = items.c.enrolled_at < microseconds(moment)
+        query = select(items.c.number).where(old).order_by(items.c.number).limit(limit)
         with self._database.reading() as connection:
             return [int(number) for number in connection.execute(query).scalars()]
 

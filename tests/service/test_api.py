@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from service.api import gallery, operate, query
+from service.api import admin, backup, gallery, operate, query
 from service.app import create_app
 from service.auth import ROUTE_SCOPES
 from service.problems import catalogue
@@ -333,7 +333,7 @@ def test_openapi_documents_every_route_and_error(http: httpx.Client) -> None:
 def test_every_route_has_a_scope() -> None:
     routes = {
         (method, route.path)
-        for router in (gallery.router, operate.router, query.router)
+        for router in (admin.router, backup.router, gallery.router, operate.router, query.router)
         for route in router.routes
         if isinstance(route, APIRoute)
         for method in route.methods

@@ -216,7 +216,7 @@ def test_bad_paths_and_parameters(http: httpx.Client, method: str, path: str, st
 def test_a_wrong_method_is_told_the_right_ones(http: httpx.Client) -> None:
     answer = http.options(f"/gallery/{'0' * 32}")
     assert_problem(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "DELETE, GET"
+    assert answer.headers["allow"] == "DELETE, GET, PATCH"
     assert http.put("/gallery").headers["allow"] == "DELETE, GET, POST"
 
 
@@ -305,7 +305,7 @@ def test_slow_and_vanished_clients_hold_nothing(serve: Any, tmp_path: Path) -> N
         b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b"
     )
     with (
-        serve(tmp_path, max_pending=1, body_timeout=0.5) as url,
+        serve(tmp_path, max_receiving=1, body_timeout=0.5) as url,
         httpx.Client(base_url=url, trust_env=False) as http,
     ):
         address = (http.base_url.host, http.base_url.port)

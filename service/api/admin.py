@@ -1,0 +1,58 @@
+"""What administrators do: embed the gallery again, read the audit log."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from service import errors
+from service.api.deps import NO_QUERY, ActorDep, ResourcesDep
+from service.api.schemas import (
+    AuditParameters,
+    AuditRecord,
+    AuditRecords,
+    ReembedRequest,
+    ReembedStatus,
+)
+from service.gallery import Act
+from service.problems import documented
+
+router = APIRouter(prefix="/admin", tags=["admin"])
+
+
+@router.post(
+    "/reembed",
+    status_code=202,
+    dependencies=[NO_QUERY],
+    responses=documented(errors.ModelVersionConflict, errors.CheckpointUnusable),
+)
+async def reembed(wanted: ReembedRequest, state: ResourcesDep, actor: ActorDep) -> ReembedStatus:
+    """Embed every item with another checkpoint, then search with that one; in the background.
+
+    Until it is done, all goes on with the features there are. GET /admin/reembed says how far it
+    is. Start the service with the new checkpoint from then on.
+    """
+    status = await state.reembedder.start(wanted.checkpoint, actor)
+    return ReembedStatus.model_validate(status, from_attributes=True)
+
+
+@router.get("/reembed", dependencies=[NO_QUERY], responses=documented())
+async def reembed_status(state: ResourcesDep) -> ReembedStatus:
+    """How far embedding the gallery again is."""
+    return ReembedStatus.model_validate(state.reembedder.status, from_attributes=True)
+
+
+@router.get("/audit", responses=documented(errors.CursorInvalid))
+async def audit(
+    parameters: Annotated[AuditParameters, Query()], state: ResourcesDep, actor: ActorDep
+) -> AuditRecords:
+    """Who did what, newest first. Persons appear under pseudonyms."""
+    read = partial(state.gallery.audit, parameters.limit, parameters.cursor)
+    page = await state.pipeline.stored(read)
+    await state.pipeline.trail.note(Act(actor, "audit"))
+    return AuditRecords(
+        entries=[AuditRecord.model_validate(entry) for entry in page.entries],
+        next_cursor=page.next_cursor,
+    )

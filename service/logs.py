@@ -1,0 +1,74 @@
+"""Logs: one JSON object per line, or readable lines on a terminal; the same for libraries' logs.
+
+Every line of a request carries its `request_id`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal, TextIO
+
+import structlog
+from structlog.types import Processor
+
+Format = Literal["auto", "json", "console"]
+
+# They say at every request or migration what is of no use to whoever runs the service.
+_NOISY = ("alembic", "httpx", "httpcore")
+
+
+_EVERY: list[Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.add_logger_name,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]
+# Always by way of `logging`: whoever embeds the service decides where its lines go.
+structlog.configure(
+    processors=[
+        structlog.stdlib.filter_by_level,
+        *_EVERY,
+        structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+    ],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+    wrapper_class=structlog.stdlib.BoundLogger,
+)
+
+get_logger = structlog.stdlib.get_logger
+
+
+def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> None:
+    """Send all logs of this process to `stream`, by default standard error.
+
+    "auto": for people on a terminal, else JSON.
+    """
+    stream = stream or sys.stderr
+    readable = format == "console" or (format == "auto" and stream.isatty())
+    last: list[Processor] = (
+        [
+            structlog.dev.ConsoleRenderer(
+                colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
+        if readable
+        else [
+            structlog.processors.ExceptionRenderer(
+                # Without the values of variables, which may be names of persons or keys.
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
+            structlog.processors.JSONRenderer(),
+        ]
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=_EVERY,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)

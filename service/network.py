@@ -1,0 +1,40 @@
+"""The network in use: a checkpoint, the runtime it runs in, and the queue before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from anyio import create_task_group
+
+from service.embedder import Embedder
+from service.embedding_queue import EmbeddingQueue
+from service.settings import Settings
+
+# On a GPU one batch is made ready while the device works on another.
+_RUNNERS = {"cpu": 1, "cuda": 2}
+
+
+class Network:
+    """An embedder and its queue. observe: told the size of every batch."""
+
+    def __init__(
+        self, embedder: Embedder, settings: Settings, observe: Callable[[int], None]
+    ) -> None:
+        self.embedder = embedder
+        self.queue = EmbeddingQueue(
+            embedder.embed,
+            max_batch=settings.max_batch,
+            max_wait=settings.batch_wait,
+            observe=observe,
+        )
+
+    @property
+    def model(self) -> str:
+        """The checkpoint's fingerprint."""
+        return self.embedder.info.fingerprint
+
+    async def run(self) -> None:
+        """Embed what comes, until cancelled."""
+        async with create_task_group() as group:
+            for _ in range(_RUNNERS[self.embedder.device]):
+                group.start_soon(self.queue.run)

@@ -1,0 +1,197 @@
+"""Micro-batches: who is embedded with whom, and what happens when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from service.embedding_queue import EmbeddingQueue, is_out_of_memory
+from service.errors import EmbeddingFailed, MemoryExhausted
+from service.images import Crop
+
+Embed = Callable[[Sequence[Crop]], Tensor]
+
+
+def crop(number: int) -> Crop:
+    """A crop that `Network` recognises by its width."""
+    picture = Image.new("RGB", (16, 32))
+    return Crop(picture, "rgb", "given", number, 32, 8, "", b"", "image/png")
+
+
+class Network:
+    """Gives every crop its number as features; fails where it is told to.
+
+    It waits for `go` before each batch, so that a test decides what has come together.
+    """
+
+    def __init__(self, *, most: int = 1000, bad: int | None = None) -> None:
+        self.most, self.bad = most, bad
+        self.sizes: list[int] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def __call__(self, crops: Sequence[Crop]) -> Tensor:
+        assert self.go.wait(10)
+        if len(crops) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if any(one.width == self.bad for one in crops):
+            raise ValueError("this picture is not for me")
+        self.sizes.append(len(crops))
+        return torch.tensor([float(one.width) for one in crops]).view(-1, 1, 1)
+
+
+def run(network: Network, work: Callable[[EmbeddingQueue], Any], **options: Any) -> Any:
+    """Run `work` beside a queue before `network`."""
+
+    async def both() -> Any:
+        queue = EmbeddingQueue(network, **{"max_batch": 8, "max_wait": 0.0, **options})
+        running = asyncio.create_task(queue.run())
+        try:
+            return await asyncio.wait_for(work(queue), 20)
+        finally:
+            running.cancel()
+
+    return asyncio.run(both())
+
+
+async def embed(queue: EmbeddingQueue, numbers: Sequence[int], *, query: bool = False) -> list[Any]:
+    calls = [queue.embed(crop(number), query=query) for number in numbers]
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_everybody_gets_their_own_features_in_batches_that_are_full() -> None:
+    network = Network()
+
+    async def work(queue: EmbeddingQueue) -> None:
+        found = await embed(queue, range(20))
+        assert [float(one.features) for one in found] == list(range(20))
+        assert all(one.waited >= 0 and one.took > 0 for one in found)
+
+    run(network, work)
+    assert network.sizes == [8, 8, 4]
+
+
+def test_a_lone_crop_does_not_wait_and_a_wait_gathers_company() -> None:
+    lone, patient = Network(), Network()
+
+    async def one_after_another(queue: EmbeddingQueue) -> None:
+        first = asyncio.create_task(queue.embed(crop(1), query=True))
+        await asyncio.sleep(0.05)
+        await asyncio.gather(first, queue.embed(crop(2), query=True))
+
+    run(lone, one_after_another)
+    assert lone.sizes == [1, 1]
+    run(patient, one_after_another, max_wait=5.0, max_batch=2)
+    assert patient.sizes == [2]
+
+
+def test_queries_and_enrollments_share_a_batch() -> None:
+    network = Network()
+    order: list[int] = []
+
+    async def work(queue: EmbeddingQueue) -> None:
+        async def noted(number: int, query: bool) -> None:
+            await queue.embed(crop(number), query=query)
+            order.append(number)
+
+        network.go.clear()
+        blocking = asyncio.create_task(noted(0, True))
+        await asyncio.sleep(0.05)  # under way: the others come together meanwhile
+        bulk = [asyncio.create_task(noted(100 + n, False)) for n in range(12)]
+        await asyncio.sleep(0.01)
+        asked = [asyncio.create_task(noted(n, True)) for n in range(1, 4)]
+        await asyncio.sleep(0.01)
+        assert len(queue) == 15
+        network.go.set()
+        await asyncio.gather(blocking, *bulk, *asked)
+
+    run(network, work)
+    # The first batch after it holds all three queries, though twelve enrollments came before.
+    assert set(order[1:9]) == {1, 2, 3, *range(100, 105)}
+
+
+def test_one_bad_crop_fails_alone() -> None:
+    network = Network(bad=5)
+
+    async def work(queue: EmbeddingQueue) -> None:
+        found = await embed(queue, range(8))
+        assert isinstance(found.pop(5), EmbeddingFailed)
+        assert [float(one.features) for one in found] == [0, 1, 2, 3, 4, 6, 7]
+        assert queue.limit == 8
+
+    run(network, work)
+
+
+def test_exhausted_memory_halves_the_batches_until_it_is_back() -> None:
+    network = Network(most=2)
+
+    async def work(queue: EmbeddingQueue) -> None:
+        found = await embed(queue, range(8))
+        assert [float(one.features) for one in found] == list(range(8))
+        assert queue.limit <= 2
+        network.sizes.clear()
+        await embed(queue, range(6))
+        assert network.sizes == [2, 2, 2]  # not tried with more any longer
+        network.most = 1000
+        await embed(queue, range(600))
+        assert queue.limit == 8
+        assert max(network.sizes) == 8
+
+    run(network, work)
+
+
+def test_no_memory_for_one_crop_is_an_error_that_passes() -> None:
+    network = Network(most=0)
+
+    async def work(queue: EmbeddingQueue) -> None:
+        [error] = await embed(queue, [1])
+        assert isinstance(error, MemoryExhausted)
+        assert (error.status, error.headers["Retry-After"]) == (503, "10")
+        network.most = 10
+        assert float((await queue.embed(crop(1), query=True)).features) == 1
+
+    run(network, work)
+
+
+def test_the_cancelled_leave_the_queue() -> None:
+    network = Network()
+
+    async def work(queue: EmbeddingQueue) -> None:
+        network.go.clear()
+        first = asyncio.create_task(queue.embed(crop(0), query=True))
+        await asyncio.sleep(0.05)
+        others = [asyncio.create_task(queue.embed(crop(n), query=True)) for n in (1, 2, 3)]
+        await asyncio.sleep(0.01)
+        others[1].cancel()
+        first.cancel()  # under way already: nobody waits for it any longer
+        await asyncio.sleep(0.01)
+        assert len(queue) == 2
+        network.go.set()
+        done = await asyncio.gather(first, *others, return_exceptions=True)
+        cancelled = [isinstance(one, asyncio.CancelledError) for one in done]
+        assert cancelled == [True, False, True, False]
+
+    run(network, work)
+    assert network.sizes == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "exhausted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_no_memory(error: Exception, exhausted: bool) -> None:
+    assert is_out_of_memory(error) == exhausted
