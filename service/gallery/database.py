@@ -47,13 +47,12 @@ class Database:
 
     url: `sqlite:///FILE` or `postgresql+psycopg://…`. An SQLite file outside of the data folder
     is locked as that folder is: whoever holds a data folder holds the lock of its own file.
+    migrate: to the newest tables, as `migrate` does later.
     Raises DatabaseUnavailable, GalleryLocked, GalleryVersion, GalleryDamaged, StorageUnwritable.
     """
 
-    def __init__(self, folder: Path, url: str | None = None) -> None:
-        address = (
-            URL.create("sqlite", database=str(folder / FILE_NAME)) if url is None else _parsed(url)
-        )
+    def __init__(self, folder: Path, url: str | None = None, *, migrate: bool = True) -> None:
+        address = address_of(folder, url)
         self.sqlite = address.get_backend_name() == "sqlite"
         self._lock: FolderLock | None = None
         self.log_uncut = False  # SQLite's log still holds erased pages
@@ -74,7 +73,8 @@ class Database:
         )
         try:
             self._check_durable()
-            self._migrate()
+            if migrate:
+                self.migrate()
         except BaseException:
             self.close()
             raise
@@ -124,7 +124,8 @@ class Database:
                     "the gallery; switch it on in postgresql.conf"
                 )
 
-    def _migrate(self) -> None:
+    def migrate(self) -> None:
+        """Bring the tables to the newest revision. Raises GalleryVersion."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
@@ -189,7 +190,10 @@ class Database:
         )
 
 
-def _parsed(url: str) -> URL:
+def address_of(folder: Path, url: str | None) -> URL:
+    """Where the database of a gallery is. DatabaseUnavailable: a URL of another kind."""
+    if url is None:
+        return URL.create("sqlite", database=str(folder / FILE_NAME))
     try:
         address = make_url(url)
     except ArgumentError:

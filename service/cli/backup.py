@@ -1,0 +1,78 @@
+"""`cmt backup` and `cmt restore`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.cli.options import DEFAULT_URL, ApiKey, Client, Url
+
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="CMT_DATABASE_URL", help="Another database than the SQLite file in the data folder."
+    ),
+]
+
+_ACTOR = "command line"
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Such as gallery.zip.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Work offline on a folder that no service has open.")
+    ] = None,
+    database_url: DatabaseUrl = None,
+    temp_dir: Annotated[
+        Path | None,
+        typer.Option(help="Offline: where a temporary copy goes, instead of the data folder."),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Write all that a gallery holds into one file, from a running service or offline.
+
+    The file has every crop and label, and can be read by its owner only.
+
+    Example: cmt backup gallery.zip
+    """
+    from service.gallery.archive import peek
+    from service.gallery.backup import offline
+
+    if file.is_dir() or (file.exists() and not force):
+        raise typer.BadParameter(f"{file} exists; give another name, or --force to replace a file")
+    if data_dir is None:
+        if temp_dir is not None:
+            raise typer.BadParameter("--temp-dir needs --data-dir; a service uses its data folder")
+        with Client(url, api_key=api_key) as client:
+            client.backup(file)
+    else:
+        with offline(data_dir, database_url) as backups:
+            backups.write(file, actor=_ACTOR, folder=temp_dir)
+    size = file.stat().st_size
+    typer.echo(f"Wrote {file}: {peek(file).counts['items']} items, {size / 1e6:,.1f} MB.")
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `cmt backup` wrote.")],
+    data_dir: Annotated[
+        Path, typer.Option(envvar="CMT_DATA_DIR", help="Data folder of a new gallery.")
+    ],
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Make a new gallery of a backup, all or nothing; no service may have the folder open.
+
+    Either database takes the backup of either: with --database-url the rows go there.
+
+    Example: cmt restore gallery.zip --data-dir data
+    """
+    from service.gallery.restore import restore as fill
+
+    manifest = fill(file, data_dir, database_url, actor=_ACTOR)
+    typer.echo(
+        f"Restored {manifest.counts['items']} items of {manifest.created_at:%Y-%m-%d %H:%M:%S} "
+        f"UTC; start the service with --data-dir {data_dir}."
+    )
