@@ -30,7 +30,7 @@ class Pulse:
 
     def __init__(self, embed: Callable[[Picture], Awaitable[Embedding]]) -> None:
         self._embed = embed
-        self._picture = Picture(_png(), modality="rgb")
+        self._picture = builtin_picture()
         self._started = anyio.Event()
         self._beat: float | None = None
         self._trouble: str | None = "no image has been embedded yet"
@@ -72,10 +72,10 @@ class Pulse:
             )
 
 
-def _png() -> bytes:
+def builtin_picture() -> Picture:
     """A smooth picture of 64×128 pixels."""
     x, y = np.meshgrid(np.linspace(0, 1, 64), np.linspace(0, 1, 128))
     pixels = np.stack([x, y, 1 - x], axis=2) * 255
     buffer = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return Picture(buffer.getvalue(), modality="rgb")

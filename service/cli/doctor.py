@@ -29,8 +29,16 @@ def doctor(
     data_dir: Annotated[
         Path | None, typer.Option(envvar="CMT_DATA_DIR", help="Check this data folder too.")
     ] = None,
+    database_url: Annotated[
+        str | None, typer.Option(envvar="CMT_DATABASE_URL", help="Check this database too.")
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(envvar="CMT_API_KEYS_FILE", help="Check this file too.")
+    ] = None,
 ) -> None:
-    """Check device, libraries, disk and checkpoint; the exit status is 1 if something is wrong.
+    """Check device, libraries, disk, checkpoint, database and keys, and say what is wrong.
+
+    The exit status is 1 if something is.
 
     Example: cmt doctor --checkpoint model.safetensors --data-dir data
     """
@@ -39,11 +47,16 @@ def doctor(
         ("precision", _precision),
         ("faiss", _faiss),
         ("OpenVINO", _openvino),
+        ("decoding", _decoding),
     ]
     if checkpoint is not None:
         checks.append(("checkpoint", lambda: _checkpoint(checkpoint)))
     if data_dir is not None:
         checks.append(("data folder", lambda: _data_dir(data_dir)))
+    if database_url is not None:
+        checks.append(("database", lambda: _database(database_url)))
+    if api_keys_file is not None:
+        checks.append(("API keys", lambda: _keys(api_keys_file)))
     table = Table("check", "", "finding")
     healthy = True
     for name, check in checks:
@@ -109,3 +122,48 @@ def _data_dir(folder: Path) -> str:
     if free < _LOW_DISK:
         raise Trouble(f"only {free / 1e6:.0f} MB are free under {folder}; make room")
     return f"writable, {free / 1e9:.0f} GB free"
+
+
+def _decoding() -> str:
+    from service.decoding import Decoders
+    from service.images import ImageLimits
+    from service.pulse import builtin_picture
+
+    decoders = Decoders(1, ImageLimits(), seconds=10)
+    try:
+        decoders.decode(builtin_picture(), 128, 64)
+    finally:
+        decoders.close()
+    return "a process of its own decodes images"
+
+
+def _database(url: str) -> str:
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        shown = make_url(url).render_as_string()
+        engine = create_engine(url)
+        with engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+            server = engine.dialect.server_version_info or ()
+        engine.dispose()
+    except SQLAlchemyError as error:
+        told = str(error).splitlines()[0]
+        raise Trouble(
+            f"the database does not answer: {told}; check the URL and the server"
+        ) from error
+    return f"{shown}: {engine.dialect.name} {'.'.join(map(str, server))}"
+
+
+def _keys(path: Path) -> str:
+    from service.keys import KeyFile
+
+    keys = KeyFile(path).read()
+    if not keys:
+        raise Trouble(f"{path} holds no key; make one with `cmt keys create --file {path}`")
+    if path.stat().st_mode & 0o077:
+        raise Trouble(f"others may read {path}; run `chmod 600 {path}`")
+    scopes = sorted({scope for key in keys for scope in key.scopes})
+    return f"{len(keys)} keys, for {', '.join(scopes)}"
