@@ -23,7 +23,7 @@ from torch import Tensor
 from service.concurrently import gathered
 from service.decoding import Decoders
 from service.embedder import Embedder
-from service.errors import ModelVersionConflict, ServiceError
+from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
 from service.fusion import fuse
 from service.gallery import Act, Filters, Gallery, SearchResult
 from service.images import Crop, Modality, ModalitySource, Picture
@@ -152,6 +152,10 @@ class Pipeline:
         crop = await to_thread.run_sync(decode, limiter=self._decoding)
         decoded = time.perf_counter()
         features, waited, took = await network.queue.embed(crop, query=query)
+        if not features.isfinite().all():
+            raise EmbeddingFailed(
+                "the features of the image are not finite; the checkpoint is damaged or untrained"
+            )
         seconds = {"decode": decoded - started, "queue": waited, "embed": took}
         for stage, taken in seconds.items():
             self.note(stage, taken)

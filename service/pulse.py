@@ -6,7 +6,6 @@ import io
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 import anyio
 import numpy as np
@@ -14,9 +13,6 @@ from PIL import Image
 
 from service.errors import NotReady, ServiceError
 from service.images import Picture
-
-if TYPE_CHECKING:
-    from service.pipeline import Embedding
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +24,7 @@ _LATE = 60.0
 class Pulse:
     """embed: decodes and embeds a picture as a query's. Used on one event loop."""
 
-    def __init__(self, embed: Callable[[Picture], Awaitable[Embedding]]) -> None:
+    def __init__(self, embed: Callable[[Picture], Awaitable[object]]) -> None:
         self._embed = embed
         self._picture = builtin_picture()
         self._started = anyio.Event()
@@ -49,9 +45,8 @@ class Pulse:
     async def beat(self) -> None:
         """Embed the built-in image once, and note how that went."""
         try:
-            features = (await self._embed(self._picture)).features
-            finite = bool(features.isfinite().all())
-            trouble = None if finite else "its features are not finite"
+            await self._embed(self._picture)
+            trouble = None
         except ServiceError as error:
             trouble = error.detail
         if trouble is None:
