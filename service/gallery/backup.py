@@ -125,6 +125,7 @@ class Backups:
             return
         connection = self._database.engine.raw_connection()  # outside of any transaction
         driver: Any = connection.driver_connection
+        self._database.copying = True
         try:
             driver.set_progress_handler(self._closing.is_set, _STEPS)
             driver.execute("VACUUM INTO ?", (str(place / FILE_NAME),))
@@ -135,6 +136,7 @@ class Backups:
                 raise  # it is about the copy
             raise self._database.explained(error) from error
         finally:
+            self._database.copying = False
             driver.set_progress_handler(None, 0)
             connection.close()
 

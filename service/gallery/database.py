@@ -56,6 +56,7 @@ class Database:
         self.sqlite = address.get_backend_name() == "sqlite"
         self._lock: FolderLock | None = None
         self.log_uncut = False  # SQLite's log still holds erased pages
+        self.copying = False  # a long transaction keeps that log open
         if self.sqlite:
             home = Path(str(address.database)).resolve().parent
             if home != folder.resolve():
@@ -102,6 +103,8 @@ class Database:
         if not self.sqlite:
             return True
         self.log_uncut = True
+        if self.copying:  # waiting for that reader would let every writer wait
+            return False
         with self._reported():
             connection = self.engine.raw_connection()  # outside of any transaction
             try:

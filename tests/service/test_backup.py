@@ -198,6 +198,46 @@ def test_one_at_a_time_and_nothing_is_left(make_place: MakePlace, tmp_path: Path
         assert peek(tmp_path / "some.zip").counts["items"] == 7
 
 
+def test_deletions_do_not_wait_for_a_copy(make_place: MakePlace) -> None:
+    """The copy keeps SQLite's log open, which is cut once it is done."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Paused(threading.Event):
+        """Asked all along whether the copy has to stop: it pauses once it is on the way."""
+
+        calls = 0
+
+        def is_set(self) -> bool:
+            self.calls += 1
+            if self.calls == 3:
+                reached.set()
+                assert go_on.wait(60)
+            return super().is_set()
+
+    with closing(make_place("sqlite").open()) as gallery:
+        items = gallery.add([NewItem(crop(i)) for i in range(3000)], features(3000, 0))
+        database, backups = gallery._store._database, gallery._store.backups
+        backups._closing = Paused()
+        copying = threading.Thread(target=lambda: backups.begin().close())
+        copying.start()
+        assert reached.wait(60)
+        started = time.monotonic()
+        for item in items[:5]:
+            gallery.delete(item.id)
+            gallery.add([NewItem(crop())], features(1, 1))
+        time.sleep(1.5)  # the keeper tries, too
+        gallery.add([NewItem(crop())], features(1, 2))
+        assert time.monotonic() - started < 3.5  # a single wait for readers takes two seconds
+        assert database.log_uncut
+        go_on.set()
+        copying.join()
+        for _ in range(100):
+            if not database.log_uncut:
+                break
+            time.sleep(0.1)
+        assert not database.log_uncut
+
+
 def test_a_closed_gallery_is_not_backed_up(make_place: MakePlace, tmp_path: Path) -> None:
     place = make_place("postgresql")
     gallery = place.open()

@@ -29,6 +29,7 @@ from service.gallery.store import Store
 from service.keys import KeyFile
 from tests.service.conftest import Serve
 from tests.service.stores import crop, rows
+from tests.service.test_gallery_disk_full import Disk, disk  # noqa: F401 - fixture
 
 BIG = 24  # crops of 1 MB: more than the sockets between two processes hold
 
@@ -223,6 +224,23 @@ def test_a_client_that_does_not_read_is_given_up(
         with pytest.raises(httpx.RemoteProtocolError):
             list(blocks)
     assert not temporary(folder)
+
+
+def test_a_full_disk_is_507_and_queries_go_on(
+    serve: Serve, visible: list[Path], disk: Disk, tmp_path_factory: pytest.TempPathFactory  # noqa: F811
+) -> None:  # fmt: skip
+    file = tmp_path_factory.mktemp("elsewhere") / "backup.zip"
+    with serve(disk.data) as url, Client(url) as client:
+        item = client.enroll(visible[0])
+        disk.fill()
+        with pytest.raises(ServiceProblem, match="free some") as full:
+            client.backup(file)
+        assert (full.value.status, full.value.code) == (507, "storage_full")
+        assert not temporary(disk.data) and not list(file.parent.iterdir())
+        assert client.query(visible[0], top_k=1).results[0].item == item
+        disk.free()
+        client.backup(file)
+    assert peek(file).counts["items"] == 1
 
 
 def test_a_download_that_ends_early_leaves_no_file(tmp_path: Path) -> None:
