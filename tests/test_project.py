@@ -72,7 +72,7 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
 @pytest.mark.parametrize(
     ("package", "extras"),
     # model.graphs converts to OpenVINO for both rooms that run it; it imports it only then.
-    [("model", ["cpu"]), ("service", ["cpu", "bench"]), ("training", ["train"])],
+    [("model", ["cpu"]), ("service", ["cpu", "bench", "otel"]), ("training", ["train"])],
 )
 def test_every_import_is_required_where_it_is_used(package: str, extras: list[str]) -> None:
     project = PROJECT["project"]
