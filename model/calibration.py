@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -36,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from model.config import MODALITIES, Metric, Modality
-from model.modulation import Modulation, ranking_distance
+from model.modulation import Modulation, lift, ranking_distance, squared_lifted_distance
 
 Normalisation = Literal["raw", "ratio", "log-ratio", "z-score"]
 NORMALISATIONS: tuple[Normalisation, ...] = ("raw", "ratio", "log-ratio", "z-score")
@@ -170,9 +171,26 @@ class Calibration:
         self, chosen: CalibrationMap, x: Tensor, modulation: Modulation, distance: FloatArray
     ) -> FloatArray:
         """Distances Q×N of queries x (Q×P×D) → scores Q×N on one scale for all queries."""
-        references = self.references[chosen.gallery]
-        reference = reference_distances(x, modulation, references, self.metric)
+        if chosen.normalisation == "raw":
+            return distance
+        if self.metric == "cosine":
+            references = self.references[chosen.gallery]
+            reference = reference_distances(x, modulation, references, self.metric)
+        else:
+            reference = self._euclidean(chosen.gallery, x, modulation)
         return normalised(distance, reference, chosen.normalisation)
+
+    @torch.inference_mode()
+    def _euclidean(self, gallery: Modality, x: Tensor, modulation: Modulation) -> FloatArray:
+        """`reference_distances`, with references that are lifted once and not for every query."""
+        applied = Modulation(*(parameter.double() for parameter in modulation))
+        squared = squared_lifted_distance(x.double(), self._lifted[gallery], applied)
+        distance: FloatArray = squared.sqrt().numpy()
+        return distance
+
+    @cached_property
+    def _lifted(self) -> dict[Modality, Tensor]:
+        return {modality: lift(rows.double()) for modality, rows in self.references.items()}
 
     def similarities(
         self,

@@ -102,8 +102,13 @@ def squared_modulated_distance(x: Tensor, y: Tensor, modulation: Modulation) -> 
     c − ⟨w, z⟩ cancels where the distance is small against ‖x‖: where the last digits count, use
     `part_distances` on the few items concerned.
     """
+    return squared_lifted_distance(x, lift(y), modulation)
+
+
+def squared_lifted_distance(x: Tensor, z: Tensor, modulation: Modulation) -> Tensor:
+    """As `squared_modulated_distance`, to items that are lifted already: z N×(P+1)D → Q×N."""
     w, c = project(x, modulation)
-    return (c[:, None] - w @ lift(y).T).clamp(min=0)
+    return (c[:, None] - w @ z.T).clamp(min=0)
 
 
 def modulated_distance(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:

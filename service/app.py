@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,7 +16,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service import problems
 from service.api import admin, backup, gallery, operate, query
-from service.api.schemas import Problem
+from service.api.deps import REFERENCE
+from service.api.schemas import BatchForm, Problem
 from service.auth import ROUTE_SCOPES, authorise
 from service.metrics import Metrics
 from service.middleware import Door, Gate, Observe, SecurityHeaders
@@ -47,6 +49,9 @@ def create_app(settings: Settings) -> FastAPI:
             async with create_task_group() as group:
                 group.start_soon(opened.pipeline.run)
                 await opened.pipeline.pulse.first()
+                # What is there by now stays: the collector need not look at it again and again.
+                gc.collect()
+                gc.freeze()
                 yield State(resources=opened)
                 group.cancel_scope.cancel()
         finally:
@@ -89,9 +94,10 @@ def _openapi(app: FastAPI, keys: bool) -> dict[str, Any]:
             description=_description(),
             routes=app.routes,
         )
-        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         components = document["components"]["schemas"]
+        schema = Problem.model_json_schema(ref_template=REFERENCE)
         components |= {**schema.pop("$defs"), "Problem": schema}
+        components |= BatchForm.model_json_schema(ref_template=REFERENCE)["$defs"]
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 if not keys or ROUTE_SCOPES[method.upper(), path] is None:

@@ -1,8 +1,11 @@
-"""Run coroutines side by side, with their first error as it is."""
+"""Run coroutines side by side, with their first error as it is; and calls in threads."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Executor
+from contextvars import copy_context
 from typing import TypeVar
 
 from anyio import create_task_group
@@ -12,6 +15,9 @@ T = TypeVar("T")
 
 async def gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
     """The results in order. The first error cancels the others and is raised, not in a group."""
+    calls = list(calls)
+    if len(calls) == 1:
+        return [await calls[0]]
     results: dict[int, T] = {}
 
     async def run(place: int, call: Awaitable[T]) -> None:
@@ -24,3 +30,12 @@ async def gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
     except ExceptionGroup as several:
         raise several.exceptions[0] from several
     return [results[place] for place in range(len(results))]
+
+
+async def in_thread(threads: Executor, call: Callable[[], T]) -> T:
+    """Run a call in one of `threads`, with our context variables.
+
+    Cancelled, a call that has not begun never does; one that has ends by itself, unheard.
+    """
+    context = copy_context()
+    return await asyncio.get_running_loop().run_in_executor(threads, context.run, call)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model import CMT, Modality, Modulation, load_checkpoint, preprocess
+from model import CMT, Modality, Modulation, load_checkpoint
 from model.precision import Precision, PrecisionName, choose_precision
+from model.preprocess import preprocess_all
 from service.errors import RuntimeUnavailable
 from service.images import Crop
 
@@ -38,7 +39,8 @@ class Embedder:
     """One checkpoint on one device. Thread-safe.
 
     info: what the checkpoint says of itself. device: "cpu" or "cuda". runtime: "torch" or
-    "openvino". precision: the number type and why it was chosen.
+    "openvino". precision: the number type and why it was chosen. network: preprocessed images
+    B×3×H×W of one modality → B×P×D; `embed` gives it at most 32 at once.
     Raises CheckpointError (the file) or RuntimeUnavailable (device or runtime), one sentence.
     """
 
@@ -53,7 +55,7 @@ class Embedder:
     ) -> None:
         self.device = _device(device)
         self._model, self.info = load_checkpoint(checkpoint, self.device)
-        self.runtime, self.precision, self._network = self._choose(runtime, precision, cache_dir)
+        self.runtime, self.precision, self.network = self._choose(runtime, precision, cache_dir)
 
     def embed(self, crops: Sequence[Crop]) -> Tensor:
         """B crops of any modality → B×P×D, fp32 on the CPU, in their order."""
@@ -63,8 +65,8 @@ class Embedder:
             places = [i for i, crop in enumerate(crops) if crop.modality == modality]
             for start in range(0, len(places), _BATCH):
                 batch = places[start : start + _BATCH]
-                images = torch.stack([preprocess(crops[i].image, config) for i in batch])
-                features[batch] = self._network(images, modality)
+                images = preprocess_all([crops[i].image for i in batch], config)
+                features[batch] = self.network(images, modality)
         return features
 
     @torch.inference_mode()
@@ -74,7 +76,7 @@ class Embedder:
 
     def close(self) -> None:
         """Let the network and its memory go."""
-        del self._network, self._model
+        del self.network, self._model
 
     def _choose(
         self, runtime: Runtime, precision: PrecisionName, cache_dir: Path | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
@@ -12,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from anyio import CapacityLimiter, sleep
 
 from service.concurrently import gathered
 from service.errors import IdempotencyConflict, ModelVersionConflict, ServiceError
@@ -145,10 +145,10 @@ class _Batch:
         return found
 
     async def _embed_all(self, places: Sequence[int]) -> None:
-        window = CapacityLimiter(_WINDOW)
+        window = asyncio.Semaphore(_WINDOW)
         await gathered(self._embed(place, window) for place in places)
 
-    async def _embed(self, place: int, window: CapacityLimiter) -> None:
+    async def _embed(self, place: int, window: asyncio.Semaphore) -> None:
         async with window:
             try:
                 self._embedded[place] = await self._pipeline.embedded(
@@ -178,7 +178,7 @@ class _Batch:
                     # Another request enrolled one of the keys since: that one is found now.
                     await self._find_enrolled()
                 else:  # the gallery has just gone on to another checkpoint
-                    await sleep(SWITCH_WAIT)
+                    await asyncio.sleep(SWITCH_WAIT)
                 continue
             self._pipeline.note("store", time.perf_counter() - started)
             self._outcomes |= {

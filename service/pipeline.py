@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from anyio import CapacityLimiter, create_task_group, sleep, to_thread
+from anyio import create_task_group, sleep
 from anyio.abc import TaskGroup
 from torch import Tensor
 
-from service.concurrently import gathered
+from service.concurrently import gathered, in_thread
 from service.decoding import Decoders
 from service.embedder import Embedder
 from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
@@ -40,8 +42,9 @@ T = TypeVar("T")
 
 # SQLite has one writer; readers of a page or an image are short.
 _STORE_THREADS = 8
-# Searches that come together run as one product; more threads than that only wait.
-_SEARCH_THREADS = 8
+# Searches that come together run as one product, which is what a GPU wants. On a CPU more threads
+# than cores only take the interpreter from one another.
+_SEARCH_THREADS = {"cpu": os.cpu_count() or 1, "cuda": 32}
 _EXPIRE_EVERY = 600.0  # seconds
 # Between the moment when the gallery goes on to another checkpoint and that when we do.
 SWITCH_TRIES = 20
@@ -108,10 +111,10 @@ class Pipeline:
         self._metrics, self._tracing = metrics, tracing
         self.network = Network(embedder, settings, metrics.batch)
         self._background: TaskGroup | None = None
-        self._decoding = CapacityLimiter(settings.decode_processes)
-        self._searching = CapacityLimiter(_SEARCH_THREADS)
-        self._storing = CapacityLimiter(_STORE_THREADS)
-        self.trail = Trail(gallery, CapacityLimiter(1), metrics.audit_failures.inc)
+        self._decoding = ThreadPoolExecutor(settings.decode_processes, "decode")
+        self._searching = ThreadPoolExecutor(_SEARCH_THREADS[embedder.device], "search")
+        self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
+        self.trail = Trail(gallery, metrics.audit_failures.inc)
         self.pulse = Pulse(partial(self.embedded, query=True))
 
     async def run(self) -> None:
@@ -139,9 +142,15 @@ class Pipeline:
         self._metrics.stage(stage, seconds)
         self._tracing.stage(stage, seconds)
 
+    def close(self) -> None:
+        """End the threads, when nothing is under way any longer."""
+        for threads in (self._decoding, self._searching, self._storing):
+            threads.shutdown(cancel_futures=True)
+        self.trail.close()
+
     async def stored(self, call: Callable[[], T]) -> T:
         """Run a call to the gallery that reads or changes it."""
-        return await to_thread.run_sync(call, limiter=self._storing)
+        return await in_thread(self._storing, call)
 
     async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
         """Decode and embed one picture. Raises ServiceError."""
@@ -149,7 +158,7 @@ class Pipeline:
         config = network.embedder.info.config
         started = time.perf_counter()
         decode = partial(self._decoders.decode, picture, config.input_height, config.input_width)
-        crop = await to_thread.run_sync(decode, limiter=self._decoding)
+        crop = await in_thread(self._decoding, decode)
         decoded = time.perf_counter()
         features, waited, took = await network.queue.embed(crop, query=query)
         if not features.isfinite().all():
@@ -187,7 +196,7 @@ class Pipeline:
         rank = partial(self._rank, network.embedder, features, modality, search)
         noting = asyncio.create_task(self.trail.note(act))
         try:
-            result, similarities = await to_thread.run_sync(rank, limiter=self._searching)
+            result, similarities = await in_thread(self._searching, rank)
         finally:
             await noting
         for stage, milliseconds in result.timings_ms.items():

@@ -61,6 +61,7 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
             bytes=settings.max_pending_bytes,
         )
         pipeline = Pipeline(embedder, gallery, decoders, settings, metrics, tracing)
+        stack.callback(pipeline.close)
         reembedder = Reembedder(pipeline, settings)
         stack.callback(reembedder.close)
         _watch(metrics, gallery, admission, pipeline)

@@ -72,8 +72,8 @@ class Settings(BaseSettings):
     decode_processes: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     decode_timeout: float = Field(default=10, gt=0)
     """How long one image may take to decode."""
-    max_batch: int = Field(default=32, ge=1, le=1024)
-    """Images embedded at once."""
+    max_batch: int | None = Field(default=None, ge=1, le=1024)
+    """Images embedded at once; without it 8 on a CPU and 32 on a GPU."""
     batch_wait: float = Field(default=0.0, ge=0, le=1)
     """How long an image waits for others while the network is idle."""
 

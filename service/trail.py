@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 
-from anyio import CapacityLimiter, to_thread
-
+from service.concurrently import in_thread
 from service.errors import ServiceError
 from service.gallery import Act, Gallery
 
@@ -25,12 +23,10 @@ class Trail:
     query: it is kept in memory, counted, and written with the next one that can be.
     """
 
-    def __init__(
-        self, gallery: Gallery, limiter: CapacityLimiter, failed: Callable[[], None]
-    ) -> None:
-        self._gallery, self._limiter, self._failed = gallery, limiter, failed
+    def __init__(self, gallery: Gallery, failed: Callable[[], None]) -> None:
+        self._gallery, self._failed = gallery, failed
+        self._thread = ThreadPoolExecutor(1, "trail")
         self._waiting: deque[Act] = deque()
-        self._writing = threading.Lock()
 
     async def note(self, act: Act) -> None:
         """Log an act: on the disk when this returns, if the disk takes it."""
@@ -40,18 +36,22 @@ class Trail:
     async def flush(self) -> None:
         """Write what waits."""
         if self._waiting:
-            await to_thread.run_sync(partial(self._flush), limiter=self._limiter)
+            await in_thread(self._thread, self._flush)
+
+    def close(self) -> None:
+        """Write what waits, if that is possible, and end the thread."""
+        self._thread.submit(self._flush)
+        self._thread.shutdown()
 
     def _flush(self) -> None:
-        with self._writing:
-            acts = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            if not acts:  # another thread took them along
-                return
-            try:
-                self._gallery.record(*acts)
-            except ServiceError as error:
-                self._failed()
-                log.warning("the audit log cannot be written (%s); entries wait", error.detail)
-                self._waiting.extendleft(reversed(acts[-_KEPT:]))
-                for lost in acts[:-_KEPT]:
-                    log.error("audit: %s %s %s", lost.actor, lost.action, lost.subject)
+        acts = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not acts:  # the call before took them along
+            return
+        try:
+            self._gallery.record(*acts)
+        except ServiceError as error:
+            self._failed()
+            log.warning("the audit log cannot be written (%s); entries wait", error.detail)
+            self._waiting.extendleft(reversed(acts[-_KEPT:]))
+            for lost in acts[:-_KEPT]:
+                log.error("audit: %s %s %s", lost.actor, lost.action, lost.subject)

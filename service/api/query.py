@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from service import errors
 from service.api.deps import (
@@ -14,6 +14,7 @@ from service.api.deps import (
     form_body,
     images_part,
     invalid_field,
+    json_response,
     read_upload,
 )
 from service.api.gallery import IMAGE_ERRORS
@@ -37,7 +38,6 @@ router = APIRouter(tags=["query"])
 @router.post(
     "/query",
     response_model=QueryAnswer,
-    response_model_exclude_unset=True,
     dependencies=[NO_QUERY],
     openapi_extra=form_body(
         QueryForm,
@@ -50,7 +50,7 @@ router = APIRouter(tags=["query"])
         errors.IndexOutOfStep,
     ),
 )
-async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> QueryAnswer:
+async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Response:
     """Rank the gallery for one person, nearest first.
 
     The query's γ and β modulate every gallery item. By default a shortlist is recalled in the
@@ -67,7 +67,7 @@ async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Query
         answer = await state.pipeline.query(
             [Picture(image, form.modality, box) for image in upload.images], _search(form), actor
         )
-    return _answer(answer, form, len(upload.images))
+    return json_response(_answer(answer, form, len(upload.images)))
 
 
 def _search(form: QueryForm) -> Search:

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from anyio import CapacityLimiter
 
 from model import CMT, load_checkpoint, save_checkpoint
 from service import pulse
@@ -93,12 +92,13 @@ def test_entries_of_the_audit_log_wait_for_the_disk_in_their_order() -> None:
         failures[0] += 1
 
     async def work() -> None:
-        trail = Trail(gallery, CapacityLimiter(1), failed)  # type: ignore[arg-type]
+        trail = Trail(gallery, failed)  # type: ignore[arg-type]
         await trail.note(Act("a", "query"))
         await trail.note(Act("b", "query"))
         assert (gallery.acts, failures[0]) == ([], 2)
         gallery.full = False
         await trail.note(Act("c", "query"))
+        trail.close()
 
     asyncio.run(work())
     assert [act.actor for act in gallery.acts] == ["a", "b", "c"]
