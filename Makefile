@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 ONCE ?=
 # Where `make bench` writes its results, and which benchmarks it runs.
 RESULTS ?= benchmarks/results
-BENCHES ?= rescore recall scale start enroll embed
+BENCHES ?= rescore recall scale start enroll embed serve
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,7 +52,7 @@ format: $(DEVELOPMENT) ## format the code and order its imports
 bench: $(DEVELOPMENT) ## run the benchmarks and write their results to benchmarks/results
 	@mkdir -p $(RESULTS)
 	$(foreach name,$(BENCHES),$(BIN)/cmt bench $(name) --json $(RESULTS)/$(name).json \
-		$(if $(filter recall scale,$(name)),--plot $(RESULTS)/$(name).png) &&) true
+		$(if $(filter recall scale serve,$(name)),--plot $(RESULTS)/$(name).png) &&) true
 
 crash: $(DEVELOPMENT) ## kill the gallery and the service a hundred times each; what they acknowledged must hold
 	@mkdir -p $(RESULTS)

@@ -32,6 +32,12 @@ class FormMalformed(ServiceError):
     status, code, title = 400, "form_malformed", "Form malformed"
 
 
+class RequestMalformed(ServiceError):
+    """Bytes that are no HTTP request."""
+
+    status, code, title = 400, "request_malformed", "Request malformed"
+
+
 # 401
 
 

@@ -105,7 +105,9 @@ def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
-        http=patient_for(settings.header_timeout),
+        http=patient_for(settings.header_timeout, settings.body_timeout),
+        # There are none, and uvicorn would log the query string of who asks for one.
+        ws="none",
         # The access log would hold query strings, and with them names of persons.
         access_log=False,
         log_config=None,
@@ -132,6 +134,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._signalled is not None or not self.started:
+            self.config.timeout_graceful_shutdown = 0
             super().handle_exit(sig, frame)
             return
         self._captured_signals.append(sig)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 
 from service import errors
 from service.api.deps import NO_QUERY, ActorDep, ResourcesDep
+from service.api.json_body import JSON_ERRORS, json_body, json_of
 from service.api.schemas import (
     AuditParameters,
     AuditRecord,
@@ -26,9 +27,14 @@ router = APIRouter(prefix="/admin", tags=["admin"])
     "/reembed",
     status_code=202,
     dependencies=[NO_QUERY],
-    responses=documented(errors.ModelVersionConflict, errors.CheckpointUnusable),
+    openapi_extra=json_body(ReembedRequest),
+    responses=documented(*JSON_ERRORS, errors.ModelVersionConflict, errors.CheckpointUnusable),
 )
-async def reembed(wanted: ReembedRequest, state: ResourcesDep, actor: ActorDep) -> ReembedStatus:
+async def reembed(
+    wanted: Annotated[ReembedRequest, Depends(json_of(ReembedRequest))],
+    state: ResourcesDep,
+    actor: ActorDep,
+) -> ReembedStatus:
     """Embed every item with another checkpoint, then search with that one; in the background.
 
     Until it is done, all goes on with the features there are. GET /admin/reembed says how far it

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 import anyio
-from anyio import create_task_group
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -56,7 +56,7 @@ UPLOAD_ERRORS = (
 )
 
 
-def actor(request: Request) -> str:
+async def actor(request: Request) -> str:
     """Who asks, for the audit log, as `authorise` found."""
     return cast(str, request.state.actor)
 
@@ -69,10 +69,15 @@ def resources(request: Request) -> Resources:
     return cast(Resources, request.state.resources)
 
 
-ResourcesDep = Annotated[Resources, Depends(resources)]
+# Dependencies are coroutines, which run where they are; FastAPI takes others to a thread.
+async def _resources(request: Request) -> Resources:
+    return resources(request)
 
 
-def no_query_parameters(request: Request) -> None:
+ResourcesDep = Annotated[Resources, Depends(_resources)]
+
+
+async def no_query_parameters(request: Request) -> None:
     """Refuse a query string where the route takes none: a misspelt filter must not pass."""
     names = sorted(set(request.query_params))
     if names:
@@ -128,6 +133,8 @@ async def read_upload(
 @asynccontextmanager
 async def _while_connected(request: Request) -> AsyncIterator[None]:
     """Cancel the block when the client goes: nobody waits for its answer. Raises ClientGone."""
+    task = asyncio.current_task()
+    assert task is not None
     gone = False
 
     async def watch() -> None:
@@ -135,19 +142,22 @@ async def _while_connected(request: Request) -> AsyncIterator[None]:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         gone = True
-        group.cancel_scope.cancel()
+        task.cancel()
 
+    watching = asyncio.create_task(watch())
     try:
-        async with create_task_group() as group:
-            group.start_soon(watch)
-            yield
-            group.cancel_scope.cancel()
-    except ExceptionGroup as several:  # the block's error is the only one there can be
-        raise several.exceptions[0] from several
-    if gone:
-        raise ClientGone("the client closed the connection")
+        yield
+        if gone:  # in the very moment when the block was done
+            await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            raise ClientGone("the client closed the connection") from None
+        raise
+    finally:
+        watching.cancel()
 
 
+REFERENCE = "#/components/schemas/{model}"
 IMAGE_PART = {
     "type": "string",
     "format": "binary",
@@ -168,7 +178,8 @@ def images_part(most: int, description: str) -> dict[str, Any]:
 
 def form_body(model: type[FormModel], image: dict[str, Any]) -> dict[str, Any]:
     """`openapi_extra` of an endpoint that reads its own form: `model`'s fields and the images."""
-    schema = model.model_json_schema()
+    schema = model.model_json_schema(ref_template=REFERENCE)
+    schema.pop("$defs", None)  # `service.app` puts them where REFERENCE points to
     fields = {name: _form_field(field) for name, field in schema["properties"].items()}
     schema["properties"] = {"image": image, **fields}
     schema["required"] = ["image"]
@@ -196,26 +207,36 @@ async def _parse(request: Request, max_images: int, max_bytes: int, body: Body) 
         raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
     parser = MultiPartParser(
         request.headers,
-        _bounded(request, max_bytes, body),
+        bounded(request, max_bytes, body.grow),
         max_files=max_images + 1,  # one too many is told as that, not as a broken form
         max_fields=MAX_FIELDS,
         max_part_size=MAX_FIELD_BYTES,
     )
     try:
-        with anyio.fail_after(resources(request).settings.body_timeout):
+        with in_time(request):
             return await parser.parse()
-    except TimeoutError as error:
-        raise BodyTimeout("the body did not arrive in time; send it faster or smaller") from error
-    except ClientDisconnect as error:
-        raise ClientGone("the client closed the connection in the middle of the body") from error
     except MultiPartException as error:
         raise FormMalformed(f"the form cannot be read: {error.message}") from error
 
 
-async def _bounded(request: Request, max_bytes: int, body: Body) -> AsyncGenerator[bytes, None]:
-    """The body's chunks, as long as they stay within `max_bytes` and what is admitted."""
+@contextmanager
+def in_time(request: Request) -> Iterator[None]:
+    """Around reading a body. Raises BodyTimeout or ClientGone where it does not arrive whole."""
+    try:
+        with anyio.fail_after(resources(request).settings.body_timeout):
+            yield
+    except TimeoutError as error:
+        raise BodyTimeout("the body did not arrive in time; send it faster or smaller") from error
+    except ClientDisconnect as error:
+        raise ClientGone("the client closed the connection in the middle of the body") from error
+
+
+async def bounded(
+    request: Request, max_bytes: int, admit: Callable[[int], None] = lambda count: None
+) -> AsyncGenerator[bytes, None]:
+    """The body's chunks, as long as they stay within `max_bytes` and are admitted."""
     too_large = BodyTooLarge(
-        f"the body may have {max_bytes:,} bytes; send fewer or smaller images",
+        f"the body may have {max_bytes:,} bytes; send less at once",
         headers={"Connection": "close"},
     )
     chunks = request.stream()
@@ -230,7 +251,7 @@ async def _bounded(request: Request, max_bytes: int, body: Body) -> AsyncGenerat
         if received > max_bytes:
             await _discard(chunks, max_bytes)
             raise too_large
-        body.grow(len(chunk))
+        admit(len(chunk))
         yield chunk
 
 
@@ -266,6 +287,19 @@ async def _read(part: UploadFile, max_bytes: int) -> bytes:
             f"the image has {part.size:,} bytes, the limit is {max_bytes:,}; send a smaller crop"
         )
     return await part.read()
+
+
+def json_response(body: BaseModel, status: int = 200, **headers: str) -> Response:
+    """A model as JSON, without the fields that were not set.
+
+    An endpoint's model is written once: FastAPI would validate it a second time.
+    """
+    return Response(
+        body.model_dump_json(exclude_unset=True),
+        status_code=status,
+        headers=headers,
+        media_type="application/json",
+    )
 
 
 def invalid_field(name: str, message: str) -> RequestValidationError:

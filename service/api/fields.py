@@ -31,9 +31,9 @@ def plain_text(value: str) -> str:
 
 def _timestamp(value: Any) -> Any:
     """RFC 3339 text → an aware datetime in UTC."""
-    if not isinstance(value, str):
+    if isinstance(value, datetime):  # from Python
         return value
-    if not _RFC_3339.fullmatch(value):
+    if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
         raise ValueError("must be a time with an offset, such as 2026-03-01T14:05:00+01:00")
     try:
         return datetime.fromisoformat(value.upper()).astimezone(UTC)
@@ -101,7 +101,8 @@ def _is_whole(text: str) -> bool:
     return True
 
 
-Label = Annotated[str, Field(max_length=128), AfterValidator(plain_text)]
+_PLAIN = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}  # `plain_text`, for the document
+Label = Annotated[str, Field(max_length=128, json_schema_extra=_PLAIN), AfterValidator(plain_text)]
 Timestamp = Annotated[
     datetime,
     BeforeValidator(_timestamp),

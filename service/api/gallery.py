@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
 from service import enrollment, errors
 from service.api.deps import (
@@ -19,8 +19,10 @@ from service.api.deps import (
     form_body,
     images_part,
     invalid_field,
+    json_response,
     read_upload,
 )
+from service.api.json_body import JSON_ERRORS, json_body, json_of
 from service.api.schemas import (
     BATCH_IMAGES,
     KEY_PATTERN,
@@ -86,10 +88,9 @@ ItemId = Annotated[str, Path(alias="id", json_schema_extra={"format": "uuid"})]
 )
 async def enroll(
     request: Request,
-    response: Response,
     state: ResourcesDep,
     idempotency_key: IdempotencyKey = None,
-) -> GalleryItem:
+) -> Response:
     """Enroll one crop. A 201 means durable: the next query can return the item.
 
     A repeat with the same Idempotency-Key and content gives the stored item with 200; with other
@@ -102,20 +103,18 @@ async def enroll(
         [outcome] = await enrollment.enroll(state.pipeline, [wanted])
     if isinstance(outcome, errors.ServiceError):
         raise outcome
-    response.status_code = 201 if outcome.new else 200
-    response.headers["Location"] = f"/gallery/{outcome.item.id}"
-    return GalleryItem.model_validate(outcome.item)
+    item = GalleryItem.model_validate(outcome.item)
+    return json_response(item, 201 if outcome.new else 200, Location=f"/gallery/{item.id}")
 
 
 @router.post(
     "/batch",
     response_model=BatchAnswer,
-    response_model_exclude_unset=True,
     dependencies=[NO_QUERY],
     openapi_extra=form_body(BatchForm, images_part(BATCH_IMAGES, "Crops, each of its own.")),
     responses=documented(*UPLOAD_ERRORS, errors.StorageUnwritable, errors.StorageFull),
 )
-async def enroll_batch(request: Request, state: ResourcesDep) -> BatchAnswer:
+async def enroll_batch(request: Request, state: ResourcesDep) -> Response:
     """Enroll up to 256 crops in one transaction, each with a result of its own, in order.
 
     A bad image fails alone. Once this is answered, all items with 201 or 200 are durable.
@@ -134,11 +133,13 @@ async def enroll_batch(request: Request, state: ResourcesDep) -> BatchAnswer:
             for image, item in zip(upload.images, items, strict=True)
         ]
         outcomes = await enrollment.enroll(state.pipeline, wanted)
-    return BatchAnswer(
-        results=[
-            _result(outcome, f"{request.url.path}#{place}", state)
-            for place, outcome in enumerate(outcomes)
-        ]
+    return json_response(
+        BatchAnswer(
+            results=[
+                _result(outcome, f"{request.url.path}#{place}", state)
+                for place, outcome in enumerate(outcomes)
+            ]
+        )
     )
 
 
@@ -233,10 +234,16 @@ async def get_image(item_id: ItemId, state: ResourcesDep, actor: ActorDep) -> Re
     "/{id}",
     response_model=GalleryItem,
     dependencies=[NO_QUERY],
-    responses=documented(errors.ItemNotFound, errors.StorageUnwritable, errors.StorageFull),
+    openapi_extra=json_body(ItemPatch),
+    responses=documented(
+        *JSON_ERRORS, errors.ItemNotFound, errors.StorageUnwritable, errors.StorageFull
+    ),
 )
 async def update_item(
-    item_id: ItemId, patch: ItemPatch, state: ResourcesDep, actor: ActorDep
+    item_id: ItemId,
+    patch: Annotated[ItemPatch, Depends(json_of(ItemPatch))],
+    state: ResourcesDep,
+    actor: ActorDep,
 ) -> GalleryItem:
     """Change an item's labels or metadata: what is given; null empties a field.
 

@@ -63,12 +63,10 @@ def embedded(roots: Sequence[Path], embedder: Embedder, cache: Path | None) -> C
     cached = _read(cache, source) if cache is not None else None
     if cached is not None:
         return cached
-    numbers = {folder: i for i, folder in enumerate(dict.fromkeys(map(_person, files)))}
-    starts = track(range(0, len(files), _BATCH), "Embedding crops", transient=True)
     crops = CropFeatures(
-        torch.cat([_embed(embedder, files[start : start + _BATCH]) for start in starts]),
-        torch.tensor([numbers[_person(file)] for file in files]),
-        torch.tensor([_modality(file) == "ir" for file in files]),
+        features_of(files, embedder).half(),
+        torch.tensor(person_numbers(files)),
+        torch.tensor([modality_of(file) == "ir" for file in files]),
     )
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -76,16 +74,25 @@ def embedded(roots: Sequence[Path], embedder: Embedder, cache: Path | None) -> C
     return crops
 
 
-def _embed(embedder: Embedder, files: Sequence[Path]) -> Tensor:
-    crops = [decode(file.read_bytes(), modality=_modality(file)) for file in files]
-    return embedder.embed(crops).half()
+def features_of(files: Sequence[Path], embedder: Embedder) -> Tensor:
+    """M crops, each of its camera's modality → M×P×D fp32, in their order."""
+    blocks = []
+    for start in track(range(0, len(files), _BATCH), "Embedding crops", transient=True):
+        block = files[start : start + _BATCH]
+        crops = [decode(file.read_bytes(), modality=modality_of(file)) for file in block]
+        blocks.append(embedder.embed(crops))
+    return torch.cat(blocks)
 
 
-def _person(file: Path) -> tuple[Path, str]:
-    return file.parents[2], file.parent.name
+def person_numbers(files: Sequence[Path]) -> list[int]:
+    """0, 1, … for each person of each root, in the order of the files."""
+    folders = [(file.parents[2], file.parent.name) for file in files]
+    numbers = {folder: number for number, folder in enumerate(dict.fromkeys(folders))}
+    return [numbers[folder] for folder in folders]
 
 
-def _modality(file: Path) -> Modality:
+def modality_of(file: Path) -> Modality:
+    """By the camera's folder."""
     return _MODALITIES[file.parents[1].name]
 
 

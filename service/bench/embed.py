@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from model import CMT, CMTConfig, load_checkpoint, preprocess, save_checkpoint
 from model.benchmark import Spread, compare, publish
 from service.embedder import Device, Embedder, Runtime
 from service.images import Crop, decode
+
+Backbone = Literal["resnet18", "resnet34", "resnet50"]
 
 _IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -52,7 +54,7 @@ def embed(
     }
     crops = _random_crops(32) if images is None else _read_crops(images)
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint or _random_checkpoint(Path(folder))
+        path = checkpoint or random_checkpoint(Path(folder))
         embedder = Embedder(path, device, runtime)
         plain, _ = load_checkpoint(path, embedder.device)
         agreement = _agreement(embedder, plain, crops)
@@ -108,10 +110,11 @@ def _agreement(embedder: Embedder, plain: CMT, crops: Sequence[Crop]) -> dict[st
     }
 
 
-def _random_checkpoint(folder: Path) -> Path:
+def random_checkpoint(folder: Path, backbone: Backbone = "resnet50") -> Path:
+    """Untrained weights in the paper's size, for measuring time only → the file."""
     torch.manual_seed(0)
     path = folder / "random.safetensors"
-    save_checkpoint(path, CMT(CMTConfig()))
+    save_checkpoint(path, CMT(CMTConfig(backbone=backbone)))
     return path
 
 

@@ -82,6 +82,36 @@ def draw_scale(results: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_serve(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Latency (p50 a line, p99 a dotted one) and requests a second, over the number of clients."""
+    figure, (latency, rate) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    loads = [r for r in results if "clients" in r]
+    for place, (side, route) in enumerate(dict.fromkeys((r["side"], r["route"]) for r in loads)):
+        chosen = [r for r in loads if (r["side"], r["route"]) == (side, route)]
+        clients = [r["clients"] for r in chosen]
+        style = {"color": _COLORS[place], "marker": _MARKERS[place]}
+        for quantile, line, label in (("p50", "-", f"{side}, {route}"), ("p99", ":", None)):
+            values = [_median(r[f"{quantile}, ms"]) for r in chosen]
+            latency.plot(clients, values, line, **style, label=label)
+        rates = [_median(r["requests per second, corrected"]) for r in chosen]
+        rate.plot(clients, rates, **style)
+    best = max(_median(r["images per second"]) for r in results if "batch" in r)
+    rate.axhline(best, color="0.4", linestyle="--", label="bare model, best batch size")
+    latency.set_ylabel("ms: p50, dotted p99")
+    latency.set_yscale("log")
+    rate.set_ylabel("requests/s, corrected")
+    rate.set_ylim(bottom=0)
+    for axis in (latency, rate):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("clients")
+        axis.grid(alpha=0.3, which="major", linewidth=0.5)
+    lines = dict(zip(*reversed(latency.get_legend_handles_labels()), strict=True))
+    lines |= dict(zip(*reversed(rate.get_legend_handles_labels()), strict=True))
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
+    _save(figure, path)
+
+
 def _draw_curves(
     axis: Any, results: Sequence[dict[str, Any]], curves: dict[str, dict[str, str]]
 ) -> None:

@@ -1,0 +1,114 @@
+"""HTTP throughput and latency of the service, against the bare model and against other servers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from model.benchmark import publish
+from service.bench.data import CHECKPOINT, numbers
+from service.bench.embed import Backbone, random_checkpoint
+from service.bench.serving.rivals import Rival, is_installed
+from service.bench.serving.trials import Trials
+from service.embedder import Device, Embedder, Runtime
+
+
+def serve(
+    checkpoint: Annotated[Path, typer.Option(help="What embeds the crops.")] = CHECKPOINT,
+    network: Annotated[
+        Backbone | None,
+        typer.Option(help="Not a checkpoint: this backbone at 384×144 with random weights."),
+    ] = None,
+    queries: Annotated[Path, typer.Option(help="Folder of infrared crops to query with.")] = (
+        Path("examples/queries")
+    ),
+    crops: Annotated[Path, typer.Option(help="Folder of visible crops to enroll.")] = (
+        Path("examples/gallery")
+    ),
+    gallery: Annotated[int, typer.Option(min=1, help="Items in the gallery of a query.")] = 10_000,
+    clients: Annotated[str, typer.Option(help="Numbers of clients, comma-separated.")] = "1,8,32",
+    seconds: Annotated[
+        float,
+        typer.Option(min=0.1, help="How long each is measured, after half of that unmeasured."),
+    ] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all sides run, in turn.")] = 3,
+    against: Annotated[list[Rival] | None, typer.Option(help="One of them; default all.")] = None,
+    device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Draw latency and throughput here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+) -> None:
+    """Measure POST /query and POST /gallery over HTTP, against the bare model and other servers.
+
+    The bare model is the service's network called in a loop on decoded tensors, at the best batch
+    size of 1, 8 and 32: the ceiling. The other servers do less than the service: they decode an
+    upload with Pillow, embed it with the same Embedder on the same device and runtime, and answer
+    the norm. Naive FastAPI does so request by request, LitServe in dynamic batches. Each server and
+    the load generator run in processes of their own, one server at a time, all in turn.
+
+    Requests a second are given as they were, and corrected for the generator's share of this
+    machine: requests / (seconds − CPU seconds of the generator / cores). Shares of the bare model
+    are the corrected rate's; they mean something where all cores are busy.
+
+    Example: cmt bench serve --clients 1,32 --seconds 5
+    """
+    settings = {
+        **({"network": network} if network else {"checkpoint": str(checkpoint)}),
+        **{"queries": str(queries), "crops": str(crops), "gallery": gallery},
+        **{"clients": clients, "seconds": seconds, "rounds": rounds},
+        **({"against": " --against ".join(against)} if against else {}),
+        **{"device": device, "runtime": runtime},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = random_checkpoint(folder, network) if network else checkpoint
+        with closing(Embedder(path, device, runtime)) as embedder:
+            trials = Trials(folder, path, embedder, queries, crops)
+            trials.fill(gallery)
+            for _ in range(rounds):
+                trials.round(numbers(clients), seconds, list(against or Rival))
+            results = trials.results()
+    publish("serve", settings, _COLUMNS, list(_rows(results)), results, json)
+    for line in _overhead(results):
+        typer.echo(line)
+    for missing in (kind for kind in against or Rival if not is_installed(kind)):
+        typer.echo(f"{missing} is not installed and was left out; install the extra 'bench'")
+    if plot is not None:
+        from service.bench.plots import draw_serve  # matplotlib, which only plots need
+
+        draw_serve(results, plot)
+
+
+_COLUMNS = (
+    *("", "route", "clients", "requests/s", "corrected", "of the bare model"),
+    *("p50, ms", "p95", "p99", "errors"),
+)
+
+
+def _rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
+    for r in results:
+        if "batch" in r:
+            yield (r["side"], f"batch {r['batch']}", "", r["images per second"], *[""] * 6)
+            continue
+        yield (
+            *(r["side"], r["route"], r["clients"]),
+            *(r["requests per second"], r["requests per second, corrected"].median),
+            f"{r['share of the bare model'].median:.0%}",
+            *(f"{r[f'{q}, ms'].median:.3g}" for q in ("p50", "p95", "p99")),
+            ", ".join(f"{count}× {status}" for status, count in r["errors"].items()) or 0,
+        )
+
+
+def _overhead(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for r in results:
+        if "ms over the bare model" in r:
+            stages = ", ".join(f"{name} {ms.median:.3g}" for name, ms in r["stages, ms"].items())
+            yield (
+                f"{r['route']}, one client: {r['ms over the bare model']} ms over the bare model; "
+                f"stages of single queries, ms: {stages}"
+            )

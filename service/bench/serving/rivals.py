@@ -1,0 +1,145 @@
+"""Servers of the benchmark: the service and what it is compared with, each in its own process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+
+from service.bench.serving.load import HOST
+from service.embedder import Embedder
+
+_START = 600.0  # seconds; a large network takes a while to be converted
+_END = 30.0
+
+
+class ServerError(Exception):
+    """A server of the benchmark did not start; the message says why."""
+
+
+class Rival(StrEnum):
+    """What the service may be compared with."""
+
+    NAIVE = "naive"
+    LITSERVE = "litserve"
+
+
+@dataclass(frozen=True)
+class Route:
+    """What is sent where: files in turn, as the form's part `image`."""
+
+    name: str
+    path: str
+    files: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class Server:
+    """command: starts it, once the port is added. routes: measured in their order."""
+
+    side: str
+    command: tuple[str, ...]
+    routes: tuple[Route, ...]
+
+
+def service(
+    checkpoint: Path,
+    embedder: Embedder,
+    data_dir: Path,
+    queries: Sequence[Path],
+    crops: Sequence[Path],
+) -> Server:
+    """`cmt serve` on a data folder. The queries come first: enrollments make the gallery grow."""
+    options = {
+        "--checkpoint": checkpoint,
+        "--data-dir": data_dir,
+        "--host": HOST,
+        "--device": embedder.device,
+        "--runtime": embedder.runtime,
+    }
+    command = [sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())"]
+    command += ["serve", *(str(part) for option in options.items() for part in option), "--port"]
+    routes = Route("POST /query", "/query", queries), Route("POST /gallery", "/gallery", crops)
+    return Server("ours", tuple(command), routes)
+
+
+def rival(kind: Rival, checkpoint: Path, embedder: Embedder, queries: Sequence[Path]) -> Server:
+    """A server that only embeds, on the same device and runtime."""
+    side, module = {
+        Rival.NAIVE: ("naive FastAPI", "service.bench.serving.naive"),
+        Rival.LITSERVE: ("LitServe", "service.bench.serving.batching"),
+    }[kind]
+    command = sys.executable, "-m", module, str(checkpoint), embedder.device, embedder.runtime
+    return Server(side, command, (Route("POST /embed", "/embed", queries),))
+
+
+def is_installed(kind: Rival) -> bool:
+    """Whether this environment can run it."""
+    return kind is not Rival.LITSERVE or find_spec("litserve") is not None
+
+
+@contextmanager
+def started(server: Server, log: Path) -> Iterator[int]:
+    """Run a server → its port, once it has answered a first request. Raises ServerError.
+
+    log: what it writes goes here. At the end its whole process group is gone.
+    """
+    port = _free_port()
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("CMT_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*server.command, str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        _wait_for_answer(process, server, port, log)
+        yield port
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END)
+        with suppress(ProcessLookupError):  # what a server leaves behind, or one that hangs
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for_answer(
+    process: subprocess.Popen[bytes], server: Server, port: int, log: Path
+) -> None:
+    """Until the first route answers its first file with success."""
+    route = server.routes[0]
+    image = route.files[0].read_bytes()
+    until = time.monotonic() + _START
+    answer = "none"
+    with httpx.Client(base_url=f"http://{HOST}:{port}", trust_env=False, timeout=_START) as http:
+        while time.monotonic() < until and process.poll() is None:
+            with suppress(httpx.TransportError):
+                response = http.post(route.path, files={"image": ("image", image)})
+                if response.is_success:
+                    return
+                answer = str(response.status_code)
+            time.sleep(0.1)
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it says nothing"]
+    raise ServerError(f"{server.side} did not start (answer {answer}): {last[0]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port: int = free.getsockname()[1]
+        return port

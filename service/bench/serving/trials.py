@@ -1,0 +1,184 @@
+"""The rounds of `cmt bench serve`: the bare model, the service and its rivals in turn."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import preprocess
+from model.benchmark import Spread, seconds
+from service.bench.crops import BenchmarkDataError
+from service.bench.serving.figures import CORRECTION, cores, corrected_rate, percentiles
+from service.bench.serving.load import HOST, Load, measure
+from service.bench.serving.rivals import Rival, is_installed, rival, service, started
+from service.cli.enroll import find_images
+from service.client import Client
+from service.embedder import Embedder
+from service.gallery import Gallery, NewItem
+from service.images import Crop, decode
+
+_BATCHES = (1, 8, 32)
+_BLOCK = 1000  # items of one transaction while the gallery is filled
+_NOISE = 0.1  # of the features' deviation, so that no two items of the gallery are equal
+_DEBUGGED = 20  # queries whose stages are asked for, a round
+
+Key = tuple[str, str, int]  # side, route, clients
+
+
+class Trials:
+    """A filled data folder, and what all rounds on it measured.
+
+    folder: an empty one, of which the service's data folders are made. queries, crops: folders.
+    """
+
+    def __init__(
+        self, folder: Path, checkpoint: Path, embedder: Embedder, queries: Path, crops: Path
+    ) -> None:
+        self._folder, self._checkpoint, self._embedder = folder, checkpoint, embedder
+        self._queries, self._crops = _files(queries), _files(crops)
+        self._precision = ""
+        self._bare: dict[int, list[float]] = {batch: [] for batch in _BATCHES}  # images/s
+        self._loads: dict[Key, list[Load]] = {}
+        self._stages: dict[str, list[float]] = {}  # ms
+
+    def fill(self, count: int) -> None:
+        """Enroll the crops, as often as they are needed, each time with a little noise."""
+        decoded = _decoded(self._crops)
+        y = self._embedder.embed(decoded)
+        noise = _NOISE * y.std()
+        info, device = self._embedder.info, self._embedder.device
+        with closing(Gallery.open(self._folder / "filled", info, device=device)) as gallery:
+            for start in range(0, count, _BLOCK):
+                places = [i % len(decoded) for i in range(start, min(start + _BLOCK, count))]
+                new = [NewItem(decoded[i], person_id=f"person-{i}") for i in places]
+                gallery.add(new, y[places] + noise * torch.randn(len(places), *y.shape[1:]))
+            gallery.save_index()
+
+    def round(self, clients: Sequence[int], duration: float, against: Sequence[Rival]) -> None:
+        """All sides once; the service on a fresh copy of the filled folder."""
+        self._measure_bare(duration)
+        data_dir = self._folder / "data"
+        shutil.copytree(self._folder / "filled", data_dir)
+        embedder = self._embedder
+        servers = [service(self._checkpoint, embedder, data_dir, self._queries, self._crops)]
+        servers += [
+            rival(kind, self._checkpoint, embedder, self._queries)
+            for kind in against
+            if is_installed(kind)
+        ]
+        for server in servers:
+            with started(server, self._folder / "log") as port:
+                for route in server.routes:
+                    for count in clients:
+                        load = measure(port, route.path, route.files, count, duration)
+                        key = server.side, route.name, count
+                        self._loads.setdefault(key, []).append(load)
+                    if route.path == "/query":
+                        self._ask_for_stages(port)
+        shutil.rmtree(data_dir)
+
+    def results(self) -> list[dict[str, Any]]:
+        """A row for every batch size of the bare model, then one for every load."""
+        facts = {
+            "runtime": self._embedder.runtime,
+            "precision": self._precision,
+            "cores": cores(),
+            "correction": CORRECTION,
+            "servers": _servers(),
+        }
+        rates = {batch: Spread.of(rates) for batch, rates in self._bare.items()}
+        best = max(rates, key=lambda batch: rates[batch].median)
+        rows: list[dict[str, Any]] = [
+            {"side": "bare model", "batch": batch, "images per second": rate, **facts}
+            for batch, rate in rates.items()
+        ]
+        for (side, route, clients), loads in self._loads.items():
+            row = {"side": side, "route": route, "clients": clients}
+            row |= _figures(loads, self._bare[best])
+            if (side, route, clients) == ("ours", "POST /query", 1):
+                row["ms over the bare model"] = self._overhead(loads)
+                row["stages, ms"] = {name: Spread.of(ms) for name, ms in self._stages.items()}
+            rows.append({**row, **facts})
+        return rows
+
+    def _measure_bare(self, duration: float) -> None:
+        """The network on decoded tensors, as often as the time allows."""
+        crops = islice(cycle(_decoded(self._queries)), max(_BATCHES))
+        images = torch.stack([preprocess(c.image, self._embedder.info.config) for c in crops])
+        for batch, rates in self._bare.items():
+            part = images[:batch]
+            self._embedder.network(part, "ir")  # warm up
+            calls, taken = 0, 0.0
+            while taken < duration / len(_BATCHES):
+                taken += seconds(lambda part=part: self._embedder.network(part, "ir"))  # type: ignore[misc]
+                calls += 1
+            rates.append(batch * calls / taken)
+
+    def _ask_for_stages(self, port: int) -> None:
+        """What the service says itself of single queries; its precision too."""
+        with Client(f"http://{HOST}:{port}") as client:
+            self._precision = client.model().precision
+            for file in islice(cycle(self._queries), _DEBUGGED):
+                timings = client.query(file, debug=True).timings_ms
+                assert timings is not None
+                for stage, milliseconds in timings.model_dump().items():
+                    self._stages.setdefault(stage, []).append(milliseconds)
+
+    def _overhead(self, loads: Sequence[Load]) -> Spread:
+        """p50 of a query from one client, less the time of the network on one image."""
+        return Spread.of(
+            [
+                1e3 * (percentiles(load.latencies)["p50"] - 1 / rate)
+                for load, rate in zip(loads, self._bare[1], strict=True)
+            ]
+        )
+
+
+def _figures(loads: Sequence[Load], bare: Sequence[float]) -> dict[str, Any]:
+    """Spreads over the rounds; bare: the best rate of the bare model in each."""
+    raw = [len(load.latencies) / load.seconds for load in loads]
+    corrected = [
+        corrected_rate(len(load.latencies), load.seconds, load.cpu_seconds, cores())
+        for load in loads
+    ]
+    errors: Counter[str] = Counter()
+    for load in loads:
+        errors.update(load.errors)
+    quantiles = [percentiles(load.latencies) for load in loads]
+    return {
+        "requests": sum(len(load.latencies) for load in loads),
+        "requests per second": Spread.of(raw),
+        "requests per second, corrected": Spread.of(corrected),
+        "share of the bare model": Spread.of(
+            [rate / ceiling for rate, ceiling in zip(corrected, bare, strict=True)]
+        ),
+        **{f"{q}, ms": Spread.of([1e3 * each[q] for each in quantiles]) for q in quantiles[0]},
+        "errors": errors,
+        "CPU seconds of the load generator": Spread.of([load.cpu_seconds for load in loads]),
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    found = list(find_images([folder])) if folder.is_dir() else []
+    if not found:
+        raise BenchmarkDataError(f"no image in the folder {folder}; give a folder of person crops")
+    return found
+
+
+def _decoded(files: Sequence[Path]) -> list[Crop]:
+    return [decode(file.read_bytes()) for file in files]
+
+
+def _servers() -> dict[str, str]:
+    """Versions of what serves; uvicorn takes uvloop and httptools where they are installed."""
+    names = "uvicorn", "uvloop", "httptools", "litserve"
+    return {name: version(name) for name in names if find_spec(name)}
