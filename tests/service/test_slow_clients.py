@@ -171,7 +171,7 @@ def test_a_body_that_stalls_is_answered_with_408(
     assert (status, json.loads(body)["code"]) == (408, "body_timeout")
 
 
-@pytest.mark.parametrize("path", ["PATCH /gallery/x", "POST /admin/reembed"])
+@pytest.mark.parametrize("path", [f"PATCH /gallery/{uuid4()}", "POST /admin/reembed"])
 def test_a_json_body_that_stalls_is_answered_with_408(
     impatient: ServiceProcess, key: bytes, path: str
 ) -> None:
