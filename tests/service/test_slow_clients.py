@@ -31,6 +31,8 @@ LATE = 8.0  # seconds beyond, on a busy machine
 BATCH_WAIT = 0.2  # so long an image waits for the network: time enough to vanish
 UPLOADS = ("/query", "/gallery", "/gallery/batch")
 
+NOBODY = "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10"  # an id of no item
+
 
 @pytest.fixture(scope="module")
 def token(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
@@ -171,7 +173,7 @@ def test_a_body_that_stalls_is_answered_with_408(
     assert (status, json.loads(body)["code"]) == (408, "body_timeout")
 
 
-@pytest.mark.parametrize("path", [f"PATCH /gallery/{uuid4()}", "POST /admin/reembed"])
+@pytest.mark.parametrize("path", [f"PATCH /gallery/{NOBODY}", "POST /admin/reembed"])
 def test_a_json_body_that_stalls_is_answered_with_408(
     impatient: ServiceProcess, key: bytes, path: str
 ) -> None:
