@@ -97,7 +97,8 @@ def _rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
             continue
         yield (
             *(r["side"], r["route"], r["clients"]),
-            *(r["requests per second"], r["requests per second, corrected"].median),
+            r["requests per second"],
+            f"{r['requests per second, corrected'].median:.4g}",
             f"{r['share of the bare model'].median:.0%}",
             *(f"{r[f'{q}, ms'].median:.3g}" for q in ("p50", "p95", "p99")),
             ", ".join(f"{count}× {status}" for status, count in r["errors"].items()) or 0,

@@ -122,10 +122,14 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         pass
 
 
-def test_serve_measures_all_sides(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_serve_measures_all_sides(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Beside other tests, the servers' threads would only wait for one another.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     serve(
         tiny_checkpoint, None, CROPS / "cam3", CROPS / "cam1", gallery=30, clients="1",
-        seconds=0.4, rounds=1, against=None, device="cpu", runtime="torch",
+        seconds=1, rounds=1, against=None, device="cpu", runtime="torch",
         plot=tmp_path / "serve.png", json=tmp_path / "r.json",
     )  # fmt: skip
     written = report(tmp_path / "r.json")
