@@ -72,7 +72,7 @@ def all_graphs(model: CMT) -> list[Graph]:
 
 def to_openvino(graph: Graph) -> openvino.Model:
     """Convert to OpenVINO, in fp32 and for any batch size. Needs the package openvino."""
-    import openvino
+    from model.quiet_openvino import openvino
 
     converted = openvino.convert_model(
         graph.module, example_input=graph.example, input=[-1, *graph.example.shape[1:]]

@@ -8,12 +8,12 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import openvino
 import torch
 from torch import Tensor
 
 from model import CMT, Modality
 from model.graphs import embedding_graph, to_openvino
+from model.quiet_openvino import openvino
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +56,26 @@ def test_a_setting_overrides_the_measurement_and_the_real_probe_answers():
     assert choose_precision("cpu", "float32").dtype == torch.float32
     assert choose_precision("cpu", "bfloat16").reason == "bfloat16: set by configuration"
     assert choose_precision("cpu").dtype in (torch.float32, torch.bfloat16)
+
+
+def test_openvino_reports_its_use_to_nobody():
+    code = (
+        "import sys; from model.quiet_openvino import openvino\n"
+        "from openvino.tools.ovc import telemetry_utils\n"
+        "assert sys.modules['openvino_telemetry'] is None\n"
+        "print(telemetry_utils.tm.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("telemetry_stub")
+
+
+def test_openvino_is_imported_in_one_place():
+    root = Path(__file__).parents[2]
+    importing = re.compile(r"^\s*(import openvino\b|from openvino\b)", re.MULTILINE)
+    found = {
+        str(file.relative_to(root))
+        for room in ("model", "service", "training")
+        for file in (root / room).rglob("*.py")
+        if importing.search(file.read_text().replace("if TYPE_CHECKING:\n    import openvino", ""))
+    }
+    assert found == {"model/quiet_openvino.py"}

@@ -84,7 +84,7 @@ class OpenVINO(Format):
     name = "openvino"
 
     def write(self, graph: Graph, folder: Path) -> list[Path]:
-        import openvino
+        from model.quiet_openvino import openvino
 
         path = folder / f"{graph.name}.xml"
         with warnings.catch_warnings():
@@ -93,7 +93,7 @@ class OpenVINO(Format):
         return [path, path.with_suffix(".bin")]
 
     def open(self, file: Path) -> Runner:
-        import openvino
+        from model.quiet_openvino import openvino
 
         # Left to itself OpenVINO computes in bf16 on a CPU that has units for it.
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
