@@ -91,6 +91,14 @@ class Embedding(NamedTuple):
     seconds: dict[str, float]
 
 
+class _Decoded(NamedTuple):
+    """A crop at the input size of `network`, and the seconds that it took."""
+
+    crop: Crop
+    network: Network
+    seconds: float
+
+
 class Pipeline:
     """Runs queries, and what enrollments share with them. Its parts belong to whoever made it.
 
@@ -154,51 +162,68 @@ class Pipeline:
 
     async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
         """Decode and embed one picture. Raises ServiceError."""
+        return await self._embedded(await self._decoded(picture), query=query)
+
+    async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
+        """Rank the gallery for one person seen in 1 to 16 pictures, which are fused.
+
+        actor: who asks, for the audit log, which is on the disk before the answer is given. Raises
+        ServiceError.
+        """
+        started = time.perf_counter()
+        decoded = await gathered(self._decoded(picture) for picture in pictures)
+        modalities = {one.crop.modality for one in decoded}
+        modality = modalities.pop() if len(modalities) == 1 else "mixed"
+        details = {"images": len(pictures), "modality": modality, **_described(search)}
+        act = Act(actor, "query", details=details, persons=search.filters.person_id)
+        noting = asyncio.create_task(self.trail.note(act))
+        try:
+            for _ in range(SWITCH_TRIES):
+                try:
+                    return await self._answer(decoded, modality, search, started)
+                except ModelVersionConflict:  # the gallery has just gone on to another checkpoint
+                    await sleep(SWITCH_WAIT)
+                    decoded = await gathered(self._decoded(picture) for picture in pictures)
+            return await self._answer(decoded, modality, search, started)
+        finally:
+            await noting
+
+    async def _decoded(self, picture: Picture) -> _Decoded:
         network = self.network
         config = network.embedder.info.config
         started = time.perf_counter()
         decode = partial(self._decoders.decode, picture, config.input_height, config.input_width)
         crop = await in_thread(self._decoding, decode)
-        decoded = time.perf_counter()
-        features, waited, took = await network.queue.embed(crop, query=query)
+        took = time.perf_counter() - started
+        self.note("decode", took)
+        return _Decoded(crop, network, took)
+
+    async def _embedded(self, decoded: _Decoded, *, query: bool) -> Embedding:
+        crop, network, took = decoded
+        features, waited, embedding = await network.queue.embed(crop, query=query)
         if not features.isfinite().all():
             raise EmbeddingFailed(
                 "the features of the image are not finite; the checkpoint is damaged or untrained"
             )
-        seconds = {"decode": decoded - started, "queue": waited, "embed": took}
-        for stage, taken in seconds.items():
-            self.note(stage, taken)
+        self.note("queue", waited)
+        self.note("embed", embedding)
+        seconds = {"decode": took, "queue": waited, "embed": embedding}
         return Embedding(crop, features, network, seconds)
 
-    async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
-        """Rank the gallery for one person seen in 1 to 16 pictures, which are fused.
-
-        actor: who asks, for the audit log. Raises ServiceError.
-        """
-        for _ in range(SWITCH_TRIES):
-            try:
-                return await self._query(pictures, search, actor)
-            except ModelVersionConflict:  # the gallery has just gone on to another checkpoint
-                await sleep(SWITCH_WAIT)
-        return await self._query(pictures, search, actor)
-
-    async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
-        started = time.perf_counter()
-        seen = await gathered(self.embedded(picture, query=True) for picture in pictures)
-        network = seen[0].network
-        if any(one.network is not network for one in seen):
+    async def _answer(
+        self,
+        decoded: Sequence[_Decoded],
+        modality: Modality | Literal["mixed"],
+        search: Search,
+        started: float,
+    ) -> Answer:
+        network = decoded[0].network
+        if any(one.network is not network for one in decoded):
             raise ModelVersionConflict("the checkpoint was changed between two of the images")
-        modalities = {one.crop.modality for one in seen}
-        modality = modalities.pop() if len(modalities) == 1 else "mixed"
-        details = {"images": len(seen), "modality": modality, **_described(search)}
-        act = Act(actor, "query", details=details, persons=search.filters.person_id)
+        seen = await gathered(self._embedded(one, query=True) for one in decoded)
         features = torch.stack([one.features for one in seen])
         rank = partial(self._rank, network.embedder, features, modality, search)
-        noting = asyncio.create_task(self.trail.note(act))
-        try:
-            result, similarities = await in_thread(self._searching, rank)
-        finally:
-            await noting
+        result, similarities = await in_thread(self._searching, rank)
         for stage, milliseconds in result.timings_ms.items():
             self.note(stage, milliseconds / 1000)
         slowest = {stage: max(one.seconds[stage] for one in seen) for stage in seen[0].seconds}
