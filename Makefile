@@ -22,7 +22,7 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench crash clean
+.PHONY: help demo test lint format bench crash soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,11 @@ crash: $(DEVELOPMENT) ## kill the gallery and the service a hundred times each; 
 	$(BIN)/python tests/service/crash/run.py --rounds 100 --json $(RESULTS)/crash.json
 	$(BIN)/python tests/service/crash/run.py --rounds 100 --json $(RESULTS)/crash-service.json \
 		--subject service --checkpoint examples/compact.safetensors
+
+soak: $(DEVELOPMENT) ## ten minutes of all kinds of load at once on a service that is held to its promises
+	@mkdir -p $(RESULTS)
+	$(BIN)/python -m tests.service.soak.run --minutes 10 --json $(RESULTS)/soak.json \
+		--checkpoint examples/compact.safetensors
 
 clean: ## remove the environment and what tools have cached
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

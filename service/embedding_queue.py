@@ -20,7 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from service.errors import EmbeddingFailed, MemoryExhausted, ServiceError
+from service.errors import (
+    EmbeddingFailed,
+    MemoryExhausted,
+    ModelVersionConflict,
+    ServiceError,
+)
 from service.images import Crop
 
 log = logging.getLogger(__name__)
@@ -64,6 +69,7 @@ class EmbeddingQueue:
         self.max_batch, self._max_wait = max_batch, max_wait
         self.limit = max_batch  # at present, less after memory ran out
         self._smooth = 0
+        self._retired = False
         self._queries: deque[_Waiting] = deque()
         self._enrollments: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
@@ -75,8 +81,10 @@ class EmbeddingQueue:
     async def embed(self, crop: Crop, *, query: bool) -> Embedded:
         """Wait for the features of a crop. Cancelled, it leaves the queue.
 
-        Raises EmbeddingFailed or MemoryExhausted.
+        Raises EmbeddingFailed, MemoryExhausted, or ModelVersionConflict after `retire`.
         """
+        if self._retired:
+            raise ModelVersionConflict("another checkpoint is in use by now; try again")
         waiting = _Waiting(crop, asyncio.get_running_loop().create_future())
         line = self._queries if query else self._enrollments
         line.append(waiting)
@@ -88,11 +96,16 @@ class EmbeddingQueue:
                 line.remove(waiting)
             raise
 
+    def retire(self) -> None:
+        """Take nothing more; `run` ends when what waits is embedded."""
+        self._retired = True
+        self._arrived.set()
+
     async def run(self) -> None:
-        """Embed what comes, until cancelled."""
+        """Embed what comes, until cancelled or retired."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "embed") as thread:
-            while True:
+            while len(self) or not self._retired:
                 await self._company()
                 batch = self._take()
                 if not batch:
@@ -109,8 +122,11 @@ class EmbeddingQueue:
                         waiting.done.set_result(Embedded(outcome, began - waiting.since, took))
 
     async def _company(self) -> None:
-        """Until somebody waits, and a batch is full or its first one has waited long enough."""
+        """Until somebody waits, and a batch is full or its first one has waited long enough; or
+        until nobody will come."""
         while not len(self):
+            if self._retired:
+                return
             self._arrived.clear()
             await self._arrived.wait()
         first = min(line[0].since for line in (self._queries, self._enrollments) if line)

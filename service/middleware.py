@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -134,14 +135,30 @@ class Gate:
             await self.app(scope, receive, send)
             return
         if self._door.closing:
-            headers = {"Retry-After": "5", "Connection": "close"}
-            refused = ShuttingDown(
-                "the service is shutting down; try again when it is back", headers=headers
-            )
-            await problems.response(Request(scope), refused)(scope, receive, send)
+            await self._refuse(scope, receive, send)
             return
+        answered = False
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
         self._door.in_flight += 1
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, noted)
+        except asyncio.CancelledError:
+            # The server cancels what has had its time, and would log this as a defect.
+            if not self._door.closing:
+                raise
+            if not answered:
+                await self._refuse(scope, receive, send)
         finally:
             self._door.in_flight -= 1
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {"Retry-After": "5", "Connection": "close"}
+        refused = ShuttingDown(
+            "the service is shutting down; try again when it is back", headers=headers
+        )
+        await problems.response(Request(scope), refused)(scope, receive, send)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -137,9 +138,10 @@ class Pipeline:
         """Embed with another checkpoint from now on; call it when the gallery has switched.
 
         What waits before the network of old is still embedded there, found to be of the wrong
-        checkpoint by the gallery, and embedded once more.
+        checkpoint by the gallery, and embedded once more. Then the old one is let go.
         """
         assert self._background is not None
+        self.network.queue.retire()
         network = Network(embedder, self._settings, self._metrics.batch)
         self._background.start_soon(network.run)
         self.network = network
@@ -162,7 +164,9 @@ class Pipeline:
 
     async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
         """Decode and embed one picture. Raises ServiceError."""
-        return await self._embedded(await self._decoded(picture), query=query)
+        while True:
+            with suppress(ModelVersionConflict):  # the network was changed since it was decoded
+                return await self._embedded(await self._decoded(picture), query=query)
 
     async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
         """Rank the gallery for one person seen in 1 to 16 pictures, which are fused.

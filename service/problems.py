@@ -91,8 +91,10 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 def _methods(path: str) -> list[str]:
     """What this path takes; the framework names only the methods of one of its routes."""
+    literally = [method for method, route in ROUTE_SCOPES if route == path]
     return sorted(
-        method for method, route in ROUTE_SCOPES if compile_path(route)[0].fullmatch(path)
+        literally
+        or {method for method, route in ROUTE_SCOPES if compile_path(route)[0].fullmatch(path)}
     )
 
 

@@ -72,6 +72,7 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
             embedder.device,
             embedder.precision,
         )
+        del embedder  # it is the pipeline's, which lets it go when another one takes over
         yield Resources(
             settings=settings,
             keyring=Keyring(settings.api_keys_file),

@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from service.gallery import IndexKind
+from service.gallery.database import without_password
 from service.keys import KeyFile, KeyFileError
 from service.rates import checked_rate
 
@@ -146,13 +147,11 @@ class Settings(BaseSettings):
         return values
 
     def redacted(self) -> dict[str, Any]:
-        """All settings as text for a log, without the password of a database."""
+        """All settings as text for a log, without the passwords in addresses."""
         shown = self.model_dump(mode="json")
-        if self.database_url is not None:
-            try:
-                shown["database_url"] = make_url(self.database_url).render_as_string()
-            except ArgumentError:
-                shown["database_url"] = "***"
+        for name in ("database_url", "otlp_endpoint"):
+            if shown[name] is not None:
+                shown[name] = _shown(shown[name])
         return shown
 
 
@@ -195,6 +194,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _shown(address: str) -> str:
+    try:
+        return without_password(make_url(address))
+    except ArgumentError:
+        return "***"
 
 
 def _sentence(error: Any) -> str:

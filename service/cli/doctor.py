@@ -142,8 +142,10 @@ def _database(url: str) -> str:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
+    from service.gallery.database import without_password
+
     try:
-        shown = make_url(url).render_as_string()
+        shown = without_password(make_url(url))
         engine = create_engine(url)
         with engine.connect() as connection:
             connection.execute(text("SELECT 1"))

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from model import Modulation
+from service.errors import ModelVersionConflict
 from service.gallery.follower import Follower
 from service.gallery.records import Filters, Hit, Item, SearchResult
 from service.gallery.shard import Scored
@@ -40,7 +41,10 @@ class Query:
 
 
 def answer(follower: Follower, query: Query) -> SearchResult:
-    """Rank what `follower` has in memory, and read the best from its store."""
+    """Rank what `follower` has in memory, and read the best from its store.
+
+    Raises ModelVersionConflict where its version went out of use meanwhile.
+    """
     for attempt in range(_TRIES):
         scored, chosen = _search(follower, query)
         if query.max_distance is not None:
@@ -51,6 +55,10 @@ def answer(follower: Follower, query: Query) -> SearchResult:
         if len(items) == len(chosen) or attempt == _TRIES - 1:
             break
         follower.follow()
+    if any(item.model != follower.info.fingerprint for item in items.values()):
+        raise ModelVersionConflict(
+            "the gallery has gone on to another checkpoint during the search; embed the image again"
+        )
     found = [place for place in chosen if int(scored.numbers[place]) in items]
     return SearchResult(
         hits=[

@@ -22,7 +22,7 @@ from service.errors import BackupRunning, DatabaseUnavailable
 from service.gallery.archive import Manifest, described, packed
 from service.gallery.audit import Act, Audit
 from service.gallery.commits import GroupCommit
-from service.gallery.database import FILE_NAME, Database, address_of
+from service.gallery.database import FILE_NAME, Database, address_of, without_password
 from service.gallery.lock import FolderLock
 from service.gallery.scratch import primary_code, refusal, remove_leftovers, scratch
 from service.gallery.transfer import to_file
@@ -149,7 +149,7 @@ def offline(folder: Path, url: str | None = None) -> Iterator[Backups]:
     """
     address = address_of(folder, url)
     nothing = DatabaseUnavailable(
-        f"there is no gallery at {address.render_as_string()}; check the data folder and the "
+        f"there is no gallery at {without_password(address)}; check the data folder and the "
         "database URL"
     )
     if address.get_backend_name() == "sqlite" and not Path(str(address.database)).is_file():

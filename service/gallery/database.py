@@ -144,7 +144,7 @@ class Database:
 
     @property
     def _where(self) -> str:
-        return self.engine.url.render_as_string(hide_password=True)
+        return without_password(self.engine.url)
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -210,6 +210,12 @@ def address_of(folder: Path, url: str | None) -> URL:
         "the database URL is none that a gallery can live in; give sqlite:///FILE or "
         "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
     )
+
+
+def without_password(address: URL) -> str:
+    """An address as people may see it. libpq takes a password among the parameters too."""
+    told = {name: value for name, value in address.query.items() if "pass" not in name.lower()}
+    return address.set(query=told).render_as_string(hide_password=True)
 
 
 def _sqlite_engine(address: URL) -> Engine:

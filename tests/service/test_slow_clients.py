@@ -195,6 +195,18 @@ def test_without_a_key_no_body_is_waited_for(impatient: ServiceProcess, path: st
     assert took < BODY + LATE  # the rest of the body does not keep the connection open
 
 
+@pytest.mark.parametrize("path", ["GET /livez", "POST /gallery"])
+def test_nonsense_in_the_rest_of_a_body_that_was_answered_ends_the_connection(
+    impatient: ServiceProcess, path: str
+) -> None:
+    head = f"{path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect(impatient) as mad:
+        mad.sendall(head.encode())
+        assert answer(mad)[0] in (200, 401)
+        mad.sendall(b"no chunk\r\n")
+        assert seconds_until_closed(mad) < BODY
+
+
 def test_a_client_that_does_not_read_its_answer_is_cut_off(
     impatient: ServiceProcess, http: httpx.Client, key: bytes
 ) -> None:
