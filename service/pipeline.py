@@ -7,6 +7,7 @@ bytes → decoding process → queue → network → x, γ, β → gallery.searc
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -142,6 +143,7 @@ class Pipeline:
         """
         assert self._background is not None
         self.network.queue.retire()
+        gc.unfreeze()  # with all else that `service.app` froze, the old one would stay
         network = Network(embedder, self._settings, self._metrics.batch)
         self._background.start_soon(network.run)
         self.network = network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,7 @@ def answer(follower: Follower, query: Query) -> SearchResult:
         if len(items) == len(chosen) or attempt == _TRIES - 1:
             break
         follower.follow()
-    if any(item.model != follower.info.fingerprint for item in items.values()):
+    if _out_of_use(follower, items.values()):
         raise ModelVersionConflict(
             "the gallery has gone on to another checkpoint during the search; embed the image again"
         )
@@ -74,6 +75,15 @@ def answer(follower: Follower, query: Query) -> SearchResult:
             "fetch": 1e3 * (time.perf_counter() - started),
         },
     )
+
+
+def _out_of_use(follower: Follower, items: Iterable[Item]) -> bool:
+    """Whether the items are another version's by now. One that is being built finds such items too,
+    by its own features: they are its own once it is in use."""
+    mine = follower.info.fingerprint
+    if all(item.model == mine for item in items):
+        return False
+    return follower.store.versions.state(mine) == "retired"
 
 
 def _search(follower: Follower, query: Query) -> tuple[Scored, list[int]]:

@@ -23,6 +23,7 @@ from tests.service.processes import wait_for
 
 
 def embedders() -> int:
+    gc.unfreeze()  # services of other tests in this process have frozen theirs
     gc.collect()
     return sum(type(one) is Embedder for one in gc.get_objects())
 
@@ -43,7 +44,7 @@ def test_the_network_of_old_is_let_go(
             wait_for(done, "it is not embedded again")
             answer = client.query(visible[0], modulation=False)
             assert [result.item.id for result in answer.results] == [item.id]
-        wait_for(lambda: embedders() == before + 1, "networks of old are kept")
+        wait_for(lambda: embedders() <= before + 1, "networks of old are kept")
 
 
 @pytest.fixture
