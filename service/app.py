@@ -36,6 +36,9 @@ def create_app(settings: Settings) -> FastAPI:
     """The application for `settings`; nothing is opened before its lifespan starts."""
 
     metrics, tracing, door = Metrics(), Tracing(settings.otlp_endpoint), Door()
+    metrics.watch(
+        "cmt_http_requests_in_flight", "Requests being worked on.", lambda: door.in_flight
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:

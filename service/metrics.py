@@ -35,9 +35,6 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.in_flight = Gauge(
-            "cmt_http_requests_in_flight", "Requests being worked on.", registry=registry
-        )
         self.rejections = Counter(
             "cmt_rejections",
             "Requests and images refused, by the code of the problem.",

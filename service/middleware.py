@@ -55,7 +55,7 @@ class Observe:
         started = time.perf_counter()
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        with self._tracing.request(f"{scope['method']}", headers) as span:
+        with self._tracing.request(scope["method"], headers) as span:
             try:
                 await self.app(scope, receive, observed)
             except Exception:

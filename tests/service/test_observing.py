@@ -124,6 +124,7 @@ def test_metrics_count_requests_stages_and_refusals(
         name == "cmt_model_info" and ("fingerprint", model) in labels for name, labels in after
     )
     assert after["cmt_uploads_pending", frozenset()] == 0
+    assert after["cmt_http_requests_in_flight", frozenset()] == 0
 
 
 def test_unknown_paths_make_no_new_series(http: httpx.Client) -> None:
