@@ -22,8 +22,7 @@ class Admission:
     @contextmanager
     def receive(self) -> Iterator[Body]:
         """A place to read a body in. Raises Overloaded."""
-        if self.receiving >= self._receiving or self.working >= self._working:
-            raise _overloaded("the service has as many uploads as it can queue")
+        self._refuse_where(self.receiving >= self._receiving or self.working >= self._working)
         self.receiving += 1
         body = Body(self)
         try:
@@ -35,14 +34,17 @@ class Admission:
             else:
                 self.working -= 1
 
+    def _refuse_where(self, full: bool) -> None:
+        if full:
+            raise _overloaded("the service has as many uploads as it can queue")
+
     def _take(self, count: int) -> None:
         if self.bytes + count > self._bytes:
             raise _overloaded("the service holds as many bytes of uploads as it may")
         self.bytes += count
 
     def _arrive(self) -> None:
-        if self.working >= self._working:
-            raise _overloaded("the service has as many uploads as it can queue")
+        self._refuse_where(self.working >= self._working)
         self.receiving -= 1
         self.working += 1
 

@@ -35,7 +35,7 @@ class Unreachable(Exception):  # noqa: N818 (a state, not an error of the caller
 
 
 class Call(NamedTuple):
-    """One request, ready to be sent by either client."""
+    """One request, as `httpx.Client.build_request` takes it."""
 
     method: str
     url: str
@@ -45,10 +45,6 @@ class Call(NamedTuple):
     headers: Mapping[str, str] | None = None
     json: Any = None
     timeout: Any = httpx.USE_CLIENT_DEFAULT
-
-    def arguments(self) -> dict[str, Any]:
-        """For `httpx.Client.request`."""
-        return self._asdict()
 
 
 # The answer begins once the service has copied its gallery.

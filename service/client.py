@@ -188,7 +188,7 @@ class Client:
     def _send(self, call: calls.Call, *, stream: bool = False) -> httpx.Response:
         for attempt in range(self._retries + 1):
             try:
-                request = self._http.build_request(**call.arguments())
+                request = self._http.build_request(**call._asdict())
                 response = self._http.send(request, stream=stream)
             except httpx.TransportError as error:
                 raise calls.unreachable(self._http.base_url, error) from error
@@ -345,7 +345,7 @@ class AsyncClient:
     async def _send(self, call: calls.Call, *, stream: bool = False) -> httpx.Response:
         for attempt in range(self._retries + 1):
             try:
-                request = self._http.build_request(**call.arguments())
+                request = self._http.build_request(**call._asdict())
                 response = await self._http.send(request, stream=stream)
             except httpx.TransportError as error:
                 raise calls.unreachable(self._http.base_url, error) from error

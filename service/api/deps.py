@@ -201,9 +201,7 @@ def _form_field(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _parse(request: Request, max_images: int, max_bytes: int, body: Body) -> FormData:
-    media_type, options = parse_options_header(request.headers.get("content-type", ""))
-    charset = options.get(b"charset", b"utf-8").lower()
-    if media_type != b"multipart/form-data" or charset not in (b"utf-8", b"utf8"):
+    if not is_utf8_of(request, b"multipart/form-data"):
         raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
     parser = MultiPartParser(
         request.headers,
@@ -217,6 +215,13 @@ async def _parse(request: Request, max_images: int, max_bytes: int, body: Body) 
             return await parser.parse()
     except MultiPartException as error:
         raise FormMalformed(f"the form cannot be read: {error.message}") from error
+
+
+def is_utf8_of(request: Request, media_type: bytes) -> bool:
+    """Whether the body is said to be of this media type, in UTF-8."""
+    told, options = parse_options_header(request.headers.get("content-type", ""))
+    charset = options.get(b"charset", b"utf-8").lower()
+    return told == media_type and charset in (b"utf-8", b"utf8")
 
 
 @contextmanager

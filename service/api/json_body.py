@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from python_multipart.multipart import parse_options_header
 
-from service.api.deps import bounded, in_time
+from service.api.deps import bounded, in_time, is_utf8_of
 from service.api.schemas import form_errors
 from service.errors import BodyTimeout, BodyTooLarge, ContentTypeUnsupported
 
@@ -29,12 +28,9 @@ def json_of(model: type[M]) -> Callable[[Request], Awaitable[M]]:
     """A dependency: the body as `model`. Raises ServiceError or RequestValidationError."""
 
     async def read(request: Request) -> M:
-        media_type, options = parse_options_header(request.headers.get("content-type", ""))
-        charset = options.get(b"charset", b"utf-8").lower()
         with in_time(request):
             body = b"".join([chunk async for chunk in bounded(request, MAX_BYTES)])
-        as_json = media_type == b"application/json" and charset in (b"utf-8", b"utf8")
-        if body and not as_json:
+        if body and not is_utf8_of(request, b"application/json"):
             raise ContentTypeUnsupported("send the body as application/json, in UTF-8")
         try:
             return model.model_validate_json(body)

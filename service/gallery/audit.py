@@ -21,6 +21,7 @@ from service.gallery.database import Database
 from service.gallery.records import AuditEntry, AuditPage
 from service.gallery.rows import cursor_of, microseconds, moment_of, number_of_cursor
 from service.gallery.tables import audit, secrets
+from service.whole_file import sync_folder
 
 KEY_FILE = "audit.key"
 KEY_NAME = "audit"
@@ -148,8 +149,4 @@ def _write_whole(path: Path, data: bytes) -> None:
             os.link(file.name, path)
         except FileExistsError:
             return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

@@ -131,7 +131,7 @@ class Searcher:
         exhaustive = exhaustive or self._config.metric == "cosine"
         found = self._exhaustive(query) if exhaustive else self._recall(query)
         recalled = time.perf_counter()
-        nearest = self._computed(query, found, exhaustive)
+        nearest = self._computed(query, found, exhaustive, shortlist)
         while not nearest.proven:
             wider = min(found.searched, _WIDEN * query.count)
             query = replace(query, count=wider, exact=True)
@@ -227,9 +227,7 @@ class Searcher:
             for query in queries
         ]
 
-    def _computed(
-        self, query: _Query, found: _Found, exhaustive: bool, count: int | None = None
-    ) -> Nearest:
+    def _computed(self, query: _Query, found: _Found, exhaustive: bool, count: int) -> Nearest:
         """Exact distances of what was found; exhaustive: with the proof of the `count` nearest."""
         self._count(rescore_calls=1)
         features, best = found.resident.features, found.best
@@ -242,7 +240,7 @@ class Searcher:
             query.modulation,
             best,
             searched=found.searched,
-            count=query.count if count is None else count,
+            count=count,
             exact=found.exact,
         )
 

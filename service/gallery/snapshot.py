@@ -34,6 +34,7 @@ from service.gallery.index import RecallIndex
 from service.gallery.rescoring import Features, Norms
 from service.gallery.resident import Resident
 from service.gallery.shard import Frozen
+from service.whole_file import sync_folder
 
 FORMAT = 1
 MANIFEST = "MANIFEST"
@@ -78,12 +79,12 @@ def save(
             "device": frozen.resident.features.device.type,
             "folder": own.name,
         }
-        _sync_folder(own)
+        sync_folder(own)
         text = json.dumps(manifest).encode()
         fresh = own / MANIFEST
         _write(fresh, text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n")
         fresh.replace(folder / MANIFEST)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(own, ignore_errors=True)
         raise
@@ -162,14 +163,6 @@ def _write(path: Path, data: bytes | memoryview) -> _File:
         file.flush()
         os.fsync(file.fileno())
     return _File(path.name, len(data), zlib.crc32(data))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _manifest(folder: Path, device: str, fingerprint: str) -> dict[str, Any]:

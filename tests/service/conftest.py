@@ -32,6 +32,12 @@ def visible() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def image(visible: list[Path]) -> bytes:
+    """One of them, as a client sends it."""
+    return visible[0].read_bytes()
+
+
+@pytest.fixture(scope="session")
 def infrared() -> list[Path]:
     """Crops of the same persons from an infrared camera."""
     return sorted((CROPS / "cam3").glob("*/0001.jpg"))

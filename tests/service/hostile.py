@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import httpx
+import pytest
 
 # Text that means something elsewhere. All of it is text here: kept to the character.
 KEPT = {
@@ -53,3 +56,12 @@ def assert_is_data(answer: httpx.Response) -> None:
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'") and "sandbox" in policy
     assert "set-cookie" not in answer.headers
+
+
+@pytest.fixture(autouse=True)
+def answers_are_data(http: httpx.Client) -> Iterator[None]:
+    """Every answer of these tests is data, and the service stays ready."""
+    http.event_hooks["response"] = [assert_is_data]
+    yield
+    http.event_hooks["response"] = []
+    assert http.get("/readyz").status_code == 200

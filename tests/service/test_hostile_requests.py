@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from tests.service.hostile import FOLDER_NAME, KEPT, REFUSED, assert_is_data
+from tests.service.hostile import FOLDER_NAME, KEPT, REFUSED, answers_are_data  # noqa: F401 - fixtures
 
 HOSTILE_NAMES = [
     b"../../../../tmp/hostile-escape.jpg",
@@ -29,20 +28,6 @@ HOSTILE_NAMES = [
     b"CON",
     b".",
 ]
-
-
-@pytest.fixture(autouse=True)
-def answers_are_data(http: httpx.Client) -> Iterator[None]:
-    """Every answer of these tests is data, and the service stays ready."""
-    http.event_hooks["response"] = [assert_is_data]
-    yield
-    http.event_hooks["response"] = []
-    assert http.get("/readyz").status_code == 200
-
-
-@pytest.fixture
-def image(visible: list[Path]) -> bytes:
-    return visible[0].read_bytes()
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=lambda name: repr(name[:20]))

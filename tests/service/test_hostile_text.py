@@ -13,23 +13,9 @@ import httpx
 import pytest
 
 from model.cli import main
-from tests.service.hostile import KEPT, REFUSED, assert_is_data
+from tests.service.hostile import KEPT, REFUSED, answers_are_data  # noqa: F401 - fixtures
 
 LONE = ("\\ud800", "\\udfff", "\\udc00\\ud800")  # halves of surrogate pairs, as JSON may name them
-
-
-@pytest.fixture(autouse=True)
-def answers_are_data(http: httpx.Client) -> Iterator[None]:
-    """Every answer of these tests is data, and the service stays ready."""
-    http.event_hooks["response"] = [assert_is_data]
-    yield
-    http.event_hooks["response"] = []
-    assert http.get("/readyz").status_code == 200
-
-
-@pytest.fixture
-def image(visible: list[Path]) -> bytes:
-    return visible[0].read_bytes()
 
 
 @pytest.fixture
