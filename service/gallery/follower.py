@@ -19,7 +19,7 @@ from service.gallery import snapshot
 from service.gallery.index import IndexKind
 from service.gallery.shard import Shard
 from service.gallery.snapshot import SnapshotInvalid
-from service.gallery.store import Position, Store, Stored, View
+from service.gallery.store import Position, Store, Stored, View, Witness
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Follower:
         self._snapshot_stale = False  # one is on disk that must not be
         self._erasures = 0
         self.shard, self.position, witness = self._restored()
+        self._counted = False  # which takes longer than reading a snapshot: `tend` does it
         try:
             self._complete(witness)
         except BaseException:
@@ -101,6 +102,8 @@ class Follower:
         """From time to time, in the background: what failed before, and a new snapshot."""
         if self._behind or self.store.shared:
             self.follow()
+        if not self._counted:
+            self._count()
         if self._snapshot_stale:
             self._remove_snapshot()
         if self._snapshot_due():
@@ -111,6 +114,25 @@ class Follower:
         with self._following, self.store.view() as view:
             self._follow(view)
             return view.count(), len(self.shard)
+
+    def _count(self) -> None:
+        """Tell of items that no search finds, once after a start."""
+        stored, searchable = self.counts()
+        awaiting = self.store.versions.count_missing(self.info.fingerprint)
+        self._counted = True
+        if awaiting:
+            log.warning(
+                "%d items were embedded by another checkpoint; queries leave them out until they "
+                "are embedded again",
+                awaiting,
+            )
+        if stored != searchable:
+            log.warning(
+                "the index holds %d items, the store %d; its snapshot is removed, so that the "
+                "next start builds it from the store",
+                *(searchable, stored),
+            )
+            self._remove_snapshot()
 
     def save(self) -> bool:
         """Write a snapshot of this moment. False: the disk refused, or something was erased."""
@@ -134,7 +156,7 @@ class Follower:
             frozen, position, erasures = self.shard.freeze(), self.position, self._erasures
         items = frozen.columns.alive_count
         with self.store.view() as view:
-            witness = view.id_of(position.item)
+            witness = view.witness(position)
         try:
             snapshot.save(
                 frozen,
@@ -154,7 +176,7 @@ class Follower:
             self._saved_items = items
         return True
 
-    def _restored(self) -> tuple[Shard, Position, str | None]:
+    def _restored(self) -> tuple[Shard, Position, Witness | None]:
         shard = Shard(self.info.config, self._device, self._kind)
         try:
             resident, position, witness = snapshot.load(
@@ -165,12 +187,13 @@ class Follower:
             return shard, Position(0, 0), None
         shard.restore(resident)
         self._saved_items = len(shard)
-        return shard, Position(*position), witness
+        return shard, position, witness
 
-    def _complete(self, witness: str | None) -> None:
+    def _complete(self, witness: Witness | None) -> None:
         """Follow the store to its end; a snapshot that does not lead there is given up."""
         with self.store.view() as view:
-            if self._leads_to(view, witness):
+            if witness is None or self._leads_to(view, witness):
+                self._follow(view)
                 return
             log.warning("the snapshot of the index does not fit the store; it is built anew")
             self.shard.close()
@@ -179,14 +202,14 @@ class Follower:
             self._remove_snapshot()
             self._follow(view)
 
-    def _leads_to(self, view: View, witness: str | None) -> bool:
-        # Not so where it is of another database, or of one that a backup has replaced since.
-        if self.position.change > view.position().change:
+    def _leads_to(self, view: View, witness: Witness) -> bool:
+        """Not where the snapshot is of another database, or of one that a backup has replaced."""
+        now = view.witness(self.position)
+        if (now.change, now.version) != (witness.change, witness.version):
             return False
-        if view.id_of(self.position.item) not in (None, witness):
-            return False
-        self._follow(view)
-        return len(self.shard) == view.count()
+        if now.item == witness.item:
+            return True
+        return now.item is None and self.position.item in view.changes_since(self.position).deleted
 
     def _follow(self, view: View) -> None:
         newest = view.position()

@@ -99,27 +99,14 @@ class Gallery:
                 configuration=config.model_dump(mode="json"),
             )
             try:
-                gallery = cls(
-                    lock, Follower(store, info, folder, device, index), folder, candidates
-                )
+                follower = Follower(store, info, folder, device, index)
             except BaseException:
                 store.close()
                 raise
         except BaseException:
             lock.release()
             raise
-        try:
-            awaiting = gallery.awaiting
-        except BaseException:
-            gallery.close()
-            raise
-        if awaiting:
-            log.warning(
-                "%d items were embedded by another checkpoint; queries leave them out until they "
-                "are embedded again",
-                awaiting,
-            )
-        return gallery
+        return cls(lock, follower, folder, candidates)
 
     @property
     def model(self) -> str:

@@ -34,16 +34,15 @@ from service.gallery.index import RecallIndex
 from service.gallery.rescoring import Features, Norms
 from service.gallery.resident import Resident
 from service.gallery.shard import Frozen
+from service.gallery.store import Position, Witness
 from service.whole_file import sync_folder
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "MANIFEST"
 _THREADS = 4  # that read and check at once
 # Bytes that are checked while they are still in the caches. CRC-32 finds every flipped bit, if not
 # ill will; a GB took one core of an AMD EPYC 0.45 s, with SHA-256 0.73, with BLAKE2b 1.5.
 _PIECE = 1 << 20
-
-Position = tuple[int, int]
 
 
 class SnapshotInvalid(Exception):  # noqa: N818
@@ -58,12 +57,12 @@ class _File:
 
 
 def save(
-    frozen: Frozen, folder: Path, *, fingerprint: str, position: Position, witness: str | None
+    frozen: Frozen, folder: Path, *, fingerprint: str, position: Position, witness: Witness
 ) -> None:
     """Write a snapshot into `folder`, in place of an older one, synced to disk.
 
     fingerprint: of the checkpoint. position: of the store, at the moment of `Shard.freeze`.
-    witness: id of the item it ends with. What was deleted by then is in none of the files. Raises
+    witness: of that position. What was deleted by then is in none of the files. Raises
     OSError; the older snapshot then stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +74,7 @@ def save(
             "format": FORMAT,
             "fingerprint": fingerprint,
             "position": list(position),
-            "witness": witness,
+            "witness": list(witness),
             "device": frozen.resident.features.device.type,
             "folder": own.name,
         }
@@ -95,15 +94,14 @@ def save(
 
 def load(
     folder: Path, config: CMTConfig, device: str, *, fingerprint: str
-) -> tuple[Resident, Position, str | None]:
+) -> tuple[Resident, Position, Witness]:
     """What `save` wrote, for `Shard.restore`; position and witness. Raises SnapshotInvalid."""
     try:
         manifest = _manifest(folder, device, fingerprint)
         resident = _read_all(manifest, folder / manifest["folder"], config, device)
     except OSError as error:
         raise SnapshotInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
-    item, change = manifest["position"]
-    return resident, (item, change), manifest["witness"]
+    return resident, Position(*manifest["position"]), Witness(*manifest["witness"])
 
 
 def remove(folder: Path) -> None:

@@ -39,13 +39,14 @@ from service.gallery.streaming import (
     Position,
     Stored,
     View,
+    Witness,
     checked,
     record_changes,
 )
 from service.gallery.tables import crops, features, items
 from service.gallery.versions import Versions, refuse_retired
 
-__all__ = ["STORED", "Changes", "Position", "Store", "Stored", "View"]
+__all__ = ["STORED", "Changes", "Position", "Store", "Stored", "View", "Witness"]
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Store:
 
     def seen_with(self, model: str, size: int) -> Store:
         """The same store seen with another version that it knows; closing either closes both."""
-        self.versions.get(model)
+        self.versions.state(model)  # raises for an unknown one
         other = copy(self)
         other.model, other.size = model, size
         return other

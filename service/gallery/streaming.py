@@ -18,7 +18,7 @@ from sqlalchemy import Connection, func, insert, select
 
 from service.errors import GalleryDamaged
 from service.gallery.rows import blocks, microseconds
-from service.gallery.tables import changes, features, items
+from service.gallery.tables import changes, features, items, models
 
 STORED = np.dtype("<f2")
 BLOCK = 4096
@@ -61,6 +61,18 @@ class Position(NamedTuple):
     change: int
 
 
+class Witness(NamedTuple):
+    """What a store holds at a position, so that another store's position is not taken for it.
+
+    item: id of the item there, None once it is deleted. change: moment of the change there.
+    version: when the model version was made known; one that is dropped and made anew is another.
+    """
+
+    item: str | None
+    change: int | None
+    version: int
+
+
 @dataclass(frozen=True)
 class Changes:
     """What happened after a position to items up to it.
@@ -95,11 +107,13 @@ class View:
             int(self._connection.execute(change).scalar_one()),
         )
 
-    def id_of(self, number: int) -> str | None:
-        """An item's id; None where there is none of this number."""
-        query = select(items.c.id).where(items.c.number == number)
-        found: str | None = self._connection.execute(query).scalar_one_or_none()
-        return found
+    def witness(self, position: Position) -> Witness:
+        """Of a position that this state has reached."""
+        item = select(items.c.id).where(items.c.number == position.item)
+        change = select(changes.c.moment).where(changes.c.number == position.change)
+        version = select(models.c.created_at).where(models.c.fingerprint == self._model)
+        parts = (part.scalar_subquery() for part in (item, change, version))
+        return Witness(*self._connection.execute(select(*parts)).one())
 
     def stream(self, after: int = 0, block: int = BLOCK) -> Iterator[Stored]:
         """Items with features of this version and row numbers above `after`, in order."""

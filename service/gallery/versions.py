@@ -63,9 +63,7 @@ class Versions:
         with self._database.reading() as connection:
             return connection.execute(query).scalar_one_or_none()
 
-    def register(
-        self, fingerprint: str, configuration: dict[str, Any] | None = None
-    ) -> ModelVersion:
+    def register(self, fingerprint: str, configuration: dict[str, Any] | None = None) -> None:
         """Make a checkpoint known, or add the configuration of one that is known without.
 
         It starts as "building"; in a gallery without an active version and without an item that
@@ -95,7 +93,6 @@ class Versions:
                 )
 
         self._commits.run(work)
-        return self.get(fingerprint)
 
     def missing(self, fingerprint: str, block: int = 64) -> Iterator[Sequence[StoredCrop]]:
         """Items without features of this version, in order of enrollment, in blocks.
@@ -103,7 +100,7 @@ class Versions:
         Each block is read when it is asked for, so items enrolled meanwhile come too. An item
         that gets no features is not given again, until `missing` is called again.
         """
-        self.get(fingerprint)
+        self.state(fingerprint)  # raises for an unknown one
         after = 0
         while rows := self._missing_after(fingerprint, after, block):
             after = rows[-1].number

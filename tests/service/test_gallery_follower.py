@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import CheckpointInfo, CMTConfig
-from service.errors import DatabaseUnavailable
+from service.errors import DatabaseUnavailable, IndexOutOfStep
 from service.gallery import Gallery, ItemUpdate, NewItem
 from service.gallery.resident import Resident
 from service.gallery.store import Stored
@@ -165,4 +167,61 @@ def test_a_version_opened_while_it_is_built_sees_what_comes_late(tmp_path: Path)
         store.versions.add_features(OTHER.fingerprint, numbers, rows)
     gallery.check()
     assert len(gallery.search(features(1)[0], None, top_k=100).hits) == 7
+    gallery.close()
+
+
+def spoil(folder: Path, statement: str) -> None:
+    """Change the store as no gallery does."""
+    with closing(sqlite3.connect(folder / "gallery.sqlite3")) as connection:
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(statement)
+        connection.commit()
+
+
+@pytest.mark.parametrize(
+    ("statement", "left"),
+    [
+        ("DELETE FROM items WHERE number = 6", 4),
+        ("UPDATE items SET id = 'another' WHERE number = 6", 5),
+        ("DELETE FROM changes", 5),
+        ("UPDATE changes SET moment = moment + 1", 5),
+        ("UPDATE models SET created_at = created_at + 1", 5),
+    ],
+)
+def test_a_snapshot_of_another_store_is_not_taken(
+    gallery: Gallery,
+    tmp_path: Path,
+    statement: str,
+    left: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    items = gallery.add(new(6), features(6))
+    gallery.delete(items[0].id)
+    assert gallery.save_index()
+    gallery.close()
+    Gallery.open(tmp_path, INFO).close()
+    assert "does not fit" not in caplog.text
+    spoil(tmp_path, statement)
+    gallery = Gallery.open(tmp_path, INFO)
+    assert "does not fit" in caplog.text
+    gallery.check()
+    assert gallery.search(features(6)[1], None, top_k=10, exhaustive=True).searched == left
+    gallery.close()
+
+
+def test_rows_that_went_out_of_the_store_are_noticed_after_the_start(
+    gallery: Gallery, tmp_path: Path
+) -> None:
+    gallery.add(new(6), features(6))
+    assert gallery.save_index()
+    gallery.close()
+    spoil(tmp_path, "DELETE FROM items WHERE number = 3")
+    gallery = Gallery.open(tmp_path, INFO)
+    gallery._follower.tend()
+    with pytest.raises(IndexOutOfStep, match="holds 6 items, the store 5"):
+        gallery.check()
+    gallery.close()
+    gallery = Gallery.open(tmp_path, INFO)
+    gallery.check()
+    assert gallery.search(features(6)[1], None, top_k=10, exhaustive=True).searched == 5
     gallery.close()

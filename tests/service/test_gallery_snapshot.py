@@ -20,12 +20,14 @@ from service.gallery.index import IndexKind
 from service.gallery.records import Filters
 from service.gallery.shard import Scored, Shard
 from service.gallery.snapshot import MANIFEST, SnapshotInvalid, load, save
-from service.gallery.store import Stored
+from service.gallery.store import Position, Stored, Witness
 
 PARTS, DIM, COUNT = 3, 16, 2000
 CONFIG = CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)
-MODEL, POSITION = "a" * 64, (2000, 17)
-WITNESS = "01a214e6-6bee-7068-accd-d0868f4e24cd"
+MODEL, POSITION = "a" * 64, Position(2000, 17)
+WITNESS = Witness("01a214e6-6bee-7068-accd-d0868f4e24cd", 1_790_000_000_000_000, 1_780_000_000)
+    "01a214e6-6bee-7068-accd-d0868f4e24cd", 1_790_000_000_000_000, 1_780_000_000_000_000
+)
 
 
 def stored(count: int = COUNT, first: int = 0, scale: float = 1.0) -> Stored:
