@@ -18,7 +18,7 @@ from service.errors import DatabaseUnavailable, ServiceError
 from service.gallery import snapshot
 from service.gallery.index import IndexKind
 from service.gallery.shard import Shard
-from service.gallery.snapshot import SnapshotInvalid
+from service.gallery.snapshot import Restored, SnapshotInvalid
 from service.gallery.store import Position, Store, Stored, View, Witness
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,20 @@ _SNAPSHOT_SECONDS = 60.0  # between two attempts, at least
 _SNAPSHOT_REST = 20  # or so many times as long as the last one took
 
 
+def read_snapshot(folder: Path, info: CheckpointInfo, device: str) -> Restored | None:
+    """What a start can go on from, without asking the store; `folder`: of the data."""
+    try:
+        return snapshot.load(folder / FOLDER, info.config, device, fingerprint=info.fingerprint)
+    except SnapshotInvalid as reason:
+        log.info("the index is built from the store: %s", reason)
+        return None
+
+
 class Follower:
     """The shard of one checkpoint's features, kept in step with `store`. Thread-safe.
 
     folder: of the data; the snapshot lies in its `index` folder. kind: forces a kind of index.
+    restored: what `read_snapshot` gave for the same checkpoint and device.
     """
 
     def __init__(
@@ -43,7 +53,8 @@ class Follower:
         info: CheckpointInfo,
         folder: Path,
         device: str,
-        kind: IndexKind | None = None,
+        kind: IndexKind | None,
+        restored: Restored | None,
     ) -> None:
         self.store, self.info = store, info
         self._folder, self._device, self._kind = folder / FOLDER, device, kind
@@ -53,10 +64,13 @@ class Follower:
         self._next_save = time.monotonic() + _SNAPSHOT_SECONDS
         self._snapshot_stale = False  # one is on disk that must not be
         self._erasures = 0
-        self.shard, self.position, witness = self._restored()
+        self.shard, self.position = Shard(info.config, device, kind), Position(0, 0)
+        if restored is not None:
+            self.shard.restore(restored.resident)
+            self.position, self._saved_items = restored.position, len(self.shard)
         self._counted = False  # which takes longer than reading a snapshot: `tend` does it
         try:
-            self._complete(witness)
+            self._complete(None if restored is None else restored.witness)
         except BaseException:
             self.shard.close()
             raise
@@ -66,7 +80,9 @@ class Follower:
 
     def with_version(self, store: Store, info: CheckpointInfo) -> Follower:
         """One of another version, `store` as seen with it."""
-        return Follower(store, info, self._folder.parent, self._device, self._kind)
+        folder = self._folder.parent
+        restored = read_snapshot(folder, info, self._device)
+        return Follower(store, info, folder, self._device, self._kind, restored)
 
     def follow(self) -> None:
         """Take in what was committed since. Raises DatabaseUnavailable and its kin."""
@@ -175,19 +191,6 @@ class Follower:
                 return False
             self._saved_items = items
         return True
-
-    def _restored(self) -> tuple[Shard, Position, Witness | None]:
-        shard = Shard(self.info.config, self._device, self._kind)
-        try:
-            resident, position, witness = snapshot.load(
-                self._folder, self.info.config, self._device, fingerprint=self.info.fingerprint
-            )
-        except SnapshotInvalid as reason:
-            log.info("the index is built from the store: %s", reason)
-            return shard, Position(0, 0), None
-        shard.restore(resident)
-        self._saved_items = len(shard)
-        return shard, position, witness
 
     def _complete(self, witness: Witness | None) -> None:
         """Follow the store to its end; a snapshot that does not lead there is given up."""

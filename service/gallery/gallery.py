@@ -6,6 +6,7 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from service.errors import (
 from service.gallery.answering import Query, answer
 from service.gallery.audit import Act
 from service.gallery.backup import Backup
-from service.gallery.follower import Follower
+from service.gallery.follower import Follower, read_snapshot
 from service.gallery.index import IndexKind
 from service.gallery.lock import FolderLock
 from service.gallery.records import (
@@ -94,12 +95,14 @@ class Gallery:
         try:
             remove_leftovers(folder)
             config = info.config
-            store = Store(
-                *(folder, info.fingerprint, config.embedding_size, database_url),
-                configuration=config.model_dump(mode="json"),
-            )
+            with ThreadPoolExecutor(1) as beside:
+                reading = beside.submit(read_snapshot, folder, info, device)
+                store = Store(
+                    *(folder, info.fingerprint, config.embedding_size, database_url),
+                    configuration=config.model_dump(mode="json"),
+                )
             try:
-                follower = Follower(store, info, folder, device, index)
+                follower = Follower(store, info, folder, device, index, reading.result())
             except BaseException:
                 store.close()
                 raise

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,14 @@ _PIECE = 1 << 18
 
 class SnapshotInvalid(Exception):  # noqa: N818
     """There is no snapshot that may be used; the message says why, in one sentence."""
+
+
+class Restored(NamedTuple):
+    """resident: for `Shard.restore`. The others as `save` was given them."""
+
+    resident: Resident
+    position: Position
+    witness: Witness
 
 
 @dataclass(frozen=True)
@@ -92,16 +100,14 @@ def save(
             shutil.rmtree(other, ignore_errors=True)
 
 
-def load(
-    folder: Path, config: CMTConfig, device: str, *, fingerprint: str
-) -> tuple[Resident, Position, Witness]:
-    """What `save` wrote, for `Shard.restore`; position and witness. Raises SnapshotInvalid."""
+def load(folder: Path, config: CMTConfig, device: str, *, fingerprint: str) -> Restored:
+    """What `save` wrote. Raises SnapshotInvalid."""
     try:
         manifest = _manifest(folder, device, fingerprint)
         resident = _read_all(manifest, folder / manifest["folder"], config, device)
     except OSError as error:
         raise SnapshotInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
-    return resident, Position(*manifest["position"]), Witness(*manifest["witness"])
+    return Restored(resident, Position(*manifest["position"]), Witness(*manifest["witness"]))
 
 
 def remove(folder: Path) -> None:

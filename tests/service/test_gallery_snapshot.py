@@ -26,8 +26,6 @@ PARTS, DIM, COUNT = 3, 16, 2000
 CONFIG = CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)
 MODEL, POSITION = "a" * 64, Position(2000, 17)
 WITNESS = Witness("01a214e6-6bee-7068-accd-d0868f4e24cd", 1_790_000_000_000_000, 1_780_000_000)
-    "01a214e6-6bee-7068-accd-d0868f4e24cd", 1_790_000_000_000_000, 1_780_000_000_000_000
-)
 
 
 def stored(count: int = COUNT, first: int = 0, scale: float = 1.0) -> Stored:
