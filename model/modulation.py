@@ -116,20 +116,22 @@ def modulated_distance(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
     return squared_modulated_distance(x, y, modulation).sqrt()
 
 
-def part_distances(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
+def part_distances(
+    x: Tensor, y: Tensor, modulation: Modulation, *, block: int | None = None
+) -> Tensor:
     """‖x_i − (γ⊙y_i + β)‖² for every part i: Q×P×D, N×P×D → Q×N×P.
 
     Their sum over P is the squared modulated distance, computed directly (nothing cancels), in
-    blocks of the gallery.
+    blocks of `block` rows of the gallery: in the wider dtype of x and y, fp32 at least.
     """
-    x, y = _widen(x), _widen(y)
-    modulation = Modulation(*(_widen(parameter) for parameter in modulation))
-    gamma, beta = (parameter[:, None, None] for parameter in modulation)
+    x = _widen(x.to(torch.promote_types(x.dtype, y.dtype)))
+    gamma, beta = (parameter.to(x.dtype)[:, None, None] for parameter in modulation)
     offset = beta - x[:, None]  # Q×1×P×D
-    block = max(1, _BLOCK_NUMBERS // max(1, x.numel()))
+    block = block or max(1, _BLOCK_NUMBERS // max(1, x.numel()))
     return torch.cat(
         [
-            torch.addcmul(offset, rows[None], gamma).square().sum(-1)
+            # By way of fp32: from fp16 to float64 at once takes three times as long.
+            torch.addcmul(offset, _widen(rows)[None].to(x.dtype), gamma).square().sum(-1)
             for rows in torch.split(y, block)
         ],
         dim=1,

@@ -72,6 +72,13 @@ class Engine:
             self._nearest(x[q], _one(modulation, q), one, top, exact) for q, one in enumerate(best)
         ]
 
+    def scored(self, x: Tensor, modulation: Modulation, top: int) -> list[Positions]:
+        """As `exhaustive`, but by the closed form alone: as exact as its product rounds."""
+        x, modulation = x.double(), Modulation(*(p.double() for p in modulation))
+        w, _ = project(x, modulation)
+        best, _ = exhaustive(self._features, w, top, [self._all] * len(x), exact=False)
+        return [one.first(top).positions for one in best]
+
     def _nearest(
         self, x: Tensor, modulation: Modulation, best: Best, top: int, exact: bool
     ) -> Positions:

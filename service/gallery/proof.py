@@ -9,9 +9,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from model import Modulation, project
-from service.gallery.nearest import SLACK, Best, rounding_bound
+from service.gallery.nearest import Best, rounding_bound
 from service.gallery.rescoring import Features
 
+_MARGIN = 1.1  # times the bound that the first rows computed reach below the last one wanted
 _GROW = 4  # times as many rows are computed again while the proof lacks some
 
 
@@ -25,6 +26,14 @@ class Nearest(NamedTuple):
     distances: npt.NDArray[np.float64]
     parts: npt.NDArray[np.float32] | None
     proven: bool
+
+
+def _first_take(best: Best, count: int, bound: float) -> int:
+    """So many rows that the proof should hold, if the `count`-th best score is about right."""
+    if count >= len(best.scores):
+        return count
+    near = best.scores >= best.scores[count - 1] - _MARGIN * bound
+    return max(count, int(np.count_nonzero(near))) + 1
 
 
 def nearest_of(
@@ -46,7 +55,7 @@ def nearest_of(
     """
     w, c = project(x[None], modulation)
     bound = rounding_bound(features, w[0], exact=exact)
-    take = count + SLACK
+    take = _first_take(best, count, bound)
     while True:
         kept = best.first(take)
         distances, parts = features.rescore(x, modulation, kept.positions)

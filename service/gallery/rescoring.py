@@ -119,11 +119,16 @@ class Features:
         modulation = Modulation(*(p.to(self.device).double() for p in modulation))
         order = np.argsort(positions)
         back = np.argsort(order)
-        y = self._gathered(positions[order])
+        blocks = self._gathered(positions[order])
+        step = self._rows_at_once()
         if self.metric == "cosine":
-            cosines = [modulated_cosine_distance(x, rows, modulation)[0] for rows in y]
+            cosines = [
+                modulated_cosine_distance(x, rows.float().double(), modulation)[0]
+                for y in blocks
+                for rows in torch.split(y, step)
+            ]
             return _joined(cosines, (0,))[back], None
-        found = [part_distances(x, rows, modulation)[0] for rows in y]
+        found = [part_distances(x, y, modulation, block=step)[0] for y in blocks]
         parts = _joined(found, (0, self.parts))[back]
         return np.sqrt(parts.sum(1)), parts.astype(np.float32)
 
@@ -179,12 +184,10 @@ class Features:
         return max(1, _SERIAL_NUMBERS // self.width)
 
     def _gathered(self, positions: npt.NDArray[np.int64]) -> Iterator[Tensor]:
-        """Blocks of y at `positions`, which ascend, in float64: B×P×D."""
+        """Blocks of y at `positions`, which ascend: B×P×D in fp16."""
         for start in range(0, len(positions), _GATHER_ROWS):
             rows = self._gather(positions[start : start + _GATHER_ROWS])
-            for block in torch.split(rows, self._rows_at_once()):
-                # By way of fp32: from fp16 at once takes three times as long.
-                yield block.float().double().view(-1, self.parts, self.dim)
+            yield rows.reshape(-1, self.parts, self.dim)
 
     def _gather(self, positions: npt.NDArray[np.int64]) -> Tensor:
         """Rows of y in fp16 on the device, N×(P·D), at `positions`, which ascend."""
