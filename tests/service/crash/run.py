@@ -22,7 +22,7 @@ import typer
 from gallery_process import GalleryProcess
 from ledger import Ledger, Worker
 from service_process import ServiceProcess
-from subject import TOGETHER, Session, Subject
+from subject import TOGETHER, ProcessGone, Session, Subject
 
 MOMENTS = {"opening": 2, "working": 4, "in a transaction": 4, "closing": 2}  # with their weights
 MOST_WRITES = 60  # how late a process kills itself in a transaction
@@ -97,7 +97,13 @@ class CrashTest:
             time.sleep(dice.uniform(0, self._opening_seconds))
             self._killed("opening")
             return
-        sessions = self._subject.sessions()
+        try:
+            sessions = self._subject.sessions()
+        except ProcessGone:  # its first writes are those of opening
+            code = self._subject.ended()
+            assert dies is not None and code < 0, f"no start, exit code {code}"
+            self._report.hits["opening"] += 1
+            return
         self._ledger.verify(sessions[0], dice, everything=False)
         workers = self._load(sessions, number)
         if moment == "in a transaction":
