@@ -195,14 +195,12 @@ class Follower:
     def _complete(self, witness: Witness | None) -> None:
         """Follow the store to its end; a snapshot that does not lead there is given up."""
         with self.store.view() as view:
-            if witness is None or self._leads_to(view, witness):
-                self._follow(view)
-                return
-            log.warning("the snapshot of the index does not fit the store; it is built anew")
-            self.shard.close()
-            self.shard = Shard(self.info.config, self._device, self._kind)
-            self.position, self._saved_items = Position(0, 0), None
-            self._remove_snapshot()
+            if witness is not None and not self._leads_to(view, witness):
+                log.warning("the snapshot of the index does not fit the store; it is built anew")
+                self.shard.close()
+                self.shard = Shard(self.info.config, self._device, self._kind)
+                self.position, self._saved_items = Position(0, 0), None
+                self._remove_snapshot()
             self._follow(view)
 
     def _leads_to(self, view: View, witness: Witness) -> bool:
