@@ -53,14 +53,16 @@ def nearest_of(
     one that was, so its D² is at least c − score − bound. Where `best` is too short for the proof
     all its rows are computed.
     """
+    if features.metric == "cosine":  # whose rows are all that can be as near
+        distances, parts = features.rescore(x, modulation, best.positions)
+        return Nearest(best, distances, parts, proven=True)
     w, c = project(x[None], modulation)
     bound = rounding_bound(features, w[0], exact=exact)
     take = _first_take(best, count, bound)
     while True:
         kept = best.first(take)
         distances, parts = features.rescore(x, modulation, kept.positions)
-        whole = len(kept.positions) == searched
-        if whole or features.metric == "cosine":  # whose rows are all that can be as near
+        if len(kept.positions) == searched:
             return Nearest(kept, distances, parts, proven=True)
         lost = float(c[0]) - float(kept.scores[-1]) - bound
         proven = int(np.count_nonzero(distances**2 < lost)) >= count

@@ -131,6 +131,18 @@ def test_equal_distances_come_in_order_of_number() -> None:
     shard.close()
 
 
+def test_rows_as_near_as_the_last_one_hide_no_nearer_one_by_cosine() -> None:
+    x = random(1, seed=1)
+    near, other = x + 0.1 * random(5, seed=2), random(1, seed=3)
+    y = torch.cat([other.repeat(9, 1, 1), near, other.repeat(200, 1, 1)])
+    shard = Shard(CONFIG.model_copy(update={"metric": "cosine"}), "cpu", kind="SQfp16")
+    shard.add(stored(y))
+    numbers = found(shard, x[0], Modulation.identity(1, DIM), 10)
+    assert sorted(numbers[:5]) == [10, 11, 12, 13, 14]
+    assert numbers[5:] == [1, 2, 3, 4, 5]
+    shard.close()
+
+
 @pytest.mark.usefixtures("way")
 def test_bf16_products_give_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     y = random(5000)
