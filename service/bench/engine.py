@@ -65,11 +65,12 @@ class Engine:
     def exhaustive(self, x: Tensor, modulation: Modulation, top: int) -> list[Positions]:
         """Queries x (Q×P×D) → each one's `top` nearest of all, proven, best first."""
         x, modulation = x.double(), Modulation(*(p.double() for p in modulation))
-        w, _ = project(x, modulation)
+        w, c = project(x, modulation)
         everything = [self._all] * len(x)
         best, exact = exhaustive(self._features, w, top, everything, exact=False)
         return [
-            self._nearest(x[q], _one(modulation, q), one, top, exact) for q, one in enumerate(best)
+            self._nearest(x[q], _one(modulation, q), (w[q], float(c[q])), one, top, exact)
+            for q, one in enumerate(best)
         ]
 
     def scored(self, x: Tensor, modulation: Modulation, top: int) -> list[Positions]:
@@ -80,10 +81,19 @@ class Engine:
         return [one.first(top).positions for one in best]
 
     def _nearest(
-        self, x: Tensor, modulation: Modulation, best: Best, top: int, exact: bool
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        projected: tuple[Tensor, float],
+        best: Best,
+        top: int,
+        exact: bool,
     ) -> Positions:
         nearest = nearest_of(
-            self._features, x, modulation, best, searched=self.count, count=top, exact=exact
+            *(self._features, x, modulation, projected, best),
+            searched=self.count,
+            count=top,
+            exact=exact,
         )
         if not nearest.proven:
             raise BenchmarkDataError("rounding hides the nearest of these features")

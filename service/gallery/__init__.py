@@ -1,5 +1,6 @@
 """The gallery: enroll crops with their features, find them again by modulated distance."""
 
+from service.gallery.answering import Query
 from service.gallery.audit import Act
 from service.gallery.gallery import DEFAULT_CANDIDATES, Gallery
 from service.gallery.index import IndexKind
@@ -35,6 +36,7 @@ __all__ = [
     "NewItem",
     "Page",
     "Progress",
+    "Query",
     "ReembeddingStopped",
     "RequestKey",
     "SearchResult",

@@ -22,7 +22,7 @@ from service.errors import (
     ServiceError,
     StorageUnwritable,
 )
-from service.gallery.answering import Query, answer
+from service.gallery.answering import Query, answers
 from service.gallery.audit import Act
 from service.gallery.backup import Backup
 from service.gallery.follower import Follower, read_snapshot
@@ -240,33 +240,25 @@ class Gallery:
         max_distance: float | None = None,
         model: str | None = None,
     ) -> SearchResult:
-        """Rank the gallery for one query x (P×D) under its γ, β (1×D); None: unmodulated.
+        """`search_all` for one query, whose parts are `Query`'s."""
+        query = Query(
+            *(x, modulation, top_k, candidates, exhaustive, filters or Filters()),
+            *(group_by, explain, max_distance),
+        )
+        return self.search_all([query], model=model)[0]
 
-        candidates: length of the recall stage's shortlist, at least top_k. group_by "person_id":
-        the best image per person; the shortlist grows until top_k groups are in it. max_distance
-        drops weaker results. With a cosine checkpoint every search is exhaustive. model: the
-        checkpoint that made x, where it may have been changed since. Raises
-        ModelVersionConflict for x of another checkpoint, and ValueError for numbers below 1 and
-        for x, γ or β of another shape or not finite.
+    def search_all(
+        self, queries: Sequence[Query], *, model: str | None = None
+    ) -> Sequence[SearchResult]:
+        """Rank the gallery for each of several queries, which read it and the store together.
+
+        model: the checkpoint that made them, where it may have been changed since. Raises
+        ModelVersionConflict for queries of another checkpoint, and ValueError for x, γ or β of
+        another shape or not finite. No answer depends on the other queries.
         """
-        if top_k < 1 or (candidates is not None and candidates < 1):
-            raise ValueError("top_k and candidates must be at least 1")
-        if group_by not in (None, "person_id"):
-            raise ValueError(f"results are grouped by person_id, not by {group_by}")
         follower = self._of(model)
         follower.keep_up()
-        query = Query(
-            x,
-            modulation or Modulation.identity(1, x.shape[1]),
-            top_k,
-            max(top_k, candidates or self._candidates),
-            exhaustive,
-            filters or Filters(),
-            by_person=group_by is not None,
-            explain=explain,
-            max_distance=max_distance,
-        )
-        return answer(follower, query)
+        return answers(follower, queries, self._candidates)
 
     def reembed(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from model import Modulation, project
+from model import Modulation
 from service.gallery.nearest import Best, rounding_bound
 from service.gallery.rescoring import Features
 
@@ -40,6 +40,7 @@ def nearest_of(
     features: Features,
     x: Tensor,
     modulation: Modulation,
+    projected: tuple[Tensor, float],
     best: Best,
     *,
     searched: int,
@@ -48,7 +49,8 @@ def nearest_of(
 ) -> Nearest:
     """Compute the distances of the best-scored rows until the `count` nearest are certain.
 
-    x: one query, P×D, with γ, β (1×D), in float64. best: of `searched` rows, the best first; exact:
+    x: one query, P×D, with γ, β (1×D), in float64. projected: its w and c, as `project` gives
+    them. best: of `searched` rows, the best first; exact:
     their scores come from fp32, not bf16. A row that was not computed scored at most as the last
     one that was, so its D² is at least c − score − bound. Where `best` is too short for the proof
     all its rows are computed.
@@ -56,15 +58,15 @@ def nearest_of(
     if features.metric == "cosine":  # whose rows are all that can be as near
         distances, parts = features.rescore(x, modulation, best.positions)
         return Nearest(best, distances, parts, proven=True)
-    w, c = project(x[None], modulation)
-    bound = rounding_bound(features, w[0], exact=exact)
+    w, c = projected
+    bound = rounding_bound(features, w, exact=exact)
     take = _first_take(best, count, bound)
     while True:
         kept = best.first(take)
         distances, parts = features.rescore(x, modulation, kept.positions)
         if len(kept.positions) == searched:
             return Nearest(kept, distances, parts, proven=True)
-        lost = float(c[0]) - float(kept.scores[-1]) - bound
+        lost = c - float(kept.scores[-1]) - bound
         proven = int(np.count_nonzero(distances**2 < lost)) >= count
         if proven or take >= len(best.positions):
             return Nearest(kept, distances, parts, proven)

@@ -1,4 +1,4 @@
-"""One query through both stages; queries of several threads run as one.
+"""Queries through both stages; those of one call run as one.
 
 A search holds no lock: it sees the rows there were when its batch began.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from service.gallery.proof import Nearest, nearest_of
 from service.gallery.recall import recall
 from service.gallery.records import Filters
 from service.gallery.resident import Resident
-from service.gallery.together import Together
 
 # Where the bound on rounding says that an exhaustive search may have lost one, it searches again in
 # fp32 for so many times as many.
@@ -32,8 +31,26 @@ _LARGEST = 1e9
 
 
 @dataclass(frozen=True)
+class Sought:
+    """What one query wants: the `count` nearest to x (P×D) under γ, β (1×D).
+
+    shortlist: how many the recall stage hands on, at least `count`. exhaustive: of all rows, proven
+    against rounding, else of those that recall finds. explain: with unmodulated ranks too.
+    """
+
+    x: Tensor
+    modulation: Modulation
+    count: int
+    shortlist: int
+    exhaustive: bool = False
+    filters: Filters = field(default_factory=Filters)
+    explain: bool = False
+
+
+@dataclass(frozen=True)
 class Scored:
-    """What was rescored, nearest first, N rows. groups: equal where person_id is equal."""
+    """The nearest, N rows. groups: equal where person_id is equal. candidates: how many rows the
+    answer was chosen from. recall_ms, rescore_ms: the first is of the whole batch."""
 
     numbers: npt.NDArray[np.int64]
     groups: npt.NDArray[np.int64]
@@ -42,6 +59,7 @@ class Scored:
     unmodulated_ranks: npt.NDArray[np.int64] | None
     parts: npt.NDArray[np.float32] | None
     searched: int
+    candidates: int
     exhaustive: bool
     recall_ms: float
     rescore_ms: float
@@ -59,7 +77,7 @@ class Scored:
 class Counters:
     """How often each stage ran since the gallery was opened, one count per query.
 
-    recall_batches, exhaustive_batches: how often the queries that had come together were run.
+    recall_batches, exhaustive_batches: how often queries of one call were run together.
     widened: exhaustive searches that had to be repeated for more rows, to be sure.
     """
 
@@ -74,22 +92,22 @@ class Counters:
 
 @dataclass(frozen=True)
 class _Query:
-    """x P×D with γ, β 1×D, float64 on the CPU."""
+    """x P×D with γ, β 1×D and their w (P+1)·D, c: float64 on the CPU."""
 
+    sought: Sought
     x: Tensor
     modulation: Modulation
-    count: int
-    filters: Filters
-    exact: bool = False
-
-    def project(self) -> tuple[Tensor, float]:
-        w, c = project(self.x[None], self.modulation)
-        return w[0], float(c[0])
+    w: Tensor
+    c: float
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Candidates of one query, among the rows that it saw."""
+    """Candidates of one query, among the rows that it saw.
+
+    exact: their scores are those of fp32, off by `rounding_bound` at most. approximate: they are
+    farther off, as an index of codes or of some lists gives them.
+    """
 
     resident: Resident
     columns: Columns
@@ -97,6 +115,7 @@ class _Found:
     searched: int
     best: Best
     exact: bool = True
+    approximate: bool = False
 
 
 class Searcher:
@@ -104,49 +123,52 @@ class Searcher:
 
     def __init__(self, config: CMTConfig, resident: Callable[[], Resident]) -> None:
         self._config, self._resident = config, resident
-        self._recall = Together(self._run_recall)
-        self._exhaustive = Together(self._run_exhaustive)
         self.counters = Counters()
         self._counting = threading.Lock()
 
-    def search(
-        self,
-        x: Tensor,
-        modulation: Modulation,
-        shortlist: int,
-        *,
-        exhaustive: bool,
-        filters: Filters,
-        explain: bool,
-    ) -> Scored:
-        """One query x (P×D) with γ, β (1×D) → the `shortlist` nearest, or all there are.
+    @torch.inference_mode()
+    def search(self, queries: Sequence[Sought]) -> list[Scored]:
+        """Each query's `count` nearest, or all there are; those of one kind run as one.
 
-        exhaustive: the nearest of all rows, proven against rounding, else of those that recall
-        finds. Both ways the distances returned are computed directly in float64; items at equal
-        distance are in order of their numbers. Raises ValueError for a query of the wrong shape
-        or with numbers that are not finite, and for a shortlist below 1.
+        All distances returned are computed directly in float64; items at equal distance are in
+        order of their numbers. No answer depends on the other queries. Raises ValueError for a
+        query of the wrong shape or with numbers that are not finite, and for a count below 1.
         """
-        query = self._checked(x, modulation, shortlist, filters)
+        checked = self._checked(queries)
+        cosine = self._config.metric == "cosine"
+        scored: dict[int, Scored] = {}
+        for whole, find in ((False, self._recall), (True, self._exhaustive)):
+            members = [i for i, one in enumerate(queries) if (one.exhaustive or cosine) is whole]
+            if not members:
+                continue
+            chosen = [checked[i] for i in members]
+            started = time.perf_counter()
+            found = find(chosen)
+            recall_ms = 1e3 * (time.perf_counter() - started)
+            for i, query, one in zip(members, chosen, found, strict=True):
+                scored[i] = self._scored(query, one, whole, recall_ms)
+        return [scored[i] for i in range(len(queries))]
+
+    def _scored(self, query: _Query, found: _Found, exhaustive: bool, recall_ms: float) -> Scored:
         started = time.perf_counter()
-        exhaustive = exhaustive or self._config.metric == "cosine"
-        found = self._exhaustive(query) if exhaustive else self._recall(query)
-        recalled = time.perf_counter()
-        nearest = self._computed(query, found, exhaustive, shortlist)
-        while not nearest.proven:
-            wider = min(found.searched, _WIDEN * query.count)
-            query = replace(query, count=wider, exact=True)
+        sought = query.sought
+        candidates = found.searched if exhaustive else len(found.best.positions)
+        nearest = self._computed(query, found, exhaustive)
+        count = sought.count
+        while exhaustive and not nearest.proven:
+            count = min(found.searched, _WIDEN * count)
             self._count(widened=1)
-            found = self._exhaustive(query)
-            nearest = self._computed(query, found, exhaustive, shortlist)
+            (found,) = self._exhaustive([query], count=count, exact=True)
+            nearest = self._computed(query, found, exhaustive)
         found = replace(found, best=nearest.best)
         distances, parts = nearest.distances, nearest.parts
 
         positions = found.best.positions
         numbers = found.columns.numbers[positions]
         persons = found.columns.persons[positions]
-        order = np.lexsort((numbers, distances))[:shortlist]
+        order = np.lexsort((numbers, distances))[: sought.count]
         unmodulated = None
-        if explain:
+        if sought.explain:
             unmodulated = self._unmodulated_ranks(query, found, exhaustive)[order]
         return Scored(
             numbers=numbers[order],
@@ -156,49 +178,63 @@ class Searcher:
             unmodulated_ranks=unmodulated,
             parts=None if parts is None else parts[order],
             searched=found.searched,
+            candidates=candidates,
             exhaustive=exhaustive,
-            recall_ms=1e3 * (recalled - started),
-            rescore_ms=1e3 * (time.perf_counter() - recalled),
+            recall_ms=recall_ms,
+            rescore_ms=1e3 * (time.perf_counter() - started),
             found=found,
         )
 
-    def _checked(
-        self, x: Tensor, modulation: Modulation, shortlist: int, filters: Filters
-    ) -> _Query:
+    def _checked(self, queries: Sequence[Sought]) -> list[_Query]:
         parts, dim = self._config.parts, self._config.dim
-        if shortlist < 1:
-            raise ValueError(f"a search needs room for at least one result, not {shortlist}")
-        if tuple(x.shape) != (parts, dim):
-            raise ValueError(f"x has the shape {tuple(x.shape)}; this gallery needs {parts, dim}")
-        if any(tuple(p.shape) != (1, dim) for p in modulation):
-            shapes = " and ".join(str(tuple(p.shape)) for p in modulation)
-            raise ValueError(f"γ and β have the shapes {shapes}; one query needs {1, dim}")
-        x = x.detach().cpu().double()
-        modulation = Modulation(*(p.detach().cpu().double() for p in modulation))
+        for one in queries:
+            if one.count < 1:
+                raise ValueError(f"a search needs room for at least one result, not {one.count}")
+            if tuple(one.x.shape) != (parts, dim):
+                raise ValueError(
+                    f"x has the shape {tuple(one.x.shape)}; this gallery needs {parts, dim}"
+                )
+            if any(tuple(p.shape) != (1, dim) for p in one.modulation):
+                shapes = " and ".join(str(tuple(p.shape)) for p in one.modulation)
+                raise ValueError(f"γ and β have the shapes {shapes}; one query needs {1, dim}")
+        x = torch.stack([one.x.detach().cpu().double() for one in queries])
+        gamma, beta = (
+            torch.cat([one.modulation[i].detach().cpu().double() for one in queries])
+            for i in range(2)
+        )
         # A comparison with NaN is false.
-        if not all(bool((v.abs() < _LARGEST).all()) for v in (x, *modulation)):
+        if not all(bool(v.abs().max() < _LARGEST) for v in (x, gamma, beta)):
             raise ValueError(
                 "x, γ or β holds numbers that are not finite, or far too large; the checkpoint is "
                 "damaged or untrained"
             )
-        return _Query(x, modulation, shortlist, filters)
+        w, c = project(x, Modulation(gamma, beta))
+        return [
+            _Query(one, x[q], Modulation(gamma[q : q + 1], beta[q : q + 1]), w[q], float(c[q]))
+            for q, one in enumerate(queries)
+        ]
 
-    @torch.inference_mode()
-    def _run_recall(self, queries: Sequence[_Query]) -> list[_Found]:
+    def _recall(self, queries: Sequence[_Query]) -> list[_Found]:
         seen = self._seen(queries)
-        index = seen[0].resident.index
-        w = torch.stack([query.project()[0] for query in queries])
-        count = max(query.count for query in queries)
-        features = seen[0].resident.features
-        best = recall(features, index, w, count, [found.allowed for found in seen])
+        resident = seen[0].resident
+        w = torch.stack([query.w for query in queries])
+        count = max(query.sought.shortlist for query in queries)
+        masks = [found.allowed for found in seen]
+        best = recall(resident.features, resident.index, w, count, masks)
         self._count(recall_calls=len(queries), recall_batches=1, largest_batch=len(queries))
         return [
-            replace(found, best=one.first(query.count))
+            replace(
+                found,
+                best=one.first(query.sought.shortlist),
+                approximate=resident.index is not None,
+            )
             for found, one, query in zip(seen, best, queries, strict=True)
         ]
 
-    @torch.inference_mode()
-    def _run_exhaustive(self, queries: Sequence[_Query]) -> list[_Found]:
+    def _exhaustive(
+        self, queries: Sequence[_Query], *, count: int = 0, exact: bool = False
+    ) -> list[_Found]:
+        """count: how many are wanted where it is more than the queries say. exact: not in bf16."""
         seen = self._seen(queries)
         features = seen[0].resident.features
         self._count(exhaustive_calls=len(queries), exhaustive_batches=1, largest_batch=len(queries))
@@ -207,9 +243,8 @@ class Searcher:
                 replace(found, best=_by_cosine(found, query))
                 for found, query in zip(seen, queries, strict=True)
             ]
-        w = torch.stack([query.project()[0] for query in queries])
-        count = max(query.count for query in queries)
-        exact = any(query.exact for query in queries)
+        w = torch.stack([query.w for query in queries])
+        count = max(count, *(query.sought.count for query in queries))
         best, exact = exhaustive(features, w, count, [one.allowed for one in seen], exact=exact)
         return [
             replace(found, best=one, exact=exact) for found, one in zip(seen, best, strict=True)
@@ -219,28 +254,34 @@ class Searcher:
         """What each query may see, before anything is found; the same mask for equal filters."""
         resident = self._resident()
         columns = resident.columns.frozen()
-        masks = {query.filters: columns.mask(query.filters) for query in queries}
-        counts = {filters: int(np.count_nonzero(mask)) for filters, mask in masks.items()}
+        filters = {query.sought.filters for query in queries}
+        masks = {one: columns.mask(one) for one in filters}
+        counts = {one: int(np.count_nonzero(mask)) for one, mask in masks.items()}
         nothing = Best(np.empty(0, np.int64), np.empty(0, np.float32))
         return [
-            _Found(resident, columns, masks[query.filters], counts[query.filters], nothing)
-            for query in queries
+            _Found(resident, columns, masks[one], counts[one], nothing)
+            for one in (query.sought.filters for query in queries)
         ]
 
-    def _computed(self, query: _Query, found: _Found, exhaustive: bool, count: int) -> Nearest:
-        """Exact distances of what was found; exhaustive: with the proof of the `count` nearest."""
+    def _computed(self, query: _Query, found: _Found, exhaustive: bool) -> Nearest:
+        """Exact distances of what was found: as many as prove the nearest that are wanted.
+
+        Of an index whose scores are approximate all; and all where unmodulated ranks are wanted,
+        which are places among the whole shortlist.
+        """
         self._count(rescore_calls=1)
         features, best = found.resident.features, found.best
-        if not exhaustive:
+        if not exhaustive and (found.approximate or query.sought.explain):
             distances, parts = features.rescore(query.x, query.modulation, best.positions)
             return Nearest(best, distances, parts, proven=True)
         return nearest_of(
             features,
             query.x,
             query.modulation,
+            (query.w, query.c),
             best,
             searched=found.searched,
-            count=count,
+            count=query.sought.count,
             exact=found.exact,
         )
 
@@ -269,8 +310,8 @@ def _by_cosine(found: _Found, query: _Query) -> Best:
     scores = scores[: len(found.allowed)]
     positions = np.flatnonzero(found.allowed)
     near = scores[positions]
-    if query.count < len(positions):
-        last = np.partition(near, query.count - 1)[query.count - 1]
+    if query.sought.count < len(positions):
+        last = np.partition(near, query.sought.count - 1)[query.sought.count - 1]
         # float64 rounds a little otherwise in another block.
         positions = positions[near <= last + 1e-12]
     return Best(positions, -scores[positions].astype(np.float32))

@@ -1,7 +1,7 @@
 """A gallery in memory: features, recall index and filter columns, searched as one.
 
 The shard is a cache of the store and knows no SQL: it answers with row numbers. Searches hold no
-lock: they see the rows there were when they began. Those of several threads run as one.
+lock: they see the rows there were when they began. Those of one call run as one.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
-from model import CMTConfig, Modulation
+from model import CMTConfig
 from service.gallery.columns import Columns
 from service.gallery.index import IndexKind
-from service.gallery.records import Filters
 from service.gallery.resident import Resident
-from service.gallery.searching import Counters, Scored, Searcher
+from service.gallery.searching import Counters, Scored, Searcher, Sought
 from service.gallery.store import Stored
 from service.gallery.upkeep import Upkeep
 
-__all__ = ["Counters", "Frozen", "Scored", "Shard", "Statistics"]
+__all__ = ["Counters", "Frozen", "Scored", "Shard", "Sought", "Statistics"]
 
 
 @dataclass(frozen=True)
@@ -102,20 +100,9 @@ class Shard:
             )
             self._upkeep.touch(numbers)
 
-    def search(
-        self,
-        x: Tensor,
-        modulation: Modulation,
-        shortlist: int,
-        *,
-        exhaustive: bool,
-        filters: Filters,
-        explain: bool,
-    ) -> Scored:
+    def search(self, queries: Sequence[Sought]) -> list[Scored]:
         """`Searcher.search`."""
-        return self._searcher.search(
-            x, modulation, shortlist, exhaustive=exhaustive, filters=filters, explain=explain
-        )
+        return self._searcher.search(queries)
 
     @property
     def counters(self) -> Counters:

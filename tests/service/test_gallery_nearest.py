@@ -16,9 +16,8 @@ from service.embedder import Embedder
 from service.gallery import nearest
 from service.gallery.chunks import CHUNK_ROWS
 from service.gallery.nearest import halves, multiply, rounding_bound, scan
-from service.gallery.records import Filters
 from service.gallery.rescoring import Features
-from service.gallery.shard import Shard
+from service.gallery.shard import Shard, Sought
 from service.gallery.store import Stored
 from service.images import decode
 
@@ -63,11 +62,9 @@ def order_of(distances: npt.NDArray[np.float64], count: int) -> list[int]:
 
 
 def found(
-    shard: Shard, x: Tensor, modulation: Modulation, count: int, **options: bool
+    shard: Shard, x: Tensor, modulation: Modulation, count: int, *, exhaustive: bool = True
 ) -> list[int]:
-    scored = shard.search(
-        x, modulation, count, filters=Filters(), **{"exhaustive": True, "explain": False, **options}
-    )
+    (scored,) = shard.search([Sought(x, modulation, count, count, exhaustive)])
     return scored.numbers.tolist()  # type: ignore[no-any-return]
 
 

@@ -176,6 +176,14 @@ def test_unmodulated_ranks_are_those_among_what_was_scored(
     assert (unexplained.unmodulated_rank, unexplained.parts) == (None, None)
 
 
+def test_a_long_shortlist_gives_the_best_of_it_however_few_are_rescored(gallery: Gallery) -> None:
+    x, modulation = query()
+    whole = gallery.search(x, modulation, top_k=COUNT).hits
+    few = gallery.search(x, modulation, top_k=5, candidates=COUNT)
+    assert few.hits == whole[:5]
+    assert few.candidates == few.searched == COUNT
+
+
 def test_recall_ranks_number_the_shortlist(gallery: Gallery) -> None:
     result = gallery.search(*query(), top_k=40, candidates=40)
     assert sorted(hit.recall_rank or 0 for hit in result.hits) == list(range(1, 41))

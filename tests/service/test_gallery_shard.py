@@ -20,9 +20,8 @@ from service.gallery.columns import Columns
 from service.gallery.index import IVF_FROM, KINDS, IndexKind, RecallIndex, choose_kind, index_bytes
 from service.gallery.records import Filters
 from service.gallery.rows import microseconds
-from service.gallery.shard import Scored, Shard
+from service.gallery.shard import Scored, Shard, Sought
 from service.gallery.store import Stored
-from service.gallery.together import Together
 
 PARTS, DIM, COUNT = 3, 16, 3000
 CONFIG = CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)
@@ -68,7 +67,8 @@ def search(
     shard: Shard, seed: int, count: int, *, exhaustive: bool = False, filters: Filters = EVERYONE
 ) -> Scored:
     x, modulation = query(seed)
-    return shard.search(x, modulation, count, exhaustive=exhaustive, filters=filters, explain=False)
+    (scored,) = shard.search([Sought(x, modulation, count, count, exhaustive, filters)])
+    return scored
 
 
 @contextmanager
@@ -131,9 +131,7 @@ def test_rows_that_the_index_lacks_are_found_too(kind: IndexKind) -> None:
         assert shard.statistics().indexed == COUNT
         for number in (COUNT, COUNT + 49):
             plain = Modulation.identity(1, DIM)
-            scored = shard.search(
-                y[number], plain, 20, exhaustive=False, filters=EVERYONE, explain=False
-            )
+            (scored,) = shard.search([Sought(y[number], plain, 20, 20)])
             assert scored.numbers[0] == number
         shard.add(stored(features(1500, 9), COUNT + 50))
         shard.wait()
@@ -183,7 +181,7 @@ def test_the_rule_for_the_kind() -> None:
 
 
 @pytest.mark.parametrize("kind", ["SQfp16", "Flat", "IVF-SQ8"])
-def test_threads_get_what_one_alone_gets(kind: IndexKind) -> None:
+def test_queries_of_one_call_and_of_threads_get_what_one_alone_gets(kind: IndexKind) -> None:
     y = features()
     with shard_of(kind, y) as shard:
         work = [
@@ -203,49 +201,22 @@ def test_threads_get_what_one_alone_gets(kind: IndexKind) -> None:
         alone = [ask(job) for job in work]
         assert shard.counters.largest_batch == 1
         with ThreadPoolExecutor(16) as threads:
-            together = list(threads.map(ask, work))
-        assert shard.counters.largest_batch > 1
-        assert shard.counters.recall_calls == shard.counters.exhaustive_calls == 60
-        assert shard.counters.rescore_calls == 120
-        for one, other in zip(alone, together, strict=True):
+            beside = list(threads.map(ask, work))
+        together = shard.search(
+            [
+                Sought(*query(seed), count, count, exhaustive, filters)
+                for seed, count, exhaustive, filters in work
+            ]
+        )
+        assert shard.counters.largest_batch == 30
+        assert shard.counters.recall_calls == shard.counters.exhaustive_calls == 90
+        assert shard.counters.rescore_calls == 180
+        for one, other in zip(2 * alone, [*beside, *together], strict=True):
             assert np.array_equal(one.numbers, other.numbers)
             assert np.array_equal(one.distances, other.distances)
             assert one.searched == other.searched
             if one.recall_ranks is not None and other.recall_ranks is not None:
                 assert np.array_equal(one.recall_ranks, other.recall_ranks)
-
-
-def test_a_lone_call_runs_alone_and_those_that_wait_run_together() -> None:
-    batches: list[list[int]] = []
-    first, go = threading.Event(), threading.Event()
-
-    def run(requests: list[int]) -> list[int]:
-        batches.append(list(requests))
-        if 0 in requests:
-            first.set()
-            assert go.wait(30)
-        if 13 in requests:
-            raise ValueError("unlucky")
-        return [10 * request for request in requests]
-
-    together = Together(run, largest=100)  # type: ignore[arg-type]
-    with ThreadPoolExecutor(30) as threads:
-        leader = threads.submit(together, 0)
-        assert first.wait(30)
-        others = [threads.submit(together, request) for request in range(1, 20)]
-        while len(together._queue) < 19:
-            time.sleep(0.001)
-        go.set()
-        assert leader.result(30) == 0
-        for request, future in enumerate(others, start=1):
-            if request == 13:
-                with pytest.raises(ValueError, match="unlucky"):
-                    future.result(30)
-            else:
-                assert future.result(30) == 10 * request
-    assert batches[0] == [0]
-    assert sorted(batches[1]) == list(range(1, 20))
-    assert together(5) == 50  # nothing is left behind
 
 
 @pytest.mark.parametrize("kind", ["SQfp16", "IVF-Flat"])
@@ -370,4 +341,4 @@ BAD: dict[str, tuple[Tensor, Modulation, int, str]] = {
 def test_senseless_queries_are_refused_with_a_sentence(name: str) -> None:
     x, modulation, count, message = BAD[name]
     with shard_of(y=features(50)) as shard, pytest.raises(ValueError, match=message):
-        shard.search(x, modulation, count, exhaustive=False, filters=EVERYONE, explain=False)
+        shard.search([Sought(x, modulation, count, count)])

@@ -18,7 +18,7 @@ from model import CMTConfig, Modulation
 from service.gallery import snapshot
 from service.gallery.index import IndexKind
 from service.gallery.records import Filters
-from service.gallery.shard import Scored, Shard
+from service.gallery.shard import Scored, Shard, Sought
 from service.gallery.snapshot import MANIFEST, SnapshotInvalid, load, save
 from service.gallery.store import Position, Stored, Witness
 
@@ -50,11 +50,13 @@ def query() -> tuple[Tensor, Modulation]:
 def answers(shard: Shard) -> list[Scored]:
     filters = (Filters(), Filters(camera_id=("c1",), gallery_modality=("ir",)))
     x, modulation = query()
-    return [
-        shard.search(x, modulation, 50, exhaustive=exhaustive, filters=one, explain=False)
-        for one in filters
-        for exhaustive in (True, False)
-    ]
+    return shard.search(
+        [
+            Sought(x, modulation, 50, 50, exhaustive, one)
+            for one in filters
+            for exhaustive in (True, False)
+        ]
+    )
 
 
 def assert_equal(one: Shard, other: Shard) -> None:
