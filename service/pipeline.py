@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -28,12 +27,12 @@ from service.concurrently import gathered, in_thread
 from service.decoding import Decoders
 from service.embedder import Embedder
 from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
-from service.fusion import fuse
-from service.gallery import Act, Filters, Gallery, SearchResult
+from service.gallery import Act, Gallery, SearchResult
 from service.images import Crop, Modality, ModalitySource, Picture
 from service.metrics import Metrics
 from service.network import Network
 from service.pulse import Pulse
+from service.ranking import Ranker, Search, Seen
 from service.settings import Settings
 from service.tracing import Tracing
 from service.trail import Trail
@@ -44,9 +43,6 @@ T = TypeVar("T")
 
 # SQLite has one writer; readers of a page or an image are short.
 _STORE_THREADS = 8
-# Searches that come together run as one product, which is what a GPU wants. On a CPU more threads
-# than cores only take the interpreter from one another.
-_SEARCH_THREADS = {"cpu": os.cpu_count() or 1, "cuda": 32}
 _EXPIRE_EVERY = 600.0  # seconds
 # Between the moment when the gallery goes on to another checkpoint and that when we do.
 SWITCH_TRIES = 20
@@ -54,26 +50,10 @@ SWITCH_WAIT = 0.1
 
 
 @dataclass(frozen=True)
-class Search:
-    """How to rank. candidates: shortlist of the recall stage; None takes the gallery's default."""
-
-    top_k: int = 20
-    candidates: int | None = None
-    exhaustive: bool = False
-    modulation: bool = True
-    group_by: Literal["person_id"] | None = None
-    filters: Filters = field(default_factory=Filters)
-    max_distance: float | None = None
-    explain: bool = False
-
-
-@dataclass(frozen=True)
 class Answer:
-    """A ranking, and what its query was taken for. model: fingerprint of the checkpoint.
-    timings_ms: decode, queue, embed, total too.
+    """A ranking (`ranking.Ranking`), and what its query was taken for.
 
-    similarities: of each hit, the probability that it shows the person of the query; None where
-    the checkpoint is not calibrated for this query and gallery modality.
+    model: fingerprint of the checkpoint. timings_ms: decode, queue, embed, total too.
     """
 
     result: SearchResult
@@ -122,7 +102,7 @@ class Pipeline:
         self.network = Network(embedder, settings, metrics.batch)
         self._background: TaskGroup | None = None
         self._decoding = ThreadPoolExecutor(settings.decode_processes, "decode")
-        self._searching = ThreadPoolExecutor(_SEARCH_THREADS[embedder.device], "search")
+        self._ranker = Ranker(gallery)
         self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
         self.trail = Trail(gallery, metrics.audit_failures.inc)
         self.pulse = Pulse(partial(self.embedded, query=True))
@@ -156,8 +136,9 @@ class Pipeline:
 
     def close(self) -> None:
         """End the threads, when nothing is under way any longer."""
-        for threads in (self._decoding, self._searching, self._storing):
+        for threads in (self._decoding, self._storing):
             threads.shutdown(cancel_futures=True)
+        self._ranker.close()
         self.trail.close()
 
     async def stored(self, call: Callable[[], T]) -> T:
@@ -228,8 +209,9 @@ class Pipeline:
             raise ModelVersionConflict("the checkpoint was changed between two of the images")
         seen = await gathered(self._embedded(one, query=True) for one in decoded)
         features = torch.stack([one.features for one in seen])
-        rank = partial(self._rank, network.embedder, features, modality, search)
-        result, similarities = await in_thread(self._searching, rank)
+        result, similarities = await self._ranker.rank(
+            Seen(network.embedder, features, modality, search)
+        )
         for stage, milliseconds in result.timings_ms.items():
             self.note(stage, milliseconds / 1000)
         slowest = {stage: max(one.seconds[stage] for one in seen) for stage in seen[0].seconds}
@@ -244,39 +226,6 @@ class Pipeline:
                 **result.timings_ms,
                 "total": 1000 * (time.perf_counter() - started),
             },
-        )
-
-    def _rank(
-        self, embedder: Embedder, features: Tensor, modality: str, search: Search
-    ) -> tuple[SearchResult, list[float | None]]:
-        """The gallery's answer to features K×P×D of one person, and the similarity of each hit.
-
-        Curves are fitted on queries of one image; a query of several is judged by the same ones,
-        one of both modalities by none.
-        """
-        info = embedder.info
-        x = fuse(features, normalise=info.config.normalise_test)
-        modulation = embedder.modulation(x[None]) if search.modulation else None
-        result = self.gallery.search(
-            x,
-            modulation,
-            top_k=search.top_k,
-            candidates=search.candidates,
-            exhaustive=search.exhaustive,
-            filters=search.filters,
-            group_by=search.group_by,
-            explain=search.explain,
-            max_distance=search.max_distance,
-            model=info.fingerprint,
-        )
-        if info.calibration is None:
-            return result, [None] * len(result.hits)
-        return result, info.calibration.similarities(
-            x,
-            modulation,
-            [hit.distance for hit in result.hits],
-            query=modality,
-            gallery=[hit.item.modality for hit in result.hits],
         )
 
     async def _expire(self) -> None:

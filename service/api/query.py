@@ -27,8 +27,9 @@ from service.api.schemas import (
 )
 from service.gallery import Filters, Hit
 from service.images import Box, Picture
-from service.pipeline import Answer, Search
+from service.pipeline import Answer
 from service.problems import documented
+from service.ranking import Search
 
 router = APIRouter(tags=["query"])
 

@@ -81,15 +81,24 @@ def request_of(new: NewItem) -> dict[str, str]:
 
 
 def item_of(row: Row[Any]) -> Item:
-    """The item of a whole row."""
-    values = dict(row._mapping)
-    for internal in ("number", "request_key", "request_sha256"):
-        del values[internal]
-    values["metadata"] = json.loads(values.pop("details"))
-    captured = values["captured_at"]
-    values["captured_at"] = None if captured is None else moment_of(captured)
-    values["enrolled_at"] = moment_of(values["enrolled_at"])
-    return Item(**values)
+    """The item of a whole row, its columns in the order of the table."""
+    _, name, person, camera, captured, enrolled, *facts, details, model, _, _ = tuple(row)
+    modality, source, width, height, bit_depth, sha256 = facts
+    return Item(
+        id=name,
+        person_id=person,
+        camera_id=camera,
+        captured_at=None if captured is None else moment_of(captured),
+        enrolled_at=moment_of(enrolled),
+        modality=modality,
+        modality_source=source,
+        width=width,
+        height=height,
+        bit_depth=bit_depth,
+        sha256=sha256,
+        metadata=json.loads(details),
+        model=model,
+    )
 
 
 def columns_of(changes: ItemUpdate) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class Store:
         with self._database.reading() as connection:
             for block in blocks(numbers):
                 rows = connection.execute(select(items).where(items.c.number.in_(block)))
-                found.update((int(row.number), item_of(row)) for row in rows)
+                found.update((row[0], item_of(row)) for row in rows)
         return found
 
     def update(self, item_id: str, changed: ItemUpdate, *, actor: str = "system") -> Item:
