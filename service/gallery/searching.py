@@ -137,16 +137,18 @@ class Searcher:
         checked = self._checked(queries)
         cosine = self._config.metric == "cosine"
         scored: dict[int, Scored] = {}
-        for whole, find in ((False, self._recall), (True, self._exhaustive)):
-            members = [i for i, one in enumerate(queries) if (one.exhaustive or cosine) is whole]
-            if not members:
-                continue
+        # What an index finds for a shortlist depends on its length: only equal ones run together.
+        kinds: dict[int | None, list[int]] = {}
+        for i, one in enumerate(queries):
+            kinds.setdefault(None if one.exhaustive or cosine else one.shortlist, []).append(i)
+        for shortlist, members in kinds.items():
+            whole = shortlist is None
             chosen = [checked[i] for i in members]
             started = time.perf_counter()
-            found = find(chosen)
+            found = self._exhaustive(chosen) if whole else self._recall(chosen)
             recall_ms = 1e3 * (time.perf_counter() - started)
-            for i, query, one in zip(members, chosen, found, strict=True):
-                scored[i] = self._scored(query, one, whole, recall_ms)
+            for i, query, candidates in zip(members, chosen, found, strict=True):
+                scored[i] = self._scored(query, candidates, whole, recall_ms)
         return [scored[i] for i in range(len(queries))]
 
     def _scored(self, query: _Query, found: _Found, exhaustive: bool, recall_ms: float) -> Scored:
@@ -218,17 +220,14 @@ class Searcher:
         seen = self._seen(queries)
         resident = seen[0].resident
         w = torch.stack([query.w for query in queries])
-        count = max(query.sought.shortlist for query in queries)
         masks = [found.allowed for found in seen]
-        best = recall(resident.features, resident.index, w, count, masks)
+        shortlist = queries[0].sought.shortlist  # theirs all
+        best = recall(resident.features, resident.index, w, shortlist, masks)
         self._count(recall_calls=len(queries), recall_batches=1, largest_batch=len(queries))
+        approximate = resident.index is not None
         return [
-            replace(
-                found,
-                best=one.first(query.sought.shortlist),
-                approximate=resident.index is not None,
-            )
-            for found, one, query in zip(seen, best, queries, strict=True)
+            replace(found, best=one, approximate=approximate)
+            for found, one in zip(seen, best, strict=True)
         ]
 
     def _exhaustive(

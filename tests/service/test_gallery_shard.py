@@ -208,7 +208,7 @@ def test_queries_of_one_call_and_of_threads_get_what_one_alone_gets(kind: IndexK
                 for seed, count, exhaustive, filters in work
             ]
         )
-        assert shard.counters.largest_batch == 30
+        assert shard.counters.largest_batch == 30  # all that are exhaustive
         assert shard.counters.recall_calls == shard.counters.exhaustive_calls == 90
         assert shard.counters.rescore_calls == 180
         for one, other in zip(2 * alone, [*beside, *together], strict=True):
