@@ -11,9 +11,9 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,23 +22,16 @@ from model import Modulation
 from service.concurrently import in_thread
 from service.embedder import Embedder
 from service.fusion import fuse
-from service.gallery import Filters, Gallery, Query, SearchResult
+from service.gallery import Gallery, Options, Query, SearchResult
 
 _TOGETHER = 32  # queries at most, so that the first of them need not wait for too many others
 
 
 @dataclass(frozen=True)
-class Search:
-    """How to rank. candidates: shortlist of the recall stage; None takes the gallery's default."""
+class Search(Options):
+    """How to rank; without modulation by the plain distance."""
 
-    top_k: int = 20
-    candidates: int | None = None
-    exhaustive: bool = False
     modulation: bool = True
-    group_by: Literal["person_id"] | None = None
-    filters: Filters = field(default_factory=Filters)
-    max_distance: float | None = None
-    explain: bool = False
 
 
 class Ranking(NamedTuple):
@@ -150,7 +143,7 @@ def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[Seen]) -> list
         for i, seen in enumerate(batch)
     ]
     queries = [
-        _query(*parts) for parts in zip(x, modulations, (s.search for s in batch), strict=True)
+        Query(*parts) for parts in zip(x, modulations, (s.search for s in batch), strict=True)
     ]
     results = gallery.search_all(queries, model=info.fingerprint)
     if info.calibration is None:
@@ -168,17 +161,3 @@ def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[Seen]) -> list
         )
         for i, (seen, result) in enumerate(zip(batch, results, strict=True))
     ]
-
-
-def _query(x: Tensor, modulation: Modulation | None, search: Search) -> Query:
-    return Query(
-        x,
-        modulation,
-        top_k=search.top_k,
-        candidates=search.candidates,
-        exhaustive=search.exhaustive,
-        filters=search.filters,
-        group_by=search.group_by,
-        explain=search.explain,
-        max_distance=search.max_distance,
-    )

@@ -1,6 +1,6 @@
 """The gallery: enroll crops with their features, find them again by modulated distance."""
 
-from service.gallery.answering import Query
+from service.gallery.answering import Options, Query
 from service.gallery.audit import Act
 from service.gallery.gallery import DEFAULT_CANDIDATES, Gallery
 from service.gallery.index import IndexKind
@@ -34,6 +34,7 @@ __all__ = [
     "ItemUpdate",
     "ModelVersion",
     "NewItem",
+    "Options",
     "Page",
     "Progress",
     "Query",

@@ -20,8 +20,8 @@ _TRIES = 8  # searches again because an item was deleted between search and fetc
 
 
 @dataclass(frozen=True)
-class Query:
-    """What is searched for: x (P×D) under γ, β (1×D); None: unmodulated.
+class Options:
+    """How to search.
 
     Attributes:
         top_k: wanted items; grouped, wanted people, of whom the best item is given.
@@ -32,9 +32,7 @@ class Query:
         max_distance: weaker results are dropped.
     """
 
-    x: Tensor
-    modulation: Modulation | None
-    top_k: int
+    top_k: int = 20
     candidates: int | None = None
     exhaustive: bool = False
     filters: Filters = field(default_factory=Filters)
@@ -48,6 +46,15 @@ class Query:
             raise ValueError("top_k and candidates must be at least 1")
         if self.group_by not in (None, "person_id"):
             raise ValueError(f"results are grouped by person_id, not by {self.group_by}")
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for: x (P×D) under γ, β (1×D); None: unmodulated."""
+
+    x: Tensor
+    modulation: Modulation | None
+    options: Options
 
 
 def answers(follower: Follower, queries: Sequence[Query], candidates: int) -> list[SearchResult]:
@@ -125,18 +132,19 @@ def _out_of_use(follower: Follower, items: Iterable[Item]) -> bool:
 def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> list[_Chosen]:
     """What the shard scored, nearest first, and the places in it of the results."""
     chosen: dict[int, _Chosen] = {}
-    waiting = {i: max(q.top_k, q.candidates or candidates) for i, q in enumerate(queries)}
+    options = [query.options for query in queries]
+    waiting = {i: max(o.top_k, o.candidates or candidates) for i, o in enumerate(options)}
     while waiting:
         scored = follower.shard.search(
             [_sought(queries[i], shortlist) for i, shortlist in waiting.items()]
         )
         growing = {}
         for (i, shortlist), one in zip(waiting.items(), scored, strict=True):
-            places = _places(one, queries[i])
+            places = _places(one, options[i])
             if places is None:
                 growing[i] = shortlist * _WIDEN
                 continue
-            most = queries[i].max_distance
+            most = options[i].max_distance
             if most is not None:
                 places = [place for place in places if one.distances[place] <= most]
             chosen[i] = _Chosen(one, places, one.numbers[places].tolist())
@@ -145,26 +153,27 @@ def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> li
 
 
 def _sought(query: Query, shortlist: int) -> Sought:
+    options = query.options
     return Sought(
         query.x,
         query.modulation or Modulation.identity(1, query.x.shape[1]),
         # Grouped, how many are needed shows when they are scored.
-        count=query.top_k if query.group_by is None else shortlist,
+        count=options.top_k if options.group_by is None else shortlist,
         shortlist=shortlist,
-        exhaustive=query.exhaustive,
-        filters=query.filters,
-        explain=query.explain,
+        exhaustive=options.exhaustive,
+        filters=options.filters,
+        explain=options.explain,
     )
 
 
-def _places(scored: Scored, query: Query) -> list[int] | None:
+def _places(scored: Scored, options: Options) -> list[int] | None:
     """The places of the results; None where a longer shortlist is needed to know."""
-    if query.group_by is None:
-        return list(range(min(query.top_k, len(scored.numbers))))
+    if options.group_by is None:
+        return list(range(min(options.top_k, len(scored.numbers))))
     # `scored` is sorted, so the first of each group is its best.
     _, first = np.unique(scored.groups, return_index=True)
-    places: list[int] = np.sort(first)[: query.top_k].tolist()
-    if len(places) < query.top_k and len(places) < scored.searched_groups():
+    places: list[int] = np.sort(first)[: options.top_k].tolist()
+    if len(places) < options.top_k and len(places) < scored.searched_groups():
         return None
     return places
 

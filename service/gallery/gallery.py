@@ -22,7 +22,7 @@ from service.errors import (
     ServiceError,
     StorageUnwritable,
 )
-from service.gallery.answering import Query, answers
+from service.gallery.answering import Options, Query, answers
 from service.gallery.audit import Act
 from service.gallery.backup import Backup
 from service.gallery.follower import Follower, read_snapshot
@@ -240,12 +240,11 @@ class Gallery:
         max_distance: float | None = None,
         model: str | None = None,
     ) -> SearchResult:
-        """`search_all` for one query, whose parts are `Query`'s."""
-        query = Query(
-            *(x, modulation, top_k, candidates, exhaustive, filters or Filters()),
-            *(group_by, explain, max_distance),
+        """`search_all` for one query with these `Options`."""
+        options = Options(
+            *(top_k, candidates, exhaustive, filters or Filters(), group_by, explain, max_distance)
         )
-        return self.search_all([query], model=model)[0]
+        return self.search_all([Query(x, modulation, options)], model=model)[0]
 
     def search_all(
         self, queries: Sequence[Query], *, model: str | None = None

@@ -34,20 +34,20 @@ _PQ_NUMBERS = 8  # per byte of a code
 def choose_kind(count: int, device: str, free_bytes: int, width: int) -> IndexKind:
     """The index for `count` lifted vectors of `width` numbers, with `free_bytes` of memory left.
 
-    Milliseconds a query and recall@10 with a shortlist of 200, on two cores of an AMD EPYC
-    (AVX-512), P·D = 768, features sampled like rendered crops (`cmt bench recall`):
+    Milliseconds a query and recall@10 with a shortlist of 200, on two cores of an Intel Xeon (AMX),
+    P·D = 768, features sampled like rendered crops (`cmt bench recall`, results/recall.json):
 
         kind             N = 100,000      200,000          1,000,000        bytes per item beside
                          ms     recall    ms     recall    ms     recall    the features
-        SQfp16           5.3    1.00      10.3   1.00      43.5   1.00      0
-        Flat             11.4   1.00      21.4   1.00      100    1.00      3,584
-        SQ8              6.5    1.00      11.7   1.00      42.9   1.00      896
-        IVF-Flat, 10%    1.8    0.978     2.9    1.00      11.2   0.998     3,592
-        IVF-SQ8, 10%     1.3    0.978     2.1    1.00      6.9    0.998     904 (of its lists
-        IVF-PQ, 10%      1.2    0.804     1.7    0.694     5.4    0.526     120  looked at)
-        HNSW             1.5    0.988                                       3,856
+        SQfp16           13.0   1.00      25.3   1.00      103    1.00      0
+        Flat             29.1   1.00      55.3   1.00      257    1.00      3,584
+        SQ8              17.6   1.00      31.6   1.00      153    1.00      896
+        IVF-Flat, 10%    4.2    0.978     7.5    1.00      29.0   0.998     3,592
+        IVF-SQ8, 10%     3.2    0.978     4.7    1.00      18.3   0.998     904 (of its lists
+        IVF-PQ, 10%      2.1    0.802     2.7    0.668     6.9    0.538     120  looked at)
+        HNSW             2.7    0.988                                       3,856
 
-    So the scan of what is in memory anyway serves as long as it takes some 10 ms, and an inverted
+    So the scan of what is in memory anyway serves as long as it takes some 25 ms, and an inverted
     file where it finds as much. On a GPU all rows are multiplied: FAISS's GPU indexes take no
     selector, which filters and deletions need, and one product reads a gallery at the speed of the
     memory.

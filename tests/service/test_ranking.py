@@ -14,7 +14,7 @@ from torch import Tensor
 
 from service.embedder import Embedder
 from service.errors import ModelVersionConflict
-from service.gallery import Gallery, NewItem, Query, SearchResult
+from service.gallery import Gallery, NewItem, Options, Query, SearchResult
 from service.images import decode
 from service.ranking import Ranker, Ranking, Search, Seen
 
@@ -57,7 +57,7 @@ class Watched:
         self, queries: Sequence[Query], *, model: str | None = None
     ) -> Sequence[SearchResult]:
         self.batches.append(len(queries))
-        if any(query.exhaustive for query in queries):
+        if any(query.options.exhaustive for query in queries):
             assert self.hold.wait(30)
         return self._gallery.search_all(queries, model=model)
 
@@ -162,4 +162,4 @@ def test_features_of_another_checkpoint_are_refused(
     gallery: Gallery, embedder: Embedder, features: Tensor
 ) -> None:
     with pytest.raises(ModelVersionConflict, match="embed the image again"):
-        gallery.search_all([Query(features[0], None, 1)], model="another")
+        gallery.search_all([Query(features[0], None, Options(top_k=1))], model="another")
