@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -119,13 +120,18 @@ def _file(image: ImageSource) -> tuple[str, tuple[str, bytes]]:
 
 
 def wait_before_retry(response: httpx.Response, attempt: int, retries: int) -> float | None:
-    """Seconds until the next attempt; None where the answer stands."""
+    """Seconds until the next attempt; None where the answer stands.
+
+    What the server says and up to half as long again, so that those who were refused together do
+    not come back together.
+    """
     if response.status_code not in (429, 503) or attempt >= retries:
         return None
     try:
-        return min(float(response.headers["Retry-After"]), LONGEST_WAIT)
+        asked = float(response.headers["Retry-After"])
     except (KeyError, ValueError):
         return None
+    return min(asked * random.uniform(1, 1.5), LONGEST_WAIT)
 
 
 def checked(response: httpx.Response) -> httpx.Response:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.calls import LONGEST_WAIT, wait_before_retry
 from service.client import AsyncClient, Client, ServiceProblem, Unreachable
 from service.keys import KeyFile
 
@@ -125,6 +126,15 @@ def test_busy_is_not_waited_for_without_a_time_or_for_ever() -> None:
         pytest.raises(ServiceProblem),
     ):
         client.list()
+
+
+def test_those_refused_together_do_not_come_back_together() -> None:
+    refused = httpx.Response(429, headers={"Retry-After": "2"})
+    waits = [wait_before_retry(refused, 0, 1) for _ in range(50)]
+    assert all(wait is not None and 2 <= wait <= 3 for wait in waits)
+    assert len(set(waits)) > 40
+    long = httpx.Response(503, headers={"Retry-After": "1000"})
+    assert wait_before_retry(long, 0, 1) == LONGEST_WAIT
 
 
 def test_no_service_is_a_sentence() -> None:
