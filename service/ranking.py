@@ -83,11 +83,15 @@ class _Line:
             taken = [self._waiting.popleft() for _ in range(count)]
             batch = [one for one in taken if not one.done.done()]  # the others were cancelled
             work = partial(_outcomes, self._gallery, [one.seen for one in batch])
-            outcomes = await in_thread(self._thread, work)
+            outcomes: Sequence[Ranking | Exception]
+            try:
+                outcomes = await in_thread(self._thread, work)
+            except Exception as error:  # the thread's, not of a search
+                outcomes = [error] * len(batch)
             for one, outcome in zip(batch, outcomes, strict=True):
                 if one.done.done():
                     continue
-                if isinstance(outcome, BaseException):
+                if isinstance(outcome, Exception):
                     one.done.set_exception(outcome)
                 else:
                     one.done.set_result(outcome)

@@ -163,3 +163,16 @@ def test_features_of_another_checkpoint_are_refused(
 ) -> None:
     with pytest.raises(ModelVersionConflict, match="embed the image again"):
         gallery.search_all([Query(features[0], None, Options(top_k=1))], model="another")
+
+
+def test_where_its_thread_is_gone_a_query_fails_and_does_not_wait_for_ever(
+    watched: Watched, embedder: Embedder, features: Tensor
+) -> None:
+    async def run() -> None:
+        ranker = Ranker(watched)  # type: ignore[arg-type]
+        ranker.close()
+        await asyncio.wait_for(ranker.rank(Seen(embedder, features[:1], "ir", Search())), 10)
+
+    with pytest.raises(RuntimeError, match="shutdown"):
+        asyncio.run(run())
+    assert watched.batches == []
