@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +20,11 @@ STD = (0.229, 0.224, 0.225)
 
 def resize(image: Image.Image, height: int, width: int) -> np.ndarray:
     """A PIL image → uint8 array height×width×3; gray (IR) images are replicated to 3 channels."""
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    if image.mode != "RGB":  # Pillow copies what is as wanted already, here and below
+        image = image.convert("RGB")
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -36,31 +38,12 @@ def normalise(images: Tensor) -> Tensor:
 
 def preprocess(image: Image.Image, config: CMTConfig) -> Tensor:
     """A crop → 3×H×W float32 at the configuration's input size, as `CMT.embed` takes it."""
-    return preprocess_all([image], config)[0]
+    return normalise(pixels_of([image], config)[0].permute(2, 0, 1))
 
 
-def preprocess_all(images: Sequence[Image.Image], config: CMTConfig) -> Tensor:
-    """B crops → B×3×H×W float32 at the configuration's input size.
-
-    By NumPy, on this thread alone: sharing out so little work among PyTorch's threads would have
-    them wait for more, awake, on cores that a service needs.
-    """
+def pixels_of(images: Sequence[Image.Image], config: CMTConfig) -> Tensor:
+    """B crops → B×H×W×3 uint8 at the configuration's input size."""
     import torch
 
-    height, width = config.input_height, config.input_width
-    batch = np.empty((len(images), 3, height, width), np.float32)
-    values = _values()
-    for image, planes in zip(images, batch, strict=True):
-        pixels = resize(image, height, width)
-        for channel in range(3):
-            np.take(values[channel], pixels[:, :, channel], out=planes[channel], mode="clip")
-    return torch.from_numpy(batch)
-
-
-@cache
-def _values() -> np.ndarray:
-    """`normalise` of every value that a channel's pixel can have, 3×256."""
-    import torch
-
-    levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-    return normalise(levels)[:, 0].numpy()
+    size = config.input_height, config.input_width
+    return torch.from_numpy(np.stack([resize(image, *size) for image in images]))

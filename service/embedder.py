@@ -8,11 +8,11 @@ fp32 on test pictures; trained weights do, random ones do not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from torch.nn import functional
 
 from model import CMT, Modality, Modulation, load_checkpoint
 from model.precision import Precision, PrecisionName, choose_precision
-from model.preprocess import preprocess_all
+from model.preprocess import normalise, pixels_of
 from service.errors import RuntimeUnavailable
 from service.images import Crop
 
 Device = Literal["auto", "cpu", "cuda"]
 Runtime = Literal["auto", "torch", "openvino"]
-Network = Callable[[Tensor, Modality], Tensor]  # B×3×H×W of one modality → B×P×D fp32
 
 # What bf16 must reach against fp32 to be used: see Embedder._agreement.
 AGREEMENT = 0.998
@@ -35,12 +34,25 @@ _BATCH = 32  # longer lists are cut: no gain on a CPU, bounded memory on a GPU
 _MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
 
 
+class Network(Protocol):
+    """Pixels B×H×W×3 (uint8) of one modality → B×P×D fp32.
+
+    Called, it uses the whole device. streams: so many calls of `beside` compute at once, each on
+    its share of the device.
+    """
+
+    streams: int
+
+    def __call__(self, pixels: Tensor, modality: Modality, /) -> Tensor: ...
+    def beside(self, pixels: Tensor, modality: Modality, /) -> Tensor: ...
+
+
 class Embedder:
     """One checkpoint on one device. Thread-safe.
 
     info: what the checkpoint says of itself. device: "cpu" or "cuda". runtime: "torch" or
-    "openvino". precision: the number type and why it was chosen. network: preprocessed images
-    B×3×H×W of one modality → B×P×D; `embed` gives it at most 32 at once.
+    "openvino". precision: the number type and why it was chosen. network: the network alone;
+    `embed` gives it at most 32 crops at once.
     Raises CheckpointError (the file) or RuntimeUnavailable (device or runtime), one sentence.
     """
 
@@ -57,16 +69,20 @@ class Embedder:
         self._model, self.info = load_checkpoint(checkpoint, self.device)
         self.runtime, self.precision, self.network = self._choose(runtime, precision, cache_dir)
 
-    def embed(self, crops: Sequence[Crop]) -> Tensor:
-        """B crops of any modality → B×P×D, fp32 on the CPU, in their order."""
+    def embed(self, crops: Sequence[Crop], *, beside: bool = False) -> Tensor:
+        """B crops of any modality → B×P×D, fp32 on the CPU, in their order.
+
+        beside: leave the device's other `network.streams` to others who embed meanwhile.
+        """
         config = self.info.config
+        network = self.network.beside if beside else self.network
         features = torch.empty(len(crops), config.parts, config.dim)
         for modality in _MODALITIES:
             places = [i for i, crop in enumerate(crops) if crop.modality == modality]
             for start in range(0, len(places), _BATCH):
                 batch = places[start : start + _BATCH]
-                images = preprocess_all([crops[i].image for i in batch], config)
-                features[batch] = self.network(images, modality)
+                pixels = pixels_of([crops[i].image for i in batch], config)
+                features[batch] = network(pixels, modality)
         return features
 
     @torch.inference_mode()
@@ -147,13 +163,16 @@ class Embedder:
 class TorchNetwork:
     """The network in PyTorch: channels last, under autocast where that measures faster."""
 
+    streams = 1
+
     def __init__(self, model: CMT, device: str, precision: Precision) -> None:
         # Converts in place; only convolution kernels change their memory order.
         self._model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device, self._precision = device, precision
 
-    def __call__(self, images: Tensor, modality: Modality) -> Tensor:
-        images = images.to(self._device).contiguous(memory_format=torch.channels_last)
+    def __call__(self, pixels: Tensor, modality: Modality) -> Tensor:
+        # Of pixels in this order the memory is that of channels last.
+        images = normalise(pixels.to(self._device).permute(0, 3, 1, 2))
         autocast = (
             torch.autocast(self._device, self._precision.dtype)
             if self._precision.autocast
@@ -162,6 +181,8 @@ class TorchNetwork:
         with autocast:
             features: Tensor = self._model.embed(images, modality)
         return features.cpu()
+
+    beside = __call__
 
 
 def _device(device: Device) -> str:
@@ -176,11 +197,12 @@ def _device(device: Device) -> str:
 
 
 def _test_pictures(model: CMT) -> Tensor:
-    """Four smooth pictures at the network's input size, 4×3×H×W, the same every time."""
+    """Four smooth pictures at the network's input size, 4×H×W×3, the same every time."""
     config = model.config
     coarse = torch.randn(4, 3, 12, 6, generator=torch.Generator().manual_seed(0))
     size = (config.input_height, config.input_width)
-    return functional.interpolate(coarse, size=size, mode="bilinear")
+    smooth = functional.interpolate(coarse, size=size, mode="bilinear").permute(0, 2, 3, 1)
+    return (128 + 64 * smooth).clamp(0, 255).byte().contiguous()
 
 
 def _seconds(network: Network, pictures: Tensor) -> float:

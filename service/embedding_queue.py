@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +31,12 @@ from service.images import Crop
 
 log = logging.getLogger(__name__)
 
-Embed = Callable[[Sequence[Crop]], Tensor]  # B crops → B×P×D
+
+class Embed(Protocol):
+    """B crops → B×P×D; beside: on one of the device's streams, as `Embedder.embed` says it."""
+
+    def __call__(self, crops: Sequence[Crop], /, *, beside: bool) -> Tensor: ...
+
 
 _RECOVER = 64  # batches without trouble after which a halved limit is doubled again
 
@@ -51,10 +57,11 @@ class _Waiting:
 
 
 class EmbeddingQueue:
-    """Used on one event loop; `run` must run meanwhile.
+    """Used on one event loop; `run` must run meanwhile, as often as batches may be under way.
 
-    max_batch: crops at once. max_wait: seconds that the first of a batch waits for others while the
-    device is idle. observe: told the size of every batch that was embedded.
+    max_batch: crops at once. max_wait: seconds that the first of a batch waits for others, if any
+    are `present`. streams: of the device, among which what waits is shared out; a crop whose
+    picture is the only one present has all of them. observe: told the size of every batch.
     """
 
     def __init__(
@@ -63,10 +70,13 @@ class EmbeddingQueue:
         *,
         max_batch: int,
         max_wait: float,
+        streams: int = 1,
         observe: Callable[[int], None] = lambda size: None,
     ) -> None:
         self._embed, self._observe = embed, observe
         self.max_batch, self._max_wait = max_batch, max_wait
+        self._streams, self._busy = streams, 0
+        self._present = 0
         self.limit = max_batch  # at present, less after memory ran out
         self._smooth = 0
         self._retired = False
@@ -96,6 +106,19 @@ class EmbeddingQueue:
                 line.remove(waiting)
             raise
 
+    @contextmanager
+    def present(self, pictures: int = 1) -> Iterator[None]:
+        """Around all that is done for pictures whose crops come here, until they are answered.
+
+        Whoever is busy elsewhere now came or comes again like others: that others are present is
+        the best guess at whether more crops will be here in a moment.
+        """
+        self._present += pictures
+        try:
+            yield
+        finally:
+            self._present -= pictures
+
     def retire(self) -> None:
         """Take nothing more; `run` ends when what waits is embedded."""
         self._retired = True
@@ -110,8 +133,13 @@ class EmbeddingQueue:
                 batch = self._take()
                 if not batch:
                     continue
+                beside = self._busy > 0 or self._others()
+                self._busy += 1
                 began = time.perf_counter()
-                outcomes = await loop.run_in_executor(thread, self._outcomes, batch)
+                try:
+                    outcomes = await loop.run_in_executor(thread, self._outcomes, batch, beside)
+                finally:
+                    self._busy -= 1
                 took = time.perf_counter() - began
                 for waiting, outcome in zip(batch, outcomes, strict=True):
                     if waiting.done.done():  # cancelled meanwhile
@@ -120,6 +148,9 @@ class EmbeddingQueue:
                         waiting.done.set_exception(outcome)
                     else:
                         waiting.done.set_result(Embedded(outcome, began - waiting.since, took))
+
+    def _others(self) -> bool:
+        return self._present > 1 or len(self) > 1
 
     async def _company(self) -> None:
         """Until somebody waits, and a batch is full or its first one has waited long enough; or
@@ -130,7 +161,7 @@ class EmbeddingQueue:
             self._arrived.clear()
             await self._arrived.wait()
         first = min(line[0].since for line in (self._queries, self._enrollments) if line)
-        while 0 < len(self) < self.limit:
+        while 0 < len(self) < self.limit and self._others():
             left = first + self._max_wait - time.perf_counter()
             if left <= 0:
                 return
@@ -139,26 +170,31 @@ class EmbeddingQueue:
                 await asyncio.wait_for(self._arrived.wait(), left)
 
     def _take(self) -> list[_Waiting]:
-        """The next batch: of both lines in turn, each in the order of arrival."""
+        """The next batch: of both lines in turn, each in the order of arrival.
+
+        It is the share of one of the streams that are free.
+        """
+        share = math.ceil(len(self) / max(1, self._streams - self._busy))
+        most = min(self.limit, share)
         batch: list[_Waiting] = []
-        while len(batch) < self.limit and len(self):
+        while len(batch) < most and len(self):
             for line in (self._queries, self._enrollments):
-                if line and len(batch) < self.limit:
+                if line and len(batch) < most:
                     waiting = line.popleft()
                     if not waiting.done.done():
                         batch.append(waiting)
         return batch
 
-    def _outcomes(self, batch: Sequence[_Waiting]) -> list[Tensor | ServiceError]:
-        outcomes = self._halving([waiting.crop for waiting in batch])
+    def _outcomes(self, batch: Sequence[_Waiting], beside: bool) -> list[Tensor | ServiceError]:
+        outcomes = self._halving([waiting.crop for waiting in batch], beside)
         self._smooth += 1
         if self._smooth >= _RECOVER and self.limit < self.max_batch:
             self.limit, self._smooth = min(2 * self.limit, self.max_batch), 0
         return outcomes
 
-    def _halving(self, crops: Sequence[Crop]) -> list[Tensor | ServiceError]:
+    def _halving(self, crops: Sequence[Crop], beside: bool) -> list[Tensor | ServiceError]:
         try:
-            features = self._embed(crops)
+            features = self._embed(crops, beside=beside)
             self._observe(len(crops))
             return list(features)
         except Exception as error:
@@ -171,7 +207,7 @@ class EmbeddingQueue:
             if len(crops) == 1:
                 return [_failure(error, exhausted)]
         middle = len(crops) // 2
-        return self._halving(crops[:middle]) + self._halving(crops[middle:])
+        return self._halving(crops[:middle], beside) + self._halving(crops[middle:], beside)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -10,8 +10,7 @@ from service.embedder import Embedder
 from service.embedding_queue import EmbeddingQueue
 from service.settings import Settings
 
-# On a GPU one batch is made ready while the device works on another.
-_RUNNERS = {"cpu": 1, "cuda": 2}
+_CUDA_RUNNERS = 2  # one batch is made ready while the device works on another
 # On a CPU eight are as fast as more (`cmt bench serve`), and the next ones are decoded meanwhile.
 _BATCH = {"cpu": 8, "cuda": 32}
 
@@ -27,6 +26,7 @@ class Network:
             embedder.embed,
             max_batch=settings.max_batch or _BATCH[embedder.device],
             max_wait=settings.batch_wait,
+            streams=embedder.network.streams,
             observe=observe,
         )
 
@@ -37,6 +37,7 @@ class Network:
 
     async def run(self) -> None:
         """Embed what comes, until cancelled."""
+        cuda = self.embedder.device == "cuda"
         async with create_task_group() as group:
-            for _ in range(_RUNNERS[self.embedder.device]):
+            for _ in range(_CUDA_RUNNERS if cuda else self.embedder.network.streams):
                 group.start_soon(self.queue.run)

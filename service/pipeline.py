@@ -148,7 +148,8 @@ class Pipeline:
     async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
         """Decode and embed one picture. Raises ServiceError."""
         while True:
-            with suppress(ModelVersionConflict):  # the network was changed since it was decoded
+            # The network may be changed when it is decoded.
+            with suppress(ModelVersionConflict), self.network.queue.present():
                 return await self._embedded(await self._decoded(picture), query=query)
 
     async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
@@ -157,6 +158,10 @@ class Pipeline:
         actor: who asks, for the audit log, which is on the disk before the answer is given. Raises
         ServiceError.
         """
+        with self.network.queue.present(len(pictures)):
+            return await self._query(pictures, search, actor)
+
+    async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
         started = time.perf_counter()
         decoded = await gathered(self._decoded(picture) for picture in pictures)
         modalities = {one.crop.modality for one in decoded}

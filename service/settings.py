@@ -75,8 +75,8 @@ class Settings(BaseSettings):
     """How long one image may take to decode."""
     max_batch: int | None = Field(default=None, ge=1, le=1024)
     """Images embedded at once; without it 8 on a CPU and 32 on a GPU."""
-    batch_wait: float = Field(default=0.0, ge=0, le=1)
-    """How long an image waits for others while the network is idle."""
+    batch_wait: float = Field(default=0.005, ge=0, le=1)
+    """How long an image waits for others to be embedded with, while others are under way."""
 
     retention_days: float | None = Field(default=None, gt=0)
     """Items enrolled longer ago are deleted; without it none is."""

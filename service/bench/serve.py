@@ -13,7 +13,7 @@ import typer
 from model.benchmark import publish
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.embed import Backbone, random_checkpoint
-from service.bench.serving.rivals import Rival, is_installed
+from service.bench.serving.rivals import Batching, Rival, is_installed
 from service.bench.serving.trials import Trials
 from service.embedder import Device, Embedder, Runtime
 
@@ -38,6 +38,14 @@ def serve(
     ] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="How often all sides run, in turn.")] = 3,
     against: Annotated[list[Rival] | None, typer.Option(help="One of them; default all.")] = None,
+    batching: Annotated[
+        list[Batching] | None,
+        typer.Option(
+            parser=Batching.parse,
+            metavar="SIZE:SECONDS",
+            help="Queries also with this max_batch and batch_wait, such as 8:0.005.",
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Draw latency and throughput here.")] = None,
@@ -62,6 +70,11 @@ def serve(
         **{"queries": str(queries), "crops": str(crops), "gallery": gallery},
         **{"clients": clients, "seconds": seconds, "rounds": rounds},
         **({"against": " --against ".join(against)} if against else {}),
+        **(
+            {"batching": " --batching ".join("{}:{:g}".format(*b) for b in batching)}
+            if batching
+            else {}
+        ),
         **{"device": device, "runtime": runtime},
     }
     with tempfile.TemporaryDirectory() as name:
@@ -71,7 +84,7 @@ def serve(
             trials = Trials(folder, path, embedder, queries, crops)
             trials.fill(gallery)
             for _ in range(rounds):
-                trials.round(numbers(clients), seconds, list(against or Rival))
+                trials.round(numbers(clients), seconds, list(against or Rival), batching or ())
             results = trials.results()
     publish("serve", settings, _COLUMNS, list(_rows(results)), results, json)
     for line in _overhead(results):

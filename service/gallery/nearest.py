@@ -33,6 +33,7 @@ Mask = npt.NDArray[np.bool_]
 
 # Up to so many queries a CPU scans, for more it multiplies.
 _SCAN_QUERIES = 4
+_SERIAL_CHUNKS = 2  # for so few a service waits longer for its threads than they save it
 SLACK, _SLACK_BF16 = 64, 1024
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
 _LOW = 2.0**11  # the low half of a number in two fp16: its distance in scale from the high half
@@ -63,7 +64,7 @@ def scan(features: Features, w: Tensor, count: int, allowed: Sequence[Mask]) -> 
         chunks = [c for c in features.chunks if mask[c.first : c.first + c.count].any()]
         queries = w[members]
         search = partial(_scan_chunk, queries=queries, count=count, mask=mask, dim=features.dim)
-        threads = _threads() if len(chunks) > 1 else None
+        threads = _threads() if len(chunks) > _SERIAL_CHUNKS else None
         found = list(map(search, chunks) if threads is None else threads.map(search, chunks))
         for row, member in enumerate(members):
             parts = [Best(positions[row], scores[row]) for scores, positions in found]

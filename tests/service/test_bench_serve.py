@@ -21,7 +21,7 @@ from service.bench.ranking import ranked
 from service.bench.serve import serve
 from service.bench.serving.figures import corrected_rate, percentiles
 from service.bench.serving.load import LoadError, measure, request
-from service.bench.serving.rivals import Route, Server, ServerError, started
+from service.bench.serving.rivals import Batching, Route, Server, ServerError, started
 
 CROPS = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 
@@ -129,7 +129,8 @@ def test_serve_measures_all_sides(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     serve(
         tiny_checkpoint, None, CROPS / "cam3", CROPS / "cam1", gallery=30, clients="1",
-        seconds=1, rounds=1, against=None, device="cpu", runtime="torch",
+        seconds=1, rounds=1, against=None, batching=[Batching(2, 0.01)], device="cpu",
+        runtime="torch",
         plot=tmp_path / "serve.png", json=tmp_path / "r.json",
     )  # fmt: skip
     written = report(tmp_path / "r.json")
@@ -139,6 +140,7 @@ def test_serve_measures_all_sides(
     best = max(r["images per second"]["median"] for r in bare)
     loads = {(r["side"], r["route"]): r for r in written["results"] if r["side"] != "bare model"}
     assert list(loads) == [
+        ("ours, batches of 2 after 0.01 s", "POST /query"),
         ("ours", "POST /query"),
         ("ours", "POST /gallery"),
         ("naive FastAPI", "POST /embed"),

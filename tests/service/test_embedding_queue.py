@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +16,6 @@ from torch import Tensor
 from service.embedding_queue import EmbeddingQueue, is_out_of_memory
 from service.errors import EmbeddingFailed, MemoryExhausted
 from service.images import Crop
-
-Embed = Callable[[Sequence[Crop]], Tensor]
 
 
 def crop(number: int) -> Crop:
@@ -34,10 +33,12 @@ class Network:
     def __init__(self, *, most: int = 1000, bad: int | None = None) -> None:
         self.most, self.bad = most, bad
         self.sizes: list[int] = []
+        self.beside: list[bool] = []
         self.go = threading.Event()
         self.go.set()
 
-    def __call__(self, crops: Sequence[Crop]) -> Tensor:
+    def __call__(self, crops: Sequence[Crop], *, beside: bool) -> Tensor:
+        self.beside.append(beside)
         assert self.go.wait(10)
         if len(crops) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -52,11 +53,12 @@ def run(network: Network, work: Callable[[EmbeddingQueue], Any], **options: Any)
 
     async def both() -> Any:
         queue = EmbeddingQueue(network, **{"max_batch": 8, "max_wait": 0.0, **options})
-        running = asyncio.create_task(queue.run())
+        runners = [asyncio.create_task(queue.run()) for _ in range(options.get("streams", 1))]
         try:
             return await asyncio.wait_for(work(queue), 20)
         finally:
-            running.cancel()
+            for running in runners:
+                running.cancel()
 
     return asyncio.run(both())
 
@@ -79,17 +81,48 @@ def test_everybody_gets_their_own_features_in_batches_that_are_full() -> None:
 
 
 def test_a_lone_crop_does_not_wait_and_a_wait_gathers_company() -> None:
-    lone, patient = Network(), Network()
+    async def one_after_another(queue: EmbeddingQueue, present: int) -> None:
+        with queue.present(present):
+            first = asyncio.create_task(queue.embed(crop(1), query=True))
+            await asyncio.sleep(0.05)
+            await asyncio.gather(first, queue.embed(crop(2), query=True))
 
-    async def one_after_another(queue: EmbeddingQueue) -> None:
-        first = asyncio.create_task(queue.embed(crop(1), query=True))
+    for present, max_wait, sizes in ((1, 5.0, [1, 1]), (2, 0.0, [1, 1]), (2, 5.0, [2])):
+        network = Network()
+        work = partial(one_after_another, present=present)
+        run(network, work, max_wait=max_wait, max_batch=2)
+        assert network.sizes == sizes
+
+
+def test_what_waits_is_shared_out_among_the_streams() -> None:
+    network = Network()
+
+    async def work(queue: EmbeddingQueue) -> None:
+        await embed(queue, range(7))
+
+    run(network, work, streams=2)
+    assert sorted(network.sizes) == [3, 4]
+    assert network.beside == [True, True]
+
+
+def test_a_lone_crop_has_the_device_and_one_that_comes_meanwhile_a_stream() -> None:
+    network = Network()
+
+    async def work(queue: EmbeddingQueue) -> None:
+        with queue.present(2):  # one of them is elsewhere
+            await embed(queue, [0])
+        network.go.clear()
+        first = asyncio.create_task(embed(queue, [1]))
         await asyncio.sleep(0.05)
-        await asyncio.gather(first, queue.embed(crop(2), query=True))
+        others = [asyncio.create_task(embed(queue, [n])) for n in (2, 3)]
+        await asyncio.sleep(0.05)
+        assert len(queue) == 0  # the other stream takes both, for there is no third
+        network.go.set()
+        await asyncio.gather(first, *others)
 
-    run(lone, one_after_another)
-    assert lone.sizes == [1, 1]
-    run(patient, one_after_another, max_wait=5.0, max_batch=2)
-    assert patient.sizes == [2]
+    run(network, work, streams=2)
+    assert network.sizes[0] == 1 and sorted(network.sizes[1:]) == [1, 2]
+    assert network.beside == [True, False, True]
 
 
 def test_queries_and_enrollments_share_a_batch() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ def test_the_network_of_old_is_let_go(
         wait_for(lambda: embedders() <= before + 1, "networks of old are kept")
 
 
+def zeros(crops: Sequence[Crop], *, beside: bool) -> Tensor:
+    return torch.zeros(len(crops), 1, 2)
+
+
 @pytest.fixture
 def crop(visible: list[Path]) -> Crop:
     return decode(visible[0].read_bytes())
@@ -54,7 +58,7 @@ def crop(visible: list[Path]) -> Crop:
 
 def test_a_retired_queue_embeds_what_waits_and_ends(crop: Crop) -> None:
     async def scenario() -> None:
-        queue = EmbeddingQueue(lambda crops: torch.zeros(len(crops), 1, 2), max_batch=2, max_wait=0)
+        queue = EmbeddingQueue(zeros, max_batch=2, max_wait=0)
         waiting = [asyncio.create_task(queue.embed(crop, query=True)) for _ in range(5)]
         await asyncio.sleep(0)
         queue.retire()
@@ -70,7 +74,7 @@ def test_a_retired_queue_embeds_what_waits_and_ends(crop: Crop) -> None:
 
 def test_a_queue_that_is_empty_ends_when_it_is_retired() -> None:
     async def scenario() -> None:
-        queue = EmbeddingQueue(lambda crops: torch.zeros(len(crops), 1, 2), max_batch=2, max_wait=0)
+        queue = EmbeddingQueue(zeros, max_batch=2, max_wait=0)
         running = [asyncio.create_task(queue.run()) for _ in range(2)]
         await asyncio.sleep(0.05)
         queue.retire()

@@ -236,15 +236,18 @@ def test_a_client_that_vanishes_leaves_its_place_and_no_half_enrollment(
     request = with_key(multipart(path, images), key)
     for part in (0.5, 1.0):  # in the middle of the body, and before the answer
         before = http.get("/gallery").json()["total"]
-        connection = connect(impatient)
-        connection.sendall(request[: int(len(request) * part)])
+        connections = [connect(impatient) for _ in range(2)]  # one alone would not have to wait
+        for connection in connections:
+            connection.sendall(request[: int(len(request) * part)])
         if part == 1:
             wait_for(lambda: gauge(http, "cmt_embed_waiting") > 0, "it does not reach the network")
-        vanish(connection, abruptly=abruptly)
+        for connection in connections:
+            vanish(connection, abruptly=abruptly)
         wait_until_idle(http)
         added = http.get("/gallery").json()["total"] - before
-        # Where the machine was too slow to notice, all of it is there.
-        assert added == 0 or (part == 1 and path != "/query" and added == len(images))
+        # Where the machine was too slow to notice, all of one or both is there.
+        noticed_late = (len(images), 2 * len(images)) if part == 1 and path != "/query" else ()
+        assert added in (0, *noticed_late)
 
 
 def test_hundreds_of_vanished_clients_leave_nothing_behind(

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
@@ -46,11 +47,29 @@ class Route:
 
 @dataclass(frozen=True)
 class Server:
-    """command: starts it, once the port is added. routes: measured in their order."""
+    """command: starts it, once the port is added. routes: measured in their order. settings: of
+    the service, by name, beside the command's."""
 
     side: str
     command: tuple[str, ...]
     routes: tuple[Route, ...]
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+class Batching(NamedTuple):
+    """A size of the service's micro-batches, and how long the first of one waits, in seconds."""
+
+    max_batch: int
+    batch_wait: float
+
+    @classmethod
+    def parse(cls, text: str) -> Batching:
+        """SIZE:SECONDS. Raises ValueError."""
+        size, _, wait = text.partition(":")
+        return cls(int(size), float(wait or 0))
+
+    def __str__(self) -> str:
+        return f"{self.max_batch}:{self.batch_wait:g}"
 
 
 def service(
@@ -72,6 +91,12 @@ def service(
     command += ["serve", *(str(part) for option in options.items() for part in option), "--port"]
     routes = Route("POST /query", "/query", queries), Route("POST /gallery", "/gallery", crops)
     return Server("ours", tuple(command), routes)
+
+
+def batching(ours: Server, how: Batching) -> Server:
+    """The service's queries in batches of another kind."""
+    side = f"ours, batches of {how.max_batch} after {how.batch_wait:g} s"
+    return replace(ours, side=side, routes=ours.routes[:1], settings=how._asdict())
 
 
 def rival(kind: Rival, checkpoint: Path, embedder: Embedder, queries: Sequence[Path]) -> Server:
@@ -97,6 +122,7 @@ def started(server: Server, log: Path) -> Iterator[int]:
     """
     port = _free_port()
     environment = {name: v for name, v in os.environ.items() if not name.startswith("CMT_")}
+    environment |= {f"CMT_{name.upper()}": str(v) for name, v in server.settings.items()}
     # Without this OpenVINO reports its use to its makers, each event by a new process. Where these
     # are spawned, as in LitServe's worker, they keep the cores busy for half a minute.
     environment["CI"] = "true"

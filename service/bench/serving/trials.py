@@ -14,12 +14,20 @@ from typing import Any
 
 import torch
 
-from model import preprocess
 from model.benchmark import Spread, seconds
+from model.preprocess import pixels_of
 from service.bench.crops import BenchmarkDataError
 from service.bench.serving.figures import CORRECTION, cores, corrected_rate, percentiles
 from service.bench.serving.load import HOST, Load, measure
-from service.bench.serving.rivals import Rival, is_installed, rival, service, started
+from service.bench.serving.rivals import (
+    Batching,
+    Rival,
+    batching,
+    is_installed,
+    rival,
+    service,
+    started,
+)
 from service.cli.enroll import find_images
 from service.client import Client
 from service.embedder import Embedder
@@ -63,13 +71,21 @@ class Trials:
                 gallery.add(new, y[places] + noise * torch.randn(len(places), *y.shape[1:]))
             gallery.save_index()
 
-    def round(self, clients: Sequence[int], duration: float, against: Sequence[Rival]) -> None:
+    def round(
+        self,
+        clients: Sequence[int],
+        duration: float,
+        against: Sequence[Rival],
+        batchings: Sequence[Batching] = (),
+    ) -> None:
         """All sides once; the service on a fresh copy of the filled folder."""
         self._measure_bare(duration)
         data_dir = self._folder / "data"
         shutil.copytree(self._folder / "filled", data_dir)
         embedder = self._embedder
-        servers = [service(self._checkpoint, embedder, data_dir, self._queries, self._crops)]
+        ours = service(self._checkpoint, embedder, data_dir, self._queries, self._crops)
+        # `ours` comes after the others of its kind: its enrollments make the gallery grow.
+        servers = [*(batching(ours, how) for how in batchings), ours]
         servers += [
             rival(kind, self._checkpoint, embedder, self._queries)
             for kind in against
@@ -82,7 +98,7 @@ class Trials:
                         load = measure(port, route.path, route.files, count, duration)
                         key = server.side, route.name, count
                         self._loads.setdefault(key, []).append(load)
-                    if route.path == "/query":
+                    if server is ours and route.path == "/query":
                         self._ask_for_stages(port)
         shutil.rmtree(data_dir)
 
@@ -113,9 +129,9 @@ class Trials:
     def _measure_bare(self, duration: float) -> None:
         """The network on decoded tensors, as often as the time allows."""
         crops = islice(cycle(_decoded(self._queries)), max(_BATCHES))
-        images = torch.stack([preprocess(c.image, self._embedder.info.config) for c in crops])
+        pixels = pixels_of([crop.image for crop in crops], self._embedder.info.config)
         for batch, rates in self._bare.items():
-            part = images[:batch]
+            part = pixels[:batch]
             self._embedder.network(part, "ir")  # warm up
             calls, taken = 0, 0.0
             while taken < duration / len(_BATCHES):
