@@ -11,7 +11,8 @@ from service.embedding_queue import EmbeddingQueue
 from service.settings import Settings
 
 _CUDA_RUNNERS = 2  # one batch is made ready while the device works on another
-# On a CPU eight are as fast as more (`cmt bench serve`), and the next ones are decoded meanwhile.
+# For each stream of a CPU. ResNet-50, 32 clients (`cmt bench serve`): 26 queries a second one by
+# one, 36 in batches of 8, 37 in batches of 16, for whose end a crop waits twice as long.
 _BATCH = {"cpu": 8, "cuda": 32}
 
 

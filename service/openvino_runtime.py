@@ -1,8 +1,8 @@
 """The network on OpenVINO (CPU): one graph per modality, converted from torch and kept on disk.
 
 Each graph is compiled twice. One computes an image on all cores, which is soonest done. The other
-computes several batches side by side, each on a core of its own, where no core waits for another
-at the end of every layer: as many images again a second, more where something else runs too.
+computes several batches side by side, each on its share of the cores, which then need not wait for
+all others at the end of every layer: more images a second, most where something else runs too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +76,10 @@ class OpenVINONetwork:
         """The parts side by side."""
         parts = [part for part in parts if len(part)]
         requests = self._own.requests(graphs[modality], len(parts))
-        for request, part in zip(requests, parts, strict=True):
-            request.start_async([np.ascontiguousarray(part.numpy())], share_inputs=True)
-        for request in requests:
-            request.wait()
+        with ExitStack() as under_way:  # none is left computing, whichever fails
+            for request, part in zip(requests, parts, strict=True):
+                request.start_async([np.ascontiguousarray(part.numpy())], share_inputs=True)
+                under_way.callback(request.wait)
         return torch.from_numpy(np.concatenate([r.get_output_tensor().data for r in requests]))
 
     def _graph(self, core: openvino.Core, modality: Modality) -> openvino.Model:

@@ -184,7 +184,14 @@ def _look_at(service: ServiceProcess, ledger: Ledger) -> None:
         ledger.complain(f"the service ended with status {service.process.returncode}")
     for line in service.log():
         if "exception" in line or line["level"] == "error":
-            ledger.complain(f"it logged {json.dumps(line)[:600]}")
+            ledger.complain(f"it logged {_short(line)}")
+
+
+def _short(line: dict[str, Any]) -> str:
+    """A line of the log, of its tracebacks the end, where they say what went wrong."""
+    for one in line.get("exception", []):
+        one["frames"] = [f"{f['filename']}:{f['lineno']}" for f in one["frames"][-8:]]
+    return json.dumps(line)
 
 
 def main() -> int:
