@@ -213,20 +213,31 @@ class Columns:
         _, person, camera, modality, captured = self._table[:, : self._count]
         allowed = self._alive[: self._count].copy()
         if filters.person_id:
-            allowed &= np.isin(person, self._persons.known(filters.person_id))
+            allowed &= _among(person, self._persons.known(filters.person_id))
         if filters.camera_id:
-            allowed &= np.isin(camera, self._cameras.known(filters.camera_id))
+            allowed &= _among(camera, self._cameras.known(filters.camera_id))
         if filters.exclude_camera_id:
-            allowed &= ~np.isin(camera, self._cameras.known(filters.exclude_camera_id))
+            allowed &= ~_among(camera, self._cameras.known(filters.exclude_camera_id))
         if filters.gallery_modality:
-            allowed &= np.isin(modality, self._modalities.known(filters.gallery_modality))
+            allowed &= _among(modality, self._modalities.known(filters.gallery_modality))
         if filters.captured_from is not None or filters.captured_to is not None:
+            captured = captured.copy()  # for the same reason as in `_among`
             allowed &= captured != _NO_TIME
         if filters.captured_from is not None:
             allowed &= captured >= microseconds(filters.captured_from)
         if filters.captured_to is not None:
             allowed &= captured < microseconds(filters.captured_to)
         return allowed
+
+
+def _among(column: npt.NDArray[np.int64], codes: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Which rows have one of these codes.
+
+    Of a copy: labels may be changed meanwhile, and NumPy reads a row twice, to look it up in a
+    table for which the first value was small enough.
+    """
+    found: npt.NDArray[np.bool_] = np.isin(column.copy(), codes)
+    return found
 
 
 def _times(captured: Sequence[int | None]) -> list[int]:

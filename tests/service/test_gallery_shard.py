@@ -315,6 +315,33 @@ def test_columns_find_numbers_in_any_order() -> None:
     assert columns.alive.tolist() == [True, False, True, True, False, True]
 
 
+def test_a_filter_reads_labels_that_change_meanwhile() -> None:
+    """Cameras are patched while a query filters by one: no row may be looked up by two codes."""
+    count = 20_000
+    columns = Columns()
+    numbers = list(range(1, count + 1))
+    rows = np.zeros((count, 1), np.float16)
+    columns.add(Stored(numbers, [None] * count, ["north"] * count, ["rgb"] * count, numbers, rows))  # type: ignore[arg-type]
+    columns.update(numbers[:500], cameras=[f"gate {n}" for n in range(500)])  # many later codes
+    half = numbers[: count // 2]
+    stop = threading.Event()
+
+    def patch() -> None:
+        while not stop.is_set():
+            for camera in ("moved", "north"):
+                columns.update(half, cameras=[camera] * len(half))
+
+    thread = threading.Thread(target=patch)
+    thread.start()
+    try:
+        for _ in range(1000):
+            allowed = columns.frozen().mask(Filters(camera_id=("north",)))
+            assert allowed[len(half) :].all()
+    finally:
+        stop.set()
+        thread.join()
+
+
 NAN = float("nan")
 BAD: dict[str, tuple[Tensor, Modulation, int, str]] = {
     "another shape": (features(1)[0, :2], query()[1], 5, r"shape \(2, 16\)"),
