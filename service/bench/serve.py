@@ -70,11 +70,7 @@ def serve(
         **{"queries": str(queries), "crops": str(crops), "gallery": gallery},
         **{"clients": clients, "seconds": seconds, "rounds": rounds},
         **({"against": " --against ".join(against)} if against else {}),
-        **(
-            {"batching": " --batching ".join("{}:{:g}".format(*b) for b in batching)}
-            if batching
-            else {}
-        ),
+        **({"batching": " --batching ".join(map(str, batching))} if batching else {}),
         **{"device": device, "runtime": runtime},
     }
     with tempfile.TemporaryDirectory() as name:
