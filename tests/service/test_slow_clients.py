@@ -28,7 +28,7 @@ from tests.service.processes import (
 
 HEADERS, BODY = 1.0, 1.5  # seconds that the service here waits
 LATE = 8.0  # seconds beyond, on a busy machine
-BATCH_WAIT = 0.2  # so long an image waits for the network: time enough to vanish
+BATCH_WAIT = 0.9  # so long an image waits for others, if any: time enough to vanish
 UPLOADS = ("/query", "/gallery", "/gallery/batch")
 
 NOBODY = "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10"  # an id of no item
