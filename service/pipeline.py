@@ -148,7 +148,7 @@ class Pipeline:
     async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
         """Decode and embed one picture. Raises ServiceError."""
         while True:
-            # The network may be changed when it is decoded.
+            # The network may have been changed by the time it is decoded.
             with suppress(ModelVersionConflict), self.network.queue.present():
                 return await self._embedded(await self._decoded(picture), query=query)
 

@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     decode_timeout: float = Field(default=10, gt=0)
     """How long one image may take to decode."""
     max_batch: int | None = Field(default=None, ge=1, le=1024)
-    """Images embedded at once; without it 8 on a CPU and 32 on a GPU."""
+    """Images embedded at once; without it 8 on each stream of a CPU and 32 on a GPU."""
     batch_wait: float = Field(default=0.005, ge=0, le=1)
     """How long an image waits for others to be embedded with, while others are under way."""
 
