@@ -11,7 +11,7 @@ import torch
 import typer
 from torch import Tensor
 
-from model import Modulation, modulate
+from model import Modulation
 from model.benchmark import Comparison, compare, publish
 from service.bench.data import (
     CHECKPOINT,
@@ -22,6 +22,7 @@ from service.bench.data import (
     numbers,
 )
 from service.bench.engine import Engine, Positions
+from service.bench.paper import modulated_distances
 
 _TOP = 20
 # The paper's way is a loop over queries, so its time is measured on this many and scaled.
@@ -137,7 +138,7 @@ def _measure(
         expected = paper()
         given = torch.stack(
             [
-                _modulate_then_measure(one, y[torch.from_numpy(found).to(y.device)], its_own)[0]
+                modulated_distances(one, y[torch.from_numpy(found).to(y.device)], its_own)[0]
                 for (one, its_own), found in zip(there, search(), strict=False)
             ]
         )
@@ -148,14 +149,9 @@ def _measure(
 def _ways_of_the_paper() -> list[Way]:
     """What somebody may write: all at once, in blocks that stay in the caches, or compiled."""
     ways = [
-        Way("eager", _modulate_then_measure, 100_000),  # more does not fit, and is no faster
-        Way("eager, blocks of 512", _modulate_then_measure, 512),
+        Way("eager", modulated_distances, 100_000),  # more does not fit, and is no faster
+        Way("eager, blocks of 512", modulated_distances, 512),
     ]
     if shutil.which("g++") or torch.cuda.is_available():
-        ways.append(Way("torch.compile", torch.compile(_modulate_then_measure), 100_000))
+        ways.append(Way("torch.compile", torch.compile(modulated_distances), 100_000))
     return ways
-
-
-def _modulate_then_measure(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
-    """Equation (13), then the squared Euclidean distance: Q×N."""
-    return (x[:, None] - modulate(y, modulation)).square().sum((2, 3))

@@ -56,8 +56,9 @@ def serve(
     The bare model is the service's network called in a loop on decoded tensors, at the best batch
     size of 1, 8 and 32: the ceiling. The other servers do less than the service: they decode an
     upload with Pillow, embed it with the same Embedder on the same device and runtime, and answer
-    the norm. Naive FastAPI does so request by request, LitServe in dynamic batches. Each server and
-    the load generator run in processes of their own, one server at a time, all in turn.
+    the norm. Naive FastAPI does so request by request, LitServe in dynamic batches. Naive FastAPI
+    also ranks (POST /rank): as many rows in memory, modulated for every query as in the paper.
+    Each server and the load generator run in processes of their own, one at a time, all in turn.
 
     Requests a second are given as they were, and corrected for the generator's share of this
     machine: requests / (seconds − CPU seconds of the generator / cores). Shares of the bare model

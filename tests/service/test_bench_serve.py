@@ -144,6 +144,7 @@ def test_serve_measures_all_sides(
         ("ours", "POST /query"),
         ("ours", "POST /gallery"),
         ("naive FastAPI", "POST /embed"),
+        ("naive FastAPI", "POST /rank"),
         ("LitServe", "POST /embed"),
     ]
     for r in loads.values():

@@ -99,14 +99,17 @@ def batching(ours: Server, how: Batching) -> Server:
     return replace(ours, side=side, routes=ours.routes[:1], settings=how._asdict())
 
 
-def rival(kind: Rival, checkpoint: Path, embedder: Embedder, queries: Sequence[Path]) -> Server:
-    """A server that only embeds, on the same device and runtime."""
-    side, module = {
-        Rival.NAIVE: ("naive FastAPI", "service.bench.serving.naive"),
-        Rival.LITSERVE: ("LitServe", "service.bench.serving.batching"),
-    }[kind]
-    command = sys.executable, "-m", module, str(checkpoint), embedder.device, embedder.runtime
-    return Server(side, command, (Route("POST /embed", "/embed", queries),))
+def rival(
+    kind: Rival, checkpoint: Path, embedder: Embedder, queries: Sequence[Path], gallery: int
+) -> Server:
+    """A server that embeds, on the same device and runtime; the naive one also ranks `gallery` rows
+    as the paper does."""
+    python, options = (sys.executable, "-m"), (str(checkpoint), embedder.device, embedder.runtime)
+    embed, rank = (Route(f"POST {path}", path, queries) for path in ("/embed", "/rank"))
+    if kind is Rival.LITSERVE:
+        return Server("LitServe", (*python, "service.bench.serving.batching", *options), (embed,))
+    command = (*python, "service.bench.serving.naive", *options, str(gallery))
+    return Server("naive FastAPI", command, (embed, rank))
 
 
 def is_installed(kind: Rival) -> bool:

@@ -53,6 +53,7 @@ class Trials:
     ) -> None:
         self._folder, self._checkpoint, self._embedder = folder, checkpoint, embedder
         self._queries, self._crops = _files(queries), _files(crops)
+        self._gallery = 0  # items in it
         self._precision = ""
         self._bare: dict[int, list[float]] = {batch: [] for batch in _BATCHES}  # images/s
         self._loads: dict[Key, list[Load]] = {}
@@ -60,6 +61,7 @@ class Trials:
 
     def fill(self, count: int) -> None:
         """Enroll the crops, as often as they are needed, each time with a little noise."""
+        self._gallery = count
         decoded = _decoded(self._crops)
         y = self._embedder.embed(decoded)
         noise = _NOISE * y.std()
@@ -87,7 +89,7 @@ class Trials:
         # `ours` comes after the others of its kind: its enrollments make the gallery grow.
         servers = [*(batching(ours, how) for how in batchings), ours]
         servers += [
-            rival(kind, self._checkpoint, embedder, self._queries)
+            rival(kind, self._checkpoint, embedder, self._queries, self._gallery)
             for kind in against
             if is_installed(kind)
         ]
