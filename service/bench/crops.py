@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from service.cli.enroll import find_images
 from service.embedder import Embedder
-from service.images import Modality, decode
+from service.images import Crop, Modality, decode
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,19 @@ class CropFeatures(NamedTuple):
         """The crops of one modality."""
         chosen = self.infrared == infrared
         return CropFeatures(*(column[chosen] for column in self))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images under a folder, sorted. Raises BenchmarkDataError where there is none."""
+    found = list(find_images([folder])) if folder.is_dir() else []
+    if not found:
+        raise BenchmarkDataError(f"no image in the folder {folder}; give a folder of person crops")
+    return found
+
+
+def decoded(files: Sequence[Path]) -> list[Crop]:
+    """The pictures in some files."""
+    return [decode(file.read_bytes()) for file in files]
 
 
 def crop_files(roots: Sequence[Path]) -> list[Path]:

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import io
-import tempfile
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import numpy as np
 import torch
 import typer
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from model import CMT, CMTConfig, load_checkpoint, preprocess, save_checkpoint
+from model import CMT, load_checkpoint, preprocess
 from model.benchmark import Spread, compare, publish
+from service.bench.crops import decoded, image_files
+from service.bench.data import CHECKPOINT
+from service.bench.networks import Network, Weights, checkpoint_of, named
 from service.embedder import Device, Embedder, Runtime
-from service.images import Crop, decode
-
-Backbone = Literal["resnet18", "resnet34", "resnet50"]
-
-_IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+from service.images import Crop
 
 
 def embed(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="A checkpoint; without one, ResNet-50 at 384×144, random weights."),
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="A folder of crops; without one, made-up pictures.")
-    ] = None,
+    checkpoint: Weights = CHECKPOINT,
+    network: Network = None,
+    images: Annotated[Path, typer.Option(help="Folder of crops.")] = Path("examples"),
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(help="How often both sides run, in turn.")] = 5,
     device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -42,19 +33,18 @@ def embed(
 ) -> None:
     """Time the service's embedder, preprocessing included, against the plain network in fp32.
 
-    Example: cmt bench embed --checkpoint examples/demo.safetensors --images examples
+    Example: cmt bench embed --network resnet50 --batches 1,32
     """
     settings = {
-        "checkpoint": str(checkpoint) if checkpoint else "random",
-        "images": str(images) if images else "random",
+        **named(checkpoint, network),
+        "images": str(images),
         "batches": batches,
         "rounds": rounds,
         "device": device,
         "runtime": runtime,
     }
-    crops = _random_crops(32) if images is None else _read_crops(images)
-    with tempfile.TemporaryDirectory() as folder:
-        path = checkpoint or random_checkpoint(Path(folder))
+    crops = decoded(image_files(images))
+    with checkpoint_of(checkpoint, network) as path:
         embedder = Embedder(path, device, runtime)
         plain, _ = load_checkpoint(path, embedder.device)
         agreement = _agreement(embedder, plain, crops)
@@ -108,35 +98,3 @@ def _agreement(embedder: Embedder, plain: CMT, crops: Sequence[Crop]) -> dict[st
         "lowest cosine": float(functional.cosine_similarity(ours, theirs).min()),
         "same nearest": float((nearest[0] == nearest[1]).double().mean()),
     }
-
-
-def random_checkpoint(folder: Path, backbone: Backbone = "resnet50") -> Path:
-    """Untrained weights in the paper's size, for measuring time only → the file."""
-    torch.manual_seed(0)
-    path = folder / "random.safetensors"
-    save_checkpoint(path, CMT(CMTConfig(backbone=backbone)))
-    return path
-
-
-def _random_crops(count: int) -> list[Crop]:
-    """Pictures of coarse blocks, every second one gray, at the size of a usual crop."""
-    rng = np.random.default_rng(0)
-    crops = []
-    for i in range(count):
-        blocks = rng.integers(0, 256, (12, 5, 1 if i % 2 else 3)).astype(np.uint8)
-        image = Image.fromarray(np.repeat(blocks, 3 if i % 2 else 1, axis=2)).resize((96, 256))
-        crops.append(_crop_of(image))
-    return crops
-
-
-def _crop_of(image: Image.Image) -> Crop:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return decode(buffer.getvalue())
-
-
-def _read_crops(folder: Path) -> list[Crop]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _IMAGE_FILES)
-    if not files:
-        raise ValueError(f"no image in {folder}; give a folder of person crops")
-    return [decode(file.read_bytes()) for file in files]

@@ -15,13 +15,14 @@ import typer
 from rich.console import Console
 
 from model.benchmark import Spread, publish, seconds
-from service.bench.crops import BenchmarkDataError
+from service.bench.crops import BenchmarkDataError, decoded, image_files
 from service.bench.data import CHECKPOINT
-from service.cli.enroll import Entry, find_images, send
+from service.bench.networks import Network, Weights, checkpoint_of, named
+from service.cli.enroll import Entry, send
 from service.client import Client
 from service.embedder import Device, Embedder, Runtime
 from service.gallery import Gallery, Item, NewItem
-from service.images import Crop, decode
+from service.images import Crop
 from service.server import running
 from service.settings import load_settings
 
@@ -32,7 +33,8 @@ _AHEAD = 2  # batches that are read while one is embedded
 
 
 def enroll(
-    checkpoint: Annotated[Path, typer.Option(help="What embeds the crops.")] = CHECKPOINT,
+    checkpoint: Weights = CHECKPOINT,
+    network: Network = None,
     images: Annotated[
         Path, typer.Option(help="Folder of crops, copied until there are enough.")
     ] = (Path("examples")),
@@ -46,12 +48,12 @@ def enroll(
     """Images a second from files to durable rows, against embedding the decoded images alone.
 
     Offline: files are read and decoded ahead, embedded and stored in batches. Through the service:
-    what cmt enroll does, one request a file, to a service in this process.
+    what cmt enroll does, by HTTP, to a service in this process.
 
     Example: cmt bench enroll --images synth-sysu/cam1 --count 1000
     """
     settings = {
-        "checkpoint": str(checkpoint),
+        **named(checkpoint, network),
         "images": str(images),
         "count": count,
         "batch": batch,
@@ -59,13 +61,12 @@ def enroll(
         "device": device,
         "runtime": runtime,
     }
-    embedder = Embedder(checkpoint, device, runtime)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as name, checkpoint_of(checkpoint, network) as path:
+        folder, embedder = Path(name), Embedder(path, device, runtime)
         files = _copies(images, count, folder / "alone")
-        batches = _batches([decode(file.read_bytes()) for file in files], batch)
+        batches = _batches(decoded(files), batch)
         serving = load_settings(
-            checkpoint=checkpoint,
+            checkpoint=path,
             data_dir=folder / "service",
             port=0,
             device=device,
@@ -121,7 +122,7 @@ def enroll_files(
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         while waiting or read:
             while waiting and len(read) < _AHEAD:
-                read.append(reader.submit(_decode, waiting.popleft()))
+                read.append(reader.submit(decoded, waiting.popleft()))
             crops = read.popleft().result()
             features = embedder.embed(crops)
             if stored is not None:
@@ -132,10 +133,6 @@ def enroll_files(
     return items
 
 
-def _decode(files: Sequence[Path]) -> list[Crop]:
-    return [decode(file.read_bytes()) for file in files]
-
-
 def _send(client: Client, files: Sequence[Path]) -> None:
     failures = send(client, [Entry(file) for file in files], Console(quiet=True))
     if failures:
@@ -144,9 +141,7 @@ def _send(client: Client, files: Sequence[Path]) -> None:
 
 def _copies(images: Path, count: int, folder: Path) -> list[Path]:
     """`count` files of the images, as often as they are needed: a path is enrolled only once."""
-    found = list(find_images([images]))
-    if not found or not images.is_dir():
-        raise BenchmarkDataError(f"no image in the folder {images}; give a folder of person crops")
+    found = image_files(images)
     folder.mkdir()
     return [
         Path(shutil.copy(file, folder / f"{place:06}{file.suffix}"))

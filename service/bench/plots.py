@@ -89,9 +89,10 @@ def draw_serve(results: Sequence[dict[str, Any]], path: Path) -> None:
     for place, (side, route) in enumerate(dict.fromkeys((r["side"], r["route"]) for r in loads)):
         chosen = [r for r in loads if (r["side"], r["route"]) == (side, route)]
         clients = [r["clients"] for r in chosen]
+        again = place // len(_COLORS)  # the colors have been used so often before
         style = {
             "color": _COLORS[place % len(_COLORS)],
-            "marker": _MARKERS[place % len(_MARKERS)],
+            "marker": _MARKERS[(place + again) % len(_MARKERS)],
         }
         for quantile, line, label in (("p50", "-", f"{side}, {route}"), ("p99", ":", None)):
             values = [_median(r[f"{quantile}, ms"]) for r in chosen]

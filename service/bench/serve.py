@@ -12,18 +12,15 @@ import typer
 
 from model.benchmark import publish
 from service.bench.data import CHECKPOINT, numbers
-from service.bench.embed import Backbone, random_checkpoint
+from service.bench.networks import Network, Weights, checkpoint_of, named
 from service.bench.serving.rivals import Batching, Rival, is_installed
 from service.bench.serving.trials import Trials
 from service.embedder import Device, Embedder, Runtime
 
 
 def serve(
-    checkpoint: Annotated[Path, typer.Option(help="What embeds the crops.")] = CHECKPOINT,
-    network: Annotated[
-        Backbone | None,
-        typer.Option(help="Not a checkpoint: this backbone at 384×144 with random weights."),
-    ] = None,
+    checkpoint: Weights = CHECKPOINT,
+    network: Network = None,
     queries: Annotated[Path, typer.Option(help="Folder of infrared crops to query with.")] = (
         Path("examples/queries")
     ),
@@ -67,22 +64,23 @@ def serve(
     Example: cmt bench serve --clients 1,32 --seconds 5
     """
     settings = {
-        **({"network": network} if network else {"checkpoint": str(checkpoint)}),
+        **named(checkpoint, network),
         **{"queries": str(queries), "crops": str(crops), "gallery": gallery},
         **{"clients": clients, "seconds": seconds, "rounds": rounds},
         **({"against": " --against ".join(against)} if against else {}),
         **({"batching": " --batching ".join(map(str, batching))} if batching else {}),
         **{"device": device, "runtime": runtime},
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        path = random_checkpoint(folder, network) if network else checkpoint
-        with closing(Embedder(path, device, runtime)) as embedder:
-            trials = Trials(folder, path, embedder, queries, crops)
-            trials.fill(gallery)
-            for _ in range(rounds):
-                trials.round(numbers(clients), seconds, list(against or Rival), batching or ())
-            results = trials.results()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        checkpoint_of(checkpoint, network) as path,
+        closing(Embedder(path, device, runtime)) as embedder,
+    ):
+        trials = Trials(Path(folder), path, embedder, queries, crops)
+        trials.fill(gallery)
+        for _ in range(rounds):
+            trials.round(numbers(clients), seconds, list(against or Rival), batching or ())
+        results = trials.results()
     publish("serve", settings, _COLUMNS, list(_rows(results)), results, json)
     for line in _overhead(results):
         typer.echo(line)

@@ -294,7 +294,7 @@ def test_start_opens_all_items_and_fills_a_folder_once(
 
 def test_enroll_stores_every_image_on_both_ways(tiny_checkpoint: Path, tmp_path: Path) -> None:
     enroll(
-        tiny_checkpoint, CROPS / "cam1", count=5, batch=2, rounds=1, device="cpu",
+        tiny_checkpoint, None, CROPS / "cam1", count=5, batch=2, rounds=1, device="cpu",
         runtime="torch", json=tmp_path / "r.json",
     )  # fmt: skip
     results = {r["side"]: r for r in report(tmp_path / "r.json")["results"]}
@@ -307,7 +307,7 @@ def test_enroll_stores_every_image_on_both_ways(tiny_checkpoint: Path, tmp_path:
 
 
 def test_embed_agrees_with_the_plain_module(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    embed(tiny_checkpoint, None, "1,3", 1, "cpu", "torch", json=tmp_path / "r.json")
+    embed(tiny_checkpoint, None, CROPS / "cam1", "1,3", 1, "cpu", "torch", tmp_path / "r.json")
     results = report(tmp_path / "r.json")["results"]
     assert [r["batch"] for r in results] == [1, 3]
     assert all(r["lowest cosine"] > 0.998 for r in results)

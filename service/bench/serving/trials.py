@@ -16,7 +16,7 @@ import torch
 
 from model.benchmark import Spread, seconds
 from model.preprocess import pixels_of
-from service.bench.crops import BenchmarkDataError
+from service.bench.crops import decoded, image_files
 from service.bench.serving.figures import CORRECTION, cores, corrected_rate, percentiles
 from service.bench.serving.load import HOST, Load, measure
 from service.bench.serving.rivals import (
@@ -28,11 +28,9 @@ from service.bench.serving.rivals import (
     service,
     started,
 )
-from service.cli.enroll import find_images
 from service.client import Client
 from service.embedder import Embedder
 from service.gallery import Gallery, NewItem
-from service.images import Crop, decode
 
 _BATCHES = (1, 8, 32)
 _BLOCK = 1000  # items of one transaction while the gallery is filled
@@ -52,7 +50,7 @@ class Trials:
         self, folder: Path, checkpoint: Path, embedder: Embedder, queries: Path, crops: Path
     ) -> None:
         self._folder, self._checkpoint, self._embedder = folder, checkpoint, embedder
-        self._queries, self._crops = _files(queries), _files(crops)
+        self._queries, self._crops = image_files(queries), image_files(crops)
         self._gallery = 0  # items in it
         self._precision = ""
         self._bare: dict[int, list[float]] = {batch: [] for batch in _BATCHES}  # images/s
@@ -62,14 +60,14 @@ class Trials:
     def fill(self, count: int) -> None:
         """Enroll the crops, as often as they are needed, each time with a little noise."""
         self._gallery = count
-        decoded = _decoded(self._crops)
-        y = self._embedder.embed(decoded)
+        pictures = decoded(self._crops)
+        y = self._embedder.embed(pictures)
         noise = _NOISE * y.std()
         info, device = self._embedder.info, self._embedder.device
         with closing(Gallery.open(self._folder / "filled", info, device=device)) as gallery:
             for start in range(0, count, _BLOCK):
-                places = [i % len(decoded) for i in range(start, min(start + _BLOCK, count))]
-                new = [NewItem(decoded[i], person_id=f"person-{i}") for i in places]
+                places = [i % len(pictures) for i in range(start, min(start + _BLOCK, count))]
+                new = [NewItem(pictures[i], person_id=f"person-{i}") for i in places]
                 gallery.add(new, y[places] + noise * torch.randn(len(places), *y.shape[1:]))
             gallery.save_index()
 
@@ -130,7 +128,7 @@ class Trials:
 
     def _measure_bare(self, duration: float) -> None:
         """The network on decoded tensors, as often as the time allows."""
-        crops = islice(cycle(_decoded(self._queries)), max(_BATCHES))
+        crops = islice(cycle(decoded(self._queries)), max(_BATCHES))
         pixels = pixels_of([crop.image for crop in crops], self._embedder.info.config)
         for batch, rates in self._bare.items():
             part = pixels[:batch]
@@ -183,17 +181,6 @@ def _figures(loads: Sequence[Load], bare: Sequence[float]) -> dict[str, Any]:
         "errors": errors,
         "CPU seconds of the load generator": Spread.of([load.cpu_seconds for load in loads]),
     }
-
-
-def _files(folder: Path) -> list[Path]:
-    found = list(find_images([folder])) if folder.is_dir() else []
-    if not found:
-        raise BenchmarkDataError(f"no image in the folder {folder}; give a folder of person crops")
-    return found
-
-
-def _decoded(files: Sequence[Path]) -> list[Crop]:
-    return [decode(file.read_bytes()) for file in files]
 
 
 def _servers() -> dict[str, str]:

@@ -24,6 +24,8 @@ from ledger import Ledger, Worker
 from service_process import ServiceProcess
 from subject import TOGETHER, ProcessGone, Session, Subject
 
+from model.machine import machine
+
 MOMENTS = {"opening": 2, "working": 4, "in a transaction": 4, "closing": 2}  # with their weights
 MOST_WRITES = 60  # how late a process kills itself in a transaction
 MOST_ACKNOWLEDGED = 30  # how many answers a round waits for before the kill
@@ -38,6 +40,7 @@ class Report:
     seed: int
     subject: str
     database: str
+    machine: dict[str, object] = field(default_factory=machine)
     rounds: int = 0
     enrollments_acknowledged: int = 0
     deletes_acknowledged: int = 0
