@@ -2,7 +2,7 @@
 
 Runtimes: torch on a GPU or a CPU, OpenVINO on a CPU. "auto" takes OpenVINO on a CPU if it is
 installed and measures no slower than torch. Its bf16 is used only where it agrees with torch's
-fp32 on test pictures; trained weights do, random ones do not.
+fp32 on test pictures; trained weights do, some random ones do not.
 """
 
 from __future__ import annotations
