@@ -12,7 +12,6 @@ from typing import Any
 from anyio import create_task_group, to_thread
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.middleware.cors import CORSMiddleware
 
 from service import problems
 from service.api import admin, backup, gallery, operate, query
@@ -20,7 +19,7 @@ from service.api.deps import REFERENCE
 from service.api.schemas import BatchForm, Problem
 from service.auth import ROUTE_SCOPES, authorise
 from service.metrics import Metrics
-from service.middleware import Door, Gate, Observe, SecurityHeaders
+from service.middleware import CrossOrigin, Door, Gate, Observe, SecurityHeaders
 from service.resources import State, open_resources
 from service.settings import Settings
 from service.tracing import Tracing
@@ -77,7 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.openapi = partial(_openapi, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            CrossOrigin,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Idempotency-Key"],

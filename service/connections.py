@@ -45,6 +45,11 @@ def patient_for(headers: float, body: float) -> type[H11Protocol]:
             super().on_response_complete()
             if self.conn.their_state is h11.SEND_BODY:
                 self._await("body")
+            self._see_it_end()
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self._see_it_end()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._await(None)
@@ -64,6 +69,12 @@ def patient_for(headers: float, body: float) -> type[H11Protocol]:
         def _late(self) -> None:
             if not self.transport.is_closing():
                 self.transport.close()
+            self._see_it_end()
+
+        def _see_it_end(self) -> None:
+            """A connection that is closed still waits for its client to read what was answered."""
+            if self.transport.is_closing() and self._reading is None:
+                self._look_again(self.transport.get_write_buffer_size())
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -110,5 +121,6 @@ def patient_for(headers: float, body: float) -> type[H11Protocol]:
             if self.cycle is not None:  # what it still sends has nowhere to go
                 self.cycle.disconnected = True
             self.transport.close()
+            self._see_it_end()
 
     return Patient

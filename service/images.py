@@ -96,6 +96,10 @@ class ImageLimits(NamedTuple):
     min_height: int = 32
 
 
+# Of a crop that was taken in once: the limits of today may be others.
+STORED = ImageLimits(max_bytes=1 << 40, max_pixels=1 << 40)
+
+
 @dataclass(frozen=True)
 class Crop:
     """A person crop, ready for `model.preprocess`.

@@ -10,11 +10,13 @@ from uuid import uuid4
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import problems
-from service.errors import ShuttingDown
+from service.errors import OriginRefused, ShuttingDown
 from service.logs import get_logger
 from service.metrics import Metrics
 from service.tracing import Tracing
@@ -24,6 +26,8 @@ log = get_logger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Asked all the time by machines; a service that shuts down goes on answering them.
 _PROBES = frozenset({"/livez", "/readyz", "/metrics"})
+# A client may send any word; only these become labels and lines of the log.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Observe:
@@ -67,16 +71,17 @@ class Observe:
 
     def _note(self, scope: Scope, status: int, seconds: float, span: object) -> None:
         route = getattr(scope.get("route"), "path", "none")
-        method = scope["method"] if route != "none" else "any"
+        method = scope["method"] if scope["method"] in _METHODS else "any"
+        counted = method if route != "none" else "any"
         # 499, as nginx says it: the client was gone before there was an answer.
         status = status or 499
-        self._metrics.requests.labels(method, route, status).inc()
-        self._metrics.request_seconds.labels(method, route).observe(seconds)
+        self._metrics.requests.labels(counted, route, status).inc()
+        self._metrics.request_seconds.labels(counted, route).observe(seconds)
         client = scope.get("client") or ("unknown", 0)
         log.log(
             logging.DEBUG if route in _PROBES else logging.INFO,
             "request",
-            method=scope["method"],
+            method=method,
             route=route,
             status=status,
             ms=round(1000 * seconds, 1),
@@ -84,7 +89,7 @@ class Observe:
             actor=scope.get("state", {}).get("actor"),
         )
         if span is not None:
-            span.update_name(f"{method} {route}")  # type: ignore[attr-defined]
+            span.update_name(f"{counted} {route}")  # type: ignore[attr-defined]
             span.set_attribute("http.response.status_code", status)  # type: ignore[attr-defined]
 
 
@@ -114,6 +119,25 @@ class SecurityHeaders:
 
         wrapped = scope["type"] == "http"
         await self.app(scope, receive, send_with_headers if wrapped else send)
+
+
+class CrossOrigin(CORSMiddleware):
+    """Which pages of other origins may call the service; a refusal is a problem like all others."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        error = OriginRefused(
+            f"a page may not call this so ({bytes(answer.body).decode().lower()}); the setting "
+            "cors_origins lists the pages that may"
+        )
+        return JSONResponse(
+            problems.problem_of(error, "").model_dump(exclude={"errors"}),
+            status_code=error.status,
+            headers={"Vary": "Origin"},
+            media_type=problems.MEDIA_TYPE,
+        )
 
 
 class Door:

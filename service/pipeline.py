@@ -28,7 +28,7 @@ from service.decoding import Decoders
 from service.embedder import Embedder
 from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
 from service.gallery import Act, Gallery, SearchResult
-from service.images import Crop, Modality, ModalitySource, Picture
+from service.images import STORED, Crop, Modality, ModalitySource, Picture
 from service.metrics import Metrics
 from service.network import Network
 from service.pulse import Pulse
@@ -144,6 +144,10 @@ class Pipeline:
     async def stored(self, call: Callable[[], T]) -> T:
         """Run a call to the gallery that reads or changes it."""
         return await in_thread(self._storing, call)
+
+    def decode_stored(self, picture: Picture, height: int, width: int) -> Crop:
+        """Decode a crop of the gallery in one of the decoding processes. Raises ServiceError."""
+        return self._decoders.decode(picture, height, width, STORED)
 
     async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
         """Decode and embed one picture. Raises ServiceError."""

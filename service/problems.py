@@ -110,6 +110,7 @@ def problem_of(
 ) -> Problem:
     """An error as RFC 9457 writes it. instance: where it happened."""
     return Problem(
+        type="about:blank",
         title=error.title,
         status=error.status,
         code=error.code,

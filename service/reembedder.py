@@ -77,12 +77,12 @@ class Reembedder:
             self._pipeline.gallery.reembed(
                 embedder.info,
                 embedder.embed,
+                decode=self._pipeline.decode_stored,
+                switched=lambda: self._switched(embedder, loop),
                 progress=self._progress,
                 stop=self._stop,
                 actor=actor,
             )
-            if embedder is not self._pipeline.network.embedder:
-                loop.call_soon_threadsafe(self._pipeline.switch, embedder)
             self.status = replace(self.status, state="done")
         except ReembeddingStopped:
             self.status = replace(
@@ -98,6 +98,10 @@ class Reembedder:
             )
         finally:
             self._running.release()
+
+    def _switched(self, embedder: Embedder, loop: asyncio.AbstractEventLoop) -> None:
+        if embedder is not self._pipeline.network.embedder:
+            loop.call_soon_threadsafe(self._pipeline.switch, embedder)
 
     def _progress(self, progress: Progress) -> None:
         self.status = replace(self.status, done=progress.done, total=progress.total)

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     batch_wait: float = Field(default=0.005, ge=0, le=1)
     """How long an image waits for others to be embedded with, while others are under way."""
 
-    retention_days: float | None = Field(default=None, gt=0)
+    retention_days: float | None = Field(default=None, gt=0, le=36_500)
     """Items enrolled longer ago are deleted; without it none is."""
     trusted_proxies: tuple[str, ...] = ()
     """Addresses or networks of reverse proxies whose X-Forwarded-For and -Proto are believed."""

@@ -14,7 +14,7 @@ from fastapi import Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
@@ -39,7 +39,7 @@ F = TypeVar("F", bound=FormModel)
 
 MAX_FIELDS = 256
 MAX_FIELD_BYTES = 64 * 1024
-FORM_OVERHEAD_BYTES = 1024 * 1024  # all text fields and the headers of the parts
+FORM_OVERHEAD_BYTES = 1024 * 1024  # small text fields and the headers of the parts
 
 # What an endpoint that takes an upload may answer, besides what its images may be refused for.
 UPLOAD_ERRORS = (
@@ -91,10 +91,20 @@ NO_QUERY = Depends(no_query_parameters)
 
 @dataclass(frozen=True)
 class Upload:
-    """A parsed multipart body: its images' bytes, in order, and its text fields."""
+    """A parsed multipart body: its images' bytes, in order, and its text fields.
+
+    refused: by place, images that are too large; their bytes were let go.
+    """
 
     images: list[bytes]
     fields: list[tuple[str, str]]
+    refused: dict[int, ImageTooLarge]
+
+    def whole(self) -> list[bytes]:
+        """All images. Raises ImageTooLarge where one is too large."""
+        for error in self.refused.values():
+            raise error
+        return self.images
 
     def parse(self, model: type[F]) -> F:
         """The text fields as `model`. Raises RequestValidationError."""
@@ -106,20 +116,25 @@ class Upload:
 
 @asynccontextmanager
 async def read_upload(
-    request: Request, max_images: int, max_bytes: int | None = None
+    request: Request,
+    max_images: int,
+    max_bytes: int | None = None,
+    max_field_bytes: int = MAX_FIELD_BYTES,
 ) -> AsyncIterator[Upload]:
     """Read a multipart body with 1 to `max_images` parts named `image`, bounded in size and time.
 
-    Holds a place (`service.admission`) while the caller works on it, so that what waits is bounded;
-    files over 1 MB lie in a temporary file until they are needed. What the caller does is cancelled
-    once the client is gone. max_bytes: of all images, if that is less than the sum of their limits.
+    Holds a place (`service.admission`) while the caller works on it, so that what waits is bounded.
+    It lies in memory, of which admission bounds how much. What the caller does is cancelled once
+    the client is gone. max_bytes: of all images, if that is less than the sum of their limits.
     """
     state = resources(request)
     limit = state.settings.max_image_bytes
     most = min(max_images * limit, max_bytes or max_images * limit) + FORM_OVERHEAD_BYTES
+    if max_field_bytes > MAX_FIELD_BYTES:
+        most += max_field_bytes
     started = time.perf_counter()
     with state.admission.receive() as body:
-        form = await _parse(request, max_images, most, body)
+        form = await _parse(request, max_images, most, max_field_bytes, body)
         try:
             upload = await _sort(form, limit)
         finally:
@@ -200,7 +215,9 @@ def _form_field(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-async def _parse(request: Request, max_images: int, max_bytes: int, body: Body) -> FormData:
+async def _parse(
+    request: Request, max_images: int, max_bytes: int, max_field_bytes: int, body: Body
+) -> FormData:
     if not is_utf8_of(request, b"multipart/form-data"):
         raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
     parser = MultiPartParser(
@@ -208,8 +225,9 @@ async def _parse(request: Request, max_images: int, max_bytes: int, body: Body) 
         bounded(request, max_bytes, body.grow),
         max_files=max_images + 1,  # one too many is told as that, not as a broken form
         max_fields=MAX_FIELDS,
-        max_part_size=MAX_FIELD_BYTES,
+        max_part_size=max_field_bytes,
     )
+    parser.spool_max_size = max_bytes + 1  # no temporary files, on a disk that may be full
     try:
         with in_time(request):
             return await parser.parse()
@@ -274,6 +292,7 @@ async def _discard(chunks: AsyncIterator[bytes], max_bytes: int) -> None:
 async def _sort(form: FormData, max_image_bytes: int) -> Upload:
     images: list[bytes] = []
     fields: list[tuple[str, str]] = []
+    refused: dict[int, ImageTooLarge] = {}
     for name, value in form.multi_items():
         if isinstance(value, str):
             if name == "image":
@@ -281,17 +300,15 @@ async def _sort(form: FormData, max_image_bytes: int) -> Upload:
             fields.append((name, value))
         elif name != "image":
             raise invalid_field(name, "must be plain text: give the part no filename")
+        elif (value.size or 0) > max_image_bytes:
+            refused[len(images)] = ImageTooLarge(
+                f"the image has {value.size:,} bytes, the limit is {max_image_bytes:,}; "
+                "send a smaller crop"
+            )
+            images.append(b"")
         else:
-            images.append(await _read(value, max_image_bytes))
-    return Upload(images, fields)
-
-
-async def _read(part: UploadFile, max_bytes: int) -> bytes:
-    if (part.size or 0) > max_bytes:
-        raise ImageTooLarge(
-            f"the image has {part.size:,} bytes, the limit is {max_bytes:,}; send a smaller crop"
-        )
-    return await part.read()
+            images.append(await value.read())
+    return Upload(images, fields, refused)
 
 
 def json_response(body: BaseModel, status: int = 200, **headers: str) -> Response:

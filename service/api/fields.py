@@ -61,9 +61,14 @@ def _metadata(value: Any) -> Any:
             f"must nest at most {METADATA_DEPTH} deep, without NUL characters and with numbers of "
             "at most 64 bits"
         )
-    if len(json.dumps(value, ensure_ascii=False).encode(errors="replace")) > METADATA_BYTES:
+    if len(_compact(value)) > METADATA_BYTES:
         raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
     return value
+
+
+def _compact(value: Any) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="replace")
 
 
 def _parsed(text: str) -> Any:
@@ -103,6 +108,8 @@ def _is_whole(text: str) -> bool:
 
 _PLAIN = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}  # `plain_text`, for the document
 Label = Annotated[str, Field(max_length=128, json_schema_extra=_PLAIN), AfterValidator(plain_text)]
+# In JSON; in a form an empty field counts as not given anyway.
+OptionalLabel = Annotated[Label | None, BeforeValidator(lambda value: value or None)]
 Timestamp = Annotated[
     datetime,
     BeforeValidator(_timestamp),

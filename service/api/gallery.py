@@ -7,6 +7,7 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 
 from service import enrollment, errors
 from service.api.deps import (
@@ -45,6 +46,8 @@ from service.problems import documented, problem_of
 from service.resources import Resources
 
 router = APIRouter(prefix="/gallery", tags=["gallery"])
+
+_ITEMS_BYTES = BATCH_IMAGES * 16 * 1024  # 8 KB of metadata and the other fields of each image
 
 IMAGE_ERRORS = (
     errors.ImageEmpty,
@@ -116,7 +119,8 @@ async def enroll(
     async with read_upload(request, max_images=1) as upload:
         form = upload.parse(EnrollForm)
         check_image_count(upload.images, most=1)
-        wanted = _enrollment(upload.images[0], form, idempotency_key)
+        [image] = upload.whole()
+        wanted = _enrollment(image, form, idempotency_key)
         [outcome] = await enrollment.enroll(state.pipeline, [wanted])
     if isinstance(outcome, errors.ServiceError):
         raise outcome
@@ -137,7 +141,9 @@ async def enroll_batch(request: Request, state: ResourcesDep) -> Response:
     A bad image fails alone. Once this is answered, all items with 201 or 200 are durable.
     """
     most = state.settings.max_batch_bytes
-    async with read_upload(request, max_images=BATCH_IMAGES, max_bytes=most) as upload:
+    async with read_upload(
+        request, BATCH_IMAGES, max_bytes=most, max_field_bytes=_ITEMS_BYTES
+    ) as upload:
         form = upload.parse(BatchForm)
         check_image_count(upload.images, most=BATCH_IMAGES)
         items = form.items or [BatchItem() for _ in upload.images]
@@ -145,16 +151,19 @@ async def enroll_batch(request: Request, state: ResourcesDep) -> Response:
             raise invalid_field(
                 "items", f"has {len(items)} objects for {len(upload.images)} images; give one each"
             )
-        wanted = [
-            _enrollment(image, item, item.key)
-            for image, item in zip(upload.images, items, strict=True)
-        ]
-        outcomes = await enrollment.enroll(state.pipeline, wanted)
+        pairs = enumerate(zip(upload.images, items, strict=True))
+        wanted = {
+            place: _enrollment(image, item, item.key)
+            for place, (image, item) in pairs
+            if place not in upload.refused
+        }
+        enrolled = await enrollment.enroll(state.pipeline, list(wanted.values()))
+    outcomes: dict[int, Outcome] = {**upload.refused, **dict(zip(wanted, enrolled, strict=True))}
     return json_response(
         BatchAnswer(
             results=[
-                _result(outcome, f"{request.url.path}#{place}", state)
-                for place, outcome in enumerate(outcomes)
+                _result(outcomes[place], f"{request.url.path}#{place}", state)
+                for place in range(len(items))
             ]
         )
     )
@@ -201,9 +210,18 @@ async def list_items(
     )
 
 
+async def _one_person(request: Request) -> None:
+    """Refuse several: FastAPI would take the last one and pass over the others."""
+    if len(request.query_params.getlist("person_id")) > 1:
+        raise RequestValidationError(
+            [{"type": "repeated", "loc": ("query", "person_id"), "msg": "must be given once"}]
+        )
+
+
 @router.delete(
     "",
     response_model=Erased,
+    dependencies=[Depends(_one_person)],
     responses=documented(errors.StorageUnwritable, errors.StorageFull),
 )
 async def erase_person(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.resources import files
 
 from fastapi import APIRouter, Response
@@ -12,6 +13,8 @@ from service.api.deps import NO_QUERY, ResourcesDep
 from service.api.schemas import Health, ModelCard
 from service.metrics import CONTENT_TYPE_LATEST
 from service.problems import documented
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(tags=["operate"])
 
@@ -45,7 +48,16 @@ async def livez() -> Health:
 async def readyz(state: ResourcesDep) -> Health:
     """Images are embedded, index in step with the store, disk writable; 503 names what is not."""
     state.pipeline.pulse.check()
-    await state.pipeline.stored(state.gallery.check)
+    try:
+        await state.pipeline.stored(state.gallery.check)
+    except (errors.StorageUnwritable, errors.DatabaseUnavailable) as error:
+        log.warning("not ready: %s", error.detail)  # with paths and hosts, which are not for all
+        failing = (
+            "the data folder or the database cannot be written"
+            if isinstance(error, errors.StorageUnwritable)
+            else "the database does not answer"
+        )
+        raise type(error)(f"{failing}; the service's log has the details") from error
     return Health()
 
 

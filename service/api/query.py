@@ -64,7 +64,7 @@ async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Respo
             raise invalid_field("box", "goes with one image; cut the crops out before")
         box = None if form.box is None else Box(*form.box)
         answer = await state.pipeline.query(
-            [Picture(image, form.modality, box) for image in upload.images], _search(form), actor
+            [Picture(image, form.modality, box) for image in upload.whole()], _search(form), actor
         )
     return json_response(_answer(answer, form, len(upload.images)))
 

@@ -16,7 +16,15 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from service.api.fields import Box, Label, Metadata, MetadataObject, Timestamp, plain_text
+from service.api.fields import (
+    Box,
+    Label,
+    Metadata,
+    MetadataObject,
+    OptionalLabel,
+    Timestamp,
+    plain_text,
+)
 
 Modality = Literal["rgb", "ir"]
 ModalityChoice = Literal["auto", "rgb", "ir"]
@@ -74,8 +82,8 @@ class BatchItem(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    person_id: Label | None = None
-    camera_id: Label | None = None
+    person_id: OptionalLabel = None
+    camera_id: OptionalLabel = None
     captured_at: Timestamp | None = None
     modality: ModalityChoice = "auto"
     box: Box | None = None
@@ -104,8 +112,8 @@ class ItemPatch(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    person_id: Label | None = None
-    camera_id: Label | None = None
+    person_id: OptionalLabel = None
+    camera_id: OptionalLabel = None
     captured_at: Timestamp | None = None
     metadata: MetadataObject = {}
 

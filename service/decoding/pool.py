@@ -38,8 +38,10 @@ class Decoders:
             worker.start()
             self._idle.put(worker)
 
-    def decode(self, picture: Picture, height: int, width: int) -> Crop:
-        """Decode one upload, waiting for a free process.
+    def decode(
+        self, picture: Picture, height: int, width: int, limits: ImageLimits | None = None
+    ) -> Crop:
+        """Decode one upload, waiting for a free process. limits: others than the usual ones.
 
         height, width: of the network's input. The crop's picture has that size, so that what waits
         for the network is small however large the upload was. Raises ServiceError of status 413,
@@ -48,7 +50,7 @@ class Decoders:
         order = Order(
             modality=picture.modality,
             box=picture.box,
-            limits=self._limits,
+            limits=limits or self._limits,
             height=height,
             width=width,
             seconds=self._seconds,

@@ -22,25 +22,27 @@ class Codes:
     def __init__(self, texts: Sequence[str | None] = ()) -> None:
         """texts: string by code, None where a code is no longer in use."""
         self._codes = {text: code for code, text in enumerate(texts) if text is not None}
-        self._next = len(texts)
+        self._texts = list(texts)
 
     def encode(self, values: Sequence[str | None]) -> npt.NDArray[np.int64]:
         for value in dict.fromkeys(values):
             if value is not None and value not in self._codes:
-                self._codes[value] = self._next
-                self._next += 1
+                self._texts.append(value)
+                self._codes[value] = len(self._texts) - 1
         code: Callable[[str | None, int], int] = self._codes.get  # type: ignore[assignment]
         return np.array([code(value, _NO_CODE) for value in values], np.int64)
 
     def known(self, values: Sequence[str]) -> list[int]:
         return [self._codes[v] for v in values if v in self._codes]
 
+    def decode(self, codes: npt.NDArray[np.int64]) -> list[str | None]:
+        return [None if code == _NO_CODE else self._texts[code] for code in codes.tolist()]
+
     def strings(self, used: npt.NDArray[np.int64]) -> list[str | None]:
         """String by code, up to the last one used; None for the others."""
-        texts = dict(zip(self._codes.values(), self._codes, strict=True))
         known = set(used.tolist())
         codes = range(max(known, default=-1) + 1)
-        return [texts[code] if code in known else None for code in codes]
+        return [self._texts[code] if code in known else None for code in codes]
 
 
 class Columns:
@@ -144,12 +146,8 @@ class Columns:
         return copy
 
     def extend(self, other: Columns, positions: npt.NDArray[np.int64]) -> None:
-        """Append rows of another with which this one shares its codes (`fork`)."""
-        self._append(other._table[:, positions], other._alive[positions])
-
-    def fork(self) -> Columns:
-        """An empty one with the same codes."""
-        return self._sibling()
+        """Append rows of another."""
+        self._append(self._coded(other, positions), other._alive[positions])
 
     def align(self, other: Columns, numbers: Sequence[int]) -> None:
         """Take over what `other` now says of these items, where both have them."""
@@ -157,7 +155,7 @@ class Columns:
         theirs = theirs[np.isin(other.numbers[theirs], self.numbers[mine])]
         mine = mine[np.argsort(self.numbers[mine])]
         theirs = theirs[np.argsort(other.numbers[theirs])]
-        self._table[:, mine] = other._table[:, theirs]
+        self._table[:, mine] = self._coded(other, theirs)
         self._alive[mine] = other._alive[theirs]
         self.alive_count = int(np.count_nonzero(self.alive))
 
@@ -194,6 +192,16 @@ class Columns:
         copy._persons, copy._cameras = self._persons, self._cameras
         copy._modalities = self._modalities
         return copy
+
+    def _coded(self, other: Columns, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows of another in codes of this one, which knows no label but those of its rows."""
+        rows = other._table[:, positions].copy()
+        mine = self._persons, self._cameras, self._modalities
+        theirs = other._persons, other._cameras, other._modalities
+        for field, to, of in zip((1, 2, 3), mine, theirs, strict=True):
+            used, places = np.unique(rows[field], return_inverse=True)
+            rows[field] = to.encode(of.decode(used))[places]
+        return rows
 
     def _append(self, rows: npt.NDArray[np.int64], alive: npt.NDArray[np.bool_]) -> None:
         end = self._count + rows.shape[1]

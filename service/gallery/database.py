@@ -55,7 +55,8 @@ class Database:
         address = address_of(folder, url)
         self.sqlite = address.get_backend_name() == "sqlite"
         self._lock: FolderLock | None = None
-        self.log_uncut = False  # SQLite's log still holds erased pages
+        # SQLite's log may still hold erased pages: at first those of a process that died.
+        self.log_uncut = self.sqlite
         self.copying = False  # a long transaction keeps that log open
         if self.sqlite:
             home = Path(str(address.database)).resolve().parent

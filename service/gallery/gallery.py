@@ -39,7 +39,7 @@ from service.gallery.records import (
     RequestKey,
     SearchResult,
 )
-from service.gallery.reembedding import Embed, Progress, Reembedding
+from service.gallery.reembedding import Decode, Embed, Progress, Reembedding, decode_here
 from service.gallery.scratch import remove_leftovers
 from service.gallery.shard import Counters, Statistics
 from service.gallery.shared_lock import SharedLock
@@ -264,6 +264,8 @@ class Gallery:
         info: CheckpointInfo,
         embed: Embed,
         *,
+        decode: Decode = decode_here,
+        switched: Callable[[], None] = lambda: None,
         progress: Callable[[Progress], None] | None = None,
         stop: threading.Event | None = None,
         actor: str = "system",
@@ -272,10 +274,11 @@ class Gallery:
 
         Until the switch, all goes on with the features there are; the switch takes as long as it
         takes to embed what was enrolled in the last moment. The old features stay in the store
-        until `drop_version`. embed: the new checkpoint's, B crops → B×P×D. stop: set it, and
-        ReembeddingStopped is raised soon; the same call later goes on where this one was. Raises
-        ModelVersionConflict while another one runs, GalleryDamaged where a crop cannot be
-        embedded or the check of a sample fails: the old features then stay in use.
+        until `drop_version`. embed: the new checkpoint's, B crops → B×P×D. decode: of stored crops.
+        switched: called when the new features are in use. stop: set it, and ReembeddingStopped is
+        raised soon; the same call later goes on where this one was. Raises ModelVersionConflict
+        while another one runs, GalleryDamaged where a crop cannot be embedded or the check of a
+        sample fails: the old features then stay in use.
         """
         if not self._reembedding.acquire(blocking=False):
             raise ModelVersionConflict(
@@ -289,6 +292,7 @@ class Gallery:
                 store,
                 info,
                 embed,
+                decode,
                 progress=progress,
                 stopping=lambda: self._closing.is_set() or (stop is not None and stop.is_set()),
             )
@@ -296,10 +300,12 @@ class Gallery:
             work.verify()
             follower = self._follower.with_version(store, info)
             try:
-                self._switch(follower, work, actor)
+                old = self._switch(follower, work, actor)
             except BaseException:
                 follower.close()
                 raise
+            switched()
+            old.close()  # which may take as long as the training of its index
         finally:
             self._reembedding.release()
 
@@ -388,7 +394,8 @@ class Gallery:
             )
         return follower
 
-    def _switch(self, follower: Follower, work: Reembedding, actor: str) -> None:
+    def _switch(self, follower: Follower, work: Reembedding, actor: str) -> Follower:
+        """Use `follower` from now on → the one that was in use."""
         work.fill()  # most of what came while the new index was built, before anybody waits
         with self._enrolling.alone():
             with follower.writing():
@@ -401,7 +408,7 @@ class Gallery:
                         if attempt == _TRIES - 1:
                             raise
             old, self._version = self._version, follower
-        old.close()
+            return old
 
     def _keep(self) -> None:
         """In the background: other processes' changes, and a snapshot now and then."""

@@ -9,19 +9,23 @@ What is done is in the store: a process that dies goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from torch import Tensor
 
 from model import CheckpointInfo
+from model.preprocess import resize
 from service.errors import GalleryDamaged, ServiceError
 from service.gallery.records import StoredCrop
 from service.gallery.store import Store
-from service.images import Crop, decode
+from service.images import STORED, Crop, Picture, decode
 
 Embed = Callable[[Sequence[Crop]], Tensor]  # B crops → B×P×D, as `Embedder.embed`
+# A stored crop → its picture at the height and width of the network's input.
+Decode = Callable[[Picture, int, int], Crop]
 
 _BLOCK = 64
 _SAMPLE = 32  # items whose features are computed a second time before the switch
@@ -31,6 +35,12 @@ _SAME = 0.99
 
 class ReembeddingStopped(Exception):  # noqa: N818
     """It was asked to stop; the next one goes on from there."""
+
+
+def decode_here(picture: Picture, height: int, width: int) -> Crop:
+    """Decode a stored crop in this process. Raises ServiceError."""
+    crop = decode(picture.data, modality=picture.modality, limits=STORED)
+    return replace(crop, image=Image.fromarray(resize(crop.image, height, width)))
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,13 @@ class Reembedding:
         store: Store,
         info: CheckpointInfo,
         embed: Embed,
+        decode: Decode,
         *,
         stopping: Callable[[], bool],
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self._store, self._info, self._embed = store, info, embed
+        self._store, self._info = store, info
+        self._embed, self._decode = embed, decode
         self._progress = progress or (lambda _: None)
         self._stopping = stopping
 
@@ -95,10 +107,11 @@ class Reembedding:
 
     def _embedded(self, crops: Sequence[StoredCrop]) -> npt.NDArray[np.float16]:
         """N×(P·D)."""
+        size = self._info.config.input_height, self._info.config.input_width
         pictures = []
         for crop in crops:
             try:
-                pictures.append(decode(crop.data, modality=crop.modality))
+                pictures.append(self._decode(Picture(crop.data, crop.modality), *size))
             except ServiceError as error:
                 raise GalleryDamaged(
                     f"the stored crop of item number {crop.number} cannot be read "

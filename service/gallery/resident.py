@@ -54,11 +54,11 @@ class Resident:
             self.columns.extend(other.columns, block)
 
     def fork(self) -> Resident:
-        """An empty one of the same shape, whose columns share our codes."""
+        """An empty one of the same shape."""
         mine = self.features
         device = str(mine.device)
         features = Features(mine.parts, mine.dim, mine.metric, device)
-        return Resident(features, self.columns.fork())
+        return Resident(features, Columns())
 
 
 def build_index(resident: Resident, kind: IndexKind, stop: Stop) -> RecallIndex:

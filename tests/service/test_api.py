@@ -292,6 +292,7 @@ def test_readyz_names_the_part_that_fails(serve: Any, tmp_path: Path) -> None:
         assert answer.status_code == 503
         assert answer.json()["code"] == "storage_unwritable"
         assert "data folder" in answer.json()["detail"]
+        assert str(tmp_path) not in answer.text  # the route is open to everybody
         assert http.get("/livez").status_code == 200
         (tmp_path / "gone").rename(data)
         assert http.get("/readyz").status_code == 200

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from service.api.schemas import BATCH_IMAGES, BatchItem
 from service.client import Client
@@ -177,3 +181,69 @@ def test_the_client_sends_batches(url: str, visible: list[Path]) -> None:
         answers = client.enroll_batch(visible[:2], [BatchItem(person_id="c"), BatchItem()])
         assert [one.status for one in answers] == [201, 201]
         assert answers[0].item is not None and answers[0].item.person_id == "c"
+
+
+def test_one_image_that_is_too_large_fails_alone(
+    serve: Any, tmp_path: Path, visible: list[Path]
+) -> None:
+    good = [file.read_bytes() for file in visible[:2]]
+    with (
+        serve(tmp_path, max_image_bytes=10_000) as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
+    ):
+        items = [{"person_id": "a"}, {"person_id": "b"}, {"person_id": "c"}]
+        answers = results(send(http, [good[0], bytes(10_001), good[1]], items))
+        assert [one["status"] for one in answers] == [201, 413, 201]
+        assert [answers[place]["item"]["person_id"] for place in (0, 2)] == ["a", "c"]
+        problem = answers[1]["problem"]
+        assert (problem["code"], problem["type"]) == ("image_too_large", "about:blank")
+        assert problem["instance"] == "/gallery/batch#1"
+        for path in ("/gallery", "/query"):
+            refused = http.post(path, files={"image": bytes(10_001)})
+            assert (refused.status_code, refused.json()["code"]) == (413, "image_too_large")
+
+
+def test_every_image_may_have_all_its_metadata(http: httpx.Client, visible: list[Path]) -> None:
+    metadata = {"note": "x" * 8150, "list": [1] * 10}
+    assert len(json.dumps(metadata, separators=(",", ":"))) <= 8192
+    image = visible[0].read_bytes()
+    answers = results(send(http, [image] * 12, [{"metadata": metadata}] * 12))
+    assert [one["item"]["metadata"] for one in answers] == [metadata] * 12
+
+
+def test_metadata_is_measured_without_spaces(http: httpx.Client, visible: list[Path]) -> None:
+    text = json.dumps({"a": [1] * 4000}, separators=(",", ":"))
+    assert len(text) < 8192 < len(json.dumps(json.loads(text)))
+    image = {"image": visible[0].read_bytes()}
+    assert http.post("/gallery", files=image, data={"metadata": text}).status_code == 201
+
+
+def test_an_empty_label_is_none(http: httpx.Client, visible: list[Path]) -> None:
+    items = [{"person_id": "", "camera_id": ""}]
+    [one] = results(send(http, [visible[0].read_bytes()], items))
+    assert (one["item"]["person_id"], one["item"]["camera_id"]) == (None, None)
+    path = f"/gallery/{one['item']['id']}"
+    http.patch(path, json={"person_id": "somebody"})
+    assert http.patch(path, json={"person_id": ""}).json()["person_id"] is None
+
+
+def test_a_full_temporary_disk_is_in_nobodys_way(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", full)
+    large = io.BytesIO()
+    Image.new("RGB", (800, 800), (200, 30, 30)).save(large, "BMP")  # 1.9 MB
+    assert http.post("/gallery", files={"image": large.getvalue()}).status_code == 201
+    assert http.post("/query", files={"image": large.getvalue()}).status_code == 200
+
+
+def test_two_persons_are_not_erased_at_once(http: httpx.Client, visible: list[Path]) -> None:
+    image = visible[0].read_bytes()
+    results(send(http, [image] * 2, [{"person_id": "first"}, {"person_id": "second"}]))
+    refused = http.delete("/gallery", params={"person_id": ["first", "second"]})
+    assert (refused.status_code, refused.json()["code"]) == (422, "parameters_invalid")
+    for person in ("first", "second"):
+        assert http.delete("/gallery", params={"person_id": person}).json() == {"deleted": 1}

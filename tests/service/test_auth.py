@@ -198,3 +198,19 @@ def test_an_origin_that_is_allowed_gets_in(serve: Any, tmp_path: Path) -> None:
         answer = http.get("/gallery", headers=origin)
         assert answer.headers["access-control-allow-origin"] == "https://desk.example"
         assert http.get("/gallery", headers={"Origin": "https://x.example"}).status_code == 403
+
+
+def test_a_refused_preflight_is_a_problem(serve: Any, tmp_path: Path) -> None:
+    asked = {"Origin": "https://x.example", "Access-Control-Request-Method": "POST"}
+    with (
+        serve(tmp_path, cors_origins=("https://desk.example",)) as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+    ):
+        refused = http.options("/query", headers=asked)
+        assert refused.status_code == 403
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert refused.json()["code"] == "origin_refused"
+        assert "cors_origins" in refused.json()["detail"]
+        allowed = http.options("/query", headers={**asked, "Origin": "https://desk.example"})
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://desk.example"

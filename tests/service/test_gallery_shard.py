@@ -369,3 +369,41 @@ def test_senseless_queries_are_refused_with_a_sentence(name: str) -> None:
     x, modulation, count, message = BAD[name]
     with shard_of(y=features(50)) as shard, pytest.raises(ValueError, match=message):
         shard.search([Sought(x, modulation, count, count)])
+
+
+def test_a_compaction_forgets_labels_that_no_item_has() -> None:
+    with shard_of(y=features(400)) as shard:
+        for number in range(100):
+            shard.update([5], persons=[f"was-{number}"], cameras=[None])
+        shard.bury(range(10, 390))
+        shard.wait()
+        shard.update([6], persons=["new"])
+        columns = shard._upkeep.resident.columns
+        assert len(columns) == 20
+        assert set(columns._persons._codes) == {"one", "five", "eleven", "was-99", "new"} | {
+            f"p{number % 50}" for number in range(390, 400)
+        }
+        for person, numbers in (("was-99", {5}), ("new", {6}), ("five", {1, 2, 3, 4})):
+            found = search(shard, 1, 20, filters=Filters(person_id=(person,)))
+            assert set(found.numbers.tolist()) == numbers
+        at = [n for n in (*range(10), *range(390, 400)) if n % 3 == 2 and n != 5]
+        assert len(search(shard, 1, 20, filters=Filters(camera_id=("c2",))).numbers) == len(at)
+
+
+def test_labels_keep_their_meaning_in_codes_of_another() -> None:
+    def block(*numbers: int, persons: list[str | None]) -> Stored:
+        return Stored(
+            list(numbers), persons, [None] * len(numbers), ["ir"] * len(numbers),
+            [None] * len(numbers), np.zeros((len(numbers), 1), np.float16),
+        )  # fmt: skip
+
+    old, new = Columns(), Columns()
+    old.add(block(1, 2, 3, 4, persons=["a", None, "b", "c"]))
+    new.extend(old, np.array([1, 3]))
+    assert new._persons.decode(new.persons) == [None, "c"]
+    old.update([2, 4], persons=["b", "d"])
+    old.bury([4])
+    new.align(old, [2, 4])
+    assert new._persons.decode(new.persons) == ["b", "d"]
+    assert (new.alive.tolist(), new.alive_count) == ([True, False], 1)
+    assert new.mask(Filters(person_id=("b",))).tolist() == [True, False]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -522,3 +523,28 @@ def test_threads_never_see_a_deleted_item_or_miss_an_enrolled_one(
     gallery = reopened(gallery, tmp_path)
     assert len(gallery) == count == len(acknowledged)
     gallery.close()
+
+
+def test_what_a_crash_left_of_erased_items_is_cut_at_the_next_start(tmp_path: Path) -> None:
+    folder, crashed = tmp_path / "data", tmp_path / "crashed"
+    mark = b"zq-marker-person"
+    opened = Gallery.open(folder, INFO)
+    opened.add(new(1, person_id=mark.decode()), features(1))
+    database = opened._store._database
+    assert database.truncate_log()  # the row is in the file by now
+    database.copying = True  # as during a backup, when the log cannot be cut
+    assert opened.delete_where(mark.decode()) == 1
+    shutil.copytree(folder, crashed)
+    database.copying = False
+    opened.close()
+
+    def holding() -> list[str]:
+        return [f.name for f in crashed.iterdir() if f.is_file() and mark in f.read_bytes()]
+
+    assert holding()
+    again = Gallery.open(crashed, INFO)
+    deadline = time.monotonic() + 20
+    while holding() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    again.close()
+    assert holding() == []

@@ -239,3 +239,21 @@ def test_processes_on_one_database_see_each_others_changes(
     finally:
         one.close()
         two.close()
+
+
+def test_the_new_version_is_announced_before_the_old_one_is_closed(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enroll(gallery, 1)
+    happened: list[str] = []
+    old = gallery._follower
+    monkeypatch.setattr(old, "close", lambda: happened.append("closed"))
+
+    def switched() -> None:
+        assert gallery.model == NEXT.fingerprint
+        happened.append("switched")
+
+    gallery.reembed(NEXT, embedder(NEXT), switched=switched)
+    assert happened == ["switched", "closed"]
+    monkeypatch.undo()
+    old.close()

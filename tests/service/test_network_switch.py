@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from model import CMT, load_checkpoint, save_checkpoint
@@ -82,3 +84,17 @@ def test_a_queue_that_is_empty_ends_when_it_is_retired() -> None:
             await asyncio.gather(*running)
 
     asyncio.run(scenario())
+
+
+def test_a_stored_crop_is_decoded_again_whatever_the_limits_of_today_are(
+    serve: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    large = io.BytesIO()
+    Image.new("RGB", (4600, 4400), (200, 30, 30)).save(large, "PNG")  # 20.2 million pixels
+    with serve(tmp_path, max_image_pixels=21_000_000) as url, Client(url) as client:
+        client.enroll(large.getvalue())
+    with serve(tmp_path, max_image_bytes=10_000) as url, Client(url) as client:
+        client.reembed()
+        wait_for(lambda: client.reembed_status().state != "running", "it does not end")
+        status = client.reembed_status()
+        assert (status.state, status.done, status.detail) == ("done", 1, None)

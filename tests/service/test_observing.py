@@ -131,6 +131,7 @@ def test_unknown_paths_make_no_new_series(http: httpx.Client) -> None:
     for number in range(5):
         http.get(f"/nothing/{number}")
         http.request(f"METHOD{number}", "/nothing")
+        http.request(f"METHOD{number}", "/livez")
     routes = {dict(labels).get("route") for _, labels in samples(http)} - {None}
     assert routes <= {path for _, path in ROUTE_SCOPES} | {"none"}
     methods = {dict(labels).get("method") for _, labels in samples(http)} - {None}

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from http.client import HTTPResponse
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
+from service import server
 from service.keys import KeyFile
 from tests.service.processes import (
     ServiceProcess,
@@ -223,6 +225,39 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(
         wait_for(lambda: impatient.holds(deaf), "it is not accepted")
         wait_for(lambda: not impatient.holds(deaf), "it is not cut off", 3 * BODY + LATE)
     assert http.delete(path).status_code == 204
+
+
+def test_a_connection_that_was_ended_does_not_wait_for_its_client_to_read(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    patient_for = server.patient_for
+
+    def noted(headers: float, body: float) -> type[Any]:
+        class Noted(patient_for(headers, body)):  # type: ignore[misc]
+            def connection_made(self, transport: Any) -> None:
+                end = transport.get_extra_info("socket")
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                made.append(self)
+                super().connection_made(transport)
+
+        return Noted
+
+    monkeypatch.setattr(server, "patient_for", noted)
+    with (
+        serve(tmp_path, header_timeout=HEADERS, body_timeout=BODY) as url,
+        socket.socket() as deaf,
+    ):
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((httpx.URL(url).host, httpx.URL(url).port))
+        for _ in range(1000):
+            deaf.sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(0.01)
+            if made and (unread := made[0].transport.get_write_buffer_size()):
+                break
+        # So little that uvicorn does not stop writing, and looks no further.
+        assert 0 < unread < 65536
+        wait_for(lambda: made[0] not in made[0].connections, "it is not cut off", 30)
 
 
 @pytest.mark.parametrize("abruptly", [False, True])
