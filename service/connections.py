@@ -83,6 +83,7 @@ def patient_for(headers: float, body: float) -> type[H11Protocol]:
         def resume_writing(self) -> None:
             self._stop_looking()
             super().resume_writing()
+            self._see_it_end()
 
         def _look_again(self, unread: int) -> None:
             self._stop_looking()
