@@ -225,6 +225,8 @@ def test_an_empty_label_is_none(http: httpx.Client, visible: list[Path]) -> None
     path = f"/gallery/{one['item']['id']}"
     http.patch(path, json={"person_id": "somebody"})
     assert http.patch(path, json={"person_id": ""}).json()["person_id"] is None
+    for value in ({}, [], 0, False):
+        assert http.patch(path, json={"person_id": value}).status_code == 422
 
 
 def test_a_full_temporary_disk_is_in_nobodys_way(
