@@ -109,7 +109,9 @@ def _is_whole(text: str) -> bool:
 _PLAIN = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}  # `plain_text`, for the document
 Label = Annotated[str, Field(max_length=128, json_schema_extra=_PLAIN), AfterValidator(plain_text)]
 # In JSON; in a form an empty field counts as not given anyway.
-OptionalLabel = Annotated[Label | None, BeforeValidator(lambda value: None if value == "" else value)]
+OptionalLabel = Annotated[
+    Label | None, BeforeValidator(lambda value: None if value == "" else value)
+]
 Timestamp = Annotated[
     datetime,
     BeforeValidator(_timestamp),
