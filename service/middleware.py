@@ -12,7 +12,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import problems
@@ -130,14 +130,10 @@ class CrossOrigin(CORSMiddleware):
             return answer
         error = OriginRefused(
             f"a page may not call this so ({bytes(answer.body).decode().lower()}); the setting "
-            "cors_origins lists the pages that may"
-        )
-        return JSONResponse(
-            problems.problem_of(error, "").model_dump(exclude={"errors"}),
-            status_code=error.status,
+            "cors_origins lists the pages that may",
             headers={"Vary": "Origin"},
-            media_type=problems.MEDIA_TYPE,
         )
+        return problems.answer(error, "")
 
 
 class Door:

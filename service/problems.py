@@ -127,7 +127,14 @@ def response(
     resources = getattr(request.state, "resources", None)
     if resources is not None:
         resources.metrics.rejections.labels(error.code).inc()
-    problem = problem_of(error, request.url.path, fields)
+    return answer(error, request.url.path, fields)
+
+
+def answer(
+    error: ServiceError, instance: str, fields: list[FieldProblem] | None = None
+) -> JSONResponse:
+    """An error as the client gets it."""
+    problem = problem_of(error, instance, fields)
     return JSONResponse(
         problem.model_dump(exclude=set() if fields else {"errors"}),
         status_code=error.status,

@@ -7,7 +7,6 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 
 from service import enrollment, errors
 from service.api.deps import (
@@ -213,9 +212,7 @@ async def list_items(
 async def _one_person(request: Request) -> None:
     """Refuse several: FastAPI would take the last one and pass over the others."""
     if len(request.query_params.getlist("person_id")) > 1:
-        raise RequestValidationError(
-            [{"type": "repeated", "loc": ("query", "person_id"), "msg": "must be given once"}]
-        )
+        raise invalid_field("person_id", "must be given once")
 
 
 @router.delete(

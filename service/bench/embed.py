@@ -15,7 +15,7 @@ from torch.nn import functional
 from model import CMT, load_checkpoint, preprocess
 from model.benchmark import Spread, compare, publish
 from service.bench.crops import decoded, image_files
-from service.bench.data import CHECKPOINT
+from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import Network, Weights, checkpoint_of, named
 from service.embedder import Device, Embedder, Runtime
 from service.images import Crop
@@ -50,7 +50,7 @@ def embed(
         agreement = _agreement(embedder, plain, crops)
         rows: list[tuple[object, ...]] = []
         results: list[dict[str, object]] = []
-        for batch in map(int, batches.split(",")):
+        for batch in numbers(batches):
             chosen = list(islice(cycle(crops), batch))
             _plain(plain, chosen), embedder.embed(chosen)
             time = compare(
