@@ -34,8 +34,8 @@ test: $(DEVELOPMENT) ## run the tests
 	@# Apart: after a session with ONNX Runtime, OpenVINO and all else in one process, a poll() of
 	@# another test ended in a segmentation fault; each part alone passes.
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
-		--ignore tests/training/test_export.py
-	$(BIN)/pytest tests/training/test_export.py
+		--ignore tests/training/export/test_export.py
+	$(BIN)/pytest tests/training/export/test_export.py
 
 lint: $(DEVELOPMENT) ## check style, formatting, types and the container files
 	$(BIN)/ruff check .

@@ -13,16 +13,16 @@ from anyio import create_task_group, to_thread
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service import problems
 from service.api import admin, backup, gallery, operate, query
 from service.api.deps import REFERENCE
 from service.api.schemas import BatchForm, Problem
-from service.auth import ROUTE_SCOPES, authorise
-from service.metrics import Metrics
-from service.middleware import CrossOrigin, Door, Gate, Observe, SecurityHeaders
+from service.auth.authorization import ROUTE_SCOPES, authorise
+from service.http import exception_handlers as problems
+from service.http.middleware import CrossOrigin, Door, Gate, Observe, SecurityHeaders
+from service.observability.metrics import Metrics
+from service.observability.tracing import Tracing
 from service.resources import State, open_resources
 from service.settings import Settings
-from service.tracing import Tracing
 
 _TITLE = "CMT re-identification"
 _INTRODUCTION = """Enroll person crops from visible and infrared cameras, then find a person seen

@@ -8,18 +8,18 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
 
-from service.admission import Admission
-from service.decoding import Decoders
-from service.embedder import Embedder
+from service.auth.keys import Keyring
+from service.auth.rate_limit import Rates
+from service.embedding.embedder import Embedder
 from service.gallery import Gallery
-from service.images import ImageLimits
-from service.keys import Keyring
-from service.metrics import Metrics
-from service.pipeline import Pipeline
-from service.rates import Rates
-from service.reembedder import Reembedder
+from service.http.admission import Admission
+from service.images import Decoders
+from service.images.decode import ImageLimits
+from service.observability.metrics import Metrics
+from service.observability.tracing import Tracing
+from service.pipeline.pipeline import Pipeline
+from service.pipeline.reembedding_job import Reembedder
 from service.settings import Settings
-from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.connections import patient_for
-from service.middleware import Door
+from service.http.connection_timeouts import patient_for
+from service.http.middleware import Door
 from service.settings import Settings
 
 # How long a thread may keep the interpreter while others wait for it. The event loop, searches and

@@ -16,10 +16,10 @@ from pydantic_settings import SettingsError as PydanticSettingsError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from service.auth.keys import KeyFile, KeyFileError
+from service.auth.rate_limit import checked_rate
 from service.gallery import IndexKind
-from service.gallery.database import without_password
-from service.keys import KeyFile, KeyFileError
-from service.rates import checked_rate
+from service.gallery.storage.database import without_password
 
 
 class SettingsError(Exception):

@@ -19,7 +19,7 @@ from model.config import MODALITIES
 from training.cli import training_samples
 from training.datasets import LAYOUTS, DatasetName, Sample
 from training.device import chosen_device
-from training.memory import keep_large_blocks
+from training.malloc import keep_large_blocks
 from training.recipe import Recipe, Stage, load_recipe
 from training.trainer import Trainer
 

@@ -16,13 +16,13 @@ from training.acceleration import Switch
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
 from training.device import chosen_device
 from training.image_cache import CacheError, readable_samples
-from training.memory import keep_large_blocks
+from training.malloc import keep_large_blocks
 from training.recipe import RecipeError, load_recipe, recipe_yaml
 from training.sampler import TrainingSetError
-from training.start import StartError
 from training.state import STATE_FILE, TrainingError
 from training.trainer import CHECKPOINT_FILE, Trainer
 from training.validation import Interval, Selection, Validation, drawn_identities, without
+from training.warm_start import StartError
 
 # Where the paper's settings differ between datasets: GeM's exponent.
 DEFAULT_RECIPES = {DatasetName.REGDB: "paper-regdb"}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from model import Modality
 from training.losses import modulation_at_equal_distances
-from training.metrics import Record, last_values
 from training.objective import Objective
 from training.progress import in_words
 from training.recipe import Recipe
+from training.run_log import Record, last_values
 
 LOSSES = ("identity", "triplet", "triplet_parts", "consistency", "modulation")
 

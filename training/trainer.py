@@ -25,15 +25,15 @@ from training.classifiers import imprint
 from training.datasets.sample import Sample
 from training.diagnosis import modulation_verdict, why_not_finite
 from training.image_cache import cached_images
-from training.metrics import VALIDATION, Metrics, plot_curves, read_metrics
 from training.objective import Labels, Objective
 from training.progress import RunProgress, in_words
 from training.recipe import Recipe, recipe_yaml
+from training.run_log import VALIDATION, Metrics, plot_curves, read_metrics
 from training.sampler import IdentityBalancedSampler
 from training.schedule import Schedule
-from training.start import start_from
 from training.state import TrainingError, read_state, save_state, writing
 from training.validation import Selection, Validation
+from training.warm_start import start_from
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 RECIPE_FILE = "recipe.yaml"

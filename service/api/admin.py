@@ -18,7 +18,7 @@ from service.api.schemas import (
     ReembedStatus,
 )
 from service.gallery import Act
-from service.problems import documented
+from service.http.exception_handlers import documented
 
 router = APIRouter(prefix="/admin", tags=["admin"])
 

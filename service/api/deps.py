@@ -18,7 +18,6 @@ from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from service.admission import Body
 from service.api.schemas import FormModel, form_errors
 from service.errors import (
     BodyTimeout,
@@ -33,6 +32,7 @@ from service.errors import (
     ParametersInvalid,
     RuntimeUnavailable,
 )
+from service.http.admission import Body
 from service.resources import Resources
 
 F = TypeVar("F", bound=FormModel)
@@ -123,9 +123,10 @@ async def read_upload(
 ) -> AsyncIterator[Upload]:
     """Read a multipart body with 1 to `max_images` parts named `image`, bounded in size and time.
 
-    Holds a place (`service.admission`) while the caller works on it, so that what waits is bounded.
-    It lies in memory, of which admission bounds how much. What the caller does is cancelled once
-    the client is gone. max_bytes: of all images, if that is less than the sum of their limits.
+    Holds a place (`service.http.admission`) while the caller works on it, so that what waits is
+    bounded. It lies in memory, of which admission bounds how much. What the caller does is
+    cancelled once the client is gone.
+    max_bytes: of all images, if that is less than the sum of their limits.
     """
     state = resources(request)
     limit = state.settings.max_image_bytes

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
 
-from service import enrollment, errors
+from service import errors
 from service.api.deps import (
     IMAGE_PART,
     NO_QUERY,
@@ -38,10 +38,11 @@ from service.api.schemas import (
     ItemPatch,
     ListParameters,
 )
-from service.enrollment import Enrollment, Labels, Outcome
 from service.gallery import Act, Filters, ItemUpdate
-from service.images import Box, Picture
-from service.problems import documented, problem_of
+from service.http.exception_handlers import documented, problem_of
+from service.images.decode import Box, Picture
+from service.pipeline import enrollment
+from service.pipeline.enrollment import Enrollment, Labels, Outcome
 from service.resources import Resources
 
 router = APIRouter(prefix="/gallery", tags=["gallery"])

@@ -26,10 +26,10 @@ from service.api.schemas import (
     QueryForm,
 )
 from service.gallery import Filters, Hit
-from service.images import Box, Picture
-from service.pipeline import Answer
-from service.problems import documented
-from service.ranking import Search
+from service.http.exception_handlers import documented
+from service.images.decode import Box, Picture
+from service.pipeline.pipeline import Answer
+from service.pipeline.search_batcher import Search
 
 router = APIRouter(tags=["query"])
 

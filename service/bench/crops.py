@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from service.cli.enroll import find_images
-from service.embedder import Embedder
-from service.images import Crop, Modality, decode
+from service.embedding.embedder import Embedder
+from service.images.decode import Crop, Modality, decode
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from model.benchmark import Spread, compare, publish
 from service.bench.crops import decoded, image_files
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import Network, Weights, checkpoint_of, named
-from service.embedder import Device, Embedder, Runtime
-from service.images import Crop
+from service.embedding.embedder import Device, Embedder, Runtime
+from service.images.decode import Crop
 
 
 def embed(

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from model import CMTConfig, Modulation, project
 from service.bench.crops import BenchmarkDataError
-from service.gallery.index import KINDS, NPROBE_SHARE, IndexKind, RecallIndex
-from service.gallery.nearest import Best, exhaustive
-from service.gallery.proof import nearest_of
-from service.gallery.recall import recall
-from service.gallery.rescoring import Features
-from service.gallery.resident import Resident, build_index
-from service.gallery.store import Stored
-from service.gallery.upkeep import INDEX_LEAST
+from service.gallery.index.exact_topk import nearest_of
+from service.gallery.index.features import Features
+from service.gallery.index.inner_products import Best, exhaustive
+from service.gallery.index.maintenance import INDEX_LEAST
+from service.gallery.index.recall import recall
+from service.gallery.index.recall_index import KINDS, NPROBE_SHARE, IndexKind, RecallIndex
+from service.gallery.index.segment import Resident, build_index
+from service.gallery.storage.store import Stored
 
 _BLOCK = 16_384
 _NPROBE_SHARES = (0.05, NPROBE_SHARE, 0.2)  # of all lists

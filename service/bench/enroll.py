@@ -20,9 +20,9 @@ from service.bench.data import CHECKPOINT
 from service.bench.networks import Network, Weights, checkpoint_of, named
 from service.cli.enroll import Entry, send
 from service.client import Client
-from service.embedder import Device, Embedder, Runtime
+from service.embedding.embedder import Device, Embedder, Runtime
 from service.gallery import Gallery, Item, NewItem
-from service.images import Crop
+from service.images.decode import Crop
 from service.server import running
 from service.settings import load_settings
 

@@ -13,7 +13,7 @@ from model.benchmark import publish
 from service.bench.crops import embedded
 from service.bench.data import CHECKPOINT, STATISTICS, Data, Source, unmodified
 from service.bench.population import CROPS_PER_PERSON, Population
-from service.embedder import Embedder
+from service.embedding.embedder import Embedder
 
 _NEAREST = 10
 

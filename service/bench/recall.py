@@ -26,7 +26,7 @@ from service.bench.data import (
     unmodified,
 )
 from service.bench.engine import Engine, Index, Positions
-from service.embedder import Embedder
+from service.embedding.embedder import Embedder
 
 TOP = 10
 _REAL = "the checkpoint's γ, β"

@@ -24,8 +24,8 @@ from service.bench.data import (
     numbers,
 )
 from service.bench.engine import Engine
-from service.gallery.index import choose_kind
-from service.gallery.upkeep import free_memory
+from service.gallery.index.maintenance import free_memory
+from service.gallery.index.recall_index import choose_kind
 
 _TOP = 20
 _BATCH = 32

@@ -15,7 +15,7 @@ from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import Network, Weights, checkpoint_of, named
 from service.bench.serving.rivals import Batching, Rival, is_installed
 from service.bench.serving.trials import Trials
-from service.embedder import Device, Embedder, Runtime
+from service.embedding.embedder import Device, Embedder, Runtime
 
 
 def serve(

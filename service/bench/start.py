@@ -21,7 +21,7 @@ from model.benchmark import Spread, publish, seconds
 from service.bench.crops import BenchmarkDataError
 from service.bench.data import CHECKPOINT, STATISTICS, Checkpoint, Data, Source, Statistics
 from service.gallery import Gallery, NewItem
-from service.images import decode
+from service.images.decode import decode
 
 _FLAT_FILE = "bench-features.f16"  # N×(P·D) fp16, beside the gallery's own files
 _SNAPSHOT = "index"  # where a gallery keeps its snapshot

@@ -39,8 +39,8 @@ def backup(
 
     Example: cmt backup gallery.zip
     """
-    from service.gallery.archive import peek
-    from service.gallery.backup import offline
+    from service.gallery.backup.archive import peek
+    from service.gallery.backup.backup import offline
 
     if file.is_dir() or (file.exists() and not force):
         raise typer.BadParameter(f"{file} exists; give another name, or --force to replace a file")
@@ -69,7 +69,7 @@ def restore(
 
     Example: cmt restore gallery.zip --data-dir data
     """
-    from service.gallery.restore import restore as fill
+    from service.gallery.backup.restore import restore as fill
 
     manifest = fill(file, data_dir, database_url, actor=_ACTOR)
     typer.echo(

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from service.api.schemas import QueryAnswer
+from service.cli.contact_sheet import Match, Picture, Row, matches, render
 from service.cli.enroll import read_manifest, report, send
 from service.cli.query import sparkline
 from service.client import Client
-from service.contact_sheet import Match, Picture, Row, matches, render
 
 SHOWN = 5
 

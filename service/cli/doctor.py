@@ -125,9 +125,9 @@ def _data_dir(folder: Path) -> str:
 
 
 def _decoding() -> str:
-    from service.decoding import Decoders
-    from service.images import ImageLimits
-    from service.pulse import builtin_picture
+    from service.images import Decoders
+    from service.images.decode import ImageLimits
+    from service.pipeline.self_check import builtin_picture
 
     decoders = Decoders(1, ImageLimits(), seconds=10)
     try:
@@ -142,7 +142,7 @@ def _database(url: str) -> str:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from service.gallery.database import without_password
+    from service.gallery.storage.database import without_password
 
     try:
         shown = without_password(make_url(url))
@@ -160,7 +160,7 @@ def _database(url: str) -> str:
 
 
 def _keys(path: Path) -> str:
-    from service.keys import KeyFile
+    from service.auth.keys import KeyFile
 
     keys = KeyFile(path).read()
     if not keys:

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.auth.keys import KeyFile
 from service.cli.options import AsJson, KeyScope, KeysFile
-from service.keys import KeyFile
 
 keys = typer.Typer(
     help="Make, list and revoke API keys; a running service notices at once.\n\n"

@@ -19,7 +19,7 @@ class Modality(StrEnum):
 
 
 class KeyScope(StrEnum):
-    """`service.keys.Scope`, for the same reason."""
+    """`service.auth.keys.Scope`, for the same reason."""
 
     QUERY = "query"
     ENROLL = "enroll"

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.api.schemas import QueryAnswer
+from service.cli.contact_sheet import Picture, Row, matches, part_similarities, render
 from service.cli.options import (
     DEFAULT_URL,
     PLAIN,
@@ -21,7 +22,6 @@ from service.cli.options import (
     ModalityOption,
     Url,
 )
-from service.contact_sheet import Picture, Row, matches, part_similarities, render
 
 Option = typer.Option
 _BLOCKS = " ▁▂▃▄▅▆▇█"

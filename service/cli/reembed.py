@@ -66,7 +66,7 @@ def _online(client: Client, checkpoint: str | None) -> None:
 
 
 def _offline(checkpoint: Path, data_dir: Path, database_url: str | None) -> None:
-    from service.embedder import Embedder
+    from service.embedding.embedder import Embedder
     from service.gallery import Gallery
     from service.gallery import Progress as Step
 

@@ -37,7 +37,7 @@ def serve(
 
     Example: cmt serve --checkpoint model.safetensors --data-dir data
     """
-    from service.logs import configure_logs
+    from service.observability.logs import configure_logs
     from service.server import run
     from service.settings import load_settings
 

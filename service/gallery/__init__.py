@@ -1,9 +1,8 @@
 """The gallery: enroll crops with their features, find them again by modulated distance."""
 
-from service.gallery.answering import Options, Query
-from service.gallery.audit import Act
 from service.gallery.gallery import DEFAULT_CANDIDATES, Gallery
-from service.gallery.index import IndexKind
+from service.gallery.index.recall_index import IndexKind
+from service.gallery.index.shard import Counters, Statistics
 from service.gallery.records import (
     AuditEntry,
     AuditPage,
@@ -18,7 +17,8 @@ from service.gallery.records import (
     SearchResult,
 )
 from service.gallery.reembedding import Progress, ReembeddingStopped
-from service.gallery.shard import Counters, Statistics
+from service.gallery.search import Options, Query
+from service.gallery.storage.audit import Act
 
 __all__ = [
     "DEFAULT_CANDIDATES",

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from model import CheckpointInfo
 from service.errors import DatabaseUnavailable, ServiceError
-from service.gallery import snapshot
-from service.gallery.index import IndexKind
-from service.gallery.shard import Shard
-from service.gallery.snapshot import Restored, SnapshotInvalid
-from service.gallery.store import Position, Store, Stored, View, Witness
+from service.gallery.index import snapshot
+from service.gallery.index.recall_index import IndexKind
+from service.gallery.index.shard import Shard
+from service.gallery.index.snapshot import Restored, SnapshotInvalid
+from service.gallery.storage.store import Position, Store, Stored, View, Witness
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,11 @@ from service.errors import (
     ServiceError,
     StorageUnwritable,
 )
-from service.gallery.answering import Options, Query, answers
-from service.gallery.audit import Act
-from service.gallery.backup import Backup
+from service.gallery.backup.backup import Backup
+from service.gallery.backup.temporary_copy import remove_leftovers
 from service.gallery.follower import Follower, read_snapshot
-from service.gallery.index import IndexKind
-from service.gallery.lock import FolderLock
+from service.gallery.index.recall_index import IndexKind
+from service.gallery.index.shard import Counters, Statistics
 from service.gallery.records import (
     AuditPage,
     Filters,
@@ -40,10 +39,11 @@ from service.gallery.records import (
     SearchResult,
 )
 from service.gallery.reembedding import Decode, Embed, Progress, Reembedding, decode_here
-from service.gallery.scratch import remove_leftovers
-from service.gallery.shard import Counters, Statistics
-from service.gallery.shared_lock import SharedLock
-from service.gallery.store import Store
+from service.gallery.search import Options, Query, answers
+from service.gallery.storage.audit import Act
+from service.gallery.storage.folder_lock import FolderLock
+from service.gallery.storage.store import Store
+from service.kit.shared_lock import SharedLock
 
 log = logging.getLogger(__name__)
 

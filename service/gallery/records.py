@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Any, Final, Literal, NamedTuple
 
-from service.images import Crop, Modality, ModalitySource
+from service.images.decode import Crop, Modality, ModalitySource
 
 
 class RequestKey(NamedTuple):

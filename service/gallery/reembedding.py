@@ -20,8 +20,8 @@ from model import CheckpointInfo
 from model.preprocess import resize
 from service.errors import GalleryDamaged, ServiceError
 from service.gallery.records import StoredCrop
-from service.gallery.store import Store
-from service.images import STORED, Crop, Picture, decode
+from service.gallery.storage.store import Store
+from service.images.decode import STORED, Crop, Picture, decode
 
 Embed = Callable[[Sequence[Crop]], Tensor]  # B crops → B×P×D, as `Embedder.embed`
 # A stored crop → its picture at the height and width of the network's input.

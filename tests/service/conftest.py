@@ -12,11 +12,10 @@ import pytest
 
 from service.server import running
 from service.settings import load_settings
+from tests.paths import MINI
 from tests.service.places import make_place  # noqa: F401 - fixture
 from tests.service.postgres import postgres, postgres_url  # noqa: F401 - fixtures
 from tests.service.stores import open_store, store  # noqa: F401 - fixtures
-
-CROPS = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 
 
 class Serve(Protocol):
@@ -28,7 +27,7 @@ class Serve(Protocol):
 @pytest.fixture(scope="session")
 def visible() -> list[Path]:
     """Crops of eight persons from a visible camera; the folder's name is the person."""
-    return sorted((CROPS / "cam1").glob("*/0001.jpg"))
+    return sorted((MINI / "cam1").glob("*/0001.jpg"))
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,7 @@ def image(visible: list[Path]) -> bytes:
 @pytest.fixture(scope="session")
 def infrared() -> list[Path]:
     """Crops of the same persons from an infrared camera."""
-    return sorted((CROPS / "cam3").glob("*/0001.jpg"))
+    return sorted((MINI / "cam3").glob("*/0001.jpg"))
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model import CheckpointInfo, CMTConfig
 from service.gallery import Filters, Gallery, ItemUpdate, NewItem, RequestKey
-from service.gallery.store import Store
-from service.gallery.tables import schema, secrets
+from service.gallery.storage.store import Store
+from service.gallery.storage.tables import schema, secrets
 from tests.service.postgres import PostgresServer
 from tests.service.stores import crop
 

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from service.gallery.records import NewItem
-from service.gallery.store import Store, View
-from service.images import Crop
+from service.gallery.storage.store import Store, View
+from service.images.decode import Crop
 
 SIZE = 12
 MODEL, OTHER = "a" * 64, "b" * 64

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from model.cli import main
+from tests.paths import MINI
 from training.bench import made_up_samples, only_last_stage
 from training.recipe import load_recipe
-
-MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 
 RECIPE = """
 model: {backbone: resnet18, width: 0.125, dim: 16, heads: 4, input_height: 96, input_width: 32}

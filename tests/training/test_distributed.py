@@ -10,14 +10,14 @@ import torch
 from torch import distributed, multiprocessing
 
 from model import CMTConfig, load_checkpoint
+from tests.paths import MINI, ROOT
 from training.augmentation import AugmentationConfig
 from training.cli import training_samples
-from training.metrics import read_metrics
 from training.recipe import LossWeights, Recipe, Stage
+from training.run_log import read_metrics
 from training.state import TrainingError
 from training.trainer import CHECKPOINT_FILE, Trainer
 
-MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 EVERYTHING = AugmentationConfig(gray=0.5, channel_exchange=0.5, brightness=0.3, contrast=0.3)
 WEIGHTS = LossWeights(triplet_parts=0.5, modulation=1)
 
@@ -86,7 +86,7 @@ def two(tmp_path_factory) -> Path:
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         # The new processes take over sys.path, and import this module by its name from the root.
-        patch.syspath_prepend(Path(__file__).parents[2])
+        patch.syspath_prepend(ROOT)
         multiprocessing.spawn(process, (port, folder), nprocs=2)
     return folder
 

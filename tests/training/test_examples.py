@@ -4,12 +4,12 @@ import csv
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 EXAMPLES = ROOT / "examples"
 MINI = ROOT / "tests" / "data" / "synth-sysu-mini"
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.paths import MINI
 from training.cli import training_samples
 from training.recipe import load_recipe
 from training.trainer import Trainer
 
-MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 NEEDED = 17e9  # bytes; a step took 15.8
 
 

@@ -13,15 +13,15 @@ import yaml
 
 from model import CMTConfig, load_checkpoint
 from model.cli import main
+from tests.paths import MINI
 from training.cli import training_samples
 from training.datasets.sample import DatasetError
-from training.metrics import CURVES_FILE, METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
+from training.run_log import CURVES_FILE, METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from training.sampler import TrainingSetError
 from training.state import STATE_FILE, TrainingError
 from training.trainer import CHECKPOINT_FILE, RECIPE_FILE, Trainer
 
-MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 ALL = LossWeights(triplet_parts=0.5)
 
 

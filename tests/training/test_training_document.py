@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 import typer
 from typer.main import get_command, get_group
 
+from tests.paths import ROOT
 from training.datasets import LAYOUTS, DatasetError, DatasetName
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^#+ (.+)$", DOCUMENT, re.MULTILINE)
 SLUGS = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in HEADINGS}
 

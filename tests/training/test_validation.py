@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
 
 from model import CMTConfig, load_checkpoint
 from model.cli import main
+from tests.paths import MINI
 from training.cli import held_out_samples, training_samples
 from training.datasets import DatasetError, DatasetName
-from training.metrics import read_metrics
 from training.recipe import Recipe, Stage
+from training.run_log import read_metrics
 from training.state import TrainingError
 from training.trainer import CHECKPOINT_FILE, Trainer
 from training.validation import Interval, Validation, drawn_identities, without
 
-MINI = Path(__file__).parents[1] / "data" / "synth-sysu-mini"
 RECIPE = Recipe(
     model=CMTConfig(
         backbone="resnet18",

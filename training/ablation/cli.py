@@ -20,7 +20,7 @@ from training.ablation.results import CellResult, write_json, write_text
 from training.datasets import LAYOUTS, DatasetName
 from training.device import chosen_device
 from training.evaluation.cli import PLOT_SUFFIXES, refuse_training_identities
-from training.memory import keep_large_blocks
+from training.malloc import keep_large_blocks
 from training.recipe import Recipe, load_recipe
 
 app = typer.Typer(

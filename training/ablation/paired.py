@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.ablation.results import RankingResult
-from training.evaluation.vitality import bootstrap_interval
+from training.evaluation.module_diagnostics import bootstrap_interval
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from training.evaluation.metrics import QueryScores
+from training.evaluation.module_diagnostics import CompensationVitality, ModulationVitality
 from training.evaluation.report import SplitEvaluation
 from training.evaluation.scoring import SplitScores
-from training.evaluation.vitality import CompensationVitality, ModulationVitality
 
 _NUMBERS = re.compile(r"\[\s+(-?\d[-+.,\deE\s]*)\s+\]")
 

@@ -6,8 +6,8 @@
 from pathlib import Path
 
 from training.datasets.folder import Folder
+from training.datasets.identity_lists import read_ids
 from training.datasets.layout import Layout
-from training.datasets.lists import read_ids
 from training.datasets.llcm import LLCM
 from training.datasets.regdb import RegDB
 from training.datasets.sample import DatasetError, DatasetName, Modality, Sample

@@ -8,8 +8,8 @@ import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
+from training.datasets.identity_lists import read_text
 from training.datasets.layout import Layout
-from training.datasets.lists import read_text
 from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
 
 # As in RegDB: one camera for each kind of light.

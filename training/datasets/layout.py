@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from training.datasets.lists import read_ids
+from training.datasets.identity_lists import read_ids
 from training.datasets.sample import DatasetError, DatasetName, Sample
 
 

@@ -11,8 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
+from training.datasets.identity_lists import read_ids, read_index
 from training.datasets.layout import Layout
-from training.datasets.lists import read_ids, read_index
 from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
 
 _STREAMS: tuple[tuple[str, Modality], ...] = (("vis", "rgb"), ("nir", "ir"))

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
+from training.datasets.identity_lists import read_index
 from training.datasets.layout import Layout
-from training.datasets.lists import read_index
 from training.datasets.sample import DatasetName, Modality, Sample
 
 # (word in the index file's name, modality, camera number as public evaluation code has it)

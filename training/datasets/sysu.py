@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import ClassVar
 
+from training.datasets.identity_lists import read_ids
 from training.datasets.layout import Layout
-from training.datasets.lists import read_ids
 from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
 
 SYSU_RGB_CAMERAS = (1, 2, 4, 5)

@@ -15,15 +15,15 @@ from model.config import MODALITIES
 from training.datasets import DatasetName, Sample
 from training.evaluation.embedding import Embedded, embed_samples
 from training.evaluation.metrics import QueryScores
-from training.evaluation.open_set import FALSE_ALARM_RATES
-from training.evaluation.scoring import SplitScores, score_splits
-from training.evaluation.splits import Split
-from training.evaluation.vitality import (
+from training.evaluation.module_diagnostics import (
     CompensationVitality,
     ModulationVitality,
     bootstrap_interval,
     compensation_vitality,
 )
+from training.evaluation.open_set import FALSE_ALARM_RATES
+from training.evaluation.scoring import SplitScores, score_splits
+from training.evaluation.splits import Split
 
 CMC_LENGTH = 20
 

@@ -19,10 +19,10 @@ from training.evaluation.metrics import (
     excluded_pairs,
     score_queries,
 )
+from training.evaluation.module_diagnostics import gamma_beta_figures, nearest_kept, top_changes
 from training.evaluation.open_set import OpenSetTrial, open_set_trial
 from training.evaluation.rerank import k_reciprocal
 from training.evaluation.splits import Split
-from training.evaluation.vitality import gamma_beta_figures, nearest_kept, top_changes
 
 Distance = Callable[[Tensor, Tensor, Modulation], Tensor]
 

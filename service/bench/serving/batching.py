@@ -14,8 +14,8 @@ from starlette.requests import Request
 
 from service.bench.serving.load import HOST
 from service.bench.serving.naive import plain_crop
-from service.embedder import Embedder
-from service.images import Crop
+from service.embedding.embedder import Embedder
+from service.images.decode import Crop
 
 MAX_BATCH = 32
 # LitServe waits so long for others before every batch, also with one client. Of 1 and 5 ms

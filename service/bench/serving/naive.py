@@ -20,8 +20,8 @@ from PIL import Image
 from model import Modulation
 from service.bench.paper import modulated_distances
 from service.bench.serving.load import HOST
-from service.embedder import Embedder
-from service.images import Crop
+from service.embedding.embedder import Embedder
+from service.images.decode import Crop
 
 _TOP = 20  # as many as the service answers unasked
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import httpx
 
 from service.bench.serving.load import HOST
-from service.embedder import Embedder
+from service.embedding.embedder import Embedder
 
 _START = 600.0  # seconds; a large network takes a while to be converted
 _END = 30.0

@@ -29,7 +29,7 @@ from service.bench.serving.rivals import (
     started,
 )
 from service.client import Client
-from service.embedder import Embedder
+from service.embedding.embedder import Embedder
 from service.gallery import Gallery, NewItem
 
 _BATCHES = (1, 8, 32)

@@ -25,7 +25,7 @@ from subject import (
 from model import CheckpointInfo, CMTConfig
 from service.errors import DatabaseUnavailable
 from service.gallery import Filters, Gallery, Item, NewItem
-from service.images import decode
+from service.images.decode import decode
 
 INFO = CheckpointInfo("a" * 64, CMTConfig(parts=2, dim=16, heads=2))
 

@@ -26,7 +26,7 @@ import torch
 
 from model import load_checkpoint, save_checkpoint
 from model.machine import machine
-from service.keys import KeyFile
+from service.auth.keys import KeyFile
 from tests.service.processes import ServiceProcess, wait_for
 from tests.service.soak.figures import Memory, call_figures, memory_figures, readable
 from tests.service.soak.ledger import Ledger

@@ -1,0 +1,357 @@
+"""A typed client of the service: `Client`, and `AsyncClient` with the same verbs as coroutines.
+
+Both retry a 429 or 503 when the server says how long to wait (Retry-After).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing, closing
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from service.api.schemas import (
+    AuditRecords,
+    BatchAnswer,
+    BatchItem,
+    BatchResult,
+    Erased,
+    GalleryItem,
+    GalleryPage,
+    ModalityChoice,
+    ModelCard,
+    QueryAnswer,
+    ReembedStatus,
+)
+from service.client import requests as calls
+from service.client.requests import ImageSource, ServiceProblem, Unreachable
+from service.kit.atomic_file import whole_file
+from service.settings import is_loopback
+
+__all__ = ["AsyncClient", "Client", "ServiceProblem", "Unreachable"]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+# Long enough for a CPU that embeds a full queue first; connecting to a service takes no time.
+TIMEOUT = httpx.Timeout(120, connect=5)
+
+
+class Client:
+    """Verbs of the HTTP API. Raises ServiceProblem for an error answer, Unreachable for none.
+
+    An image is a path or bytes. Keyword arguments of the verbs are the fields of the API.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        retries: int = 5,
+        timeout: httpx.Timeout = TIMEOUT,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._retries = retries
+        self._http = httpx.Client(
+            base_url=url,
+            headers=calls.authorization(api_key),
+            timeout=timeout,
+            transport=transport,
+            # A proxy that the environment names is for other machines than this one.
+            trust_env=not is_loopback(httpx.URL(url).host),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def enroll(
+        self,
+        image: ImageSource,
+        *,
+        person_id: str | None = None,
+        camera_id: str | None = None,
+        captured_at: datetime | None = None,
+        modality: ModalityChoice = "auto",
+        box: Sequence[int] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> GalleryItem:
+        """POST /gallery. With a key, a repeat gives the item that is stored already."""
+        fields = {
+            "person_id": person_id,
+            "camera_id": camera_id,
+            "captured_at": captured_at,
+            "modality": modality,
+            "metadata": metadata,
+        }
+        return calls.parsed(
+            self._send(calls.enroll(image, box, idempotency_key, fields)), GalleryItem
+        )
+
+    def enroll_batch(
+        self, images: Sequence[ImageSource], items: Sequence[BatchItem] | None = None
+    ) -> list[BatchResult]:
+        """POST /gallery/batch: up to 256 images, with the labels of each → a result for each."""
+        call = calls.enroll_batch(images, items)
+        return calls.parsed(self._send(call), BatchAnswer).results
+
+    def update(self, item_id: str, **fields: Any) -> GalleryItem:
+        """PATCH /gallery/{id}; fields: person_id, camera_id, captured_at, metadata.
+
+        None empties one; those not given stay.
+        """
+        return calls.parsed(self._send(calls.update(item_id, fields)), GalleryItem)
+
+    def query(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        box: Sequence[int] | None = None,
+        **fields: Any,
+    ) -> QueryAnswer:
+        """POST /query; fields: modality, top_k, candidates, exhaustive, modulation, group_by, …"""
+        return calls.parsed(self._send(calls.query(images, box, fields)), QueryAnswer)
+
+    def list(self, **fields: Any) -> GalleryPage:
+        """GET /gallery; fields: person_id, camera_id, modality, …, limit, cursor."""
+        return calls.parsed(self._send(calls.list_items(fields)), GalleryPage)
+
+    def get(self, item_id: str) -> GalleryItem:
+        """GET /gallery/{id}."""
+        return calls.parsed(self._send(calls.Call("GET", f"/gallery/{item_id}")), GalleryItem)
+
+    def image(self, item_id: str) -> tuple[bytes, str]:
+        """GET /gallery/{id}/image → the stored crop and its media type."""
+        response = calls.checked(self._send(calls.Call("GET", f"/gallery/{item_id}/image")))
+        return response.content, response.headers["Content-Type"]
+
+    def delete(self, item_id: str) -> None:
+        """DELETE /gallery/{id}."""
+        calls.checked(self._send(calls.Call("DELETE", f"/gallery/{item_id}")))
+
+    def erase(self, person_id: str) -> int:
+        """DELETE /gallery?person_id=… → how many items were erased."""
+        call = calls.Call("DELETE", "/gallery", params={"person_id": person_id})
+        return calls.parsed(self._send(call), Erased).deleted
+
+    def model(self) -> ModelCard:
+        """GET /model."""
+        return calls.parsed(self._send(calls.Call("GET", "/model")), ModelCard)
+
+    def reembed(self, checkpoint: str | None = None) -> ReembedStatus:
+        """POST /admin/reembed; checkpoint: the name of a file beside the one in use."""
+        call = calls.Call("POST", "/admin/reembed", json={"checkpoint": checkpoint})
+        return calls.parsed(self._send(call), ReembedStatus)
+
+    def reembed_status(self) -> ReembedStatus:
+        """GET /admin/reembed."""
+        return calls.parsed(self._send(calls.Call("GET", "/admin/reembed")), ReembedStatus)
+
+    def audit(self, *, limit: int = 100, cursor: str | None = None) -> AuditRecords:
+        """GET /admin/audit."""
+        fields = {"limit": limit, **({} if cursor is None else {"cursor": cursor})}
+        call = calls.Call("GET", "/admin/audit", params=fields)
+        return calls.parsed(self._send(call), AuditRecords)
+
+    def backup(self, file: Path) -> None:
+        """POST /admin/backup → a file that is there wholly or not at all, for its owner only."""
+        response = self._send(calls.BACKUP, stream=True)
+        with closing(response), calls.receiving(response.url):
+            if not response.is_success:
+                response.read()
+            calls.checked(response)
+            with whole_file(file) as target:
+                for block in response.iter_bytes():
+                    target.write(block)
+
+    def ready(self) -> None:
+        """GET /readyz. Raises ServiceProblem while the service is not ready."""
+        calls.checked(self._send(calls.Call("GET", "/readyz")))
+
+    def _send(self, call: calls.Call, *, stream: bool = False) -> httpx.Response:
+        for attempt in range(self._retries + 1):
+            try:
+                request = self._http.build_request(**call._asdict())
+                response = self._http.send(request, stream=stream)
+            except httpx.TransportError as error:
+                raise calls.unreachable(self._http.base_url, error) from error
+            wait = calls.wait_before_retry(response, attempt, self._retries)
+            if wait is None:
+                break
+            response.close()
+            time.sleep(wait)
+        return response
+
+
+class AsyncClient:
+    """`Client` as coroutines."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        retries: int = 5,
+        timeout: httpx.Timeout = TIMEOUT,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._retries = retries
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers=calls.authorization(api_key),
+            timeout=timeout,
+            transport=transport,
+            # A proxy that the environment names is for other machines than this one.
+            trust_env=not is_loopback(httpx.URL(url).host),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def enroll(
+        self,
+        image: ImageSource,
+        *,
+        person_id: str | None = None,
+        camera_id: str | None = None,
+        captured_at: datetime | None = None,
+        modality: ModalityChoice = "auto",
+        box: Sequence[int] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> GalleryItem:
+        """POST /gallery. With a key, a repeat gives the item that is stored already."""
+        fields = {
+            "person_id": person_id,
+            "camera_id": camera_id,
+            "captured_at": captured_at,
+            "modality": modality,
+            "metadata": metadata,
+        }
+        return calls.parsed(
+            await self._send(calls.enroll(image, box, idempotency_key, fields)), GalleryItem
+        )
+
+    async def enroll_batch(
+        self, images: Sequence[ImageSource], items: Sequence[BatchItem] | None = None
+    ) -> list[BatchResult]:
+        """POST /gallery/batch: up to 256 images, with the labels of each → a result for each."""
+        call = calls.enroll_batch(images, items)
+        return calls.parsed(await self._send(call), BatchAnswer).results
+
+    async def update(self, item_id: str, **fields: Any) -> GalleryItem:
+        """PATCH /gallery/{id}; fields: person_id, camera_id, captured_at, metadata.
+
+        None empties one; those not given stay.
+        """
+        return calls.parsed(await self._send(calls.update(item_id, fields)), GalleryItem)
+
+    async def query(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        box: Sequence[int] | None = None,
+        **fields: Any,
+    ) -> QueryAnswer:
+        """POST /query; fields: modality, top_k, candidates, exhaustive, modulation, group_by, …"""
+        return calls.parsed(await self._send(calls.query(images, box, fields)), QueryAnswer)
+
+    async def list(self, **fields: Any) -> GalleryPage:
+        """GET /gallery; fields: person_id, camera_id, modality, …, limit, cursor."""
+        return calls.parsed(await self._send(calls.list_items(fields)), GalleryPage)
+
+    async def get(self, item_id: str) -> GalleryItem:
+        """GET /gallery/{id}."""
+        return calls.parsed(await self._send(calls.Call("GET", f"/gallery/{item_id}")), GalleryItem)
+
+    async def image(self, item_id: str) -> tuple[bytes, str]:
+        """GET /gallery/{id}/image → the stored crop and its media type."""
+        response = calls.checked(await self._send(calls.Call("GET", f"/gallery/{item_id}/image")))
+        return response.content, response.headers["Content-Type"]
+
+    async def delete(self, item_id: str) -> None:
+        """DELETE /gallery/{id}."""
+        calls.checked(await self._send(calls.Call("DELETE", f"/gallery/{item_id}")))
+
+    async def erase(self, person_id: str) -> int:
+        """DELETE /gallery?person_id=… → how many items were erased."""
+        call = calls.Call("DELETE", "/gallery", params={"person_id": person_id})
+        return calls.parsed(await self._send(call), Erased).deleted
+
+    async def model(self) -> ModelCard:
+        """GET /model."""
+        return calls.parsed(await self._send(calls.Call("GET", "/model")), ModelCard)
+
+    async def reembed(self, checkpoint: str | None = None) -> ReembedStatus:
+        """POST /admin/reembed; checkpoint: the name of a file beside the one in use."""
+        call = calls.Call("POST", "/admin/reembed", json={"checkpoint": checkpoint})
+        return calls.parsed(await self._send(call), ReembedStatus)
+
+    async def reembed_status(self) -> ReembedStatus:
+        """GET /admin/reembed."""
+        return calls.parsed(await self._send(calls.Call("GET", "/admin/reembed")), ReembedStatus)
+
+    async def audit(self, *, limit: int = 100, cursor: str | None = None) -> AuditRecords:
+        """GET /admin/audit."""
+        fields = {"limit": limit, **({} if cursor is None else {"cursor": cursor})}
+        call = calls.Call("GET", "/admin/audit", params=fields)
+        return calls.parsed(await self._send(call), AuditRecords)
+
+    async def backup(self, file: Path) -> None:
+        """POST /admin/backup → a file that is there wholly or not at all, for its owner only."""
+        response = await self._send(calls.BACKUP, stream=True)
+        async with aclosing(response):
+            with calls.receiving(response.url):
+                if not response.is_success:
+                    await response.aread()
+                calls.checked(response)
+                with whole_file(file) as target:
+                    async for block in response.aiter_bytes():
+                        await asyncio.to_thread(target.write, block)
+
+    async def ready(self) -> None:
+        """GET /readyz. Raises ServiceProblem while the service is not ready."""
+        calls.checked(await self._send(calls.Call("GET", "/readyz")))
+
+    async def _send(self, call: calls.Call, *, stream: bool = False) -> httpx.Response:
+        for attempt in range(self._retries + 1):
+            try:
+                request = self._http.build_request(**call._asdict())
+                response = await self._http.send(request, stream=stream)
+            except httpx.TransportError as error:
+                raise calls.unreachable(self._http.base_url, error) from error
+            wait = calls.wait_before_retry(response, attempt, self._retries)
+            if wait is None:
+                break
+            await response.aclose()
+            await asyncio.sleep(wait)
+        return response

@@ -1,0 +1,230 @@
+"""Crops of all requests wait here and are embedded together: dynamic micro-batches.
+
+A batch is what has come while the ones before it were embedded, up to `max_batch`, half of it
+queries and half enrollments where both wait. A crop that makes a batch fail fails alone: the batch
+is halved until that crop is by itself. Memory that runs out halves the batches that follow too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from service.errors import (
+    EmbeddingFailed,
+    MemoryExhausted,
+    ModelVersionConflict,
+    ServiceError,
+)
+from service.images.decode import Crop
+
+log = logging.getLogger(__name__)
+
+
+class Embed(Protocol):
+    """B crops → B×P×D; beside: on one of the device's streams, as `Embedder.embed` says it."""
+
+    def __call__(self, crops: Sequence[Crop], /, *, beside: bool) -> Tensor: ...
+
+
+_RECOVER = 64  # batches without trouble after which a halved limit is doubled again
+
+
+class Embedded(NamedTuple):
+    """Features P×D of a crop, the seconds that it waited and those that its batch took."""
+
+    features: Tensor
+    waited: float
+    took: float
+
+
+@dataclass(eq=False)
+class _Waiting:
+    crop: Crop
+    done: asyncio.Future[Embedded]
+    since: float = field(default_factory=time.perf_counter)
+
+
+class EmbeddingQueue:
+    """Used on one event loop; `run` must run meanwhile, as often as batches may be under way.
+
+    max_batch: crops at once. max_wait: seconds that the first of a batch waits for others, if any
+    are `present`. streams: of the device, among which what waits is shared out; a crop whose
+    picture is the only one present has all of them. observe: told the size of every batch.
+    """
+
+    def __init__(
+        self,
+        embed: Embed,
+        *,
+        max_batch: int,
+        max_wait: float,
+        streams: int = 1,
+        observe: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self._embed, self._observe = embed, observe
+        self.max_batch, self._max_wait = max_batch, max_wait
+        self._streams, self._busy = streams, 0
+        self._present = 0
+        self.limit = max_batch  # at present, less after memory ran out
+        self._smooth = 0
+        self._retired = False
+        self._queries: deque[_Waiting] = deque()
+        self._enrollments: deque[_Waiting] = deque()
+        self._arrived = asyncio.Event()
+
+    def __len__(self) -> int:
+        """Crops that wait."""
+        return len(self._queries) + len(self._enrollments)
+
+    async def embed(self, crop: Crop, *, query: bool) -> Embedded:
+        """Wait for the features of a crop. Cancelled, it leaves the queue.
+
+        Raises EmbeddingFailed, MemoryExhausted, or ModelVersionConflict after `retire`.
+        """
+        if self._retired:
+            raise ModelVersionConflict("another checkpoint is in use by now; try again")
+        waiting = _Waiting(crop, asyncio.get_running_loop().create_future())
+        line = self._queries if query else self._enrollments
+        line.append(waiting)
+        self._arrived.set()
+        try:
+            return await waiting.done
+        except asyncio.CancelledError:
+            with suppress(ValueError):  # it may be under way already
+                line.remove(waiting)
+            raise
+
+    @contextmanager
+    def present(self, pictures: int = 1) -> Iterator[None]:
+        """Around all that is done for pictures whose crops come here, until they are answered.
+
+        Whoever is busy elsewhere now came or comes again like others: that others are present is
+        the best guess at whether more crops will be here in a moment.
+        """
+        self._present += pictures
+        try:
+            yield
+        finally:
+            self._present -= pictures
+
+    def retire(self) -> None:
+        """Take nothing more; `run` ends when what waits is embedded."""
+        self._retired = True
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Embed what comes, until cancelled or retired."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "embed") as thread:
+            while len(self) or not self._retired:
+                await self._company()
+                batch = self._take()
+                if not batch:
+                    continue
+                beside = self._busy > 0 or self._others()
+                self._busy += 1
+                began = time.perf_counter()
+                try:
+                    outcomes = await loop.run_in_executor(thread, self._outcomes, batch, beside)
+                finally:
+                    self._busy -= 1
+                took = time.perf_counter() - began
+                for waiting, outcome in zip(batch, outcomes, strict=True):
+                    if waiting.done.done():  # cancelled meanwhile
+                        continue
+                    if isinstance(outcome, Exception):
+                        waiting.done.set_exception(outcome)
+                    else:
+                        waiting.done.set_result(Embedded(outcome, began - waiting.since, took))
+
+    def _others(self) -> bool:
+        return self._present > 1 or len(self) > 1
+
+    async def _company(self) -> None:
+        """Until somebody waits, and a batch is full or its first one has waited long enough; or
+        until nobody will come."""
+        while not len(self):
+            if self._retired:
+                return
+            self._arrived.clear()
+            await self._arrived.wait()
+        first = min(line[0].since for line in (self._queries, self._enrollments) if line)
+        while 0 < len(self) < self.limit and self._others():
+            left = first + self._max_wait - time.perf_counter()
+            if left <= 0:
+                return
+            self._arrived.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), left)
+
+    def _take(self) -> list[_Waiting]:
+        """The next batch: of both lines in turn, each in the order of arrival.
+
+        It is the share of one of the streams that are free.
+        """
+        share = math.ceil(len(self) / max(1, self._streams - self._busy))
+        most = min(self.limit, share)
+        batch: list[_Waiting] = []
+        while len(batch) < most and len(self):
+            for line in (self._queries, self._enrollments):
+                if line and len(batch) < most:
+                    waiting = line.popleft()
+                    if not waiting.done.done():
+                        batch.append(waiting)
+        return batch
+
+    def _outcomes(self, batch: Sequence[_Waiting], beside: bool) -> list[Tensor | ServiceError]:
+        outcomes = self._halving([waiting.crop for waiting in batch], beside)
+        self._smooth += 1
+        if self._smooth >= _RECOVER and self.limit < self.max_batch:
+            self.limit, self._smooth = min(2 * self.limit, self.max_batch), 0
+        return outcomes
+
+    def _halving(self, crops: Sequence[Crop], beside: bool) -> list[Tensor | ServiceError]:
+        try:
+            features = self._embed(crops, beside=beside)
+            self._observe(len(crops))
+            return list(features)
+        except Exception as error:
+            exhausted = is_out_of_memory(error)
+            if exhausted:
+                self.limit, self._smooth = max(1, min(self.limit, len(crops) // 2)), 0
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                log.warning("no memory for a batch of %d crops", len(crops))
+            if len(crops) == 1:
+                return [_failure(error, exhausted)]
+        middle = len(crops) // 2
+        return self._halving(crops[:middle], beside) + self._halving(crops[middle:], beside)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine had no memory left, as PyTorch and OpenVINO say it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text or "bad_alloc" in text
+    )
+
+
+def _failure(error: Exception, exhausted: bool) -> ServiceError:
+    if exhausted:
+        return MemoryExhausted(
+            "there is no memory to embed one image; stop what else uses the device",
+            headers={"Retry-After": "10"},
+        )
+    log.error("an image could not be embedded", exc_info=error)
+    return EmbeddingFailed("the network fails on this image; the service's log has the details")

@@ -1,0 +1,216 @@
+"""Crops → features, and a query's γ, β: the network in the runtime that is fastest here.
+
+Runtimes: torch on a GPU or a CPU, OpenVINO on a CPU. "auto" takes OpenVINO on a CPU if it is
+installed and measures no slower than torch. Its bf16 is used only where it agrees with torch's
+fp32 on test pictures; trained weights do, some random ones do not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model import CMT, Modality, Modulation, load_checkpoint
+from model.precision import Precision, PrecisionName, choose_precision
+from model.preprocess import normalise, pixels_of
+from service.errors import RuntimeUnavailable
+from service.images.decode import Crop
+
+Device = Literal["auto", "cpu", "cuda"]
+Runtime = Literal["auto", "torch", "openvino"]
+
+# What bf16 must reach against fp32 to be used: see Embedder._agreement.
+AGREEMENT = 0.998
+ERROR_SHARE = 0.1
+_BATCH = 32  # longer lists are cut: no gain on a CPU, bounded memory on a GPU
+_MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
+
+
+class Network(Protocol):
+    """Pixels B×H×W×3 (uint8) of one modality → B×P×D fp32.
+
+    Called, it uses the whole device. streams: so many calls of `beside` compute at once, each on
+    its share of the device.
+    """
+
+    streams: int
+
+    def __call__(self, pixels: Tensor, modality: Modality, /) -> Tensor: ...
+    def beside(self, pixels: Tensor, modality: Modality, /) -> Tensor: ...
+
+
+class Embedder:
+    """One checkpoint on one device. Thread-safe.
+
+    info: what the checkpoint says of itself. device: "cpu" or "cuda". runtime: "torch" or
+    "openvino". precision: the number type and why it was chosen. network: the network alone;
+    `embed` gives it at most 32 crops at once.
+    Raises CheckpointError (the file) or RuntimeUnavailable (device or runtime), one sentence.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        device: Device = "auto",
+        runtime: Runtime = "auto",
+        cache_dir: Path | None = None,
+        *,
+        precision: PrecisionName = "auto",
+    ) -> None:
+        self.device = _device(device)
+        self._model, self.info = load_checkpoint(checkpoint, self.device)
+        self.runtime, self.precision, self.network = self._choose(runtime, precision, cache_dir)
+
+    def embed(self, crops: Sequence[Crop], *, beside: bool = False) -> Tensor:
+        """B crops of any modality → B×P×D, fp32 on the CPU, in their order.
+
+        beside: leave the device's other `network.streams` to others who embed meanwhile.
+        """
+        config = self.info.config
+        network = self.network.beside if beside else self.network
+        features = torch.empty(len(crops), config.parts, config.dim)
+        for modality in _MODALITIES:
+            places = [i for i, crop in enumerate(crops) if crop.modality == modality]
+            for start in range(0, len(places), _BATCH):
+                batch = places[start : start + _BATCH]
+                pixels = pixels_of([crops[i].image for i in batch], config)
+                features[batch] = network(pixels, modality)
+        return features
+
+    @torch.inference_mode()
+    def modulation(self, x: Tensor) -> Modulation:
+        """Equation (12) for embeddings B×P×D → γ, β of B×D, on the CPU."""
+        return Modulation(*(p.float().cpu() for p in self._model.modulation(x.to(self.device))))
+
+    def close(self) -> None:
+        """Let the network and its memory go."""
+        del self.network, self._model
+
+    def _choose(
+        self, runtime: Runtime, precision: PrecisionName, cache_dir: Path | None
+    ) -> tuple[str, str, Network]:
+        chosen = choose_precision(self.device, precision)
+        eager = TorchNetwork(self._model, self.device, chosen)
+        if runtime == "torch":
+            return "torch", chosen.reason, eager
+        if runtime == "openvino" and self.device != "cpu":
+            raise RuntimeUnavailable(
+                "OpenVINO runs on the CPU here; use device cpu or runtime torch"
+            )
+        if self.device != "cpu":
+            return "torch", chosen.reason, eager
+        if find_spec("openvino") is None:
+            if runtime == "openvino":
+                raise RuntimeUnavailable(
+                    "OpenVINO is not installed; install the extra 'cpu' or use runtime torch"
+                )
+            return "torch", f"{chosen.reason}; OpenVINO is not installed", eager
+        converted, reason = self._openvino(precision, cache_dir)
+        if runtime == "openvino":
+            return "openvino", reason, converted
+        pictures = _test_pictures(self._model)
+        slower = _seconds(converted, pictures) / _seconds(eager, pictures)
+        if slower > 1:
+            return "torch", f"{chosen.reason}; OpenVINO measured {slower:.2f}× slower", eager
+        return "openvino", f"{reason}; {1 / slower:.1f}× as fast as torch here", converted
+
+    def _openvino(self, precision: PrecisionName, cache_dir: Path | None) -> tuple[Network, str]:
+        from service.embedding.openvino_runtime import OpenVINONetwork  # an optional dependency
+
+        network = OpenVINONetwork(
+            self._model, self.info.fingerprint, precision=precision, cache=cache_dir
+        )
+        if precision != "auto":
+            return network, f"{network.precision}: set by configuration"
+        if network.precision == "f32":
+            return network, "f32: OpenVINO's choice on this CPU"
+        cosine, error = self._agreement(network)
+        measured = f"cosine {cosine:.4f}, error {error:.1%} of the distance between pictures"
+        if cosine > AGREEMENT and error < ERROR_SHARE:
+            return network, f"{network.precision}: OpenVINO's choice on this CPU, {measured}"
+        network = OpenVINONetwork(
+            self._model, self.info.fingerprint, precision="float32", cache=cache_dir
+        )
+        return network, f"f32: bf16 is too coarse for these weights, {measured}"
+
+    def _agreement(self, network: Network) -> tuple[float, float]:
+        """Against torch in fp32: the lowest cosine, and the error over the distance of pictures.
+
+        Untrained weights give all pictures nearly one feature: there the cosine is high and means
+        nothing, while the rounding hides the pictures' differences.
+        """
+        exact = TorchNetwork(self._model, self.device, Precision(torch.float32, "reference"))
+        pictures = _test_pictures(self._model)
+        cosines, errors = [], []
+        for modality in _MODALITIES:
+            given, true = (
+                network(pictures, modality).flatten(1),
+                exact(pictures, modality).flatten(1),
+            )
+            cosines.append(float(functional.cosine_similarity(given, true).min()))
+            errors.append(float((given - true).norm(dim=1).max() / torch.pdist(true).median()))
+        return min(cosines), max(errors)
+
+
+class TorchNetwork:
+    """The network in PyTorch: channels last, under autocast where that measures faster."""
+
+    streams = 1
+
+    def __init__(self, model: CMT, device: str, precision: Precision) -> None:
+        # Converts in place; only convolution kernels change their memory order.
+        self._model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._device, self._precision = device, precision
+
+    def __call__(self, pixels: Tensor, modality: Modality) -> Tensor:
+        # Of pixels in this order the memory is that of channels last.
+        images = normalise(pixels.to(self._device).permute(0, 3, 1, 2))
+        autocast = (
+            torch.autocast(self._device, self._precision.dtype)
+            if self._precision.autocast
+            else nullcontext()
+        )
+        with autocast:
+            features: Tensor = self._model.embed(images, modality)
+        return features.cpu()
+
+    beside = __call__
+
+
+def _device(device: Device) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeUnavailable(
+            "PyTorch finds no CUDA device; check the driver and that PyTorch is built for CUDA, "
+            "or use device cpu"
+        )
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _test_pictures(model: CMT) -> Tensor:
+    """Four smooth pictures at the network's input size, 4×H×W×3, the same every time."""
+    config = model.config
+    coarse = torch.randn(4, 3, 12, 6, generator=torch.Generator().manual_seed(0))
+    size = (config.input_height, config.input_width)
+    smooth = functional.interpolate(coarse, size=size, mode="bilinear").permute(0, 2, 3, 1)
+    return (128 + 64 * smooth).clamp(0, 255).byte().contiguous()
+
+
+def _seconds(network: Network, pictures: Tensor) -> float:
+    """The best of four calls; the first one builds kernels."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        network(pictures, "ir")
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(4))

@@ -1,0 +1,1 @@
+"""A gallery as one file, and back: of SQLite and PostgreSQL, while writes go on."""

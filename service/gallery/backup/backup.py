@@ -1,0 +1,168 @@
+"""Backups while the gallery is written to: one state of the database, in one file.
+
+What is taken is the same on both databases: a compact SQLite file, so that a backup of one can be
+restored into the other. SQLite writes it from one state without its free pages (VACUUM INTO);
+from PostgreSQL all rows are read in one transaction that sees one state. Nothing of what was erased
+before is in it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sqlalchemy import inspect
+
+from service.errors import BackupRunning, DatabaseUnavailable
+from service.gallery.backup.archive import Manifest, described, packed
+from service.gallery.backup.postgres_transfer import to_file
+from service.gallery.backup.temporary_copy import primary_code, refusal, remove_leftovers, scratch
+from service.gallery.storage.audit import Act, Audit
+from service.gallery.storage.database import FILE_NAME, Database, address_of, without_password
+from service.gallery.storage.folder_lock import FolderLock
+from service.gallery.storage.group_commit import GroupCommit
+from service.kit.atomic_file import whole_file
+
+_STEPS = 10_000  # of SQLite's machine, between two looks at whether to stop
+
+
+class Backup:
+    """One state of a gallery, to be read once, as blocks of about 1 MB, and then closed.
+
+    The copy behind it has no name in any folder: it ends with the process at the latest.
+    """
+
+    def __init__(
+        self, manifest: Manifest, database: BinaryIO, key: bytes, release: Callable[[], None]
+    ) -> None:
+        self._manifest, self._database, self._key = manifest, database, key
+        self._release = release
+
+    @property
+    def name(self) -> str:
+        """For a file that holds it, such as cmt-backup-20261126T170000Z.zip."""
+        return f"cmt-backup-{self._manifest.created_at:%Y%m%dT%H%M%SZ}.zip"
+
+    def __iter__(self) -> Iterator[bytes]:
+        return packed(self._manifest, self._database, self._key)
+
+    def close(self) -> None:
+        """Remove the copy and let the next backup begin. A second call does nothing."""
+        if not self._database.closed:
+            self._database.close()
+            self._release()
+
+
+class Backups:
+    """Takes backups of one gallery, one at a time. Thread-safe.
+
+    folder: of the data, where the temporary copy goes unless another one is given.
+    """
+
+    def __init__(self, database: Database, audit: Audit, folder: Path) -> None:
+        self._database, self._audit, self._folder = database, audit, folder
+        self._one = threading.Lock()
+        self._copying = threading.Lock()
+        self._closing = threading.Event()
+
+    def begin(self, *, actor: str = "system", folder: Path | None = None) -> Backup:
+        """Copy the gallery's present state, which takes a while → the backup, to be closed.
+
+        Enrollments go on meanwhile. The audit log has an entry before anything is read. Raises
+        BackupRunning, StorageFull and StorageUnwritable (where the copy goes: `folder`),
+        GalleryDamaged, DatabaseUnavailable; nothing is left then.
+        """
+        if not self._one.acquire(blocking=False):
+            raise BackupRunning("a backup is being taken already; wait until that one is done")
+        try:
+            self._audit.append(Act(actor, "backup"))
+            key = self._audit.load_key()
+            with self._copying, scratch(folder or self._folder) as place:
+                created_at = datetime.now(UTC)
+                self._copy_to(place)
+                manifest = described(place / FILE_NAME, created_at)
+                database = (place / FILE_NAME).open("rb")  # which outlives its name
+                return Backup(manifest, database, key, self._one.release)
+        except BaseException:
+            self._one.release()
+            raise
+
+    def write(
+        self, target: Path | BinaryIO, *, actor: str = "system", folder: Path | None = None
+    ) -> None:
+        """Write a backup to an open file, or to a path: wholly or not at all, readable by its
+        owner only, in place of a file that is there. Raises as `begin`."""
+        with closing(self.begin(actor=actor, folder=folder)) as backup:
+            if not isinstance(target, Path):
+                for block in backup:
+                    target.write(block)
+                return
+            try:
+                with whole_file(target) as file:
+                    for block in backup:
+                        file.write(block)
+            except OSError as error:
+                raise refusal(error, target.parent) from error
+
+    def close(self) -> None:
+        """Stop what is being copied; a backup that has begun can still be read."""
+        self._closing.set()
+        with self._copying:
+            pass
+
+    def _copy_to(self, place: Path) -> None:
+        closed = DatabaseUnavailable("the gallery was closed before its backup was done")
+        if self._closing.is_set():
+            raise closed
+        if not self._database.sqlite:
+            with self._database.reading() as source:
+                to_file(source, place, self._closing.is_set)
+            return
+        connection = self._database.engine.raw_connection()  # outside of any transaction
+        driver: Any = connection.driver_connection
+        self._database.copying = True
+        try:
+            driver.set_progress_handler(self._closing.is_set, _STEPS)
+            driver.execute("VACUUM INTO ?", (str(place / FILE_NAME),))
+        except sqlite3.Error as error:
+            if self._closing.is_set():
+                raise closed from error
+            if primary_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN):
+                raise  # it is about the copy
+            raise self._database.explained(error) from error
+        finally:
+            self._database.copying = False
+            driver.set_progress_handler(None, 0)
+            connection.close()
+
+
+@contextmanager
+def offline(folder: Path, url: str | None = None) -> Iterator[Backups]:
+    """Backups of a gallery that no service has open; no checkpoint is needed.
+
+    Raises DatabaseUnavailable where there is no gallery, and as `Gallery.open` does.
+    """
+    address = address_of(folder, url)
+    nothing = DatabaseUnavailable(
+        f"there is no gallery at {without_password(address)}; check the data folder and the "
+        "database URL"
+    )
+    if address.get_backend_name() == "sqlite" and not Path(str(address.database)).is_file():
+        raise nothing
+    lock = FolderLock(folder)
+    try:
+        remove_leftovers(folder)
+        with closing(Database(folder, url, migrate=False)) as database:
+            with database.reading() as connection:
+                if not inspect(connection).has_table("items"):
+                    raise nothing
+            database.migrate()
+            audit = Audit(database, GroupCommit(database), folder)
+            yield Backups(database, audit, folder)
+    finally:
+        lock.release()

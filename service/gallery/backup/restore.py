@@ -1,0 +1,132 @@
+"""A backup back into a gallery: an empty one, all or nothing.
+
+The whole backup is checked in a temporary folder before anything is changed. An SQLite database is
+then renamed into its place; a PostgreSQL database is filled in one transaction. Whoever is killed
+on the way leaves an empty gallery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, inspect, literal, select
+
+from service.errors import BackupInvalid, GalleryNotEmpty, GalleryVersion
+from service.gallery.backup.archive import Manifest, unpack
+from service.gallery.backup.postgres_transfer import from_file
+from service.gallery.backup.temporary_copy import remove_leftovers, scratch
+from service.gallery.follower import FOLDER
+from service.gallery.index import snapshot
+from service.gallery.storage.audit import KEY_FILE, Act, write
+from service.gallery.storage.database import FILE_NAME, Database, address_of
+from service.gallery.storage.folder_lock import FolderLock
+from service.gallery.storage.tables import schema
+from service.kit.atomic_file import sync_folder, whole_file
+
+_BESIDE = ("", "-wal", "-shm", "-journal")  # files of one SQLite database
+
+
+def restore(
+    backup: Path, folder: Path, url: str | None = None, *, actor: str = "system"
+) -> Manifest:
+    """Fill an empty gallery with a backup's rows, keys and numbers → the backup's manifest.
+
+    folder: of the data, made where it is missing. url: as `CMT_DATABASE_URL`; without it the
+    gallery becomes the SQLite database in `folder`. The audit log gets an entry more. The folder of
+    the database needs as much space as the backup has; on PostgreSQL the data folder does.
+
+    Raises BackupInvalid, GalleryNotEmpty, GalleryLocked (a service has the folder open),
+    StorageFull, StorageUnwritable, DatabaseUnavailable, GalleryVersion.
+    """
+    address = address_of(folder, url)
+    with _locked(folder):
+        if address.get_backend_name() != "sqlite":
+            return _to_server(backup, folder, url, actor)
+        file = Path(str(address.database)).resolve()
+        if file.parent == folder.resolve():
+            return _to_file(backup, folder, file, actor)
+        with _locked(file.parent):
+            return _to_file(backup, folder, file, actor)
+
+
+def _to_file(backup: Path, folder: Path, file: Path, actor: str) -> Manifest:
+    for end in _BESIDE:
+        if (part := file.with_name(file.name + end)).exists():
+            raise GalleryNotEmpty(
+                f"{part} is there already and a backup is restored into an empty gallery only; "
+                "give a new data folder, or move that file away"
+            )
+    with scratch(file.parent) as place:
+        manifest = _checked(backup, place, actor)
+        _place_key(place / KEY_FILE, folder / KEY_FILE)
+        snapshot.remove(folder / FOLDER)  # a cache of what was here before
+        (place / FILE_NAME).rename(file)
+        sync_folder(file.parent)
+    return manifest
+
+
+def _to_server(backup: Path, folder: Path, url: str | None, actor: str) -> Manifest:
+    with closing(Database(folder, url, migrate=False)) as database:
+        with database.reading() as connection:
+            _refuse_rows(connection)
+        with scratch(folder) as place:
+            manifest = _checked(backup, place, actor)
+            database.migrate()
+            snapshot.remove(folder / FOLDER)
+            with database.writing() as connection:
+                _refuse_rows(connection)  # again, now that nobody else can write
+                from_file(place / FILE_NAME, (place / KEY_FILE).read_bytes(), connection)
+    return manifest
+
+
+def _checked(backup: Path, place: Path, actor: str) -> Manifest:
+    """Lay what a backup holds into `place`, checked, with the newest tables and an audit entry."""
+    manifest = unpack(backup, place)
+    try:
+        with closing(Database(place)) as database:
+            with database.writing() as connection:
+                details = {"created_at": manifest.created_at.isoformat()}
+                write(connection, [Act(actor, "restore", details=details)])
+            database.truncate_log()  # the file alone is all of it now
+    except GalleryVersion as error:
+        raise BackupInvalid(
+            f"{backup} was written by a newer release, with tables of revision "
+            f"{manifest.revision}; restore it with that release"
+        ) from error
+    return manifest
+
+
+def _place_key(source: Path, target: Path) -> None:
+    """Before the database: one without its key would get another, and other pseudonyms."""
+    key = source.read_bytes()
+    if not target.exists():
+        with whole_file(target) as file:
+            file.write(key)
+    elif target.read_bytes() != key:
+        raise GalleryNotEmpty(
+            f"{target} is the key of another gallery's audit log; give a new data folder, or move "
+            "that file away"
+        )
+
+
+def _refuse_rows(connection: Connection) -> None:
+    there = set(inspect(connection).get_table_names())
+    for table in schema.sorted_tables:
+        first = select(literal(1)).select_from(table).limit(1)
+        if table.name in there and connection.execute(first).first() is not None:
+            raise GalleryNotEmpty(
+                f"the table {table.name} of the database has rows and a backup is restored into "
+                "an empty gallery only; give the URL of a new database"
+            )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FolderLock(folder)
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        lock.release()

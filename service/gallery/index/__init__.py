@@ -1,0 +1,1 @@
+"""The gallery in memory: FAISS recall and exact modulated distances. No SQL."""

@@ -1,0 +1,252 @@
+"""What filters and grouping need of every item, as arrays: a filter is a mask, not a query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from service.gallery.records import Filters
+from service.gallery.storage.rows import microseconds
+from service.gallery.storage.store import Stored
+
+_NO_TIME = np.iinfo(np.int64).min
+_NO_CODE = -1
+_FIELDS = ("number", "person", "camera", "modality", "captured")
+
+
+class Codes:
+    """Strings as numbers: equal strings have equal codes, None has −1."""
+
+    def __init__(self, texts: Sequence[str | None] = ()) -> None:
+        """texts: string by code, None where a code is no longer in use."""
+        self._codes = {text: code for code, text in enumerate(texts) if text is not None}
+        self._texts = list(texts)
+
+    def encode(self, values: Sequence[str | None]) -> npt.NDArray[np.int64]:
+        for value in dict.fromkeys(values):
+            if value is not None and value not in self._codes:
+                self._texts.append(value)
+                self._codes[value] = len(self._texts) - 1
+        code: Callable[[str | None, int], int] = self._codes.get  # type: ignore[assignment]
+        return np.array([code(value, _NO_CODE) for value in values], np.int64)
+
+    def known(self, values: Sequence[str]) -> list[int]:
+        return [self._codes[v] for v in values if v in self._codes]
+
+    def decode(self, codes: npt.NDArray[np.int64]) -> list[str | None]:
+        return [None if code == _NO_CODE else self._texts[code] for code in codes.tolist()]
+
+    def strings(self, used: npt.NDArray[np.int64]) -> list[str | None]:
+        """String by code, up to the last one used; None for the others."""
+        known = set(used.tolist())
+        codes = range(max(known, default=-1) + 1)
+        return [self._texts[code] if code in known else None for code in codes]
+
+
+class Columns:
+    """Row numbers, labels and times of items by position; a deleted one stays, no longer alive.
+
+    Positions count additions from 0, as those of `Features` and `RecallIndex` do. One thread
+    changes at a time; `frozen` may be called beside it.
+    """
+
+    def __init__(self) -> None:
+        self._persons, self._cameras, self._modalities = Codes(), Codes(), Codes()
+        self._table: npt.NDArray[np.int64] = np.empty((len(_FIELDS), 0), np.int64)
+        self._alive: npt.NDArray[np.bool_] = np.empty(0, np.bool_)
+        self._ascending = True
+        self._count = 0
+        self.alive_count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """Row numbers by position."""
+        return self._table[0, : self._count]
+
+    @property
+    def persons(self) -> npt.NDArray[np.int64]:
+        """Codes of person_id by position, negative where there is none."""
+        return self._table[1, : self._count]
+
+    @property
+    def alive(self) -> npt.NDArray[np.bool_]:
+        """One flag per position."""
+        return self._alive[: self._count]
+
+    @property
+    def bytes(self) -> int:
+        return self._table.nbytes + self._alive.nbytes
+
+    def add(self, stored: Stored) -> None:
+        rows = np.array(
+            [
+                stored.numbers,
+                self._persons.encode(stored.persons),
+                self._cameras.encode(stored.cameras),
+                self._modalities.encode(stored.modalities),
+                _times(stored.captured),
+            ],
+            dtype=np.int64,
+        )
+        self._append(rows, np.ones(rows.shape[1], np.bool_))
+
+    def bury(self, numbers: Sequence[int]) -> list[int]:
+        """Mark items as deleted → the numbers that were alive here."""
+        positions = self.positions(numbers)
+        positions = positions[self._alive[positions]]
+        self._alive[positions] = False
+        self.alive_count -= len(positions)
+        return [int(number) for number in self._table[0, positions]]
+
+    def update(
+        self,
+        numbers: Sequence[int],
+        *,
+        persons: Sequence[str | None] | None = None,
+        cameras: Sequence[str | None] | None = None,
+        captured: Sequence[int | None] | None = None,
+    ) -> None:
+        """Give items other labels, one for each number; None leaves them. Unknown numbers pass."""
+        changes = [
+            (1, None if persons is None else self._persons.encode(persons)),
+            (2, None if cameras is None else self._cameras.encode(cameras)),
+            (4, None if captured is None else np.array(_times(captured), np.int64)),
+        ]
+        places = {number: place for place, number in enumerate(numbers)}
+        positions = self.positions(numbers)
+        chosen = [places[int(number)] for number in self._table[0, positions]]
+        for field, values in changes:
+            if values is not None:
+                self._table[field, positions] = values[chosen]
+
+    def positions(self, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Where these items are, deleted ones too; those that are not here are left out."""
+        wanted = np.unique(np.asarray(numbers, np.int64))
+        mine = self.numbers
+        if not self._ascending:
+            return np.flatnonzero(np.isin(mine, wanted))
+        places = np.searchsorted(mine, wanted)
+        places = places[places < len(mine)]
+        return places[np.isin(mine[places], wanted)]
+
+    def frozen(self) -> Columns:
+        """As it is now, for a reader: later additions and deletions do not show."""
+        copy = self._sibling()
+        # The count first: what is read after it holds at least so many rows.
+        copy._count = self._count
+        copy._table = self._table
+        copy._alive = self._alive[: copy._count].copy()
+        copy._ascending = self._ascending
+        copy.alive_count = int(np.count_nonzero(copy._alive))
+        return copy
+
+    def extend(self, other: Columns, positions: npt.NDArray[np.int64]) -> None:
+        """Append rows of another."""
+        self._append(self._coded(other, positions), other._alive[positions])
+
+    def align(self, other: Columns, numbers: Sequence[int]) -> None:
+        """Take over what `other` now says of these items, where both have them."""
+        mine, theirs = self.positions(numbers), other.positions(numbers)
+        theirs = theirs[np.isin(other.numbers[theirs], self.numbers[mine])]
+        mine = mine[np.argsort(self.numbers[mine])]
+        theirs = theirs[np.argsort(other.numbers[theirs])]
+        self._table[:, mine] = self._coded(other, theirs)
+        self._alive[mine] = other._alive[theirs]
+        self.alive_count = int(np.count_nonzero(self.alive))
+
+    def dump(self) -> tuple[npt.NDArray[np.int64], dict[str, list[str | None]]]:
+        """The table, and the strings of its codes, for a file.
+
+        A deleted item has ~number, and −1 in all else; a string that no living item has is None:
+        what was deleted is not written anywhere.
+        """
+        table = np.where(self.alive, self._table[:, : self._count], _NO_CODE)
+        table[0] = np.where(self.alive, self.numbers, ~self.numbers)
+        codes = (self._persons, self._cameras, self._modalities)
+        texts = {
+            name: codes[field - 1].strings(np.unique(table[field]))
+            for field, name in enumerate(_FIELDS[1:4], start=1)
+        }
+        return table, texts
+
+    @classmethod
+    def restored(cls, table: npt.NDArray[np.int64], texts: dict[str, list[str | None]]) -> Columns:
+        """Take `dump` back, its table flat and writable."""
+        columns = cls()
+        columns._persons, columns._cameras, columns._modalities = (
+            Codes(texts[name]) for name in _FIELDS[1:4]
+        )
+        table = table.reshape(len(_FIELDS), -1)
+        alive = table[0] >= 0
+        table[0] = np.where(alive, table[0], ~table[0])
+        columns._append(table, alive)
+        return columns
+
+    def _sibling(self) -> Columns:
+        copy = Columns()
+        copy._persons, copy._cameras = self._persons, self._cameras
+        copy._modalities = self._modalities
+        return copy
+
+    def _coded(self, other: Columns, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows of another in codes of this one, which knows no label but those of its rows."""
+        rows = other._table[:, positions].copy()
+        mine = self._persons, self._cameras, self._modalities
+        theirs = other._persons, other._cameras, other._modalities
+        for field, to, of in zip((1, 2, 3), mine, theirs, strict=True):
+            used, places = np.unique(rows[field], return_inverse=True)
+            rows[field] = to.encode(of.decode(used))[places]
+        return rows
+
+    def _append(self, rows: npt.NDArray[np.int64], alive: npt.NDArray[np.bool_]) -> None:
+        end = self._count + rows.shape[1]
+        if end > self._table.shape[1]:
+            room = max(end, 2 * self._table.shape[1], 1024) - self._count
+            self._table = np.pad(self._table[:, : self._count], ((0, 0), (0, room)))
+            self._alive = np.pad(self._alive[: self._count], (0, room))
+        self._table[:, self._count : end] = rows
+        self._alive[self._count : end] = alive
+        last = self._table[0, max(0, self._count - 1) : end]
+        self._ascending = self._ascending and bool((np.diff(last) > 0).all())
+        self.alive_count += int(np.count_nonzero(alive))
+        self._count = end  # last: a reader sees whole rows only
+
+    def mask(self, filters: Filters) -> npt.NDArray[np.bool_]:
+        """One flag per position: alive and passing every filter."""
+        _, person, camera, modality, captured = self._table[:, : self._count]
+        allowed = self._alive[: self._count].copy()
+        if filters.person_id:
+            allowed &= _among(person, self._persons.known(filters.person_id))
+        if filters.camera_id:
+            allowed &= _among(camera, self._cameras.known(filters.camera_id))
+        if filters.exclude_camera_id:
+            allowed &= ~_among(camera, self._cameras.known(filters.exclude_camera_id))
+        if filters.gallery_modality:
+            allowed &= _among(modality, self._modalities.known(filters.gallery_modality))
+        if filters.captured_from is not None or filters.captured_to is not None:
+            captured = captured.copy()  # for the same reason as in `_among`
+            allowed &= captured != _NO_TIME
+        if filters.captured_from is not None:
+            allowed &= captured >= microseconds(filters.captured_from)
+        if filters.captured_to is not None:
+            allowed &= captured < microseconds(filters.captured_to)
+        return allowed
+
+
+def _among(column: npt.NDArray[np.int64], codes: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Which rows have one of these codes.
+
+    Of a copy: labels may be changed meanwhile, and NumPy reads a row twice, to look it up in a
+    table for which the first value was small enough.
+    """
+    found: npt.NDArray[np.bool_] = np.isin(column.copy(), codes)
+    return found
+
+
+def _times(captured: Sequence[int | None]) -> list[int]:
+    return [_NO_TIME if moment is None else moment for moment in captured]

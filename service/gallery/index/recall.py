@@ -1,0 +1,58 @@
+"""The first stage: a shortlist in modulated space, whole whatever is filtered away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from service.gallery.index.features import Features
+from service.gallery.index.inner_products import Best, Mask, merged, scan, sharing
+from service.gallery.index.recall_index import RecallIndex
+
+# A filter that leaves less of the gallery than this is scanned: an inverted file's or graph's
+# neighbourhoods hold too few of what is allowed, and the scan skips what is not.
+_SELECTIVE = 0.1
+_SHORTLISTS = 8  # or fewer rows than so many shortlists
+
+
+def recall(
+    features: Features, index: RecallIndex | None, w: Tensor, count: int, allowed: Sequence[Mask]
+) -> list[Best]:
+    """Up to `count` candidates of each of Q queries, best first: `count` where so many are allowed.
+
+    w: Q×(P+1)D float64, on the CPU. allowed: one mask per query. index: of the first rows; the
+    later ones are scanned. None: all are.
+    """
+    if index is None:
+        return scan(features, w, count, allowed)
+    best: dict[int, Best] = {}
+    for members in sharing(allowed):
+        found = _by_index(features, index, w[members], count, allowed[members[0]])
+        best.update(zip(members, found, strict=True))
+    return [best[query] for query in range(len(w))]
+
+
+def _by_index(
+    features: Features, index: RecallIndex, w: Tensor, count: int, mask: Mask
+) -> list[Best]:
+    indexed = min(len(index), len(mask))
+    total = int(np.count_nonzero(mask))
+    if total < max(_SELECTIVE * len(mask), _SHORTLISTS * count):
+        return scan(features, w, count, [mask] * len(w))
+    scores, positions = index.search_batch(w.float().numpy(), count, mask[:indexed])
+    found = [Best(*pair) for pair in zip(positions, scores, strict=True)]
+    if indexed < len(mask):
+        late = mask.copy()
+        late[:indexed] = False
+        rest = scan(features, w, count, [late] * len(w))
+        found = [merged(pair, count) for pair in zip(found, rest, strict=True)]
+    else:
+        found = [merged([one], count) for one in found]
+    short = [query for query, one in enumerate(found) if len(one.positions) < min(count, total)]
+    if short:
+        whole = scan(features, w[short], count, [mask] * len(short))
+        for query, one in zip(short, whole, strict=True):
+            found[query] = one
+    return found

@@ -1,0 +1,323 @@
+"""Queries through both stages; those of one call run as one.
+
+A search holds no lock: it sees the rows there were when its batch began.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from model import CMTConfig, Modulation, project
+from service.gallery.index.columns import Columns
+from service.gallery.index.exact_topk import Nearest, nearest_of
+from service.gallery.index.inner_products import Best, Mask, exhaustive
+from service.gallery.index.recall import recall
+from service.gallery.index.segment import Resident
+from service.gallery.records import Filters
+
+# Where the bound on rounding says that an exhaustive search may have lost one, it searches again in
+# fp32 for so many times as many.
+_WIDEN = 8
+# A product of larger numbers could leave fp32.
+_LARGEST = 1e9
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What one query wants: the `count` nearest to x (P×D) under γ, β (1×D).
+
+    shortlist: how many the recall stage hands on, at least `count`. exhaustive: of all rows, proven
+    against rounding, else of those that recall finds. explain: with unmodulated ranks too.
+    """
+
+    x: Tensor
+    modulation: Modulation
+    count: int
+    shortlist: int
+    exhaustive: bool = False
+    filters: Filters = field(default_factory=Filters)
+    explain: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The nearest, N rows. groups: equal where person_id is equal. candidates: how many rows the
+    answer was chosen from. recall_ms, rescore_ms: the first is of the whole batch."""
+
+    numbers: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float64]
+    recall_ranks: npt.NDArray[np.int64] | None
+    unmodulated_ranks: npt.NDArray[np.int64] | None
+    parts: npt.NDArray[np.float32] | None
+    searched: int
+    candidates: int
+    exhaustive: bool
+    recall_ms: float
+    rescore_ms: float
+    found: _Found
+
+    def searched_groups(self) -> int:
+        """How many groups there are among all that was searched."""
+        columns, allowed = self.found.columns, self.found.allowed
+        persons = columns.persons[: len(allowed)][allowed]
+        named = persons >= 0
+        return len(np.unique(persons[named])) + int(np.count_nonzero(~named))
+
+
+@dataclass
+class Counters:
+    """How often each stage ran since the gallery was opened, one count per query.
+
+    recall_batches, exhaustive_batches: how often queries of one call were run together.
+    widened: exhaustive searches that had to be repeated for more rows, to be sure.
+    """
+
+    recall_calls: int = 0
+    rescore_calls: int = 0
+    recall_batches: int = 0
+    exhaustive_calls: int = 0
+    exhaustive_batches: int = 0
+    largest_batch: int = 0
+    widened: int = 0
+
+
+@dataclass(frozen=True)
+class _Query:
+    """x P×D with γ, β 1×D and their w (P+1)·D, c: float64 on the CPU."""
+
+    sought: Sought
+    x: Tensor
+    modulation: Modulation
+    w: Tensor
+    c: float
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Candidates of one query, among the rows that it saw.
+
+    exact: their scores are those of fp32, off by `rounding_bound` at most. approximate: they are
+    farther off, as an index of codes or of some lists gives them.
+    """
+
+    resident: Resident
+    columns: Columns
+    allowed: Mask
+    searched: int
+    best: Best
+    exact: bool = True
+    approximate: bool = False
+
+
+class Searcher:
+    """Searches what `resident` says is current. Thread-safe."""
+
+    def __init__(self, config: CMTConfig, resident: Callable[[], Resident]) -> None:
+        self._config, self._resident = config, resident
+        self.counters = Counters()
+        self._counting = threading.Lock()
+
+    @torch.inference_mode()
+    def search(self, queries: Sequence[Sought]) -> list[Scored]:
+        """Each query's `count` nearest, or all there are; those of one kind run as one.
+
+        All distances returned are computed directly in float64; items at equal distance are in
+        order of their numbers. No answer depends on the other queries. Raises ValueError for a
+        query of the wrong shape or with numbers that are not finite, and for a count below 1.
+        """
+        checked = self._checked(queries)
+        cosine = self._config.metric == "cosine"
+        scored: dict[int, Scored] = {}
+        # What an index finds for a shortlist depends on its length: only equal ones run together.
+        kinds: dict[int | None, list[int]] = {}
+        for i, one in enumerate(queries):
+            kinds.setdefault(None if one.exhaustive or cosine else one.shortlist, []).append(i)
+        for shortlist, members in kinds.items():
+            whole = shortlist is None
+            chosen = [checked[i] for i in members]
+            started = time.perf_counter()
+            found = self._exhaustive(chosen) if whole else self._recall(chosen)
+            recall_ms = 1e3 * (time.perf_counter() - started)
+            for i, query, candidates in zip(members, chosen, found, strict=True):
+                scored[i] = self._scored(query, candidates, whole, recall_ms)
+        return [scored[i] for i in range(len(queries))]
+
+    def _scored(self, query: _Query, found: _Found, exhaustive: bool, recall_ms: float) -> Scored:
+        started = time.perf_counter()
+        sought = query.sought
+        candidates = found.searched if exhaustive else len(found.best.positions)
+        nearest = self._computed(query, found, exhaustive)
+        count = sought.count
+        while exhaustive and not nearest.proven:
+            count = min(found.searched, _WIDEN * count)
+            self._count(widened=1)
+            (found,) = self._exhaustive([query], count=count, exact=True)
+            nearest = self._computed(query, found, exhaustive)
+        found = replace(found, best=nearest.best)
+        distances, parts = nearest.distances, nearest.parts
+
+        positions = found.best.positions
+        numbers = found.columns.numbers[positions]
+        persons = found.columns.persons[positions]
+        order = np.lexsort((numbers, distances))[: sought.count]
+        unmodulated = None
+        if sought.explain:
+            unmodulated = self._unmodulated_ranks(query, found, exhaustive)[order]
+        return Scored(
+            numbers=numbers[order],
+            groups=np.where(persons < 0, -1 - numbers, persons)[order],
+            distances=distances[order],
+            recall_ranks=None if exhaustive else order + 1,
+            unmodulated_ranks=unmodulated,
+            parts=None if parts is None else parts[order],
+            searched=found.searched,
+            candidates=candidates,
+            exhaustive=exhaustive,
+            recall_ms=recall_ms,
+            rescore_ms=1e3 * (time.perf_counter() - started),
+            found=found,
+        )
+
+    def _checked(self, queries: Sequence[Sought]) -> list[_Query]:
+        parts, dim = self._config.parts, self._config.dim
+        for one in queries:
+            if one.count < 1:
+                raise ValueError(f"a search needs room for at least one result, not {one.count}")
+            if tuple(one.x.shape) != (parts, dim):
+                raise ValueError(
+                    f"x has the shape {tuple(one.x.shape)}; this gallery needs {parts, dim}"
+                )
+            if any(tuple(p.shape) != (1, dim) for p in one.modulation):
+                shapes = " and ".join(str(tuple(p.shape)) for p in one.modulation)
+                raise ValueError(f"γ and β have the shapes {shapes}; one query needs {1, dim}")
+        x = torch.stack([one.x.detach().cpu().double() for one in queries])
+        gamma, beta = (
+            torch.cat([one.modulation[i].detach().cpu().double() for one in queries])
+            for i in range(2)
+        )
+        # A comparison with NaN is false.
+        if not all(bool(v.abs().max() < _LARGEST) for v in (x, gamma, beta)):
+            raise ValueError(
+                "x, γ or β holds numbers that are not finite, or far too large; the checkpoint is "
+                "damaged or untrained"
+            )
+        w, c = project(x, Modulation(gamma, beta))
+        return [
+            _Query(one, x[q], Modulation(gamma[q : q + 1], beta[q : q + 1]), w[q], float(c[q]))
+            for q, one in enumerate(queries)
+        ]
+
+    def _recall(self, queries: Sequence[_Query]) -> list[_Found]:
+        seen = self._seen(queries)
+        resident = seen[0].resident
+        w = torch.stack([query.w for query in queries])
+        masks = [found.allowed for found in seen]
+        shortlist = queries[0].sought.shortlist  # theirs all
+        best = recall(resident.features, resident.index, w, shortlist, masks)
+        self._count(recall_calls=len(queries), recall_batches=1, largest_batch=len(queries))
+        approximate = resident.index is not None
+        return [
+            replace(found, best=one, approximate=approximate)
+            for found, one in zip(seen, best, strict=True)
+        ]
+
+    def _exhaustive(
+        self, queries: Sequence[_Query], *, count: int = 0, exact: bool = False
+    ) -> list[_Found]:
+        """count: how many are wanted where it is more than the queries say. exact: not in bf16."""
+        seen = self._seen(queries)
+        features = seen[0].resident.features
+        self._count(exhaustive_calls=len(queries), exhaustive_batches=1, largest_batch=len(queries))
+        if features.metric == "cosine":  # no single inner product
+            return [
+                replace(found, best=_by_cosine(found, query))
+                for found, query in zip(seen, queries, strict=True)
+            ]
+        w = torch.stack([query.w for query in queries])
+        count = max(count, *(query.sought.count for query in queries))
+        best, exact = exhaustive(features, w, count, [one.allowed for one in seen], exact=exact)
+        return [
+            replace(found, best=one, exact=exact) for found, one in zip(seen, best, strict=True)
+        ]
+
+    def _seen(self, queries: Sequence[_Query]) -> list[_Found]:
+        """What each query may see, before anything is found; the same mask for equal filters."""
+        resident = self._resident()
+        columns = resident.columns.frozen()
+        filters = {query.sought.filters for query in queries}
+        masks = {one: columns.mask(one) for one in filters}
+        counts = {one: int(np.count_nonzero(mask)) for one, mask in masks.items()}
+        nothing = Best(np.empty(0, np.int64), np.empty(0, np.float32))
+        return [
+            _Found(resident, columns, masks[one], counts[one], nothing)
+            for one in (query.sought.filters for query in queries)
+        ]
+
+    def _computed(self, query: _Query, found: _Found, exhaustive: bool) -> Nearest:
+        """Exact distances of what was found: as many as prove the nearest that are wanted.
+
+        Of an index whose scores are approximate all; and all where unmodulated ranks are wanted,
+        which are places among the whole shortlist.
+        """
+        self._count(rescore_calls=1)
+        features, best = found.resident.features, found.best
+        if not exhaustive and (found.approximate or query.sought.explain):
+            distances, parts = features.rescore(query.x, query.modulation, best.positions)
+            return Nearest(best, distances, parts, proven=True)
+        return nearest_of(
+            features,
+            query.x,
+            query.modulation,
+            (query.w, query.c),
+            best,
+            searched=found.searched,
+            count=query.sought.count,
+            exact=found.exact,
+        )
+
+    def _unmodulated_ranks(
+        self, query: _Query, found: _Found, exhaustive: bool
+    ) -> npt.NDArray[np.int64]:
+        """Place of each of `found` by the distance without γ and β, among what was scored."""
+        plain = Modulation.identity(1, query.x.shape[1], dtype=torch.float64)
+        features, positions = found.resident.features, found.best.positions
+        if not exhaustive:
+            distances, _ = features.rescore(query.x, plain, positions)
+            return _ranks_among(distances, distances)
+        scores = features.score_all(query.x, plain)
+        return _ranks_among(scores[: len(found.allowed)][found.allowed], scores[positions])
+
+    def _count(self, *, largest_batch: int = 0, **calls: int) -> None:
+        with self._counting:
+            for name, count in calls.items():
+                setattr(self.counters, name, getattr(self.counters, name) + count)
+            self.counters.largest_batch = max(self.counters.largest_batch, largest_batch)
+
+
+def _by_cosine(found: _Found, query: _Query) -> Best:
+    """The nearest allowed rows, and all at the same distance as the last."""
+    scores = found.resident.features.score_all(query.x, query.modulation)
+    scores = scores[: len(found.allowed)]
+    positions = np.flatnonzero(found.allowed)
+    near = scores[positions]
+    if query.sought.count < len(positions):
+        last = np.partition(near, query.sought.count - 1)[query.sought.count - 1]
+        # float64 rounds a little otherwise in another block.
+        positions = positions[near <= last + 1e-12]
+    return Best(positions, -scores[positions].astype(np.float32))
+
+
+def _ranks_among(
+    everyone: npt.NDArray[np.floating], chosen: npt.NDArray[np.floating]
+) -> npt.NDArray[np.int64]:
+    """1 + how many of `everyone` are smaller than each of `chosen`."""
+    return np.searchsorted(np.sort(everyone), chosen, side="left") + 1

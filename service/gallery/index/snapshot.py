@@ -1,0 +1,265 @@
+"""A shard's memory in files, so that a start reads them instead of every row of the store.
+
+    index/MANIFEST                 one line of JSON, then one with its SHA-256
+    index/<random>/features-0…     lifted vectors in fp16, a file per chunk
+    index/<random>/columns         row numbers, labels and times, int64
+    index/<random>/labels.json     the strings of the labels
+    index/<random>/faiss           the FAISS index, where one is built and nothing in it is deleted
+
+The manifest names its folder and is replaced last, so that a crash leaves the old one valid. It is
+a cache like the shard: whatever is wrong with it, the store has all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from model import CMTConfig
+from service.gallery.index.chunks import Chunk
+from service.gallery.index.columns import Columns
+from service.gallery.index.features import Features, Norms
+from service.gallery.index.recall_index import RecallIndex
+from service.gallery.index.segment import Resident
+from service.gallery.index.shard import Frozen
+from service.gallery.storage.store import Position, Witness
+from service.kit.atomic_file import sync_folder
+
+FORMAT = 2
+MANIFEST = "MANIFEST"
+_THREADS = 8  # that read and check at once: most wait for the disk, or for memory to be mapped
+# Bytes that are checked while they are still in the caches. CRC-32 finds every flipped bit, if not
+# ill will; a GB takes one core of an AMD EPYC 0.15 s, which hides behind the disk.
+_PIECE = 1 << 18
+
+
+class SnapshotInvalid(Exception):  # noqa: N818
+    """There is no snapshot that may be used; the message says why, in one sentence."""
+
+
+class Restored(NamedTuple):
+    """resident: for `Shard.restore`. The others as `save` was given them."""
+
+    resident: Resident
+    position: Position
+    witness: Witness
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    size: int
+    crc32: int
+
+
+def save(
+    frozen: Frozen, folder: Path, *, fingerprint: str, position: Position, witness: Witness
+) -> None:
+    """Write a snapshot into `folder`, in place of an older one, synced to disk.
+
+    fingerprint: of the checkpoint. position: of the store, at the moment of `Shard.freeze`.
+    witness: of that position. What was deleted by then is in none of the files. Raises
+    OSError; the older snapshot then stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / uuid.uuid4().hex
+    own.mkdir()
+    try:
+        manifest = _write_all(frozen, own)
+        manifest |= {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "position": list(position),
+            "witness": list(witness),
+            "device": frozen.resident.features.device.type,
+            "folder": own.name,
+        }
+        sync_folder(own)
+        text = json.dumps(manifest).encode()
+        fresh = own / MANIFEST
+        _write(fresh, text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n")
+        fresh.replace(folder / MANIFEST)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(own, ignore_errors=True)
+        raise
+    for other in folder.iterdir():
+        if other.is_dir() and other != own:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def load(folder: Path, config: CMTConfig, device: str, *, fingerprint: str) -> Restored:
+    """What `save` wrote. Raises SnapshotInvalid."""
+    try:
+        manifest = _manifest(folder, device, fingerprint)
+        resident = _read_all(manifest, folder / manifest["folder"], config, device)
+    except OSError as error:
+        raise SnapshotInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
+    return Restored(resident, Position(*manifest["position"]), Witness(*manifest["witness"]))
+
+
+def remove(folder: Path) -> None:
+    """Leave nothing of a snapshot, nor of one that is being written, which then fails."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.is_dir():
+        for own in folder.iterdir():
+            if own.is_dir():
+                shutil.rmtree(own, ignore_errors=True)
+
+
+def _write_all(frozen: Frozen, own: Path) -> dict[str, Any]:
+    features, columns = frozen.resident.features, frozen.columns
+    files: list[_File] = []
+    chunks = []
+    for number, chunk in enumerate(features.chunks):
+        rows = min(chunk.count, len(columns) - chunk.first)
+        if rows <= 0:
+            break
+        alive = torch.from_numpy(columns.alive[chunk.first : chunk.first + rows])
+        z = chunk.z[:rows].cpu() * alive[:, None]
+        files.append(_write(own / f"features-{number}", z.numpy().data.cast("B")))
+        chunks.append({"rows": rows, "scale": chunk.scale})
+    table, texts = columns.dump()
+    files.append(_write(own / "columns", table.tobytes()))
+    files.append(_write(own / "labels.json", json.dumps(texts).encode()))
+    return {
+        "items": columns.alive_count,
+        "chunks": chunks,
+        "norms": list(features.norms),
+        "index": _write_index(frozen, own, files),
+        "files": [asdict(file) for file in files],
+    }
+
+
+def _write_index(frozen: Frozen, own: Path, files: list[_File]) -> dict[str, Any] | None:
+    index, columns = frozen.resident.index, frozen.columns
+    if index is None or not columns.alive[: len(index)].all():
+        return None  # it cannot forget a deleted row: it is built anew after loading
+    path = own / "faiss"
+    try:
+        written = index.write(str(path))
+    except RuntimeError as error:  # FAISS's word for a full disk or a folder that is gone
+        raise OSError(str(error)) from error
+    if written > len(columns):
+        path.unlink()  # it took in rows that came after this moment
+        return None
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    files.append(_File("faiss", path.stat().st_size, _checksum(path)))
+    return {"kind": index.kind, "expected": index.expected}
+
+
+def _write(path: Path, data: bytes | memoryview) -> _File:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return _File(path.name, len(data), zlib.crc32(data))
+
+
+def _manifest(folder: Path, device: str, fingerprint: str) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise SnapshotInvalid(f"there is no {path}")
+    text, _, digest = path.read_bytes().partition(b"\n")
+    if digest != hashlib.sha256(text).hexdigest().encode() + b"\n":
+        raise SnapshotInvalid(f"{path} is damaged: its checksum is another")
+    manifest: dict[str, Any] = json.loads(text)
+    if manifest["format"] != FORMAT:
+        raise SnapshotInvalid(
+            f"{path} has format {manifest['format']}, this version reads {FORMAT}"
+        )
+    if manifest["fingerprint"] != fingerprint:
+        raise SnapshotInvalid(f"{path} holds features of another checkpoint")
+    if manifest["device"] != torch.device(device).type:  # whose chunks have another size
+        raise SnapshotInvalid(f"{path} was written by a gallery on {manifest['device']}")
+    return manifest
+
+
+def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: str) -> Resident:
+    files = {file["name"]: _File(**file) for file in manifest["files"]}
+    resident = Resident.empty(config, device)
+    features = resident.features
+    with ThreadPoolExecutor(_THREADS) as threads:
+        jobs = [
+            threads.submit(_read_chunk, own, files[f"features-{number}"], features, **chunk)
+            for number, chunk in enumerate(manifest["chunks"])
+        ]
+        table = np.frombuffer(_read(own, files["columns"]), np.int64)
+        texts = json.loads(_read(own, files["labels.json"]))
+        index = None
+        if manifest["index"] is not None:
+            _check(own, files["faiss"])
+            load_index = partial(RecallIndex.read, str(own / "faiss"), features.width)
+            index = load_index(manifest["index"]["kind"], manifest["index"]["expected"])
+        chunks = [job.result() for job in jobs]
+    features.adopt(chunks, Norms(*manifest["norms"]))
+    columns = Columns.restored(table, texts)
+    return Resident(features, columns, index)
+
+
+def _read_chunk(own: Path, file: _File, features: Features, *, rows: int, scale: float) -> Chunk:
+    """Straight into the chunk's memory."""
+    chunk = features.new_chunk(scale)
+    on_device = features.device.type != "cpu"
+    place = torch.empty_like(chunk.z[:rows], device="cpu") if on_device else chunk.z[:rows]
+    _fill(own, file, place.numpy().data.cast("B"))
+    if on_device:
+        chunk.z[:rows] = place.to(features.device)
+    chunk.count = rows
+    return chunk
+
+
+def _read(own: Path, file: _File) -> bytearray:
+    data = bytearray(file.size)
+    _fill(own, file, memoryview(data))
+    return data
+
+
+def _fill(own: Path, file: _File, place: memoryview) -> None:
+    """Read a file into memory of its size, and check it piece by piece. Raises SnapshotInvalid."""
+    path = own / file.name
+    _check_size(path, len(place))
+    checksum = 0
+    with path.open("rb", buffering=0) as source:
+        for start in range(0, len(place), _PIECE):
+            piece = place[start : start + _PIECE]
+            if source.readinto(piece) != len(piece):
+                raise SnapshotInvalid(f"{path} ended while it was read")
+            checksum = zlib.crc32(piece, checksum)
+    if checksum != file.crc32:
+        raise SnapshotInvalid(f"{path} is damaged: its checksum is another")
+
+
+def _check(own: Path, file: _File) -> None:
+    path = own / file.name
+    _check_size(path, file.size)
+    if _checksum(path) != file.crc32:
+        raise SnapshotInvalid(f"{path} is damaged: its checksum is another")
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb", buffering=0) as source:
+        while piece := source.read(_PIECE):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise SnapshotInvalid(f"{path} is missing")
+    if path.stat().st_size != size:
+        raise SnapshotInvalid(f"{path} has {path.stat().st_size} bytes instead of {size}")

@@ -1,0 +1,191 @@
+"""Searches answered: what the shard found, grouped, cut, and read from the store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from model import Modulation
+from service.errors import ModelVersionConflict
+from service.gallery.follower import Follower
+from service.gallery.index.shard import Scored, Sought
+from service.gallery.records import Filters, Hit, Item, SearchResult
+
+_WIDEN = 4  # how much longer the shortlist gets where it held too few people
+_TRIES = 8  # searches again because an item was deleted between search and fetch
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search.
+
+    Attributes:
+        top_k: wanted items; grouped, wanted people, of whom the best item is given.
+        candidates: length of the recall stage's shortlist, at least top_k; None: the gallery's
+            own. Grouped, it grows until top_k groups are in it, or all who match.
+        exhaustive: of all items, proven. With a cosine checkpoint every search is.
+        group_by: "person_id" for the best image per person.
+        max_distance: weaker results are dropped.
+    """
+
+    top_k: int = 20
+    candidates: int | None = None
+    exhaustive: bool = False
+    filters: Filters = field(default_factory=Filters)
+    group_by: str | None = None
+    explain: bool = False
+    max_distance: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.top_k < 1 or (self.candidates is not None and self.candidates < 1):
+            raise ValueError("top_k and candidates must be at least 1")
+        if self.group_by not in (None, "person_id"):
+            raise ValueError(f"results are grouped by person_id, not by {self.group_by}")
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for: x (P×D) under γ, β (1×D); None: unmodulated."""
+
+    x: Tensor
+    modulation: Modulation | None
+    options: Options
+
+
+def answers(follower: Follower, queries: Sequence[Query], candidates: int) -> list[SearchResult]:
+    """Rank what `follower` has in memory, and read the best from its store: one for each query.
+
+    candidates: of queries that do not say. Raises ModelVersionConflict where its version went out
+    of use meanwhile.
+    """
+    results: dict[int, SearchResult] = {}
+    waiting = list(range(len(queries)))
+    for attempt in range(_TRIES):
+        found = _search(follower, [queries[i] for i in waiting], candidates)
+        started = time.perf_counter()
+        items = follower.store.fetch(sorted({n for one in found for n in one.numbers}))
+        if _out_of_use(follower, items.values()):
+            raise ModelVersionConflict(
+                "the gallery has gone on to another checkpoint during the search; embed the image "
+                "again"
+            )
+        fetch_ms = 1e3 * (time.perf_counter() - started)
+        incomplete = []
+        for i, one in zip(waiting, found, strict=True):
+            # An item may go between search and fetch; the next search knows of it.
+            if attempt < _TRIES - 1 and any(number not in items for number in one.numbers):
+                incomplete.append(i)
+            else:
+                results[i] = one.result(items, fetch_ms)
+        waiting = incomplete
+        if not waiting:
+            break
+        follower.follow()
+    return [results[i] for i in range(len(queries))]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Places in `scored` of the results, and the numbers of their items."""
+
+    scored: Scored
+    places: list[int]
+    numbers: list[int]
+
+    def result(self, items: Mapping[int, Item], fetch_ms: float) -> SearchResult:
+        """With those items that are there."""
+        scored = self.scored
+        found = [
+            (place, items[number])
+            for place, number in zip(self.places, self.numbers, strict=True)
+            if number in items
+        ]
+        return SearchResult(
+            hits=[
+                _hit(scored, place, rank, item) for rank, (place, item) in enumerate(found, start=1)
+            ],
+            searched=scored.searched,
+            candidates=scored.candidates,
+            exhaustive=scored.exhaustive,
+            timings_ms={
+                "recall": scored.recall_ms,
+                "rescore": scored.rescore_ms,
+                "fetch": fetch_ms,
+            },
+        )
+
+
+def _out_of_use(follower: Follower, items: Iterable[Item]) -> bool:
+    """Whether the items are another version's by now. One that is being built finds such items too,
+    by its own features: they are its own once it is in use."""
+    mine = follower.info.fingerprint
+    if all(item.model == mine for item in items):
+        return False
+    return follower.store.versions.state(mine) == "retired"
+
+
+def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> list[_Chosen]:
+    """What the shard scored, nearest first, and the places in it of the results."""
+    chosen: dict[int, _Chosen] = {}
+    options = [query.options for query in queries]
+    waiting = {i: max(o.top_k, o.candidates or candidates) for i, o in enumerate(options)}
+    while waiting:
+        scored = follower.shard.search(
+            [_sought(queries[i], shortlist) for i, shortlist in waiting.items()]
+        )
+        growing = {}
+        for (i, shortlist), one in zip(waiting.items(), scored, strict=True):
+            places = _places(one, options[i])
+            if places is None:
+                growing[i] = shortlist * _WIDEN
+                continue
+            most = options[i].max_distance
+            if most is not None:
+                places = [place for place in places if one.distances[place] <= most]
+            chosen[i] = _Chosen(one, places, one.numbers[places].tolist())
+        waiting = growing
+    return [chosen[i] for i in range(len(queries))]
+
+
+def _sought(query: Query, shortlist: int) -> Sought:
+    options = query.options
+    return Sought(
+        query.x,
+        query.modulation or Modulation.identity(1, query.x.shape[1]),
+        # Grouped, how many are needed shows when they are scored.
+        count=options.top_k if options.group_by is None else shortlist,
+        shortlist=shortlist,
+        exhaustive=options.exhaustive,
+        filters=options.filters,
+        explain=options.explain,
+    )
+
+
+def _places(scored: Scored, options: Options) -> list[int] | None:
+    """The places of the results; None where a longer shortlist is needed to know."""
+    if options.group_by is None:
+        return list(range(min(options.top_k, len(scored.numbers))))
+    # `scored` is sorted, so the first of each group is its best.
+    _, first = np.unique(scored.groups, return_index=True)
+    places: list[int] = np.sort(first)[: options.top_k].tolist()
+    if len(places) < options.top_k and len(places) < scored.searched_groups():
+        return None
+    return places
+
+
+def _hit(scored: Scored, place: int, rank: int, item: Item) -> Hit:
+    ranks, plain, parts = scored.recall_ranks, scored.unmodulated_ranks, scored.parts
+    explained = plain is not None
+    return Hit(
+        rank=rank,
+        item=item,
+        distance=float(scored.distances[place]),
+        recall_rank=None if ranks is None else int(ranks[place]),
+        unmodulated_rank=None if plain is None else int(plain[place]),
+        parts=parts[place].tolist() if explained and parts is not None else None,
+    )

@@ -1,0 +1,152 @@
+"""The audit log: who did what to the gallery. It grows and is never changed."""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import json
+import os
+import secrets as random_bytes
+import tempfile
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, insert, select
+
+from service.errors import StorageFull, StorageUnwritable
+from service.gallery.records import AuditEntry, AuditPage
+from service.gallery.storage.database import Database
+from service.gallery.storage.group_commit import GroupCommit
+from service.gallery.storage.rows import cursor_of, microseconds, moment_of, number_of_cursor
+from service.gallery.storage.tables import audit, secrets
+from service.kit.atomic_file import sync_folder
+
+KEY_FILE = "audit.key"
+KEY_NAME = "audit"
+_KEY_BYTES = 32
+
+
+class Act(NamedTuple):
+    """What an entry says, but for its number and moment. details must name no person.
+
+    persons: labels that `Audit.append` writes as pseudonyms among the details.
+    """
+
+    actor: str
+    action: str
+    subject: str | None = None
+    details: dict[str, Any] | None = None
+    persons: tuple[str, ...] = ()
+
+
+class Audit:
+    """The log of one gallery. Persons appear only under a pseudonym, which a key of its own makes:
+
+    a file of the data folder beside SQLite, a row of the database on PostgreSQL, where replicas
+    have to agree. Without the key nobody can try out names. Thread-safe.
+    """
+
+    def __init__(self, database: Database, commits: GroupCommit, folder: Path) -> None:
+        self._database, self._commits, self._folder = database, commits, folder
+        self._key: bytes | None = None
+
+    def append(self, *acts: Act) -> None:
+        """Log acts: on the disk when this returns."""
+        told = [self._without_names(act) for act in acts]
+        self._commits.run(lambda connection: write(connection, told))
+
+    def page(self, limit: int, cursor: str | None = None) -> AuditPage:
+        """Entries, newest first. Raises CursorInvalid."""
+        query = select(audit).order_by(audit.c.number.desc()).limit(limit + 1)
+        if cursor is not None:
+            query = query.where(audit.c.number < number_of_cursor(cursor))
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        entries = [
+            AuditEntry(
+                number=row.number,
+                moment=moment_of(row.moment),
+                actor=row.actor,
+                action=row.action,
+                subject=row.subject,
+                details=json.loads(row.details),
+            )
+            for row in rows[:limit]
+        ]
+        more = len(rows) > limit and bool(entries)
+        return AuditPage(entries, cursor_of(entries[-1].number) if more else None)
+
+    def _without_names(self, act: Act) -> Act:
+        if not act.persons:
+            return act
+        pseudonyms = [self.pseudonym(person_id) for person_id in act.persons]
+        return act._replace(details={**(act.details or {}), "persons": pseudonyms}, persons=())
+
+    def pseudonym(self, person_id: str) -> str:
+        """HMAC-SHA256 of a person's label: equal labels, equal pseudonyms."""
+        return hmac.digest(self.load_key(), person_id.encode(), "sha256").hex()
+
+    def load_key(self) -> bytes:
+        """The key of pseudonyms, made when a gallery is opened first."""
+        if self._key is None:
+            self._key = self._file_key() if self._database.sqlite else self._shared_key()
+        return self._key
+
+    def _shared_key(self) -> bytes:
+        query = select(secrets.c.data).where(secrets.c.name == KEY_NAME)
+
+        def find_or_make(connection: Connection) -> bytes:
+            key = connection.execute(query).scalar_one_or_none()
+            if key is None:
+                key = random_bytes.token_bytes(_KEY_BYTES)
+                connection.execute(insert(secrets).values(name=KEY_NAME, data=key))
+            return bytes(key)
+
+        return self._commits.run(find_or_make)
+
+    def _file_key(self) -> bytes:
+        path = self._folder / KEY_FILE
+        try:
+            if not path.exists():
+                _write_whole(path, random_bytes.token_bytes(_KEY_BYTES))
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise StorageFull(
+                    f"no space is left for the audit log's key {path}; free some and try again"
+                ) from error
+            raise StorageUnwritable(
+                f"the audit log's key {path} cannot be read or made ({error.strerror}); check the "
+                "owner and mount of the data folder"
+            ) from error
+
+
+def write(connection: Connection, acts: Iterable[Act]) -> None:
+    """Log acts in the caller's transaction."""
+    moment = microseconds(datetime.now(UTC))
+    rows = [
+        {
+            "moment": moment,
+            "actor": act.actor,
+            "action": act.action,
+            "subject": act.subject,
+            "details": json.dumps(act.details or {}),
+        }
+        for act in acts
+    ]
+    if rows:
+        connection.execute(insert(audit), rows)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """A file that is there wholly or not at all, for its owner only; one there already stays."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", buffering=0) as file:
+        file.write(data)
+        os.fsync(file.fileno())
+        try:
+            os.link(file.name, path)
+        except FileExistsError:
+            return
+    sync_folder(path.parent)

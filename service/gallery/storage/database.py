@@ -1,0 +1,276 @@
+"""The database behind a gallery: its transactions, migrations, and its errors as sentences.
+
+SQLite is one file with one writer, and its log is synced at every commit. On PostgreSQL every
+writing transaction takes the same advisory lock first, so that there too commits come one after
+another and numbers become visible in order.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+
+from service.errors import (
+    DatabaseUnavailable,
+    GalleryDamaged,
+    GalleryVersion,
+    IdempotencyConflict,
+    ServiceError,
+    StorageFull,
+    StorageUnwritable,
+)
+from service.gallery.storage.folder_lock import FolderLock
+
+FILE_NAME = "gallery.sqlite3"
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_BUSY_SECONDS = 30
+_TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
+_ADVISORY_LOCK = 0x636D745F72656964  # any number that no other program's lock has
+_POSTGRES_DISK_FULL = "53100"
+# SQLite's primary result codes (the low byte of the extended ones).
+_SQLITE_READ_ONLY, _SQLITE_IO_ERROR, _SQLITE_CORRUPT, _SQLITE_FULL = 8, 10, 11, 13
+_SQLITE_CANNOT_OPEN, _SQLITE_NO_DATABASE = 14, 26
+
+
+class Database:
+    """Transactions on the SQLite file of a data folder, or on `url`. Thread-safe.
+
+    url: `sqlite:///FILE` or `postgresql+psycopg://…`. An SQLite file outside of the data folder
+    is locked as that folder is: whoever holds a data folder holds the lock of its own file.
+    migrate: to the newest tables, as `migrate` does later.
+    Raises DatabaseUnavailable, GalleryLocked, GalleryVersion, GalleryDamaged, StorageUnwritable.
+    """
+
+    def __init__(self, folder: Path, url: str | None = None, *, migrate: bool = True) -> None:
+        address = address_of(folder, url)
+        self.sqlite = address.get_backend_name() == "sqlite"
+        self._lock: FolderLock | None = None
+        # SQLite's log may still hold erased pages: at first those of a process that died.
+        self.log_uncut = self.sqlite
+        self.copying = False  # a long transaction keeps that log open
+        if self.sqlite:
+            home = Path(str(address.database)).resolve().parent
+            if home != folder.resolve():
+                self._lock = FolderLock(home)
+            self.engine = _sqlite_engine(address)
+        else:
+            self.engine = _postgres_engine(address)
+        self._writer = self.engine.execution_options(writes=True)
+        self._reader = (
+            self.engine
+            if self.sqlite  # whose transactions read one state anyway
+            else self.engine.execution_options(
+                isolation_level="REPEATABLE READ", postgresql_readonly=True
+            )
+        )
+        try:
+            self._check_durable()
+            if migrate:
+                self.migrate()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close every connection and give the file free."""
+        self.engine.dispose()
+        if self._lock is not None:
+            self._lock.release()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the database, whatever is written meanwhile."""
+        with self._reported(), self._reader.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction of the only writer; what it wrote is on the disk when it ends."""
+        with self._reported(), self._writer.begin() as connection:
+            yield connection
+
+    def truncate_log(self) -> bool:
+        """Cut SQLite's log, which still holds erased pages. False: readers kept it open."""
+        if not self.sqlite:
+            return True
+        self.log_uncut = True
+        if self.copying:  # waiting for that reader would let every writer wait
+            return False
+        with self._reported():
+            connection = self.engine.raw_connection()  # outside of any transaction
+            try:
+                cursor = connection.cursor()
+                cursor.execute(f"PRAGMA busy_timeout = {_TRUNCATE_MILLISECONDS}")
+                busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout = {1000 * _BUSY_SECONDS}")
+                connection.close()
+        self.log_uncut = bool(busy)
+        return not busy
+
+    def _check_durable(self) -> None:
+        if self.sqlite:
+            return
+        with self.reading() as connection:
+            if connection.exec_driver_sql("SHOW fsync").scalar_one() != "on":
+                raise DatabaseUnavailable(
+                    f"the server of {self._where} runs with fsync=off, so a power cut would lose "
+                    "the gallery; switch it on in postgresql.conf"
+                )
+
+    def migrate(self) -> None:
+        """Bring the tables to the newest revision. Raises GalleryVersion."""
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        with self.writing() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+            if current is not None and current not in known:
+                raise GalleryVersion(
+                    f"the database has schema {current}, which this release does not know; "
+                    "use the newer release that wrote it, or restore a backup"
+                )
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    @property
+    def _where(self) -> str:
+        return without_password(self.engine.url)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn the database's errors into the service's."""
+        try:
+            yield
+        except Exception as error:
+            explained = self.explained(error)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def explained(self, error: Exception) -> Exception:
+        """An error of the database as one of the service's; any other as it is."""
+        # The driver's own errors come from where its cursor is used without SQLAlchemy.
+        if not isinstance(error, (SQLAlchemyError, self.engine.dialect.loaded_dbapi.Error)):
+            return error
+        explained = self._as_service_error(error)
+        explained.__cause__ = error
+        return explained
+
+    def _as_service_error(self, error: Exception) -> ServiceError:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(error, IntegrityError) and "request_key" in str(cause):
+            return IdempotencyConflict(
+                "the same Idempotency-Key was enrolled at the same moment; send the request again"
+            )
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+        if code == _SQLITE_FULL or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL:
+            return StorageFull("no space is left for the gallery; free some and send it again")
+        if code in (_SQLITE_CORRUPT, _SQLITE_NO_DATABASE):
+            return GalleryDamaged(f"the database {self._where} is damaged; restore a backup")
+        if code in (_SQLITE_READ_ONLY, _SQLITE_CANNOT_OPEN):
+            return StorageUnwritable(
+                f"the database {self._where} cannot be written ({cause}); check the path, owner "
+                "and mount of the file and its folder"
+            )
+        if code == _SQLITE_IO_ERROR:
+            return DatabaseUnavailable(
+                f"the disk under {self._where} reports errors ({cause}); check the disk and its "
+                "mount"
+            )
+        reason = (str(cause) or type(error).__name__).splitlines()[0]
+        return DatabaseUnavailable(
+            f"the database {self._where} does not answer ({reason}); try again later"
+        )
+
+
+def address_of(folder: Path, url: str | None) -> URL:
+    """Where the database of a gallery is. DatabaseUnavailable: a URL of another kind."""
+    if url is None:
+        return URL.create("sqlite", database=str(folder / FILE_NAME))
+    try:
+        address = make_url(url)
+    except ArgumentError:
+        address = None
+    if address is not None:
+        if address.drivername == "postgresql+psycopg":
+            return address
+        if address.drivername == "sqlite" and address.database not in (None, "", ":memory:"):
+            return address
+    raise DatabaseUnavailable(
+        "the database URL is none that a gallery can live in; give sqlite:///FILE or "
+        "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+    )
+
+
+def without_password(address: URL) -> str:
+    """An address as people may see it. libpq takes a password among the parameters too."""
+    told = {name: value for name, value in address.query.items() if "pass" not in name.lower()}
+    return address.set(query=told).render_as_string(hide_password=True)
+
+
+def _sqlite_engine(address: URL) -> Engine:
+    engine = create_engine(address, connect_args={"timeout": _BUSY_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: sqlite3.Connection, _record: Any) -> None:
+        # Python's module would begin transactions by its own rules: never before a SELECT.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")  # readers go on while a writer commits
+        cursor.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
+        cursor.execute("PRAGMA secure_delete = ON")  # deleted pages are overwritten with zeros
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A transaction that reads first and writes later fails where another wrote in between.
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgres_engine(address: URL) -> Engine:
+    # A server that vanished is noticed within seconds, and pool_pre_ping replaces connections
+    # that died since their last use.
+    limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * _BUSY_SECONDS}
+    try:
+        engine = create_engine(
+            address,
+            pool_pre_ping=True,
+            connect_args={n: value for n, value in limits.items() if n not in address.query},
+        )
+    except ModuleNotFoundError as error:
+        raise DatabaseUnavailable(
+            "a PostgreSQL URL needs the package psycopg; run `pip install 'psycopg[binary]'`"
+        ) from error
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, _record: Any) -> None:
+        connection.autocommit = True  # else a later rollback would take the settings back
+        cursor = connection.cursor()
+        cursor.execute("SHOW synchronous_commit")
+        if cursor.fetchone()[0] == "off":  # any other value waits for the disk
+            cursor.execute("SET synchronous_commit = on")
+        cursor.execute(f"SET lock_timeout = '{_BUSY_SECONDS}s'")
+        cursor.close()
+        connection.autocommit = False
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        if connection.get_execution_options().get("writes", False):
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
+
+    return engine

@@ -1,0 +1,13 @@
+"""Run by Alembic: migrate over the connection that `service.gallery.storage.database` hands in."""
+
+from alembic import context
+
+from service.gallery.storage.tables import schema
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=schema,
+    render_as_batch=True,  # SQLite alters a table by copying it
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,168 @@
+"""Items as rows of SQL and back: times, ids, filters and cursors in the database's form."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Row, and_, not_, or_
+
+from service.errors import CursorInvalid
+from service.gallery.records import Filters, Item, ItemUpdate, NewItem
+from service.gallery.storage.tables import items
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_NUMBERS_PER_STATEMENT = 500  # SQLite takes 32,766 parameters, PostgreSQL 65,535
+# Columns that hold an Item's field of the same name as it is.
+_SAME_NAME = (
+    "id",
+    "person_id",
+    "camera_id",
+    "modality",
+    "modality_source",
+    "width",
+    "height",
+    "bit_depth",
+    "sha256",
+    "model",
+)
+
+
+def microseconds(moment: datetime) -> int:
+    """Since 1970 UTC. ValueError: a time without offset, whose moment nobody knows."""
+    if moment.tzinfo is None:
+        raise ValueError("a time needs an offset, as in 2026-01-31T12:00:00+01:00")
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def record_of(new: NewItem, model: str, now: datetime) -> Item:
+    """The item that a new one becomes, with its id."""
+    crop = new.crop
+    captured = new.captured_at
+    return Item(
+        id=_uuid7(now),
+        person_id=new.person_id,
+        camera_id=new.camera_id,
+        captured_at=None if captured is None else moment_of(microseconds(captured)),
+        enrolled_at=now,
+        modality=crop.modality,
+        modality_source=crop.modality_source,
+        width=crop.width,
+        height=crop.height,
+        bit_depth=crop.bit_depth,
+        sha256=crop.sha256,
+        metadata=new.metadata,
+        model=model,
+    )
+
+
+def row_of(item: Item) -> dict[str, Any]:
+    """An item's columns, all but its number."""
+    row = {name: getattr(item, name) for name in _SAME_NAME}
+    captured = item.captured_at
+    row["captured_at"] = None if captured is None else microseconds(captured)
+    row["enrolled_at"] = microseconds(item.enrolled_at)
+    row["details"] = json.dumps(item.metadata)
+    return row
+
+
+def request_of(new: NewItem) -> dict[str, str]:
+    """The columns of the request that enrolls an item, if it has a key."""
+    if new.request is None:
+        return {}
+    return {"request_key": new.request.key, "request_sha256": new.request.sha256}
+
+
+def item_of(row: Row[Any]) -> Item:
+    """The item of a whole row, its columns in the order of the table."""
+    _, name, person, camera, captured, enrolled, *facts, details, model, _, _ = tuple(row)
+    modality, source, width, height, bit_depth, sha256 = facts
+    return Item(
+        id=name,
+        person_id=person,
+        camera_id=camera,
+        captured_at=None if captured is None else moment_of(captured),
+        enrolled_at=moment_of(enrolled),
+        modality=modality,
+        modality_source=source,
+        width=width,
+        height=height,
+        bit_depth=bit_depth,
+        sha256=sha256,
+        metadata=json.loads(details),
+        model=model,
+    )
+
+
+def columns_of(changes: ItemUpdate) -> dict[str, Any]:
+    """The columns that an update writes, with their new values."""
+    columns = changes.fields
+    if "metadata" in columns:
+        columns["details"] = json.dumps(columns.pop("metadata"))
+    captured = columns.get("captured_at")
+    if captured is not None:
+        columns["captured_at"] = microseconds(captured)
+    return columns
+
+
+def moment_of(since_epoch: int) -> datetime:
+    """The time that `microseconds` turned into a number."""
+    return _EPOCH + since_epoch * _MICROSECOND
+
+
+def conditions_of(filters: Filters) -> list[ColumnElement[bool]]:
+    """What a row must fulfil: the same rules as `Columns.mask`."""
+    conditions: list[ColumnElement[bool]] = []
+    if filters.person_id:
+        conditions.append(items.c.person_id.in_(filters.person_id))
+    if filters.camera_id:
+        conditions.append(items.c.camera_id.in_(filters.camera_id))
+    if filters.exclude_camera_id:
+        excluded = items.c.camera_id.in_(filters.exclude_camera_id)
+        conditions.append(or_(items.c.camera_id.is_(None), not_(excluded)))
+    if filters.gallery_modality:
+        conditions.append(items.c.modality.in_(filters.gallery_modality))
+    if filters.captured_from is not None:
+        conditions.append(items.c.captured_at >= microseconds(filters.captured_from))
+    if filters.captured_to is not None:
+        conditions.append(items.c.captured_at < microseconds(filters.captured_to))
+    return [and_(*conditions)] if conditions else []
+
+
+def blocks(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Few enough row numbers at a time for one statement's parameters."""
+    for start in range(0, len(numbers), _NUMBERS_PER_STATEMENT):
+        yield numbers[start : start + _NUMBERS_PER_STATEMENT]
+
+
+def _uuid7(now: datetime) -> str:
+    """RFC 9562: 48 bits of milliseconds, then random bits."""
+    value = microseconds(now) // 1000 << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 0x7 << 76  # version
+    value = value & ~(0x3 << 62) | 0x2 << 62  # variant
+    return str(UUID(int=value))
+
+
+def cursor_of(number: int) -> str:
+    """An opaque text that `number_of_cursor` turns back."""
+    return base64.urlsafe_b64encode(f"after:{number}".encode()).decode()
+
+
+def number_of_cursor(cursor: str) -> int:
+    """Raises CursorInvalid."""
+    try:
+        kind, _, number = (
+            base64.b64decode(cursor, altchars=b"-_", validate=True).decode().partition(":")
+        )
+        if kind == "after" and number.isascii() and number.isdigit() and len(number) < 19:
+            return int(number)
+    except (binascii.Error, UnicodeError, ValueError):
+        pass
+    raise CursorInvalid("the cursor is not one of this gallery's; start again without one")

@@ -1,0 +1,330 @@
+"""The truth: rows, crops and features in SQL, each item in one synced transaction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+
+from service.errors import IdempotencyConflict, ItemNotFound, ServiceError
+from service.gallery.backup.backup import Backups
+from service.gallery.records import Filters, Item, ItemUpdate, NewItem, Page, RequestKey
+from service.gallery.storage.audit import Act, Audit, write
+from service.gallery.storage.database import Database
+from service.gallery.storage.group_commit import GroupCommit
+from service.gallery.storage.rows import (
+    blocks,
+    columns_of,
+    conditions_of,
+    cursor_of,
+    item_of,
+    microseconds,
+    number_of_cursor,
+    record_of,
+    request_of,
+    row_of,
+)
+from service.gallery.storage.streaming import (
+    BLOCK,
+    STORED,
+    Changes,
+    Position,
+    Stored,
+    View,
+    Witness,
+    checked,
+    record_changes,
+)
+from service.gallery.storage.tables import crops, features, items
+from service.gallery.storage.versions import Versions, refuse_retired
+
+__all__ = ["STORED", "Changes", "Position", "Store", "Stored", "View", "Witness"]
+
+log = logging.getLogger(__name__)
+
+_CACHED = {"person_id", "camera_id", "captured_at"}  # what `Stored` has of an item
+
+
+class Store:
+    """The database of one data folder (or URL), seen with the features of one model version.
+
+    model: the checkpoint's fingerprint. size: P·D. Thread-safe; writes that come together share
+    one transaction. `versions` are all model versions, `audit` is the log of who did what,
+    `backups` takes them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        size: int,
+        url: str | None = None,
+        configuration: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.size = size
+        self._database = Database(folder, url)
+        self._commits = GroupCommit(self._database)
+        self.versions = Versions(self._database, self._commits)
+        self.audit = Audit(self._database, self._commits, folder)
+        self.backups = Backups(self._database, self.audit, folder)
+        try:
+            self.audit.load_key()  # now, so that a deletion needs no room for it
+            self.versions.register(model, configuration)
+        except BaseException:
+            self.close()
+            raise
+
+    def seen_with(self, model: str, size: int) -> Store:
+        """The same store seen with another version that it knows; closing either closes both."""
+        self.versions.state(model)  # raises for an unknown one
+        other = copy(self)
+        other.model, other.size = model, size
+        return other
+
+    def close(self) -> None:
+        self.backups.close()
+        self._database.close()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may write to it."""
+        return not self._database.sqlite
+
+    def add(self, new: Sequence[NewItem], rows: npt.NDArray[np.float16]) -> list[tuple[int, Item]]:
+        """Commit items with their features (N×(P·D)) → their numbers and records, durable.
+
+        All or none. ValueError: features of another shape or not finite, a time without offset.
+        ModelVersionConflict: the gallery went on with another version. IdempotencyConflict: an
+        item of the same Idempotency-Key was enrolled at the same moment.
+        """
+        rows = checked(rows, len(new), self.size)
+        if not new:
+            return []
+        now = datetime.now(UTC)
+        records = [record_of(item, self.model, now) for item in new]
+        numbered = insert(items).returning(items.c.number)
+
+        def work(connection: Connection) -> list[int]:
+            refuse_retired(connection, self.model)
+            numbers = [
+                int(connection.execute(numbered, row_of(record) | request_of(item)).scalar_one())
+                for record, item in zip(records, new, strict=True)
+            ]
+            connection.execute(
+                insert(crops),
+                [
+                    {"number": n, "media_type": item.crop.media_type, "data": item.crop.data}
+                    for n, item in zip(numbers, new, strict=True)
+                ],
+            )
+            connection.execute(
+                insert(features),
+                [
+                    {"number": n, "model": self.model, "data": row.tobytes()}
+                    for n, row in zip(numbers, rows, strict=True)
+                ],
+            )
+            return numbers
+
+        return list(zip(self._commits.run(work), records, strict=True))
+
+    def get(self, item_id: str) -> Item:
+        with self._database.reading() as connection:
+            row = connection.execute(select(items).where(items.c.id == item_id)).one_or_none()
+        if row is None:
+            raise _unknown(item_id)
+        return item_of(row)
+
+    def enrolled_by(self, request: RequestKey) -> Item | None:
+        """What this request enrolled before. IdempotencyConflict: its key was another's."""
+        query = select(items).where(items.c.request_key == request.key)
+        with self._database.reading() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        if row.request_sha256 != request.sha256:
+            raise IdempotencyConflict(
+                "this Idempotency-Key enrolled other content before; use a new key"
+            )
+        return item_of(row)
+
+    def image(self, item_id: str) -> tuple[bytes, str]:
+        """The stored crop and its media type."""
+        query = select(crops.c.data, crops.c.media_type).join(items).where(items.c.id == item_id)
+        with self._database.reading() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            raise _unknown(item_id)
+        return bytes(row.data), row.media_type
+
+    def number_of(self, item_id: str) -> int:
+        query = select(items.c.number).where(items.c.id == item_id)
+        with self._database.reading() as connection:
+            number = connection.execute(query).scalar_one_or_none()
+        if number is None:
+            raise _unknown(item_id)
+        return int(number)
+
+    def numbers_of_person(self, person_id: str) -> list[int]:
+        query = select(items.c.number).where(items.c.person_id == person_id)
+        with self._database.reading() as connection:
+            return [int(number) for number in connection.execute(query).scalars()]
+
+    def numbers_before(self, moment: datetime, limit: int) -> list[int]:
+        """Items enrolled before a moment, the first ones."""
+        old = items.c.enrolled_at < microseconds(moment)
+        query = select(items.c.number).where(old).order_by(items.c.number).limit(limit)
+        with self._database.reading() as connection:
+            return [int(number) for number in connection.execute(query).scalars()]
+
+    def fetch(self, numbers: Sequence[int]) -> dict[int, Item]:
+        """Items by number; those deleted meanwhile are missing."""
+        found: dict[int, Item] = {}
+        with self._database.reading() as connection:
+            for block in blocks(numbers):
+                rows = connection.execute(select(items).where(items.c.number.in_(block)))
+                found.update((row[0], item_of(row)) for row in rows)
+        return found
+
+    def update(self, item_id: str, changed: ItemUpdate, *, actor: str = "system") -> Item:
+        """Give an item new labels or metadata → the item as it is then. Raises ItemNotFound."""
+        columns = columns_of(changed)
+        mine = items.c.id == item_id
+
+        def work(connection: Connection) -> Row[Any] | None:
+            if columns:
+                number = connection.execute(
+                    update(items).where(mine).values(columns).returning(items.c.number)
+                ).scalar_one_or_none()
+                if number is not None:
+                    if columns.keys() & _CACHED:
+                        record_changes(connection, [number], "labels")
+                    given = {"fields": list(changed.fields)}
+                    write(connection, [Act(actor, "update", item_id, given)])
+            return connection.execute(select(items).where(mine)).one_or_none()
+
+        row = self._commits.run(work)
+        if row is None:
+            raise _unknown(item_id)
+        if "person_id" in columns:
+            self._cut_log()
+        return item_of(row)
+
+    def delete(self, numbers: Sequence[int], *, actor: str = "system") -> int:
+        """Erase items with crops and features (of every version) → how many were there.
+
+        Numbers given twice count once, those of no item do not count.
+        """
+        wanted = sorted(set(numbers))
+
+        def work(connection: Connection) -> int:
+            gone = _erase(connection, wanted)
+            write(
+                connection,
+                [Act(actor, "delete", row.id, self._person(row.person_id)) for row in gone],
+            )
+            return len(gone)
+
+        deleted = self._commits.run(work)
+        if deleted:
+            self._cut_log()
+        return deleted
+
+    def erase_person(self, person_id: str, *, actor: str = "system") -> list[int]:
+        """Erase all items of a person, those too that another process adds → their numbers."""
+        subject = self.audit.pseudonym(person_id)
+
+        def work(connection: Connection) -> list[int]:
+            query = select(items.c.number).where(items.c.person_id == person_id)
+            gone = _erase(connection, connection.execute(query).scalars().all())
+            write(connection, [Act(actor, "erase", subject, {"items": len(gone)})])
+            return sorted(int(row.number) for row in gone)
+
+        numbers = self._commits.run(work)
+        self._cut_log()
+        return numbers
+
+    def list(self, filters: Filters, limit: int, cursor: str | None) -> Page:
+        conditions = conditions_of(filters)
+        after = 0 if cursor is None else number_of_cursor(cursor)
+        page = select(items).where(*conditions, items.c.number > after).order_by(items.c.number)
+        with self._database.reading() as connection:
+            rows = connection.execute(page.limit(limit + 1)).all()
+            total = connection.execute(
+                select(func.count()).select_from(items).where(*conditions)
+            ).scalar_one()
+        more = len(rows) > limit
+        rows = rows[:limit]
+        return Page(
+            items=[item_of(row) for row in rows],
+            next_cursor=cursor_of(int(rows[-1].number)) if more and rows else None,
+            total=int(total),
+        )
+
+    def count(self) -> int:
+        """Items of any checkpoint."""
+        with self._database.reading() as connection:
+            return int(connection.execute(select(func.count()).select_from(items)).scalar_one())
+
+    def count_embedded(self) -> int:
+        """Items that have features of this checkpoint."""
+        query = select(func.count()).select_from(features).where(features.c.model == self.model)
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    @contextmanager
+    def view(self) -> Iterator[View]:
+        """One state of the store to read from: position, features and changes agree.
+
+        Hold it no longer than that takes: SQLite cannot shorten its log meanwhile.
+        """
+        with self._database.reading() as connection:
+            yield View(connection, self.model, self.size)
+
+    def stream(self, after: int = 0, block: int = BLOCK) -> Iterator[Stored]:
+        """Items with features of this version and numbers above `after`, in order of enrollment."""
+        with self.view() as view:
+            yield from view.stream(after, block)
+
+    def finish_erasing(self) -> None:
+        """Cut SQLite's log if a deletion could not."""
+        if self._database.log_uncut and not self._database.copying:
+            self._cut_log()
+
+    def _person(self, person_id: str | None) -> dict[str, str]:
+        return {} if person_id is None else {"person": self.audit.pseudonym(person_id)}
+
+    def _cut_log(self) -> None:
+        """Cut SQLite's log, which still holds what was erased; `finish_erasing` tries again.
+
+        The erasure is committed already: nothing here may make it look failed.
+        """
+        try:
+            if not self._database.truncate_log():
+                log.info("readers kept SQLite's log open; it is cut later")
+        except ServiceError as error:
+            log.warning("SQLite's log could not be cut after a deletion: %s", error)
+
+
+def _erase(connection: Connection, numbers: Sequence[int]) -> list[Row[Any]]:
+    """Delete items → number, id and person of those that were there."""
+    gone: list[Row[Any]] = []
+    for part in blocks(numbers):
+        statement = delete(items).where(items.c.number.in_(part))
+        returned = statement.returning(items.c.number, items.c.id, items.c.person_id)
+        gone.extend(connection.execute(returned))
+    record_changes(connection, sorted(int(row.number) for row in gone), "delete")
+    return gone
+
+
+def _unknown(item_id: str) -> ItemNotFound:
+    return ItemNotFound(f"no item has the id {item_id[:64]}; GET /gallery lists the items")

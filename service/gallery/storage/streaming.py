@@ -1,0 +1,266 @@
+"""The gallery as caches read it: features in blocks of one array, and what changed since.
+
+Features are most of the bytes and are read at every start, so they go from the driver's cursor
+straight into NumPy, without SQLAlchemy's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, func, insert, select
+
+from service.errors import GalleryDamaged
+from service.gallery.storage.rows import blocks, microseconds
+from service.gallery.storage.tables import changes, features, items, models
+
+STORED = np.dtype("<f2")
+BLOCK = 4096
+_ROWS_PER_FETCH = 64  # few enough for their bytes to be in the CPU's cache when they are joined
+# PostgreSQL's COPY BINARY: a header before the first row; in each row the count of its fields and
+# the field's length before its bytes; in the end a count of −1.
+_COPY_HEADER, _COPY_ROW, _COPY_END = 19, 2 + 4, 2
+
+_LABELS = (items.c.person_id, items.c.camera_id, items.c.modality, items.c.captured_at)
+_SQLITE_BLOCKS = """
+    SELECT f.number, i.person_id, i.camera_id, i.modality, i.captured_at, f.data
+    FROM features f CROSS JOIN items i ON i.number = f.number
+    WHERE f.model = ? AND f.number > ? ORDER BY f.number
+"""  # CROSS JOIN: SQLite keeps the order, else it walks the items and looks up each one's features
+_POSTGRES_FEATURES = """
+    COPY (SELECT data FROM features WHERE model = %s AND number > %s AND number <= %s
+          ORDER BY number) TO STDOUT (FORMAT binary)
+"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A block of items as the index needs them: N rows, features N×(P·D) fp16.
+
+    captured: microseconds since 1970 UTC.
+    """
+
+    numbers: list[int]
+    persons: list[str | None]
+    cameras: list[str | None]
+    modalities: list[str]
+    captured: list[int | None]
+    features: npt.NDArray[np.float16]
+
+
+class Position(NamedTuple):
+    """How far a reader has come: the last item's row number and the last change's number."""
+
+    item: int
+    change: int
+
+
+class Witness(NamedTuple):
+    """What a store holds at a position, so that another store's position is not taken for it.
+
+    item: id of the item there, None once it is deleted. change: moment of the change there.
+    version: when the model version was made known; one that is dropped and made anew is another.
+    """
+
+    item: str | None
+    change: int | None
+    version: int
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What happened after a position to items up to it.
+
+    deleted: row numbers. updated: items with new labels, as they are now, and any whose features
+    were added late: a cache replaces those it has and adds those it lacks.
+    """
+
+    deleted: list[int]
+    updated: Stored
+
+
+class View:
+    """One state of the store, seen with one model version: all its answers agree."""
+
+    def __init__(self, connection: Connection, model: str, size: int) -> None:
+        self._connection, self._model, self._size = connection, model, size
+
+    def count(self) -> int:
+        """Items with features of this version."""
+        query = select(func.count()).select_from(features).where(features.c.model == self._model)
+        return int(self._connection.execute(query).scalar_one())
+
+    def position(self) -> Position:
+        """Where a reader of all of this stands."""
+        item = select(func.coalesce(func.max(features.c.number), 0)).where(
+            features.c.model == self._model
+        )
+        change = select(func.coalesce(func.max(changes.c.number), 0))
+        return Position(
+            int(self._connection.execute(item).scalar_one()),
+            int(self._connection.execute(change).scalar_one()),
+        )
+
+    def witness(self, position: Position) -> Witness:
+        """Of a position that this state has reached."""
+        item = select(items.c.id).where(items.c.number == position.item)
+        change = select(changes.c.moment).where(changes.c.number == position.change)
+        version = select(models.c.created_at).where(models.c.fingerprint == self._model)
+        parts = (part.scalar_subquery() for part in (item, change, version))
+        return Witness(*self._connection.execute(select(*parts)).one())
+
+    def stream(self, after: int = 0, block: int = BLOCK) -> Iterator[Stored]:
+        """Items with features of this version and row numbers above `after`, in order."""
+        if self._connection.dialect.name == "sqlite":
+            return self._sqlite_blocks(after, block)
+        return self._postgres_blocks(after, block)
+
+    def changes_since(self, position: Position) -> Changes:
+        """Deletions and updates that a reader at `position` has not seen; `stream` has the rest."""
+        query = select(changes.c.item, changes.c.kind).where(
+            changes.c.number > position.change, changes.c.item <= position.item
+        )
+        deleted: set[int] = set()
+        touched: set[int] = set()
+        for item, kind in self._connection.execute(query):
+            (deleted if kind == "delete" else touched).add(int(item))
+        return Changes(sorted(deleted), self._items(sorted(touched - deleted)))
+
+    def _items(self, numbers: Sequence[int]) -> Stored:
+        query = (
+            select(items.c.number, *_LABELS, features.c.data)
+            .join(features, features.c.number == items.c.number)
+            .where(features.c.model == self._model)
+            .order_by(items.c.number)
+        )
+        found: list[Any] = []
+        for part in blocks(numbers):
+            found += self._connection.execute(query.where(items.c.number.in_(part))).all()
+        block = _Block(len(found), self._size)
+        block.add(found)
+        return block.stored()
+
+    def _sqlite_blocks(self, after: int, size: int) -> Iterator[Stored]:
+        driver: Any = self._connection.connection.driver_connection
+        cursor = driver.cursor()
+        try:
+            cursor.execute(_SQLITE_BLOCKS, (self._model, after))
+            block = _Block(size, self._size)
+            while rows := cursor.fetchmany(min(_ROWS_PER_FETCH, block.room)):
+                block.add(rows)
+                if not block.room:
+                    yield block.stored()
+                    block = _Block(size, self._size)
+            if len(block):
+                yield block.stored()
+        finally:
+            cursor.close()
+
+    def _postgres_blocks(self, after: int, size: int) -> Iterator[Stored]:
+        driver: Any = self._connection.connection.driver_connection
+        labels = (
+            select(features.c.number, *_LABELS)
+            .join(items, items.c.number == features.c.number)
+            .where(features.c.model == self._model)
+            .order_by(features.c.number)
+            .limit(size)
+        )
+        while rows := self._connection.execute(labels.where(features.c.number > after)).all():
+            block = _Block(len(rows), self._size)
+            block.add_labels(zip(*rows, strict=True))
+            until = rows[-1].number
+            # The same rows in the same order: the transaction sees one state of the database.
+            with (
+                driver.cursor() as cursor,
+                cursor.copy(_POSTGRES_FEATURES, (self._model, after, until)) as copy,
+            ):
+                messages = _copied(copy)
+                while part := list(islice(messages, _ROWS_PER_FETCH)):
+                    block.add_features(part)
+            yield block.stored()
+            after = until
+
+
+def checked(rows: npt.NDArray[np.float16], count: int, size: int | None) -> npt.NDArray[np.float16]:
+    """Features in the form that is stored. ValueError: another shape, or not finite."""
+    if rows.ndim != 2 or len(rows) != count or (size is not None and rows.shape[1] != size):
+        raise ValueError(
+            f"features of shape {rows.shape} for {count} items of "
+            f"{'P·D' if size is None else size} numbers each"
+        )
+    half = rows.astype(STORED, copy=False)
+    if not np.isfinite(half).all():
+        raise ValueError("features are not finite in fp16; the checkpoint is damaged or untrained")
+    return half
+
+
+def record_changes(connection: Connection, numbers: Sequence[int], kind: str) -> None:
+    """Tell caches of items enrolled before. kind: "delete", "labels" or "features"."""
+    if numbers:
+        moment = microseconds(datetime.now(UTC))
+        rows = [{"item": number, "kind": kind, "moment": moment} for number in numbers]
+        connection.execute(insert(changes), rows)
+
+
+class _Block:
+    """`Stored` while it fills, with room for so many rows."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        self._columns: tuple[list[Any], ...] = ([], [], [], [], [])
+        self._features = np.empty((rows, size), STORED)
+        self._bytes = self._features.reshape(-1).data.cast("B")
+        self._width = size * STORED.itemsize
+        self._filled = 0
+
+    def __len__(self) -> int:
+        return self._filled
+
+    @property
+    def room(self) -> int:
+        return len(self._features) - self._filled
+
+    def add(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Rows of a number, the four labels and the features' bytes."""
+        if rows:
+            *labels, data = zip(*rows, strict=True)
+            self.add_labels(labels)
+            self.add_features(data)
+
+    def add_labels(self, columns: Iterable[Sequence[Any]]) -> None:
+        """Numbers, persons, cameras, modalities, times of some rows."""
+        for mine, more in zip(self._columns, columns, strict=True):
+            mine.extend(more)
+
+    def add_features(self, data: Sequence[Any]) -> None:
+        """The bytes of rows whose labels are here already."""
+        if set(map(len, data)) != {self._width}:
+            wrong = next(i for i, row in enumerate(data) if len(row) != self._width)
+            raise GalleryDamaged(
+                f"the features of row {self._columns[0][self._filled + wrong]} do not have "
+                f"{self._width} bytes; restore a backup"
+            )
+        start = self._filled * self._width
+        self._filled += len(data)
+        self._bytes[start : self._filled * self._width] = b"".join(data)
+
+    def stored(self) -> Stored:
+        """What is here; the block is not to be used any more."""
+        numbers, persons, cameras, modalities, captured = self._columns
+        rows = self._features[: self._filled]
+        return Stored(numbers, persons, cameras, modalities, captured, rows)
+
+
+def _copied(copy: Iterable[Any]) -> Iterator[Any]:
+    """The only field of each row of a COPY BINARY; psycopg gives a row, or less, at a time."""
+    skip = _COPY_HEADER
+    for message in copy:
+        row = message[skip:]
+        skip = 0
+        if len(row) > _COPY_END:
+            yield row[_COPY_ROW:]

@@ -1,0 +1,324 @@
+"""Model versions: which checkpoints' features the gallery holds, and the way from one to the next.
+
+A new checkpoint starts as "building": `missing` gives the items that it has not embedded, with
+their crops, `add_features` takes their features, and `activate` makes it the active version once
+every item has them. What is done is in the tables, so that a process that dies goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, Row, Select, delete, exists, func, insert, select, update
+
+from service.errors import ModelVersionConflict, ModelVersionUnknown
+from service.gallery.records import ModelVersion, StoredCrop, VersionState
+from service.gallery.storage.audit import Act, write
+from service.gallery.storage.database import Database
+from service.gallery.storage.group_commit import GroupCommit
+from service.gallery.storage.rows import blocks, microseconds, moment_of
+from service.gallery.storage.streaming import STORED, checked, record_changes
+from service.gallery.storage.tables import crops, features, items, models
+
+_DROPPED_AT_ONCE = 2_000  # rows of features per transaction, so that enrollments get their turn
+
+
+class Versions:
+    """The versions of one gallery. Thread-safe.
+
+    Every method that takes a fingerprint but `register` raises ModelVersionUnknown for one that
+    the gallery does not know.
+    """
+
+    def __init__(self, database: Database, commits: GroupCommit) -> None:
+        self._database, self._commits = database, commits
+
+    def list(self) -> list[ModelVersion]:
+        """All versions, oldest first."""
+        with self._database.reading() as connection:
+            rows = connection.execute(_versions().order_by(models.c.created_at)).all()
+        return [_version(row) for row in rows]
+
+    def get(self, fingerprint: str) -> ModelVersion:
+        with self._database.reading() as connection:
+            query = _versions().where(models.c.fingerprint == fingerprint)
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            raise _unknown(fingerprint)
+        return _version(row)
+
+    def state(self, fingerprint: str) -> VersionState:
+        with self._database.reading() as connection:
+            return _state(connection, fingerprint)
+
+    def active(self) -> str | None:
+        """The active version's fingerprint, None in a gallery that never had one."""
+        query = select(models.c.fingerprint).where(models.c.state == "active")
+        with self._database.reading() as connection:
+            return connection.execute(query).scalar_one_or_none()
+
+    def register(self, fingerprint: str, configuration: dict[str, Any] | None = None) -> None:
+        """Make a checkpoint known, or add the configuration of one that is known without.
+
+        It starts as "building"; in a gallery without an active version and without an item that
+        it has not embedded, it is active at once.
+        """
+        text = None if configuration is None else json.dumps(configuration)
+
+        def work(connection: Connection) -> None:
+            known = models.c.fingerprint == fingerprint
+            if connection.execute(select(models.c.state).where(known)).first() is None:
+                nobody = ~exists().where(models.c.state == "active")
+                first = connection.execute(select(nobody)).scalar_one()
+                complete = not _count_missing(connection, fingerprint)
+                connection.execute(
+                    insert(models).values(
+                        fingerprint=fingerprint,
+                        configuration=text,
+                        created_at=microseconds(datetime.now(UTC)),
+                        state="active" if first and complete else "building",
+                    )
+                )
+            elif text is not None:
+                connection.execute(
+                    update(models)
+                    .where(known, models.c.configuration.is_(None))
+                    .values(configuration=text)
+                )
+
+        self._commits.run(work)
+
+    def missing(self, fingerprint: str, block: int = 64) -> Iterator[Sequence[StoredCrop]]:
+        """Items without features of this version, in order of enrollment, in blocks.
+
+        Each block is read when it is asked for, so items enrolled meanwhile come too. An item
+        that gets no features is not given again, until `missing` is called again.
+        """
+        self.state(fingerprint)  # raises for an unknown one
+        after = 0
+        while rows := self._missing_after(fingerprint, after, block):
+            after = rows[-1].number
+            yield rows
+
+    def _missing_after(self, fingerprint: str, after: int, limit: int) -> Sequence[StoredCrop]:
+        query = (
+            select(crops.c.number, crops.c.data, crops.c.media_type, items.c.modality)
+            .join(items, items.c.number == crops.c.number)
+            .where(crops.c.number > after, ~_embedded(fingerprint))
+            .order_by(crops.c.number)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [
+                StoredCrop(int(row.number), bytes(row.data), row.media_type, row.modality)
+                for row in connection.execute(query)
+            ]
+
+    def add_features(
+        self, fingerprint: str, numbers: Sequence[int], rows: npt.NDArray[np.float16]
+    ) -> int:
+        """Store features (N×(P·D)) of items enrolled before → of how many.
+
+        Items deleted meanwhile and those that have features already are left out. ValueError:
+        shapes that do not fit or numbers that are not finite.
+        """
+        rows = checked(rows, len(numbers), None)
+        given = dict(zip(numbers, rows, strict=True))
+
+        def work(connection: Connection) -> int:
+            _state(connection, fingerprint)
+            _refuse_other_size(connection, fingerprint, rows.shape[1])
+            newest = select(func.max(features.c.number)).where(features.c.model == fingerprint)
+            last = connection.execute(newest).scalar_one() or 0
+            wanted: list[int] = []
+            for part in blocks(sorted(given)):
+                query = select(items.c.number).where(
+                    items.c.number.in_(part), ~_embedded(fingerprint)
+                )
+                wanted += connection.execute(query.order_by(items.c.number)).scalars()
+            if wanted:
+                connection.execute(
+                    insert(features),
+                    [
+                        {"number": n, "model": fingerprint, "data": given[n].tobytes()}
+                        for n in wanted
+                    ],
+                )
+            if wanted and wanted[0] < last:  # caches of it may have gone past these numbers
+                record_changes(connection, wanted, "features")
+            return len(wanted)
+
+        return self._commits.run(work)
+
+    def sample(
+        self, fingerprint: str, count: int
+    ) -> tuple[Sequence[StoredCrop], npt.NDArray[np.float32]]:
+        """Up to `count` items that have features of this version, at random → crops, N×(P·D)."""
+        chosen = (
+            select(features.c.number, features.c.data.label("row"))
+            .where(features.c.model == fingerprint)
+            .order_by(func.random())
+            .limit(count)
+            .subquery()
+        )
+        query = (
+            select(
+                *(chosen.c.number, crops.c.data, crops.c.media_type, items.c.modality),
+                chosen.c.row,
+            )
+            .join(crops, crops.c.number == chosen.c.number)
+            .join(items, items.c.number == chosen.c.number)
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        found = [StoredCrop(int(r.number), bytes(r.data), r.media_type, r.modality) for r in rows]
+        stored = np.frombuffer(b"".join(bytes(r.row) for r in rows), STORED)
+        width = len(stored) // max(1, len(found))
+        return found, stored.reshape(len(found), width).astype(np.float32)
+
+    def count_missing(self, fingerprint: str) -> int:
+        """Items that have no features of this version."""
+        with self._database.reading() as connection:
+            _state(connection, fingerprint)
+            return _count_missing(connection, fingerprint)
+
+    def activate(self, fingerprint: str, *, actor: str = "system") -> None:
+        """Switch to this version in one transaction; the active one becomes retired.
+
+        ModelVersionConflict: some item has no features of it yet.
+        """
+
+        def work(connection: Connection) -> None:
+            if _state(connection, fingerprint) == "active":
+                return
+            missing = _count_missing(connection, fingerprint)
+            if missing:
+                raise ModelVersionConflict(
+                    f"{missing} items have no features of model version {fingerprint[:12]} yet; "
+                    "embed them again before it is activated"
+                )
+            active = models.c.state == "active"
+            connection.execute(update(models).where(active).values(state="retired"))
+            _set_state(connection, fingerprint, "active")
+            other = items.c.model != fingerprint
+            connection.execute(update(items).where(other).values(model=fingerprint))
+            write(connection, [Act(actor, "activate", fingerprint)])
+
+        self._commits.run(work)
+
+    def retire(self, fingerprint: str, *, actor: str = "system") -> None:
+        """Give up a version that is building. ModelVersionConflict: it is the active one."""
+
+        def work(connection: Connection) -> None:
+            _refuse_active(connection, fingerprint)
+            _set_state(connection, fingerprint, "retired")
+            write(connection, [Act(actor, "retire", fingerprint)])
+
+        self._commits.run(work)
+
+    def drop(self, fingerprint: str, *, actor: str = "system") -> None:
+        """Remove a version with its features. ModelVersionConflict: it is the active one.
+
+        In several transactions; cut off in the middle, the rest is retired and can be dropped.
+        """
+        self.retire(fingerprint, actor=actor)
+        of_version = features.c.model == fingerprint
+
+        def drop_some(connection: Connection) -> bool:
+            _refuse_active(connection, fingerprint)
+            first = select(features.c.number).where(of_version).order_by(features.c.number)
+            numbers = connection.execute(first.limit(_DROPPED_AT_ONCE)).scalars().all()
+            if numbers:
+                until = features.c.number <= numbers[-1]
+                connection.execute(delete(features).where(of_version, until))
+                return True
+            connection.execute(delete(models).where(models.c.fingerprint == fingerprint))
+            write(connection, [Act(actor, "drop", fingerprint)])
+            return False
+
+        while self._commits.run(drop_some):
+            pass
+
+
+def refuse_retired(connection: Connection, fingerprint: str) -> None:
+    """ModelVersionConflict where new items would be out of every later search."""
+    if _state(connection, fingerprint) == "retired":
+        raise ModelVersionConflict(
+            f"model version {fingerprint[:12]} is retired, the gallery goes on with another; "
+            "restart the service with that version's checkpoint"
+        )
+
+
+def _versions() -> Select[Any]:
+    embedded = (
+        select(func.count())
+        .select_from(features)
+        .where(features.c.model == models.c.fingerprint)
+        .scalar_subquery()
+    )
+    return select(models, embedded.label("embedded"))
+
+
+def _version(row: Row[Any]) -> ModelVersion:
+    return ModelVersion(
+        fingerprint=row.fingerprint,
+        configuration=None if row.configuration is None else json.loads(row.configuration),
+        created_at=moment_of(row.created_at),
+        state=row.state,
+        embedded=int(row.embedded),
+    )
+
+
+def _embedded(fingerprint: str) -> Any:
+    """Whether the item at hand has features of this version."""
+    return exists().where(features.c.number == items.c.number, features.c.model == fingerprint)
+
+
+def _count_missing(connection: Connection, fingerprint: str) -> int:
+    # Features go with their items, so that the difference is the number of those without.
+    embedded = select(func.count()).select_from(features).where(features.c.model == fingerprint)
+    difference = select(func.count()).select_from(items).scalar_subquery()
+    query = select(difference - embedded.scalar_subquery())
+    return int(connection.execute(query).scalar_one())
+
+
+def _refuse_other_size(connection: Connection, fingerprint: str, size: int) -> None:
+    of_version = features.c.model == fingerprint
+    stored = connection.execute(select(func.length(features.c.data)).where(of_version).limit(1))
+    length = stored.scalar_one_or_none()
+    if length not in (None, size * STORED.itemsize):
+        raise ValueError(
+            f"features of {size} numbers for a model version with {length // STORED.itemsize}"
+        )
+
+
+def _state(connection: Connection, fingerprint: str) -> VersionState:
+    query = select(models.c.state).where(models.c.fingerprint == fingerprint)
+    state: VersionState | None = connection.execute(query).scalar_one_or_none()
+    if state is None:
+        raise _unknown(fingerprint)
+    return state
+
+
+def _set_state(connection: Connection, fingerprint: str, state: str) -> None:
+    of_version = models.c.fingerprint == fingerprint
+    connection.execute(update(models).where(of_version).values(state=state))
+
+
+def _refuse_active(connection: Connection, fingerprint: str) -> None:
+    if _state(connection, fingerprint) == "active":
+        raise ModelVersionConflict(
+            f"model version {fingerprint[:12]} is the active one; activate another before"
+        )
+
+
+def _unknown(fingerprint: str) -> ModelVersionUnknown:
+    return ModelVersionUnknown(
+        f"the gallery has no model version {fingerprint[:64]}; GET /model names the active one"
+    )

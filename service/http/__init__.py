@@ -1,0 +1,1 @@
+"""What stands around the endpoints: bounds, time limits, middleware, problem documents."""

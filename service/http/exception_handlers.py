@@ -1,0 +1,155 @@
+"""Every error as `application/problem+json` (RFC 9457), the framework's own included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
+
+from service import errors
+from service.api.schemas import FieldProblem, Problem
+from service.auth.authorization import ROUTE_SCOPES
+from service.errors import ServiceError
+
+MEDIA_TYPE = "application/problem+json"
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers that turn every exception of a request into a problem."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+def documented(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` of an endpoint that may raise `kinds`, and what every one may raise."""
+    every: set[type[ServiceError]] = {*kinds, *_EVERYWHERE}
+    responses: dict[int | str, dict[str, Any]] = {}
+    for status in sorted({kind.status for kind in every}):
+        codes = sorted(kind.code for kind in every if kind.status == status)
+        responses[status] = {
+            "description": "Code " + " or ".join(f"`{code}`" for code in codes),
+            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+    return responses
+
+
+def catalogue() -> list[type[ServiceError]]:
+    """All errors with a code of their own, by status and code."""
+    return sorted(ServiceError.__subclasses__(), key=lambda kind: (kind.status, kind.code))
+
+
+_EVERYWHERE: tuple[type[ServiceError], ...] = (
+    errors.Unauthorized,
+    errors.OriginRefused,
+    errors.ScopeMissing,
+    errors.ParametersInvalid,
+    errors.InternalError,
+    errors.RateLimited,
+    errors.ShuttingDown,
+    errors.KeysUnreadable,
+    errors.DatabaseUnavailable,
+)
+
+_TOLD = 5  # fields that the sentence names; `errors` has them all
+
+# The framework's own errors, by their status.
+_HTTP_ERRORS: Mapping[int, tuple[type[ServiceError], str]] = {
+    404: (errors.RouteNotFound, "there is nothing at this path; /docs lists the routes"),
+    405: (errors.MethodNotAllowed, "this path does not take that method; see /docs"),
+}
+
+
+async def _service_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    return response(request, error)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    fields = list(_field_problems(error.errors()))
+    sentence = "; ".join(f"{field.name}: {field.detail}" for field in fields[:_TOLD])
+    return response(request, errors.ParametersInvalid(sentence), fields)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    kind, detail = _HTTP_ERRORS.get(error.status_code, (ServiceError, str(error.detail)))
+    problem = kind(detail, headers=dict(error.headers or {}))
+    if kind is errors.MethodNotAllowed:
+        problem.headers["Allow"] = ", ".join(_methods(request.url.path))
+    if kind is ServiceError:
+        problem.status, problem.code = error.status_code, "http_error"
+        problem.title = "HTTP error"
+    return response(request, problem)
+
+
+def _methods(path: str) -> list[str]:
+    """What this path takes; the framework names only the methods of one of its routes."""
+    literally = [method for method, route in ROUTE_SCOPES if route == path]
+    return sorted(
+        literally
+        or {method for method, route in ROUTE_SCOPES if compile_path(route)[0].fullmatch(path)}
+    )
+
+
+def defect(request: Request) -> JSONResponse:
+    """The answer where the code failed: the client learns nothing of the inside."""
+    return response(
+        request, errors.InternalError("the service met a defect; its log has the details")
+    )
+
+
+def problem_of(
+    error: ServiceError, instance: str, fields: list[FieldProblem] | None = None
+) -> Problem:
+    """An error as RFC 9457 writes it. instance: where it happened."""
+    return Problem(
+        type="about:blank",
+        title=error.title,
+        status=error.status,
+        code=error.code,
+        detail=error.detail,
+        instance=instance,
+        errors=fields or [],
+    )
+
+
+def response(
+    request: Request, error: ServiceError, fields: list[FieldProblem] | None = None
+) -> JSONResponse:
+    """An error as the client gets it, counted."""
+    resources = getattr(request.state, "resources", None)
+    if resources is not None:
+        resources.metrics.rejections.labels(error.code).inc()
+    return answer(error, request.url.path, fields)
+
+
+def answer(
+    error: ServiceError, instance: str, fields: list[FieldProblem] | None = None
+) -> JSONResponse:
+    """An error as the client gets it."""
+    problem = problem_of(error, instance, fields)
+    return JSONResponse(
+        problem.model_dump(exclude=set() if fields else {"errors"}),
+        status_code=error.status,
+        headers=error.headers,
+        media_type=MEDIA_TYPE,
+    )
+
+
+def _field_problems(raw: Iterable[Any]) -> Iterable[FieldProblem]:
+    """Which field, and what is wrong with it; never the value, which may be personal."""
+    for error in raw:
+        # loc is ("body" | "query" | "path" | "header", field, …)
+        name = ".".join(str(part) for part in error["loc"][1:]) or str(error["loc"][0])
+        if error["type"] == "extra_forbidden":
+            detail = "there is no such parameter; see /docs"
+        else:
+            detail = str(error["msg"]).removeprefix("Value error, ")
+        yield FieldProblem(name=name[:128], detail=detail)

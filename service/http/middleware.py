@@ -1,0 +1,184 @@
+"""What every request goes through, outermost first: Observe, SecurityHeaders, Gate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from uuid import uuid4
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import OriginRefused, ShuttingDown
+from service.http import exception_handlers as problems
+from service.observability.logs import get_logger
+from service.observability.metrics import Metrics
+from service.observability.tracing import Tracing
+
+log = get_logger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Asked all the time by machines; a service that shuts down goes on answering them.
+_PROBES = frozenset({"/livez", "/readyz", "/metrics"})
+# A client may send any word; only these become labels and lines of the log.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Observe:
+    """A request's id, log line, metrics and span; and an answer where the code has a defect.
+
+    The id is the client's X-Request-ID if it is a plain one. The log line names the route, never
+    the path or query, which may name persons.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
+        self.app, self._metrics, self._tracing = app, metrics, tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        status = 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        started = time.perf_counter()
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        with self._tracing.request(scope["method"], headers) as span:
+            try:
+                await self.app(scope, receive, observed)
+            except Exception:
+                log.exception("defect")
+                if status == 0:
+                    await problems.defect(Request(scope))(scope, receive, observed)
+            finally:
+                self._note(scope, status, time.perf_counter() - started, span)
+
+    def _note(self, scope: Scope, status: int, seconds: float, span: object) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        method = scope["method"] if scope["method"] in _METHODS else "any"
+        counted = method if route != "none" else "any"
+        # 499, as nginx says it: the client was gone before there was an answer.
+        status = status or 499
+        self._metrics.requests.labels(counted, route, status).inc()
+        self._metrics.request_seconds.labels(counted, route).observe(seconds)
+        client = scope.get("client") or ("unknown", 0)
+        log.log(
+            logging.DEBUG if route in _PROBES else logging.INFO,
+            "request",
+            method=method,
+            route=route,
+            status=status,
+            ms=round(1000 * seconds, 1),
+            client=client[0],
+            actor=scope.get("state", {}).get("actor"),
+        )
+        if span is not None:
+            span.update_name(f"{counted} {route}")  # type: ignore[attr-defined]
+            span.set_attribute("http.response.status_code", status)  # type: ignore[attr-defined]
+
+
+class SecurityHeaders:
+    """Nothing this service answers may be framed, sniffed, cached or load from elsewhere."""
+
+    # The page of the documentation runs its own scripts; everything else runs nothing.
+    PAGE = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    DATA = "default-src 'none'; frame-ancestors 'none'; sandbox"
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                page = headers.get("content-type", "").startswith("text/html")
+                headers["Content-Security-Policy"] = self.PAGE if page else self.DATA
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        wrapped = scope["type"] == "http"
+        await self.app(scope, receive, send_with_headers if wrapped else send)
+
+
+class CrossOrigin(CORSMiddleware):
+    """Which pages of other origins may call the service; a refusal is a problem like all others."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        error = OriginRefused(
+            f"a page may not call this so ({bytes(answer.body).decode().lower()}); the setting "
+            "cors_origins lists the pages that may",
+            headers={"Vary": "Origin"},
+        )
+        return problems.answer(error, "")
+
+
+class Door:
+    """How many requests are in flight, and whether new ones are let in."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.closing = False
+
+
+class Gate:
+    """Counts requests; once the door is closing, those that still come are answered with 503."""
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self.app, self._door = app, door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["path"] in _PROBES and scope["path"] != "/readyz"):
+            await self.app(scope, receive, send)
+            return
+        if self._door.closing:
+            await self._refuse(scope, receive, send)
+            return
+        answered = False
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        self._door.in_flight += 1
+        try:
+            await self.app(scope, receive, noted)
+        except asyncio.CancelledError:
+            # The server cancels what has had its time, and would log this as a defect.
+            if not self._door.closing:
+                raise
+            if not answered:
+                await self._refuse(scope, receive, send)
+        finally:
+            self._door.in_flight -= 1
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {"Retry-After": "5", "Connection": "close"}
+        refused = ShuttingDown(
+            "the service is shutting down; try again when it is back", headers=headers
+        )
+        await problems.response(Request(scope), refused)(scope, receive, send)

@@ -1,0 +1,26 @@
+"""What the service and its decoding processes say to each other.
+
+For every image a process is sent an `Order` as JSON and the image's bytes. It answers with a JSON
+object (`FACTS` of the crop, or `code` and `detail` of an error), the pixels and the bytes to store:
+nothing that the service would have to unpickle, whatever a codec was made to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.images.decode import ModalityChoice
+
+FACTS = ("modality", "modality_source", "width", "height", "bit_depth", "sha256", "media_type")
+
+
+@dataclass(frozen=True)
+class Order:
+    """How to decode one image. height, width: of the picture to answer. seconds: it may take."""
+
+    modality: ModalityChoice
+    box: tuple[int, int, int, int] | None
+    limits: tuple[int, int, int, int]
+    height: int
+    width: int
+    seconds: float

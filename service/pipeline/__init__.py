@@ -1,0 +1,1 @@
+"""The way of a query and of an enrollment through the stages."""

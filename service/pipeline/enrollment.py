@@ -1,0 +1,186 @@
+"""Enroll crops: one, or many in one transaction, each with an outcome of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import torch
+
+from service.errors import IdempotencyConflict, ModelVersionConflict, ServiceError
+from service.gallery import Item, NewItem, RequestKey
+from service.images.decode import Picture
+from service.kit.concurrency import gathered
+from service.pipeline.pipeline import SWITCH_TRIES, SWITCH_WAIT, Embedding, Pipeline
+
+# Of one batch, so many are decoded or wait for the network at once: others get their turn.
+_WINDOW = 32
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the sender of a crop knows of it."""
+
+    person_id: str | None = None
+    camera_id: str | None = None
+    captured_at: datetime | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Enrollment:
+    """One crop to enroll. key: the client's Idempotency-Key."""
+
+    picture: Picture
+    labels: Labels = field(default_factory=Labels)
+    key: str | None = None
+
+    def request(self) -> RequestKey | None:
+        """The key with the SHA-256 of all that is enrolled under it."""
+        if self.key is None:
+            return None
+        digest = hashlib.sha256(hashlib.sha256(self.picture.data).digest())
+        labels = self.labels
+        captured = None if labels.captured_at is None else labels.captured_at.isoformat()
+        rest = [self.picture.modality, self.picture.box, labels.person_id, labels.camera_id]
+        digest.update(json.dumps([*rest, captured, labels.metadata], sort_keys=True).encode())
+        return RequestKey(self.key, digest.hexdigest())
+
+    def item(self, embedding: Embedding) -> NewItem:
+        """What the gallery takes."""
+        return NewItem(
+            embedding.crop,
+            person_id=self.labels.person_id,
+            camera_id=self.labels.camera_id,
+            captured_at=self.labels.captured_at,
+            metadata=self.labels.metadata,
+            request=self.request(),
+        )
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """new: false where the same key and content had enrolled the item before."""
+
+    item: Item
+    new: bool
+
+
+Outcome = Enrolled | ServiceError
+
+
+async def enroll(pipeline: Pipeline, wanted: Sequence[Enrollment]) -> list[Outcome]:
+    """Decode and embed crops, and store those that can be in one transaction.
+
+    An image that is refused, and a key that stands for other content, fail alone. What fails as a
+    whole raises: StorageFull, DatabaseUnavailable and the like; then nothing is stored.
+    """
+    return await _Batch(pipeline, wanted).run()
+
+
+class _Batch:
+    def __init__(self, pipeline: Pipeline, wanted: Sequence[Enrollment]) -> None:
+        self._pipeline, self._wanted = pipeline, wanted
+        self._requests = [one.request() for one in wanted]
+        self._outcomes: dict[int, Outcome] = {}
+        self._same: dict[int, int] = {}  # place → an earlier one with the same key and content
+        self._embedded: dict[int, Embedding] = {}
+
+    async def run(self) -> list[Outcome]:
+        self._find_repeats()
+        await self._find_enrolled()
+        await self._embed_all(self._open())
+        await self._store()
+        for place, first in self._same.items():
+            outcome = self._outcomes[first]
+            self._outcomes[place] = (
+                Enrolled(outcome.item, new=False) if isinstance(outcome, Enrolled) else outcome
+            )
+        return [self._outcomes[place] for place in range(len(self._wanted))]
+
+    def _open(self) -> list[int]:
+        """Places without an outcome so far."""
+        everyone = range(len(self._wanted))
+        return [p for p in everyone if p not in self._outcomes and p not in self._same]
+
+    def _find_repeats(self) -> None:
+        """Keys that the batch itself has twice."""
+        first: dict[str, int] = {}
+        for place, request in enumerate(self._requests):
+            if request is None:
+                continue
+            before = first.setdefault(request.key, place)
+            if before == place:
+                continue
+            if self._requests[before] == request:
+                self._same[place] = before
+            else:
+                self._outcomes[place] = IdempotencyConflict(
+                    "this key stands for other content in the same batch; give it another one"
+                )
+
+    async def _find_enrolled(self) -> None:
+        """What was enrolled before under the same keys."""
+        keyed = [(place, request) for place in self._open() if (request := self._requests[place])]
+        if keyed:
+            self._outcomes |= await self._pipeline.stored(partial(self._lookup, keyed))
+
+    def _lookup(self, keyed: Sequence[tuple[int, RequestKey]]) -> dict[int, Outcome]:
+        found: dict[int, Outcome] = {}
+        for place, request in keyed:
+            try:
+                item = self._pipeline.gallery.enrolled_by(request)
+            except IdempotencyConflict as conflict:
+                found[place] = conflict
+            else:
+                if item is not None:
+                    found[place] = Enrolled(item, new=False)
+        return found
+
+    async def _embed_all(self, places: Sequence[int]) -> None:
+        window = asyncio.Semaphore(_WINDOW)
+        await gathered(self._embed(place, window) for place in places)
+
+    async def _embed(self, place: int, window: asyncio.Semaphore) -> None:
+        async with window:
+            try:
+                self._embedded[place] = await self._pipeline.embedded(
+                    self._wanted[place].picture, query=False
+                )
+            except ServiceError as error:
+                self._outcomes[place] = error
+
+    async def _store(self) -> None:
+        for attempt in range(SWITCH_TRIES):
+            network = self._pipeline.network
+            stale = [p for p in self._open() if self._embedded[p].network is not network]
+            await self._embed_all(stale)
+            places = self._open()
+            if not places:
+                return
+            new = [self._wanted[place].item(self._embedded[place]) for place in places]
+            rows = torch.stack([self._embedded[place].features for place in places])
+            add = partial(self._pipeline.gallery.add, new, rows, model=network.model)
+            started = time.perf_counter()
+            try:
+                items = await self._pipeline.stored(add)
+            except (IdempotencyConflict, ModelVersionConflict) as conflict:
+                if attempt == SWITCH_TRIES - 1:
+                    raise
+                if isinstance(conflict, IdempotencyConflict):
+                    # Another request enrolled one of the keys since: that one is found now.
+                    await self._find_enrolled()
+                else:  # the gallery has just gone on to another checkpoint
+                    await asyncio.sleep(SWITCH_WAIT)
+                continue
+            self._pipeline.note("store", time.perf_counter() - started)
+            self._outcomes |= {
+                place: Enrolled(item, new=True) for place, item in zip(places, items, strict=True)
+            }

@@ -1,0 +1,260 @@
+"""The way of an enrollment and of a query, off the event loop: every step is bounded.
+
+bytes → decoding process → queue → network → y → gallery.add                            (enroll)
+bytes → decoding process → queue → network → x, γ, β → gallery.search → ranked items    (query)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from anyio import create_task_group, sleep
+from anyio.abc import TaskGroup
+from torch import Tensor
+
+from service.embedding.embedder import Embedder
+from service.embedding.engine import Network
+from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
+from service.gallery import Act, Gallery, SearchResult
+from service.images import Decoders
+from service.images.decode import STORED, Crop, Modality, ModalitySource, Picture
+from service.kit.concurrency import gathered, in_thread
+from service.observability.metrics import Metrics
+from service.observability.tracing import Tracing
+from service.pipeline.audit_writer import Trail
+from service.pipeline.search_batcher import Ranker, Search, Seen
+from service.pipeline.self_check import Pulse
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# SQLite has one writer; readers of a page or an image are short.
+_STORE_THREADS = 8
+_EXPIRE_EVERY = 600.0  # seconds
+# Between the moment when the gallery goes on to another checkpoint and that when we do.
+SWITCH_TRIES = 20
+SWITCH_WAIT = 0.1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A ranking (`ranking.Ranking`), and what its query was taken for.
+
+    model: fingerprint of the checkpoint. timings_ms: decode, queue, embed, total too.
+    """
+
+    result: SearchResult
+    similarities: list[float | None]
+    modality: Modality | Literal["mixed"]
+    modality_source: ModalitySource
+    model: str
+    timings_ms: dict[str, float]
+
+
+class Embedding(NamedTuple):
+    """A decoded crop, its features P×D by a network, and the seconds of decode, queue and embed."""
+
+    crop: Crop
+    features: Tensor
+    network: Network
+    seconds: dict[str, float]
+
+
+class _Decoded(NamedTuple):
+    """A crop at the input size of `network`, and the seconds that it took."""
+
+    crop: Crop
+    network: Network
+    seconds: float
+
+
+class Pipeline:
+    """Runs queries, and what enrollments share with them. Its parts belong to whoever made it.
+
+    network: the one in use; see `switch`.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        gallery: Gallery,
+        decoders: Decoders,
+        settings: Settings,
+        metrics: Metrics,
+        tracing: Tracing,
+    ) -> None:
+        self.gallery = gallery
+        self._decoders, self._settings = decoders, settings
+        self._metrics, self._tracing = metrics, tracing
+        self.network = Network(embedder, settings, metrics.batch)
+        self._background: TaskGroup | None = None
+        self._decoding = ThreadPoolExecutor(settings.decode_processes, "decode")
+        self._ranker = Ranker(gallery)
+        self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
+        self.trail = Trail(gallery, metrics.audit_failures.inc)
+        self.pulse = Pulse(partial(self.embedded, query=True))
+
+    async def run(self) -> None:
+        """What goes on in the background, until cancelled."""
+        async with create_task_group() as group:
+            self._background = group
+            group.start_soon(self.network.run)
+            group.start_soon(self.pulse.run)
+            group.start_soon(self._expire)
+
+    def switch(self, embedder: Embedder) -> None:
+        """Embed with another checkpoint from now on; call it when the gallery has switched.
+
+        What waits before the network of old is still embedded there, found to be of the wrong
+        checkpoint by the gallery, and embedded once more. Then the old one is let go.
+        """
+        assert self._background is not None
+        self.network.queue.retire()
+        gc.unfreeze()  # with all else that `service.app` froze, the old one would stay
+        network = Network(embedder, self._settings, self._metrics.batch)
+        self._background.start_soon(network.run)
+        self.network = network
+        self._metrics.use(embedder)
+
+    def note(self, stage: str, seconds: float) -> None:
+        """A stage of the present request has ended."""
+        self._metrics.stage(stage, seconds)
+        self._tracing.stage(stage, seconds)
+
+    def close(self) -> None:
+        """End the threads, when nothing is under way any longer."""
+        for threads in (self._decoding, self._storing):
+            threads.shutdown(cancel_futures=True)
+        self._ranker.close()
+        self.trail.close()
+
+    async def stored(self, call: Callable[[], T]) -> T:
+        """Run a call to the gallery that reads or changes it."""
+        return await in_thread(self._storing, call)
+
+    def decode_stored(self, picture: Picture, height: int, width: int) -> Crop:
+        """Decode a crop of the gallery in one of the decoding processes. Raises ServiceError."""
+        return self._decoders.decode(picture, height, width, STORED)
+
+    async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
+        """Decode and embed one picture. Raises ServiceError."""
+        while True:
+            # The network may have been changed by the time it is decoded.
+            with suppress(ModelVersionConflict), self.network.queue.present():
+                return await self._embedded(await self._decoded(picture), query=query)
+
+    async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
+        """Rank the gallery for one person seen in 1 to 16 pictures, which are fused.
+
+        actor: who asks, for the audit log, which is on the disk before the answer is given. Raises
+        ServiceError.
+        """
+        with self.network.queue.present(len(pictures)):
+            return await self._query(pictures, search, actor)
+
+    async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
+        started = time.perf_counter()
+        decoded = await gathered(self._decoded(picture) for picture in pictures)
+        modalities = {one.crop.modality for one in decoded}
+        modality = modalities.pop() if len(modalities) == 1 else "mixed"
+        details = {"images": len(pictures), "modality": modality, **_described(search)}
+        act = Act(actor, "query", details=details, persons=search.filters.person_id)
+        noting = asyncio.create_task(self.trail.note(act))
+        try:
+            for _ in range(SWITCH_TRIES):
+                try:
+                    return await self._answer(decoded, modality, search, started)
+                except ModelVersionConflict:  # the gallery has just gone on to another checkpoint
+                    await sleep(SWITCH_WAIT)
+                    decoded = await gathered(self._decoded(picture) for picture in pictures)
+            return await self._answer(decoded, modality, search, started)
+        finally:
+            await noting
+
+    async def _decoded(self, picture: Picture) -> _Decoded:
+        network = self.network
+        config = network.embedder.info.config
+        started = time.perf_counter()
+        decode = partial(self._decoders.decode, picture, config.input_height, config.input_width)
+        crop = await in_thread(self._decoding, decode)
+        took = time.perf_counter() - started
+        self.note("decode", took)
+        return _Decoded(crop, network, took)
+
+    async def _embedded(self, decoded: _Decoded, *, query: bool) -> Embedding:
+        crop, network, took = decoded
+        features, waited, embedding = await network.queue.embed(crop, query=query)
+        if not features.isfinite().all():
+            raise EmbeddingFailed(
+                "the features of the image are not finite; the checkpoint is damaged or untrained"
+            )
+        self.note("queue", waited)
+        self.note("embed", embedding)
+        seconds = {"decode": took, "queue": waited, "embed": embedding}
+        return Embedding(crop, features, network, seconds)
+
+    async def _answer(
+        self,
+        decoded: Sequence[_Decoded],
+        modality: Modality | Literal["mixed"],
+        search: Search,
+        started: float,
+    ) -> Answer:
+        network = decoded[0].network
+        if any(one.network is not network for one in decoded):
+            raise ModelVersionConflict("the checkpoint was changed between two of the images")
+        seen = await gathered(self._embedded(one, query=True) for one in decoded)
+        features = torch.stack([one.features for one in seen])
+        result, similarities = await self._ranker.rank(
+            Seen(network.embedder, features, modality, search)
+        )
+        for stage, milliseconds in result.timings_ms.items():
+            self.note(stage, milliseconds / 1000)
+        slowest = {stage: max(one.seconds[stage] for one in seen) for stage in seen[0].seconds}
+        return Answer(
+            result=result,
+            similarities=similarities,
+            modality=modality,
+            modality_source=seen[0].crop.modality_source,
+            model=network.model,
+            timings_ms={
+                **{stage: 1000 * seconds for stage, seconds in slowest.items()},
+                **result.timings_ms,
+                "total": 1000 * (time.perf_counter() - started),
+            },
+        )
+
+    async def _expire(self) -> None:
+        """Delete what is older than the settings let it grow."""
+        days = self._settings.retention_days
+        while days is not None:
+            before = datetime.now(UTC) - timedelta(days=days)
+            try:
+                gone = await self.stored(partial(self.gallery.expire, before))
+                if gone:
+                    log.info("%d items were older than %g days and are deleted", gone, days)
+            except ServiceError as error:
+                log.warning("items that are too old are not deleted yet: %s", error.detail)
+            await sleep(_EXPIRE_EVERY)
+
+
+def _described(search: Search) -> dict[str, Any]:
+    """What the audit log says of a search, but for the persons it is for."""
+    return {
+        "top_k": search.top_k,
+        "exhaustive": search.exhaustive,
+        **search.filters.described(),
+    }

@@ -1,0 +1,167 @@
+"""Queries of all requests wait here for the gallery, and are ranked together.
+
+A batch is what has come while the one before it was ranked: rows, tables and the store are read
+once for all of it. Queries that look at every item have a thread of their own, so that those that
+need not never wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import Modulation
+from service.embedding.embedder import Embedder
+from service.fusion import fuse
+from service.gallery import Gallery, Options, Query, SearchResult
+from service.kit.concurrency import in_thread
+
+_TOGETHER = 32  # queries at most, so that the first of them need not wait for too many others
+
+
+@dataclass(frozen=True)
+class Search(Options):
+    """How to rank; without modulation by the plain distance."""
+
+    modulation: bool = True
+
+
+class Ranking(NamedTuple):
+    """similarities: of each hit, the probability that it shows the person of the query; None where
+    the checkpoint is not calibrated for this query and gallery modality."""
+
+    result: SearchResult
+    similarities: list[float | None]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One person: features K×P×D of K images by `embedder`. modality: theirs, or "mixed"."""
+
+    embedder: Embedder
+    features: Tensor
+    modality: str
+    search: Search
+
+
+@dataclass(eq=False)
+class _Waiting:
+    seen: Seen
+    done: asyncio.Future[Ranking]
+
+
+class _Line:
+    """Requests that are ranked in one thread, batch after batch."""
+
+    def __init__(self, gallery: Gallery, name: str) -> None:
+        self._gallery = gallery
+        self._thread = ThreadPoolExecutor(1, name)
+        self._waiting: deque[_Waiting] = deque()
+        self._work: asyncio.Task[None] | None = None
+
+    async def rank(self, seen: Seen) -> Ranking:
+        waiting = _Waiting(seen, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._run())
+        return await waiting.done
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    async def _run(self) -> None:
+        while self._waiting:
+            count = min(_TOGETHER, len(self._waiting))
+            taken = [self._waiting.popleft() for _ in range(count)]
+            batch = [one for one in taken if not one.done.done()]  # the others were cancelled
+            work = partial(_outcomes, self._gallery, [one.seen for one in batch])
+            outcomes: Sequence[Ranking | Exception]
+            try:
+                outcomes = await in_thread(self._thread, work)
+            except Exception as error:  # the thread's, not of a search
+                outcomes = [error] * len(batch)
+            for one, outcome in zip(batch, outcomes, strict=True):
+                if one.done.done():
+                    continue
+                if isinstance(outcome, Exception):
+                    one.done.set_exception(outcome)
+                else:
+                    one.done.set_result(outcome)
+
+
+class Ranker:
+    """Ranks `gallery`. Used on one event loop."""
+
+    def __init__(self, gallery: Gallery) -> None:
+        self._short, self._long = _Line(gallery, "search"), _Line(gallery, "exhaustive")
+
+    async def rank(self, seen: Seen) -> Ranking:
+        """Rank the gallery for one person. Raises what `Gallery.search_all` does."""
+        search = seen.search
+        return await (self._long if search.exhaustive else self._short).rank(seen)
+
+    def close(self) -> None:
+        """End the threads, when nothing is under way any longer."""
+        self._short.close()
+        self._long.close()
+
+
+def _outcomes(gallery: Gallery, batch: Sequence[Seen]) -> list[Ranking | Exception]:
+    """Each one's ranking, or what went wrong with it alone."""
+    outcomes: dict[int, Ranking | Exception] = {}
+    embedders = {id(seen.embedder): seen.embedder for seen in batch}
+    for embedder in embedders.values():  # two while the checkpoint is being changed
+        members = [i for i, seen in enumerate(batch) if seen.embedder is embedder]
+        ranked = _ranked_apart(gallery, embedder, [batch[i] for i in members])
+        outcomes.update(zip(members, ranked, strict=True))
+    return [outcomes[i] for i in range(len(batch))]
+
+
+def _ranked_apart(
+    gallery: Gallery, embedder: Embedder, batch: Sequence[Seen]
+) -> Iterable[Ranking | Exception]:
+    try:
+        return _ranked(gallery, embedder, batch)
+    except Exception as error:
+        if len(batch) == 1:
+            return [error]
+        return [one for seen in batch for one in _ranked_apart(gallery, embedder, [seen])]
+
+
+def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[Seen]) -> list[Ranking]:
+    """Curves are fitted on queries of one image; a query of several is judged by the same ones, one
+    of both modalities by none."""
+    info = embedder.info
+    x = torch.stack([fuse(s.features, normalise=info.config.normalise_test) for s in batch])
+    gamma, beta = embedder.modulation(x)
+    modulations = [
+        Modulation(gamma[i : i + 1], beta[i : i + 1]) if seen.search.modulation else None
+        for i, seen in enumerate(batch)
+    ]
+    queries = [
+        Query(*parts) for parts in zip(x, modulations, (s.search for s in batch), strict=True)
+    ]
+    results = gallery.search_all(queries, model=info.fingerprint)
+    if info.calibration is None:
+        return [Ranking(result, [None] * len(result.hits)) for result in results]
+    return [
+        Ranking(
+            result,
+            info.calibration.similarities(
+                x[i],
+                modulations[i],
+                [hit.distance for hit in result.hits],
+                query=seen.modality,
+                gallery=[hit.item.modality for hit in result.hits],
+            ),
+        )
+        for i, (seen, result) in enumerate(zip(batch, results, strict=True))
+    ]

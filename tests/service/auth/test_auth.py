@@ -1,0 +1,216 @@
+"""Keys, scopes, and who may reach a service that has none."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.auth.authorization import ROUTE_SCOPES
+from service.auth.keys import KeyFile, KeyFileError, Keyring, Scope
+from service.settings import SettingsError, is_loopback, load_settings
+
+SCOPES: tuple[Scope, ...] = ("query", "enroll", "admin")
+NOBODY = "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10"
+
+
+@dataclass
+class Guarded:
+    """A service with one key per scope."""
+
+    http: httpx.Client
+    file: KeyFile
+    tokens: dict[Scope, str]
+
+
+@pytest.fixture(scope="module")
+def guarded(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("guarded")
+    file = KeyFile(folder / "keys.json")
+    tokens = {scope: file.create(scope, [scope])[1] for scope in SCOPES}
+    # Beyond loopback: allowed, because there are keys.
+    with serve(folder / "data", api_keys_file=file.path, host="0.0.0.0") as url:
+        address = url.replace("0.0.0.0", "127.0.0.1")
+        with httpx.Client(base_url=address, trust_env=False) as http:
+            yield Guarded(http, file, tokens)
+
+
+def call(guarded: Guarded, method: str, path: str, token: str | None) -> httpx.Response:
+    path = path.replace("{id}", NOBODY).replace("{asset}", "docs.js")
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    return guarded.http.request(method, path, headers=headers)
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTE_SCOPES)
+def test_every_route_with_every_scope(guarded: Guarded, method: str, path: str) -> None:
+    needed = ROUTE_SCOPES[method, path]
+    anonymous = call(guarded, method, path, None)
+    if needed is None:
+        assert anonymous.status_code == 200
+        return
+    assert anonymous.status_code == 401
+    assert anonymous.headers["www-authenticate"] == "Bearer"
+    assert anonymous.json()["code"] == "unauthorized"
+    for scope in SCOPES:
+        answer = call(guarded, method, path, guarded.tokens[scope])
+        if scope == needed:  # let in: what is wrong now is only what was sent
+            assert answer.status_code in (200, 404, 415, 422)
+        else:
+            assert (answer.status_code, answer.json()["code"]) == (403, "scope_missing")
+
+
+def test_openapi_says_which_routes_need_a_key(guarded: Guarded, http: httpx.Client) -> None:
+    document = guarded.http.get("/openapi.json").json()
+    without = http.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            needed = ROUTE_SCOPES[method.upper(), path] is not None
+            assert ("security" in operation) == needed
+            assert "security" not in without["paths"][path][method]
+
+
+def test_only_bearer_keys_that_exist_are_let_in(guarded: Guarded) -> None:
+    good = guarded.tokens["query"]
+    for header in (
+        "",
+        "Bearer",
+        f"Basic {good}",
+        f"Bearer {good}x",
+        f"Bearer {good[:-1]}",
+        f"Bearer {good.upper()}",
+        f"bearer{good}",
+        "Bearer " + "x" * 4000,
+    ):
+        answer = guarded.http.get("/gallery", headers={"Authorization": header})
+        assert answer.status_code == 401, header
+    raw = [(b"Authorization", b"Bearer \xff\xfe")]
+    assert guarded.http.get("/gallery", headers=raw).status_code == 401
+    assert guarded.http.get(f"/gallery?api_key={good}").status_code == 401
+    assert guarded.http.get("/gallery", headers={"Authorization": f"Bearer {good}"}).is_success
+
+
+def test_a_body_is_not_read_before_the_key_is_known(guarded: Guarded) -> None:
+    answer = guarded.http.post("/gallery", files={"image": bytes(1000)})
+    assert answer.json()["code"] == "unauthorized"
+
+
+def test_keys_take_effect_and_end_without_a_restart(guarded: Guarded) -> None:
+    key, token = guarded.file.create("short-lived", ["query"])
+    headers = {"Authorization": f"Bearer {token}"}
+    assert guarded.http.get("/gallery", headers=headers).status_code == 200
+    guarded.file.revoke(key.id)
+    assert guarded.http.get("/gallery", headers=headers).status_code == 401
+
+
+def test_without_a_readable_file_nobody_is_let_in(guarded: Guarded) -> None:
+    hidden = guarded.file.path.with_suffix(".hidden")
+    headers = {"Authorization": f"Bearer {guarded.tokens['query']}"}
+    guarded.file.path.rename(hidden)
+    answer = guarded.http.get("/gallery", headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (503, "keys_unreadable")
+    hidden.rename(guarded.file.path)
+    assert guarded.http.get("/gallery", headers=headers).status_code == 200
+
+
+def test_the_file_holds_no_key_and_is_private(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "new" / "keys.json")
+    _, token = file.create("desk", ["query", "enroll"])
+    assert token not in file.path.read_text()
+    assert token.removeprefix("cmt_") not in file.path.read_text()
+    assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
+    assert [key.name for key in file.read()] == ["desk"]
+    found = Keyring(file.path).find(token)
+    assert found is not None and found.scopes == {"query", "enroll"}
+    with pytest.raises(KeyFileError, match="cmt keys list"):
+        file.revoke("nothing")
+
+
+def test_keys_made_at_once_are_all_kept(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    makers = [
+        threading.Thread(target=lambda n=n: file.create(str(n), ["query"])) for n in range(12)
+    ]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert {key.name for key in file.read()} == {str(n) for n in range(12)}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
+def test_beyond_loopback_needs_a_key(tmp_path: Path, host: str) -> None:
+    assert not is_loopback(host)
+    with pytest.raises(SettingsError, match="cmt keys create"):
+        load_settings(checkpoint=tmp_path / "c", data_dir=tmp_path, host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_none(tmp_path: Path, host: str) -> None:
+    assert load_settings(checkpoint=tmp_path / "c", data_dir=tmp_path, host=host).host == host
+
+
+def test_a_file_without_keys_is_refused(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    given = {"checkpoint": tmp_path / "c", "data_dir": tmp_path, "api_keys_file": file.path}
+    with pytest.raises(SettingsError, match="no file of keys"):
+        load_settings(**given)
+    key, _ = file.create("one", ["query"])
+    assert load_settings(**given, host="0.0.0.0").host == "0.0.0.0"
+    file.revoke(key.id)
+    with pytest.raises(SettingsError, match="nobody could get in"):
+        load_settings(**given)
+    file.path.write_text("not json")
+    with pytest.raises(SettingsError, match="restore it"):
+        load_settings(**given)
+
+
+def test_other_sites_may_not_use_a_service_without_keys(http: httpx.Client) -> None:
+    port = http.base_url.port
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": f"http://127.0.0.1:{port}0"},
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1.evil.example"},
+    ):
+        answer = http.get("/gallery", headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (403, "origin_refused")
+    for headers in (
+        {"Origin": f"http://127.0.0.1:{port}"},
+        {"Host": f"localhost:{port}"},
+        {"Host": f"[::1]:{port}"},
+    ):
+        assert http.get("/gallery", headers=headers).status_code == 200
+
+
+def test_an_origin_that_is_allowed_gets_in(serve: Any, tmp_path: Path) -> None:
+    origin = {"Origin": "https://desk.example"}
+    with (
+        serve(tmp_path, cors_origins=("https://desk.example",)) as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+    ):
+        answer = http.get("/gallery", headers=origin)
+        assert answer.headers["access-control-allow-origin"] == "https://desk.example"
+        assert http.get("/gallery", headers={"Origin": "https://x.example"}).status_code == 403
+
+
+def test_a_refused_preflight_is_a_problem(serve: Any, tmp_path: Path) -> None:
+    asked = {"Origin": "https://x.example", "Access-Control-Request-Method": "POST"}
+    with (
+        serve(tmp_path, cors_origins=("https://desk.example",)) as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+    ):
+        refused = http.options("/query", headers=asked)
+        assert refused.status_code == 403
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert refused.json()["code"] == "origin_refused"
+        assert "cors_origins" in refused.json()["detail"]
+        allowed = http.options("/query", headers={**asked, "Origin": "https://desk.example"})
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://desk.example"

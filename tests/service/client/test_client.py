@@ -1,0 +1,149 @@
+"""Both clients against a real service, and how they behave when it is busy or not there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.auth.keys import KeyFile
+from service.client import AsyncClient, Client, ServiceProblem, Unreachable
+from service.client.requests import LONGEST_WAIT, wait_before_retry
+
+
+def test_every_verb(url: str, visible: list[Path], infrared: list[Path]) -> None:
+    when = datetime(2026, 3, 1, 13, 5, tzinfo=UTC)
+    with Client(url) as client:
+        client.ready()
+        item = client.enroll(
+            visible[0],
+            person_id="1",
+            camera_id="gate",
+            captured_at=when,
+            modality="rgb",
+            box=(2, 3, 40, 80),
+            metadata={"note": "ü"},
+            idempotency_key="k",
+        )
+        assert (item.captured_at, item.metadata, item.width) == (when, {"note": "ü"}, 40)
+        other = client.enroll(visible[1].read_bytes(), person_id="2")
+        assert client.get(item.id) == item
+        page = client.list(person_id=["1", "2"], limit=1)
+        assert (page.total, page.items) == (2, [item])
+        rest = client.list(person_id=["1", "2"], limit=1, cursor=page.next_cursor)
+        assert (rest.items, rest.next_cursor) == ([other], None)
+        answer = client.query([infrared[0], infrared[1]], explain=True, debug=True, top_k=1)
+        assert answer.query.images == 2
+        assert len(answer.results) == 1 and answer.timings_ms is not None
+        assert answer.model == client.model().fingerprint == item.model
+        assert client.query(infrared[0], person_id=["2"]).results[0].item == other
+        data, media_type = client.image(other.id)
+        assert (data, media_type) == (visible[1].read_bytes(), "image/jpeg")
+        client.delete(other.id)
+        assert client.erase("1") == 1
+        with pytest.raises(ServiceProblem) as raised:
+            client.get(item.id)
+        assert (raised.value.status, raised.value.code) == (404, "item_not_found")
+
+
+def test_every_verb_as_coroutines(url: str, visible: list[Path], infrared: list[Path]) -> None:
+    async def scenario() -> None:
+        async with AsyncClient(url) as client:
+            await client.ready()
+            items = await asyncio.gather(
+                *(client.enroll(file, person_id=file.parent.name) for file in visible[:3])
+            )
+            assert (await client.list()).total == 3
+            assert await client.get(items[0].id) == items[0]
+            answer = await client.query(infrared[0], modulation=False)
+            assert len(answer.results) == 3
+            assert answer.model == (await client.model()).fingerprint
+            assert (await client.image(items[0].id))[0] == visible[0].read_bytes()
+            await client.delete(items[0].id)
+            for item in items[1:]:
+                assert await client.erase(item.person_id or "") == 1
+            with pytest.raises(ServiceProblem, match="GET /gallery lists"):
+                await client.get(items[0].id)
+
+    asyncio.run(scenario())
+
+
+def test_a_key_is_sent(serve: Any, tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    _, token = file.create("desk", ["query"])
+    with serve(tmp_path / "data", api_keys_file=file.path) as url:
+        with Client(url) as client, pytest.raises(ServiceProblem, match="cmt keys create"):
+            client.list()
+        with Client(url, api_key=token) as client:
+            assert client.list().total == 0
+
+
+def busy_until(free_at: float, header: dict[str, str]) -> httpx.MockTransport:
+    """A server that is busy until a moment: the one thing that a real one cannot be told to be."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if time.monotonic() < free_at:
+            problem = {
+                "title": "Overloaded",
+                "status": 429,
+                "code": "overloaded",
+                "detail": "try again",
+                "instance": "/",
+            }
+            return httpx.Response(429, json=problem, headers=header)
+        return httpx.Response(200, json={"items": [], "next_cursor": None, "total": 0})
+
+    return httpx.MockTransport(answer)
+
+
+def test_busy_is_waited_for_as_long_as_the_server_says() -> None:
+    transport = busy_until(time.monotonic() + 0.5, {"Retry-After": "0.2"})
+    with Client("http://service", transport=transport) as client:
+        assert client.list().total == 0
+
+    async def scenario() -> None:
+        transport = busy_until(time.monotonic() + 0.5, {"Retry-After": "0.2"})
+        async with AsyncClient("http://service", transport=transport) as client:
+            assert (await client.list()).total == 0
+
+    asyncio.run(scenario())
+
+
+def test_busy_is_not_waited_for_without_a_time_or_for_ever() -> None:
+    never = time.monotonic() + 1000
+    with Client("http://service", transport=busy_until(never, {})) as client:
+        with pytest.raises(ServiceProblem) as raised:
+            client.list()
+        assert raised.value.code == "overloaded"
+    transport = busy_until(never, {"Retry-After": "0.01"})
+    with (
+        Client("http://service", retries=2, transport=transport) as client,
+        pytest.raises(ServiceProblem),
+    ):
+        client.list()
+
+
+def test_those_refused_together_do_not_come_back_together() -> None:
+    refused = httpx.Response(429, headers={"Retry-After": "2"})
+    waits = [wait_before_retry(refused, 0, 1) for _ in range(50)]
+    assert all(wait is not None and 2 <= wait <= 3 for wait in waits)
+    assert len(set(waits)) > 40
+    long = httpx.Response(503, headers={"Retry-After": "1000"})
+    assert wait_before_retry(long, 0, 1) == LONGEST_WAIT
+
+
+def test_no_service_is_a_sentence() -> None:
+    with Client("http://127.0.0.1:9") as client, pytest.raises(Unreachable, match="cmt serve"):
+        client.list()
+
+    async def scenario() -> None:
+        async with AsyncClient("http://127.0.0.1:9") as client:
+            await client.list()
+
+    with pytest.raises(Unreachable, match="cmt serve"):
+        asyncio.run(scenario())

@@ -1,0 +1,160 @@
+"""The runtimes agree, modalities stay apart, and threads share one embedder."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from model import CMT, CheckpointError, preprocess
+from service.embedding.embedder import Embedder
+from service.errors import RuntimeUnavailable
+from service.images.decode import Crop, decode
+
+
+def crops(count: int, modality: str = "auto") -> list[Crop]:
+    """Random blocks of colour, every second one gray."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        blocks = rng.integers(0, 255, (8, 4, 1 if i % 2 else 3))
+        pixels = np.kron(np.broadcast_to(blocks, (8, 4, 3)), np.ones((12, 12, 1)))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        made.append(decode(buffer.getvalue(), modality=modality))  # type: ignore[arg-type]
+    return made
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_checkpoint: Path) -> Embedder:
+    return Embedder(tiny_checkpoint, device="cpu", runtime="torch", precision="float32")
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_checkpoint: Path, graphs: Path) -> Embedder:
+    return start(tiny_checkpoint, graphs)
+
+
+def test_torch_embeds_as_the_model_does(eager: Embedder, tiny_model: CMT) -> None:
+    batch = crops(6)
+    images = torch.stack([preprocess(crop.image, tiny_model.config) for crop in batch])
+    expected = tiny_model.embed(images, [crop.modality for crop in batch])
+    torch.testing.assert_close(eager.embed(batch), expected, rtol=1e-4, atol=1e-5)
+    assert {crop.modality for crop in batch} == {"rgb", "ir"}
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+def test_openvino_agrees_with_torch_at_any_batch(
+    eager: Embedder, converted: Embedder, count: int
+) -> None:
+    """Also in what tells pictures apart: random weights give all of them similar features."""
+    batch = crops(count)
+    ours, theirs = converted.embed(batch).flatten(1), eager.embed(batch).flatten(1)
+    assert float(functional.cosine_similarity(ours, theirs).min()) > 0.998
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert (converted.runtime, eager.runtime) == ("openvino", "torch")
+    assert converted.precision.startswith("f32")
+
+
+def test_the_given_modality_decides_the_stem(eager: Embedder, converted: Embedder) -> None:
+    as_rgb, as_ir = crops(4, "rgb"), crops(4, "ir")
+    for embedder in (eager, converted):
+        assert not torch.allclose(embedder.embed(as_rgb), embedder.embed(as_ir), atol=1e-3)
+
+
+def test_modulation_is_the_models(eager: Embedder, converted: Embedder, tiny_model: CMT) -> None:
+    x = eager.embed(crops(5))
+    expected = tiny_model.modulation(x)
+    assert expected.gamma.std(dim=0).max().item() > 0
+    for embedder in (eager, converted):
+        gamma, beta = embedder.modulation(x)
+        torch.testing.assert_close(gamma, expected.gamma)
+        torch.testing.assert_close(beta, expected.beta)
+
+
+def test_no_crops_give_no_features(eager: Embedder) -> None:
+    assert eager.embed([]).shape == (0, 6, 16)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "converted"])
+def test_threads_get_their_own_answers(runtime: str, request: pytest.FixtureRequest) -> None:
+    embedder: Embedder = request.getfixturevalue(runtime)
+    batch = crops(12)
+    alone = [embedder.embed([crop]) for crop in batch]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: embedder.embed([batch[i % 12]]), range(48)))
+    for i, features in enumerate(together):
+        torch.testing.assert_close(features, alone[i % 12], rtol=1e-3, atol=1e-5)
+
+
+def start(checkpoint: Path, graphs: Path) -> Embedder:
+    return Embedder(
+        checkpoint, device="cpu", runtime="openvino", cache_dir=graphs, precision="float32"
+    )
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "no digest"])
+def test_a_damaged_graph_on_disk_is_converted_again(
+    damage: str,
+    tiny_checkpoint: Path,
+    eager: Embedder,
+    converted: Embedder,
+    graphs: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(graphs, tmp_path, dirs_exist_ok=True)
+    (weights,) = tmp_path.glob("*-rgb.bin")
+    good = weights.read_bytes()
+    if damage == "flipped":
+        weights.write_bytes(good[:100] + bytes([good[100] ^ 0xFF]) + good[101:])
+    elif damage == "truncated":
+        weights.write_bytes(good[: len(good) // 2])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        next(tmp_path.glob("*-rgb.sha256")).unlink()
+    batch = crops(4)
+    repaired = start(tiny_checkpoint, tmp_path)
+    torch.testing.assert_close(repaired.embed(batch), eager.embed(batch), rtol=1e-3, atol=1e-4)
+    assert weights.read_bytes() == good
+
+
+def test_a_good_graph_on_disk_is_not_converted_again(
+    tiny_checkpoint: Path, eager: Embedder, converted: Embedder, graphs: Path
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in graphs.iterdir()}
+    again = start(tiny_checkpoint, graphs)
+    assert {path.name: path.stat().st_mtime_ns for path in graphs.iterdir()} == before
+    assert len(before) == 6
+    batch = crops(4)
+    torch.testing.assert_close(again.embed(batch), eager.embed(batch), rtol=1e-3, atol=1e-4)
+
+
+def test_auto_measures_and_says_why(
+    tiny_checkpoint: Path, eager: Embedder, converted: Embedder, graphs: Path
+) -> None:
+    embedder = Embedder(tiny_checkpoint, device="cpu", cache_dir=graphs, precision="float32")
+    assert embedder.runtime in ("torch", "openvino")
+    assert "as fast as torch" in embedder.precision or "slower" in embedder.precision
+    batch = crops(4)
+    torch.testing.assert_close(embedder.embed(batch), eager.embed(batch), rtol=1e-3, atol=1e-4)
+
+
+def test_bad_settings_are_sentences(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        Embedder(tmp_path / "none.safetensors", device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeUnavailable, match="no CUDA device"):
+            Embedder(tiny_checkpoint, device="cuda")

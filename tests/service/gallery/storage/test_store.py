@@ -1,0 +1,284 @@
+"""The store on both databases: what goes in comes out, changes and erasures are whole."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import select
+
+from service.errors import (
+    CursorInvalid,
+    DatabaseUnavailable,
+    GalleryLocked,
+    IdempotencyConflict,
+    ItemNotFound,
+    StorageUnwritable,
+)
+from service.gallery.records import Filters, ItemUpdate, NewItem, RequestKey
+from service.gallery.storage.audit import KEY_FILE, Act
+from service.gallery.storage.database import FILE_NAME
+from service.gallery.storage.folder_lock import FolderLock
+from service.gallery.storage.store import Store
+from service.gallery.storage.tables import audit, changes, schema
+from tests.service.postgres import PostgresServer
+from tests.service.stores import MODEL, SIZE, OpenStore, all_of, crop, new, rows
+
+
+def everything(store: Store, table: object) -> str:
+    """All that a table holds, as text."""
+    with store._database.reading() as connection:
+        return repr(connection.execute(select(table)).all())  # type: ignore[call-overload]
+
+
+def test_the_tables_are_those_of_the_migrations(store: Store) -> None:
+    with store._database.reading() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), schema) == []
+
+
+def test_an_item_keeps_all_it_was_given(open_store: OpenStore) -> None:
+    captured = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
+    given = NewItem(crop(), "Ann 'é'", 'cam"1;--', captured, {"deep": [1, {"x": "ü"}]})
+    ((number, item),) = open_store().add([given], rows(1))
+    again = open_store()
+    assert again.get(item.id) == item == again.fetch([number])[number]
+    assert (item.person_id, item.camera_id, item.captured_at) == (
+        given.person_id,
+        given.camera_id,
+        captured,
+    )
+    assert item.metadata == given.metadata
+    assert again.image(item.id) == (given.crop.data, "image/png")
+    assert all_of(again)[number][-1] == rows(1)[0].tolist()
+    assert again.list(Filters(person_id=("Ann 'é'",)), 5, None).items == [item]
+
+
+def test_a_key_belongs_to_one_content(store: Store) -> None:
+    request = RequestKey("key", "c" * 64)
+    ((_, item),) = store.add(new(1, request=request), rows(1))
+    assert store.enrolled_by(request) == item
+    with pytest.raises(IdempotencyConflict):
+        store.enrolled_by(RequestKey("key", "d" * 64))
+    with pytest.raises(IdempotencyConflict, match="same moment"):
+        store.add([*new(1), NewItem(crop(), request=request)], rows(2))
+    assert store.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (rows(1), "for 2 items"),
+        (rows(2, size=SIZE + 1), f"{SIZE} numbers"),
+        (rows(2).reshape(2, 3, 4), "shape"),
+        (np.full((2, SIZE), np.nan, np.float16), "not finite"),
+        (np.full((2, SIZE), np.inf, np.float16), "not finite"),
+    ],
+)
+def test_unusable_features_change_nothing(
+    store: Store, bad: np.typing.NDArray[np.float16], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        store.add(new(2), bad)
+    assert store.count() == 0
+
+
+# --- updates ---
+
+
+def test_an_update_changes_what_is_given_and_nothing_else(open_store: OpenStore) -> None:
+    store = open_store()
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    ((_, before),) = store.add(
+        new(1, person_id="p", camera_id="c", captured_at=moment, metadata={"a": 1}), rows(1)
+    )
+    after = store.update(before.id, ItemUpdate(person_id=None, metadata={"b": 2}), actor="key-1")
+    assert (after.person_id, after.metadata) == (None, {"b": 2})
+    assert (after.camera_id, after.captured_at) == ("c", moment)
+    later = store.update(before.id, ItemUpdate(camera_id="d", captured_at=None))
+    assert (later.camera_id, later.captured_at, later.metadata) == ("d", None, {"b": 2})
+    assert open_store().get(before.id) == later
+    assert [e.details for e in store.audit.page(9).entries] == [
+        {"fields": ["camera_id", "captured_at"]},
+        {"fields": ["person_id", "metadata"]},
+    ]
+
+
+def test_an_update_of_nothing_leaves_no_trace(store: Store) -> None:
+    ((_, item),) = store.add(new(1), rows(1))
+    assert store.update(item.id, ItemUpdate()) == item
+    assert store.audit.page(9).entries == []
+    with store.view() as view:
+        assert view.position().change == 0
+    for changed in (ItemUpdate(), ItemUpdate(person_id="p")):
+        with pytest.raises(ItemNotFound, match="no item has the id"):
+            store.update("unknown", changed)
+
+
+# --- erasure and audit ---
+
+
+def test_deletions_count_items_once_and_tell_of_themselves(store: Store) -> None:
+    added = store.add(new(5, person_id="p"), rows(5))
+    numbers = [number for number, _ in added]
+    assert store.delete([numbers[1], numbers[3], numbers[1], 10**6], actor="key-1") == 2
+    assert store.delete([numbers[1]]) == 0
+    assert sorted(all_of(store)) == [numbers[0], numbers[2], numbers[4]]
+    entries = store.audit.page(9).entries
+    assert {(e.actor, e.action, e.subject) for e in entries} == {
+        ("key-1", "delete", added[i][1].id) for i in (1, 3)
+    }
+    with store.view() as view:
+        assert view.position().change == 2
+
+
+def test_an_erased_person_is_named_nowhere(store: Store, tmp_path: Path) -> None:
+    kept = store.add(new(3, person_id="kept"), rows(3))
+    gone = store.add(new(3, person_id="Erika-Mustermann"), rows(3))
+    store.update(kept[0][1].id, ItemUpdate(person_id="Erika-Mustermann"))
+    store.delete([gone[0][0]])
+    erased = store.erase_person("Erika-Mustermann", actor="key-1")
+    assert erased == [kept[0][0], gone[1][0], gone[2][0]]
+    assert store.erase_person("Erika-Mustermann") == []
+    assert sorted(all_of(store)) == [kept[1][0], kept[2][0]]
+    log = store.audit.page(9).entries
+    assert log[1].subject == store.audit.pseudonym("Erika-Mustermann")
+    assert log[1].details == {"items": 3}
+    for table in (changes, audit):
+        assert "Erika" not in everything(store, table)
+    for path in tmp_path.iterdir():
+        assert b"Erika-Mustermann" not in path.read_bytes(), path
+
+
+def test_a_person_renamed_by_an_update_leaves_no_byte(tmp_path: Path) -> None:
+    store = Store(tmp_path, MODEL, SIZE)
+    ((_, item),) = store.add(new(1, person_id="Erika-Mustermann"), rows(1))
+    store.update(item.id, ItemUpdate(person_id=None))
+    assert not any(b"Erika-Mustermann" in path.read_bytes() for path in tmp_path.iterdir())
+    store.close()
+
+
+def test_pseudonyms_need_the_key_and_stay_the_same(open_store: OpenStore, tmp_path: Path) -> None:
+    store = open_store()
+    assert (tmp_path / KEY_FILE).exists() == store._database.sqlite
+    pseudonym = store.audit.pseudonym("p")
+    assert pseudonym != store.audit.pseudonym("q")
+    assert open_store().audit.pseudonym("p") == pseudonym
+    if store._database.sqlite:
+        assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
+        (tmp_path / KEY_FILE).unlink()
+        assert open_store().audit.pseudonym("p") != pseudonym
+    else:
+        assert not (tmp_path / KEY_FILE).exists()
+
+
+def test_the_log_is_paged_newest_first(store: Store) -> None:
+    for i in range(5):
+        store.audit.append(Act("key-1", "query", None, {"n": i}), Act("key-1", "extra"))
+    seen: list[int] = []
+    cursor = None
+    while True:
+        page = store.audit.page(3, cursor)
+        seen += [entry.number for entry in page.entries]
+        assert all(entry.moment <= datetime.now(UTC) for entry in page.entries)
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert len(seen) == 10
+    assert seen == sorted(seen, reverse=True)
+    assert json.dumps(store.audit.page(2).entries[1].details) == '{"n": 4}'
+    with pytest.raises(CursorInvalid):
+        store.audit.page(3, "nonsense")
+
+
+# --- where the database is ---
+
+
+def test_a_file_in_use_is_refused_by_whatever_way(tmp_path: Path) -> None:
+    """A second data folder, a URL, a link: the lock lies beside the database file."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    lock = FolderLock(home)  # as a Gallery holds it
+    store = Store(home, MODEL, SIZE)
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(home)
+    (elsewhere / "other.sqlite3").symlink_to(home / FILE_NAME)
+    for url in (
+        f"sqlite:///{home / FILE_NAME}",
+        f"sqlite:///{tmp_path / 'link' / FILE_NAME}",
+        f"sqlite:///{elsewhere / 'other.sqlite3'}",
+    ):
+        with pytest.raises(GalleryLocked, match="in use"):
+            Store(elsewhere, MODEL, SIZE, url)
+    store.close()
+    lock.release()
+    second = Store(elsewhere, MODEL, SIZE, f"sqlite:///{home / FILE_NAME}")
+    with pytest.raises(GalleryLocked):
+        FolderLock(home)
+    second.close()
+    FolderLock(home).release()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "nonsense", "sqlite://", "sqlite:///:memory:", "mysql://host/db", "postgresql://h/d"],
+)
+def test_other_databases_are_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(DatabaseUnavailable, match="postgresql\\+psycopg"):
+        Store(tmp_path, MODEL, SIZE, url)
+
+
+def test_a_file_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(StorageUnwritable, match="check the path, owner and mount"):
+        Store(tmp_path, MODEL, SIZE)
+
+
+def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    store = Store(tmp_path, MODEL, SIZE)
+    with store._database.engine.connect() as connection:  # what root meets on a read-only mount
+        connection.exec_driver_sql("PRAGMA query_only = ON")
+    with pytest.raises(StorageUnwritable, match="cannot be written"):
+        store.add(new(1), rows(1))
+    store.close()
+
+
+def test_a_server_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    url = f"postgresql+psycopg://me:secret@/gallery?host={tmp_path}"
+    with pytest.raises(DatabaseUnavailable, match="does not answer") as caught:
+        Store(tmp_path, MODEL, SIZE, url)
+    assert "secret" not in caught.value.detail
+
+
+def test_a_server_that_comes_back_is_used_again(
+    postgres: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    store = Store(tmp_path, MODEL, SIZE, postgres_url)
+    store.add(new(2), rows(2))
+    postgres.kill()
+    for call in (store.count, lambda: store.add(new(1), rows(1))):
+        with pytest.raises(DatabaseUnavailable, match="try again later"):
+            call()
+    postgres.start()
+    store.add(new(1), rows(1))
+    assert store.count() == 3
+    store.close()
+
+
+def test_a_transaction_cut_in_the_middle_is_unavailable(
+    postgres: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    store = Store(tmp_path, MODEL, SIZE, postgres_url)
+    store.add(new(2), rows(2))
+    with (
+        pytest.raises(DatabaseUnavailable, match="does not answer"),
+        store._database.reading() as connection,
+    ):
+        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        postgres.execute(f"SELECT pg_terminate_backend({pid}, 5000)")
+        connection.exec_driver_sql("SELECT 1")
+    assert store.count() == 2
+    store.close()

@@ -1,0 +1,120 @@
+"""Ready means that an image really comes through; the audit log survives a disk that is full."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from model import CMT, load_checkpoint, save_checkpoint
+from service.errors import MemoryExhausted, NotReady, StorageFull
+from service.gallery import Act
+from service.images.decode import Picture
+from service.pipeline import self_check as pulse
+from service.pipeline.audit_writer import Trail
+from service.pipeline.self_check import Pulse
+
+
+def test_a_checkpoint_that_gives_no_numbers_is_never_ready(
+    serve: Any, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
+) -> None:
+    _, info = load_checkpoint(tiny_checkpoint)
+    torch.manual_seed(1)
+    broken = CMT(info.config).eval()
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(1e30)
+    file = tmp_path / "overflowing.safetensors"
+    save_checkpoint(file, broken, training={"dataset": "none"})
+    with (
+        serve(tmp_path / "data", checkpoint=file) as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+    ):
+        answer = http.get("/readyz")
+        assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+        assert "not finite" in answer.json()["detail"]
+        assert http.get("/livez").status_code == 200
+        refused = http.post("/gallery", files={"image": visible[0].read_bytes()})
+        assert (refused.status_code, refused.json()["code"]) == (500, "embedding_failed")
+        assert http.get("/gallery").json()["total"] == 0
+
+
+def test_readiness_follows_the_last_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = []
+
+    async def embed(picture: Picture) -> None:
+        assert picture.data.startswith(b"\x89PNG")
+        if errors:
+            raise errors[0]
+
+    async def work() -> None:
+        heart = Pulse(embed)
+        with pytest.raises(NotReady, match="no image has been embedded yet"):
+            heart.check()
+        await heart.beat()
+        heart.check()
+        errors.append(MemoryExhausted("there is no memory to embed one image"))
+        await heart.beat()
+        with pytest.raises(NotReady, match="no memory to embed one image"):
+            heart.check()
+        errors.clear()
+        await heart.beat()
+        heart.check()
+        monkeypatch.setattr(pulse, "_LATE", 0.05)
+        await asyncio.sleep(0.1)
+        with pytest.raises(NotReady, match="decoding or the network hangs"):
+            heart.check()
+
+    asyncio.run(work())
+
+
+class FullDisk:
+    """A gallery whose disk is full until it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.full = True
+        self.acts: list[Act] = []
+
+    def record(self, *acts: Act) -> None:
+        if self.full:
+            raise StorageFull("no space")
+        self.acts += acts
+
+
+def test_entries_of_the_audit_log_wait_for_the_disk_in_their_order() -> None:
+    gallery, failures = FullDisk(), [0]
+
+    def failed() -> None:
+        failures[0] += 1
+
+    async def work() -> None:
+        trail = Trail(gallery, failed)  # type: ignore[arg-type]
+        await trail.note(Act("a", "query"))
+        await trail.note(Act("b", "query"))
+        assert (gallery.acts, failures[0]) == ([], 2)
+        gallery.full = False
+        await trail.note(Act("c", "query"))
+        trail.close()
+
+    asyncio.run(work())
+    assert [act.actor for act in gallery.acts] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("trusted", "address"), [((), "127.0.0.1"), (("127.0.0.0/8",), "203.0.113.9")]
+)
+def test_forwarded_headers_are_believed_from_configured_proxies_only(
+    serve: Any, tmp_path: Path, trusted: tuple[str, ...], address: str
+) -> None:
+    forged = {"X-Forwarded-For": "203.0.113.9"}
+    with (
+        serve(tmp_path, trusted_proxies=trusted) as url,
+        httpx.Client(base_url=url, trust_env=False, headers=forged) as http,
+    ):
+        assert http.get("/gallery").status_code == 200
+        [entry] = http.get("/admin/audit").json()["entries"]
+        assert entry["actor"] == f"address:{address}"

@@ -1,0 +1,270 @@
+"""RegDB, LLCM and plain folders through the whole evaluation, as library and as command."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageColor
+
+from model import load_checkpoint, modulate, save_checkpoint
+from model.cli import main
+from tests.paths import MINI
+from training.cli import DEFAULT_RECIPES
+from training.datasets import LAYOUTS, DatasetError, DatasetName
+from training.evaluation import protocol_splits, rank_metrics
+from training.evaluation.embedding import embed_samples
+from training.evaluation.figures import BORDER, CAPTION, RIGHT, THUMBNAIL, write_sheets
+from training.evaluation.published import published_rows
+from training.evaluation.report import score_model, summarise
+from training.recipe import load_recipe
+
+
+def test_regdb_and_folder_search_everything_in_both_directions(regdb_root, folder_root):
+    for name, root in ((DatasetName.REGDB, regdb_root), (DatasetName.FOLDER, folder_root)):
+        samples = LAYOUTS[name].test(root)
+        splits = protocol_splits(name, samples)
+        assert [split.title for split in splits] == ["visible-to-infrared", "infrared-to-visible"]
+        for split, query, gallery in zip(splits, ("rgb", "ir"), ("ir", "rgb"), strict=True):
+            assert (split.protocol, split.convention) == ("regdb", "whole")
+            assert len(split.galleries) == 1
+            for indices, modality in ((split.queries, query), (split.galleries[0], gallery)):
+                expected = {s.path for s in samples if s.modality == modality}
+                assert {samples[i].path for i in indices} == expected
+                assert len(indices) == len(expected)
+
+
+def test_llcm_galleries_are_the_draws_of_public_code(llcm_root):
+    samples = LAYOUTS[DatasetName.LLCM].test(llcm_root)
+    splits = protocol_splits(DatasetName.LLCM, samples)
+    assert [split.protocol for split in splits] == ["llcm", "llcm"]
+    for split, word, cameras in zip(splits, ("nir", "vis"), ((1, 2), (1, 2, 3)), strict=True):
+        assert len(split.galleries) == 10
+        for trial, gallery in enumerate(split.galleries):
+            random.seed(trial)  # as public code does, walking the folders
+            expected = []
+            for person in (5, 6, 7):
+                for camera in cameras:
+                    folder = llcm_root / f"test_{word}" / f"cam{camera}" / f"{person:04d}"
+                    expected.append(random.choice(sorted(folder.iterdir())))
+            assert [samples[i].path for i in gallery] == expected
+        assert {samples[i].modality for i in split.queries} == {"rgb" if word == "nir" else "ir"}
+
+
+def test_one_modality_is_refused(folder_root):
+    visible = [s for s in LAYOUTS[DatasetName.FOLDER].test(folder_root) if s.modality == "rgb"]
+    with pytest.raises(DatasetError, match="infrared images"):
+        protocol_splits(DatasetName.FOLDER, visible)
+
+
+def test_ten_models_are_averaged_and_each_is_the_plain_loop(tiny_model, regdb_root):
+    """Two trials: figures are the mean and deviation of what the paper's test loop gives."""
+    layout, plain, scores = LAYOUTS[DatasetName.REGDB], [], []
+    for trial in (1, 2):
+        samples = layout.test(regdb_root, trial)
+        splits = protocol_splits(DatasetName.REGDB, samples)
+        scores.append(score_model(tiny_model, samples, splits, batch_size=5))
+        people = np.array([s.person_id for s in samples])
+        y = embed_samples(tiny_model, samples).embedding
+        queries, gallery = splits[0].queries, splits[0].galleries[0]
+        with torch.no_grad():
+            modulated = modulate(y[gallery], tiny_model.modulation(y[queries]))
+        distance = (y[queries][:, None] - modulated).flatten(2).norm(dim=2)
+        zeros = np.zeros(12)
+        plain.append(
+            rank_metrics(distance, people[queries], people[gallery], zeros, zeros, "regdb")
+        )
+    evaluation = summarise(DatasetName.REGDB, scores)
+    split = evaluation.splits[0]
+    assert (evaluation.models, split.trials, split.queries, split.gallery) == (2, 2, 12, 12)
+    for field in ("mean_ap", "mean_inp"):
+        values = [getattr(metrics, field) for metrics in plain]
+        assert getattr(split.modulated, field).mean == pytest.approx(np.mean(values), abs=1e-3)
+        assert getattr(split.modulated, field).std == pytest.approx(np.std(values), abs=1e-3)
+    assert split.modulated.rank_1.mean == pytest.approx(np.mean([m.cmc[0] for m in plain]))
+    gain = split.modulated.mean_ap.mean - split.unmodulated.mean_ap.mean
+    assert split.modulation.map_gain == pytest.approx(gain)
+    single = [summarise(DatasetName.REGDB, [s]).compensation["ir"].rank_1 for s in scores]
+    assert evaluation.compensation["ir"].rank_1 == pytest.approx(np.mean(single))
+
+
+def evaluate(name, root, checkpoint, *more):
+    where = ("--dataset", name, "--root", str(root), "--checkpoint", str(checkpoint))
+    return main(["evaluate", *where, "--device", "cpu", *map(str, more)])
+
+
+def save(model, path, **training):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save_checkpoint(path, model, training=training)
+
+
+def test_the_command_takes_ten_checkpoints_by_a_pattern(tiny_model, regdb_root, tmp_path, capsys):
+    layout = LAYOUTS[DatasetName.REGDB]
+    for trial in range(1, 11):
+        ids = sorted(layout.train_ids(regdb_root, trial))
+        save(tiny_model, tmp_path / f"{trial}.safetensors", dataset="regdb", identities=ids)
+    pattern, out = tmp_path / "{trial}.safetensors", tmp_path / "out.json"
+    assert evaluate("regdb", regdb_root, pattern, "--json", out) == 0
+    printed = capsys.readouterr().out
+    assert "10 trials (the whole gallery)" in printed
+    assert "Table 2 of the paper (RegDB)" in printed
+    row = "CMT ECCV-22 95.17 98.82 99.51 87.30 91.97 97.92 99.07 84.46 measured ours, modulated"
+    assert row in " ".join(printed.split())
+    written = json.loads(out.read_text())
+    assert written["models"] == 10
+    assert [c["trial"] for c in written["checkpoints"]] == list(range(1, 11))
+    (tmp_path / "4.safetensors").unlink()
+    assert evaluate("regdb", regdb_root, pattern) == 1
+    error = capsys.readouterr().err
+    assert "4.safetensors (1 missing" in error and "docs/training.md#regdb" in error
+    assert evaluate("regdb", regdb_root, pattern, "--trial", 3, "--json", out) == 0
+    assert json.loads(out.read_text())["models"] == 1
+    assert evaluate("sysu", MINI, pattern) == 1
+    assert "without {trial}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_regdb_is_tested_on_its_own_trial(tiny_model, regdb_root, tmp_path, capsys):
+    ids = sorted(LAYOUTS[DatasetName.REGDB].train_ids(regdb_root, 5))
+    file = tmp_path / "five.safetensors"
+    save(tiny_model, file, dataset="regdb", identities=ids, trial=5)
+    assert evaluate("regdb", regdb_root, file, "--json", tmp_path / "out.json") == 0
+    (entry,) = json.loads((tmp_path / "out.json").read_text())["checkpoints"]
+    assert entry["trial"] == 5
+    capsys.readouterr()
+    assert evaluate("regdb", regdb_root, file, "--trial", 1) == 1
+    assert "trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llcm", "folder", "sysu"])
+def test_pictures_and_reranking_of_every_layout(request, name, tiny_checkpoint, tmp_path, capsys):
+    root, more = (
+        (MINI, ("--ids", MINI / "exp" / "val_id.txt"))
+        if name == "sysu"
+        else (
+            request.getfixturevalue(f"{name}_root"),
+            (),
+        )
+    )
+    plot, sheets, out = tmp_path / "a" / "cmc.png", tmp_path / "sheets", tmp_path / "out.json"
+    more = (*more, "--rerank", "--plot", plot, "--sheets", sheets, "--json", out)
+    assert evaluate(name, root, tiny_checkpoint, *more) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+    splits = json.loads(out.read_text())["splits"]
+    printed = capsys.readouterr().out
+    assert "re-ranked" in printed
+    for split in splits:
+        assert split["reranked"]["mean_ap"]["mean"] > 0
+        assert 0 < split["raw"]["mean_ap"]["mean"] != split["unmodulated"]["mean_ap"]["mean"]
+        assert len(split["modulated"]["cmc"]) == 20
+        title = split["title"].replace(" ", "_")
+        best, worst = (sorted(sheets.glob(f"{title}_{k}_*.png")) for k in ("best", "worst"))
+        assert len(best) == len(worst) > 0
+    assert ("Table 1, all-search of the paper" in printed) == (name == "sysu")
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [(("--plot", "cmc.xyz"), "cmc.xyz"), (("--convention", "seeded"), "only SYSU-MM01")],
+)
+def test_options_that_cannot_work_are_refused_before_any_work(folder_root, more, word, capsys):
+    assert evaluate("folder", folder_root, "absent.safetensors", *more) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+
+
+def test_checkpoints_that_were_selected_in_two_ways_share_no_table(
+    tiny_model, regdb_root, tmp_path, capsys
+):
+    for trial in range(1, 11):
+        ids = sorted(LAYOUTS[DatasetName.REGDB].train_ids(regdb_root, trial))
+        facts = {"dataset": "regdb", "identities": ids, "selection": "val" if trial > 1 else "last"}
+        save(tiny_model, tmp_path / f"{trial}.safetensors", **facts)
+    assert evaluate("regdb", regdb_root, tmp_path / "{trial}.safetensors") == 1
+    assert "was selected by 'val' and 1.safetensors by 'last'" in capsys.readouterr().err
+    assert evaluate("regdb", regdb_root, tmp_path / "2.safetensors", "--trial", "2") == 0
+    assert "Checkpoint selection: val" in capsys.readouterr().out
+
+
+def test_sheets_show_the_nearest_of_best_and_worst(tiny_model, regdb_root, tmp_path):
+    samples = LAYOUTS[DatasetName.REGDB].test(regdb_root)
+    splits = protocol_splits(DatasetName.REGDB, samples)
+    scores = score_model(tiny_model, samples, splits).splits[0]
+    files = write_sheets(samples, scores, tmp_path, count=2)
+    assert [file.name.split("_")[1:3] for file in files] == [
+        ["best", "01"],
+        ["best", "02"],
+        ["worst", "01"],
+        ["worst", "02"],
+    ]
+    precision = scores.modulated[0].average_precision
+    row = int(precision.argmax())
+    people = np.array([s.person_id for s in samples])
+    assert f"person_{people[splits[0].queries[row]]}" in files[0].name
+    right = people[scores.nearest[row]] == people[splits[0].queries[row]]
+    width = THUMBNAIL[0] + 2 * BORDER
+    with Image.open(files[0]) as sheet:
+        frames = [
+            sheet.getpixel((width // 4 + width * place, CAPTION + 1)) == ImageColor.getrgb(RIGHT)
+            for place in range(1, 11)
+        ]
+    assert frames == right.tolist()
+
+
+def test_a_damaged_image_is_named(folder_root, tiny_checkpoint, tmp_path, capsys):
+    root = Path(shutil.copytree(folder_root, tmp_path / "set"))
+    (root / "ir" / "ann" / "1.png").write_bytes(b"nothing")
+    for workers in (0, 1):
+        assert evaluate("folder", root, tiny_checkpoint, "--workers", workers) == 1
+        error = capsys.readouterr().err
+        assert "ann/1.png cannot be decoded" in error and error.count("\n") == 1
+
+
+def test_published_rows_are_the_papers():
+    sysu, regdb = published_rows("SYSU-MM01"), published_rows("RegDB")
+    (cmt,) = (r for r in sysu if (r.method, r.setting, r.shots) == ("CMT", "indoor", "multi"))
+    assert (cmt.rank_1, cmt.rank_10, cmt.rank_20, cmt.mean_ap) == (84.87, 99.41, 99.97, 74.1)
+    (hi_cmd,) = (r for r in regdb if r.method == "Hi-CMD")
+    assert hi_cmd.rank_20 is None
+    assert len(sysu) == 49 and len(regdb) == 28
+
+
+def test_the_papers_recipe_for_regdb_differs_in_pooling_only():
+    paper, regdb = load_recipe("paper"), load_recipe("paper-regdb")
+    assert DEFAULT_RECIPES[DatasetName.REGDB] == "paper-regdb"
+    assert regdb.model.gem_p == 10
+    assert regdb == paper.model_copy(
+        update={"model": paper.model.model_copy(update={"gem_p": 10.0})}
+    )
+
+
+def test_regdb_runs_end_to_end(regdb_root, tmp_path, capsys):
+    small = {
+        "model": {
+            "backbone": "resnet18",
+            "width": 0.125,
+            "dim": 16,
+            "heads": 4,
+            "input_height": 96,
+            "input_width": 32,
+        },
+        "identities": 2,
+        "images": 2,
+        "precision": "float32",
+        "stages": [{"steps": 2, "lr": 1e-3}],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    run = ("--run", str(tmp_path / "run"), "--recipe", str(tmp_path / "small.yaml"))
+    where = ("--dataset", "regdb", "--root", str(regdb_root), "--trial", "3")
+    assert main(["train", *where, *run, "--device", "cpu"]) == 0
+    file = tmp_path / "run" / "checkpoint.safetensors"
+    facts = load_checkpoint(file)[1].training
+    expected = sorted(LAYOUTS[DatasetName.REGDB].train_ids(regdb_root, 3))
+    assert (facts["dataset"], facts["trial"], facts["identities"]) == ("regdb", 3, expected)
+    assert evaluate("regdb", regdb_root, file) == 0
+    printed = capsys.readouterr().out
+    assert "visible-to-infrared: 4 identities, 12 queries" in printed
+    assert "of a single trial" in printed and "±" not in printed
