@@ -7,28 +7,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 from anyio import create_task_group, to_thread
 from fastapi import Depends, FastAPI
-from fastapi.openapi.utils import get_openapi
 
 from service.api import admin, backup, gallery, operate, query
-from service.api.deps import REFERENCE
-from service.api.schemas import BatchForm, Problem
-from service.auth.authorization import ROUTE_SCOPES, authorise
+from service.api.openapi import TITLE, openapi_document
+from service.auth.authorization import authorise
 from service.http import exception_handlers as problems
 from service.http.middleware import CrossOrigin, Door, Gate, Observe, SecurityHeaders
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.resources import State, open_resources
 from service.settings import Settings
-
-_TITLE = "CMT re-identification"
-_INTRODUCTION = """Enroll person crops from visible and infrared cameras, then find a person seen
-by one kind of camera among crops from the other.
-
-Every error is `application/problem+json` (RFC 9457) with a stable `code`."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -60,7 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
             await to_thread.run_sync(partial(resources.__exit__, None, None, None))
 
     app = FastAPI(
-        title=_TITLE,
+        title=TITLE,
         version=version("cmt-reid"),
         lifespan=lifespan,
         docs_url=None,
@@ -73,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     for router in (gallery.router, query.router, admin.router, backup.router, operate.router):
         app.include_router(router)
     problems.install(app)
-    app.openapi = partial(_openapi, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]
+    app.openapi = partial(openapi_document, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
             CrossOrigin,
@@ -85,39 +76,3 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(SecurityHeaders)
     app.add_middleware(Observe, metrics=metrics, tracing=tracing)
     return app
-
-
-def _openapi(app: FastAPI, keys: bool) -> dict[str, Any]:
-    """The OpenAPI document; keys: whether the routes that are not open need one."""
-    if app.openapi_schema is None:
-        document = get_openapi(
-            title=app.title,
-            version=app.version,
-            description=_description(),
-            routes=app.routes,
-        )
-        components = document["components"]["schemas"]
-        schema = Problem.model_json_schema(ref_template=REFERENCE)
-        components |= {**schema.pop("$defs"), "Problem": schema}
-        components |= BatchForm.model_json_schema(ref_template=REFERENCE)["$defs"]
-        for path, operations in document["paths"].items():
-            for method, operation in operations.items():
-                if not keys or ROUTE_SCOPES[method.upper(), path] is None:
-                    del operation["security"]
-        app.openapi_schema = document
-    return app.openapi_schema
-
-
-def _description() -> str:
-    routes = "\n".join(
-        f"| `{method} {path}` | {scope or 'open'} |"
-        for (method, path), scope in ROUTE_SCOPES.items()
-    )
-    codes = "\n".join(
-        f"| {kind.status} | `{kind.code}` | {(kind.__doc__ or '').splitlines()[0]} |"
-        for kind in problems.catalogue()
-    )
-    return (
-        f"{_INTRODUCTION}\n\n### Scopes\n\n| route | scope |\n|---|---|\n{routes}\n\n"
-        f"### Codes\n\n| status | code | meaning |\n|---|---|---|\n{codes}\n"
-    )

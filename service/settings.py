@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError
 from service.auth.keys import KeyFile, KeyFileError
 from service.auth.rate_limit import checked_rate
 from service.gallery import IndexKind
-from service.gallery.storage.database import without_password
+from service.kit.urls import is_loopback, without_password
 
 
 class SettingsError(Exception):
@@ -184,16 +184,6 @@ def _read(config: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise SettingsError(f"{config} is no readable TOML file: {error}") from error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a service that binds to `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _shown(address: str) -> str:

@@ -16,11 +16,11 @@ from model import CMT, Modality
 from model.backbone import TwoStreamResNet
 from model.benchmark import Spread, publish, seconds
 from model.config import MODALITIES
-from training.cli import training_samples
 from training.datasets import LAYOUTS, DatasetName, Sample
 from training.device import chosen_device
 from training.malloc import keep_large_blocks
 from training.recipe import Recipe, Stage, load_recipe
+from training.samples import training_samples
 from training.trainer import Trainer
 
 # Made-up people: twice as many as a batch has, so that batches differ.

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Query
 from service import errors
 from service.api.deps import NO_QUERY, ActorDep, ResourcesDep
 from service.api.json_body import JSON_ERRORS, json_body, json_of
+from service.api.openapi import documented
 from service.api.schemas import (
     AuditParameters,
     AuditRecord,
@@ -18,7 +19,6 @@ from service.api.schemas import (
     ReembedStatus,
 )
 from service.gallery import Act
-from service.http.exception_handlers import documented
 
 router = APIRouter(prefix="/admin", tags=["admin"])
 

@@ -12,8 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service import errors
 from service.api.deps import NO_QUERY, ActorDep, ResourcesDep
+from service.api.openapi import documented
 from service.gallery.backup.backup import Backup
-from service.http.exception_handlers import documented
 
 log = logging.getLogger(__name__)
 

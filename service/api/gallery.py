@@ -9,20 +9,9 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
 
 from service import errors
-from service.api.deps import (
-    IMAGE_PART,
-    NO_QUERY,
-    UPLOAD_ERRORS,
-    ActorDep,
-    ResourcesDep,
-    check_image_count,
-    form_body,
-    images_part,
-    invalid_field,
-    json_response,
-    read_upload,
-)
+from service.api.deps import NO_QUERY, ActorDep, ResourcesDep, json_response
 from service.api.json_body import JSON_ERRORS, json_body, json_of
+from service.api.openapi import IMAGE_PART, documented, form_body, images_part
 from service.api.schemas import (
     BATCH_IMAGES,
     KEY_PATTERN,
@@ -38,8 +27,15 @@ from service.api.schemas import (
     ItemPatch,
     ListParameters,
 )
+from service.api.uploads import (
+    IMAGE_ERRORS,
+    UPLOAD_ERRORS,
+    check_image_count,
+    invalid_field,
+    read_upload,
+)
 from service.gallery import Act, Filters, ItemUpdate
-from service.http.exception_handlers import documented, problem_of
+from service.http.exception_handlers import problem_of
 from service.images.decode import Box, Picture
 from service.pipeline import enrollment
 from service.pipeline.enrollment import Enrollment, Labels, Outcome
@@ -49,16 +45,6 @@ router = APIRouter(prefix="/gallery", tags=["gallery"])
 
 _ITEMS_BYTES = BATCH_IMAGES * 16 * 1024  # 8 KB of metadata and the other fields of each image
 
-IMAGE_ERRORS = (
-    errors.ImageEmpty,
-    errors.ImageMultiFrame,
-    errors.ImageTooLarge,
-    errors.ImageTooSmall,
-    errors.ImageTruncated,
-    errors.ImageTypeUnsupported,
-    errors.ImageUndecodable,
-    errors.BoxOutside,
-)
 IdempotencyKey = Annotated[
     str | None,
     Header(

@@ -12,8 +12,8 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
-from service.api.deps import bounded, in_time, is_utf8_of
 from service.api.schemas import form_errors
+from service.api.uploads import bounded, in_time, is_utf8_of
 from service.errors import BodyTimeout, BodyTooLarge, ContentTypeUnsupported
 
 M = TypeVar("M", bound=BaseModel)

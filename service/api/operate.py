@@ -10,8 +10,8 @@ from fastapi.responses import HTMLResponse
 
 from service import errors
 from service.api.deps import NO_QUERY, ResourcesDep
+from service.api.openapi import documented
 from service.api.schemas import Health, ModelCard
-from service.http.exception_handlers import documented
 from service.observability.metrics import CONTENT_TYPE_LATEST
 
 log = logging.getLogger(__name__)

@@ -7,26 +7,21 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service import errors
-from service.api.deps import (
-    NO_QUERY,
-    UPLOAD_ERRORS,
-    ActorDep,
-    ResourcesDep,
-    check_image_count,
-    form_body,
-    images_part,
-    invalid_field,
-    json_response,
-    read_upload,
-)
-from service.api.gallery import IMAGE_ERRORS
+from service.api.deps import NO_QUERY, ActorDep, ResourcesDep, json_response
+from service.api.openapi import documented, form_body, images_part
 from service.api.schemas import (
     QUERY_IMAGES,
     QueryAnswer,
     QueryForm,
 )
+from service.api.uploads import (
+    IMAGE_ERRORS,
+    UPLOAD_ERRORS,
+    check_image_count,
+    invalid_field,
+    read_upload,
+)
 from service.gallery import Filters, Hit
-from service.http.exception_handlers import documented
 from service.images.decode import Box, Picture
 from service.pipeline.pipeline import Answer
 from service.pipeline.search_batcher import Search

@@ -25,6 +25,7 @@ from service.api.fields import (
     Timestamp,
     plain_text,
 )
+from service.http.problem import Problem
 
 Modality = Literal["rgb", "ir"]
 ModalityChoice = Literal["auto", "rgb", "ir"]
@@ -347,25 +348,6 @@ class ReembedStatus(BaseModel):
     done: int
     total: int
     detail: str | None = Field(description="Why it failed.")
-
-
-class FieldProblem(BaseModel):
-    """One parameter that is wrong."""
-
-    name: str
-    detail: str
-
-
-class Problem(BaseModel):
-    """RFC 9457, with a stable `code`."""
-
-    type: str = "about:blank"
-    title: str
-    status: int
-    code: str
-    detail: str = Field(description="One sentence with the remedy.")
-    instance: str = Field(description="Path of the request.")
-    errors: list[FieldProblem] = []
 
 
 class BatchResult(BaseModel):

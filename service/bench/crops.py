@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from service.cli.enroll import find_images
+from service.client.bulk import find_images
 from service.embedding.embedder import Embedder
 from service.images.decode import Crop, Modality, decode
 

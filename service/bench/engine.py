@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model import CMTConfig, Modulation, project
 from service.bench.crops import BenchmarkDataError
+from service.gallery.feed import Stored
 from service.gallery.index.exact_topk import nearest_of
 from service.gallery.index.features import Features
 from service.gallery.index.inner_products import Best, exhaustive
@@ -18,7 +19,6 @@ from service.gallery.index.maintenance import INDEX_LEAST
 from service.gallery.index.recall import recall
 from service.gallery.index.recall_index import KINDS, NPROBE_SHARE, IndexKind, RecallIndex
 from service.gallery.index.segment import Resident, build_index
-from service.gallery.storage.store import Stored
 
 _BLOCK = 16_384
 _NPROBE_SHARES = (0.05, NPROBE_SHARE, 0.2)  # of all lists

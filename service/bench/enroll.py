@@ -18,8 +18,8 @@ from model.benchmark import Spread, publish, seconds
 from service.bench.crops import BenchmarkDataError, decoded, image_files
 from service.bench.data import CHECKPOINT
 from service.bench.networks import Network, Weights, checkpoint_of, named
-from service.cli.enroll import Entry, send
 from service.client import Client
+from service.client.bulk import Entry, send
 from service.embedding.embedder import Device, Embedder, Runtime
 from service.gallery import Gallery, Item, NewItem
 from service.images.decode import Crop

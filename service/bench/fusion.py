@@ -24,7 +24,7 @@ from service.bench.crops import (
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.ranking import Ranking, ranked
 from service.embedding.embedder import Embedder
-from service.fusion import fuse
+from service.pipeline.search_batcher import fuse
 
 _BESIDE = ((2, 3), (3, 2))  # two cameras of SYSU-MM01 that stand at the same place
 _DIRECTIONS = {"infrared → visible": True, "visible → infrared": False}

@@ -18,9 +18,10 @@ from rich.table import Table
 
 from service.api.schemas import QueryAnswer
 from service.cli.contact_sheet import Match, Picture, Row, matches, render
-from service.cli.enroll import read_manifest, report, send
+from service.cli.enroll import report
 from service.cli.query import sparkline
 from service.client import Client
+from service.client.bulk import read_manifest, send
 
 SHOWN = 5
 

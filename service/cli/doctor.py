@@ -142,7 +142,7 @@ def _database(url: str) -> str:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from service.gallery.storage.database import without_password
+    from service.kit.urls import without_password
 
     try:
         shown = without_password(make_url(url))

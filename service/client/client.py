@@ -32,7 +32,7 @@ from service.api.schemas import (
 from service.client import requests as calls
 from service.client.requests import ImageSource, ServiceProblem, Unreachable
 from service.kit.atomic_file import whole_file
-from service.settings import is_loopback
+from service.kit.urls import is_loopback
 
 __all__ = ["AsyncClient", "Client", "ServiceProblem", "Unreachable"]
 

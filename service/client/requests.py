@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.api.schemas import BatchItem, ItemPatch, Problem
+from service.api.schemas import BatchItem, ItemPatch
+from service.http.problem import Problem
 
 M = TypeVar("M", bound=BaseModel)
 

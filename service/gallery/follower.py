@@ -15,11 +15,13 @@ from pathlib import Path
 
 from model import CheckpointInfo
 from service.errors import DatabaseUnavailable, ServiceError
+from service.gallery.feed import Position, Stored, Witness
 from service.gallery.index import snapshot
 from service.gallery.index.recall_index import IndexKind
 from service.gallery.index.shard import Shard
 from service.gallery.index.snapshot import Restored, SnapshotInvalid
-from service.gallery.storage.store import Position, Store, Stored, View, Witness
+from service.gallery.storage.store import Store
+from service.gallery.storage.streaming import View
 
 log = logging.getLogger(__name__)
 

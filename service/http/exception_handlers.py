@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from service import errors
-from service.api.schemas import FieldProblem, Problem
 from service.auth.authorization import ROUTE_SCOPES
 from service.errors import ServiceError
+from service.http.problem import FieldProblem, Problem
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -26,35 +26,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
 
 
-def documented(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI `responses` of an endpoint that may raise `kinds`, and what every one may raise."""
-    every: set[type[ServiceError]] = {*kinds, *_EVERYWHERE}
-    responses: dict[int | str, dict[str, Any]] = {}
-    for status in sorted({kind.status for kind in every}):
-        codes = sorted(kind.code for kind in every if kind.status == status)
-        responses[status] = {
-            "description": "Code " + " or ".join(f"`{code}`" for code in codes),
-            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        }
-    return responses
-
-
 def catalogue() -> list[type[ServiceError]]:
     """All errors with a code of their own, by status and code."""
     return sorted(ServiceError.__subclasses__(), key=lambda kind: (kind.status, kind.code))
 
-
-_EVERYWHERE: tuple[type[ServiceError], ...] = (
-    errors.Unauthorized,
-    errors.OriginRefused,
-    errors.ScopeMissing,
-    errors.ParametersInvalid,
-    errors.InternalError,
-    errors.RateLimited,
-    errors.ShuttingDown,
-    errors.KeysUnreadable,
-    errors.DatabaseUnavailable,
-)
 
 _TOLD = 5  # fields that the sentence names; `errors` has them all
 

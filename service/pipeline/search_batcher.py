@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from model import Modulation
 from service.embedding.embedder import Embedder
-from service.fusion import fuse
 from service.gallery import Gallery, Options, Query, SearchResult
 from service.kit.concurrency import in_thread
 
@@ -165,3 +165,16 @@ def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[Seen]) -> list
         )
         for i, (seen, result) in enumerate(zip(batch, results, strict=True))
     ]
+
+
+def fuse(features: Tensor, *, normalise: bool) -> Tensor:
+    """Complete representations of K images, K×P×D → their mean, P×D.
+
+    normalise: scale the mean to unit norm over all P·D numbers, as a checkpoint that normalises
+    ranks. γ and β are then generated once, from the mean. `cmt bench fusion` compares this with one
+    image alone and with other ways.
+    """
+    x = features.mean(0)
+    if not normalise:
+        return x
+    return functional.normalize(x.flatten(), dim=0).view_as(x)

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from service.gallery.records import NewItem
-from service.gallery.storage.store import Store, View
+from service.gallery.storage.store import Store
+from service.gallery.storage.streaming import View
 from service.images.decode import Crop
 
 SIZE = 12

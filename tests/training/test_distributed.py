@@ -12,7 +12,7 @@ from torch import distributed, multiprocessing
 from model import CMTConfig, load_checkpoint
 from tests.paths import MINI, ROOT
 from training.augmentation import AugmentationConfig
-from training.cli import training_samples
+from training.samples import training_samples
 from training.recipe import LossWeights, Recipe, Stage
 from training.run_log import read_metrics
 from training.state import TrainingError

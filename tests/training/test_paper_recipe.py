@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.paths import MINI
-from training.cli import training_samples
+from training.samples import training_samples
 from training.recipe import load_recipe
 from training.trainer import Trainer
 

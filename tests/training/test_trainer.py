@@ -14,7 +14,7 @@ import yaml
 from model import CMTConfig, load_checkpoint
 from model.cli import main
 from tests.paths import MINI
-from training.cli import training_samples
+from training.samples import training_samples
 from training.datasets.sample import DatasetError
 from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
 from training.run_log import CURVES_FILE, METRICS_FILE, TENSORBOARD_FOLDER, read_metrics

@@ -9,7 +9,7 @@ import yaml
 from model import CMTConfig, load_checkpoint
 from model.cli import main
 from tests.paths import MINI
-from training.cli import held_out_samples, training_samples
+from training.samples import held_out_samples, training_samples
 from training.datasets import DatasetError, DatasetName
 from training.recipe import Recipe, Stage
 from training.run_log import read_metrics

@@ -19,14 +19,14 @@ from pydantic import ValidationError
 from model import CheckpointInfo, load_checkpoint
 from model.machine import machine
 from training.ablation.results import CellResult, SearchResult, write_json
-from training.cli import training_samples
 from training.datasets import LAYOUTS, DatasetName, Sample
-from training.evaluation.cli import refuse_training_identities
+from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import score_model, summarise
 from training.evaluation.splits import Split
 from training.evaluation.sysu import TRIAL_FILE
 from training.recipe import Recipe
+from training.samples import training_samples
 from training.trainer import CHECKPOINT_FILE, Trainer
 
 SETTINGS_FILE = "settings.json"

@@ -19,7 +19,8 @@ from training.ablation.render import Grid, markdown, show
 from training.ablation.results import CellResult, write_json, write_text
 from training.datasets import LAYOUTS, DatasetName
 from training.device import chosen_device
-from training.evaluation.cli import PLOT_SUFFIXES, refuse_training_identities
+from training.evaluation.checkpoints import refuse_training_identities
+from training.evaluation.cli import PLOT_SUFFIXES
 from training.malloc import keep_large_blocks
 from training.recipe import Recipe, load_recipe
 

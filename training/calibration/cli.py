@@ -23,7 +23,7 @@ from training.calibration.pairs import held_out_images
 from training.calibration.plot import PLOT_SUFFIXES, plot_reliability
 from training.datasets import LAYOUTS, DatasetName
 from training.device import chosen_device
-from training.evaluation.cli import refuse_training_identities
+from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.embedding import embed_samples
 
 

@@ -1,17 +1,24 @@
 """`cmt evaluate`."""
 
 import json
-from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from model import CheckpointInfo, load_checkpoint
+from model import load_checkpoint
 from training.datasets import LAYOUTS, DatasetError, DatasetName
 from training.device import chosen_device
+from training.evaluation.checkpoints import (
+    TRIAL_FIELD,
+    Convention,
+    calibrated_on,
+    checkpoint_files,
+    refuse_training_identities,
+    selection_of,
+    trial_file_of,
+)
 from training.evaluation.figures import plot_cmc, write_sheets
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import Evaluation, score_model, summarise
@@ -25,16 +32,7 @@ from training.evaluation.tables import (
     vitality_lines,
 )
 
-TRIAL_FIELD = "{trial}"
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-
-
-class Convention(StrEnum):
-    """Who draws SYSU-MM01's galleries."""
-
-    AUTO = "auto"
-    OFFICIAL = "official"
-    SEEDED = "seeded"
 
 
 def evaluate(
@@ -88,11 +86,11 @@ def evaluate(
         raise typer.BadParameter(f"only SYSU-MM01 has a choice of galleries, {dataset} has none")
     layout = LAYOUTS[dataset]
     wanted = None if ids is None else layout.read_ids(ids)
-    trial_file = _trial_file(root, convention) if dataset is DatasetName.SYSU else None
+    trial_file = trial_file_of(root, convention) if dataset is DatasetName.SYSU else None
     console = Console(soft_wrap=True)
     scores = []
     checkpoints: list[dict[str, Any]] = []
-    for number, file in _checkpoints(dataset, checkpoint, trial):
+    for number, file in checkpoint_files(dataset, checkpoint, trial):
         model, info = load_checkpoint(file, device)
         if number is None:  # a checkpoint of RegDB says which split it is of
             number = int(info.training.get("trial", 1)) if layout.trials > 1 else 1
@@ -106,7 +104,7 @@ def evaluate(
                 "with the same --selection"
             )
         splits = protocol_splits(dataset, samples, trial_file=trial_file)
-        shared = _calibrated_on(info, dataset, identities)
+        shared = calibrated_on(info, dataset, identities)
         with console.status(f"Embedding {len(samples)} images on {device}"):
             scores.append(
                 score_model(
@@ -144,82 +142,6 @@ def evaluate(
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
         plot_cmc(evaluation, plot)
-
-
-def selection_of(info: CheckpointInfo) -> str:
-    """How a run chose its weights: "last", or "val" by validation; early runs had no choice."""
-    return str(info.training.get("selection", "last"))
-
-
-def refuse_training_identities(
-    info: CheckpointInfo, dataset: str, identities: Sequence[int]
-) -> None:
-    """Figures on people that a network was trained on say nothing about others.
-
-    Raises:
-        DatasetError: the checkpoint was trained on some of the identities, by its own record.
-    """
-    if info.training.get("dataset") != dataset:
-        return
-    known = sorted(set(identities) & {int(i) for i in info.training.get("identities", [])})
-    if known:
-        raise DatasetError(
-            f"The checkpoint was trained on {len(known)} of these {len(identities)} identities "
-            f"({', '.join(map(str, known[:5]))}{', …' if len(known) > 5 else ''}); choose others "
-            "with --ids."
-        )
-
-
-def _calibrated_on(
-    info: CheckpointInfo, dataset: DatasetName, identities: Sequence[int]
-) -> int | None:
-    """How many of the identities the calibration was fitted on; None without a calibration."""
-    if info.calibration is None:
-        return None
-    facts = info.calibration.facts
-    return len(set(identities) & set(facts.identities)) if facts.dataset == dataset else 0
-
-
-def _checkpoints(
-    dataset: DatasetName, checkpoint: str, trial: int | None
-) -> Iterator[tuple[int | None, Path]]:
-    """(trial, file) of every network to evaluate; the trial is None where only it can tell.
-
-    Raises:
-        DatasetError: a pattern for a dataset without trials, or a trial that does not exist or
-            has no file.
-    """
-    layout = LAYOUTS[dataset]
-    if trial is not None:
-        layout.check_trial(trial)
-    if TRIAL_FIELD not in checkpoint:
-        yield trial, Path(checkpoint)
-        return
-    if layout.trials == 1:
-        raise DatasetError(
-            f"{layout.title} has one split; name one checkpoint without {TRIAL_FIELD}", dataset
-        )
-    numbers = range(1, layout.trials + 1) if trial is None else [trial]
-    files = [(number, Path(checkpoint.replace(TRIAL_FIELD, str(number)))) for number in numbers]
-    missing = [file for _, file in files if not file.is_file()]
-    if missing:  # before hours go into the others
-        raise DatasetError(
-            f"Expected the checkpoint {missing[0]} ({len(missing)} missing in all): {layout.title} "
-            f"has one for each of its {layout.trials} trials; train it with --trial, or evaluate "
-            "one with --trial",
-            dataset,
-        )
-    yield from files
-
-
-def _trial_file(root: Path, convention: Convention) -> Path | None:
-    path = root / TRIAL_FILE
-    if convention is Convention.OFFICIAL and not path.is_file():
-        raise DatasetError(
-            f"Expected the official trial file {path}, but there is no such file",
-            DatasetName.SYSU,
-        )
-    return None if convention is Convention.SEEDED else path
 
 
 def _show(console: Console, evaluation: Evaluation) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from service.gallery.feed import Stored
 from service.gallery.records import Filters
-from service.gallery.storage.rows import microseconds
-from service.gallery.storage.store import Stored
+from service.gallery.times import microseconds
 
 _NO_TIME = np.iinfo(np.int64).min
 _NO_CODE = -1

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from model import CMTConfig
+from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features
 from service.gallery.index.recall_index import IndexKind, RecallIndex, training_rows
-from service.gallery.storage.store import Stored
 
 _BLOCK_ROWS = 4096
 

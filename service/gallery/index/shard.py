@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from model import CMTConfig
+from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
 from service.gallery.index.maintenance import Upkeep
 from service.gallery.index.recall_index import IndexKind
 from service.gallery.index.searcher import Counters, Scored, Searcher, Sought
 from service.gallery.index.segment import Resident
-from service.gallery.storage.store import Stored
 
 __all__ = ["Counters", "Frozen", "Scored", "Shard", "Sought", "Statistics"]
 

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 from model import CMTConfig
+from service.gallery.feed import Position, Witness
 from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features, Norms
 from service.gallery.index.recall_index import RecallIndex
 from service.gallery.index.segment import Resident
 from service.gallery.index.shard import Frozen
-from service.gallery.storage.store import Position, Witness
 from service.kit.atomic_file import sync_folder
 
 FORMAT = 2

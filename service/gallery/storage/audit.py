@@ -19,8 +19,9 @@ from service.errors import StorageFull, StorageUnwritable
 from service.gallery.records import AuditEntry, AuditPage
 from service.gallery.storage.database import Database
 from service.gallery.storage.group_commit import GroupCommit
-from service.gallery.storage.rows import cursor_of, microseconds, moment_of, number_of_cursor
+from service.gallery.storage.rows import cursor_of, number_of_cursor
 from service.gallery.storage.tables import audit, secrets
+from service.gallery.times import microseconds, moment_of
 from service.kit.atomic_file import sync_folder
 
 KEY_FILE = "audit.key"

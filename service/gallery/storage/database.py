@@ -30,6 +30,7 @@ from service.errors import (
     StorageUnwritable,
 )
 from service.gallery.storage.folder_lock import FolderLock
+from service.kit.urls import without_password
 
 FILE_NAME = "gallery.sqlite3"
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -211,12 +212,6 @@ def address_of(folder: Path, url: str | None) -> URL:
         "the database URL is none that a gallery can live in; give sqlite:///FILE or "
         "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
     )
-
-
-def without_password(address: URL) -> str:
-    """An address as people may see it. libpq takes a password among the parameters too."""
-    told = {name: value for name, value in address.query.items() if "pass" not in name.lower()}
-    return address.set(query=told).render_as_string(hide_password=True)
 
 
 def _sqlite_engine(address: URL) -> Engine:

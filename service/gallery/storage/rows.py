@@ -7,7 +7,7 @@ import binascii
 import json
 import os
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -16,9 +16,8 @@ from sqlalchemy import ColumnElement, Row, and_, not_, or_
 from service.errors import CursorInvalid
 from service.gallery.records import Filters, Item, ItemUpdate, NewItem
 from service.gallery.storage.tables import items
+from service.gallery.times import microseconds, moment_of
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
 _NUMBERS_PER_STATEMENT = 500  # SQLite takes 32,766 parameters, PostgreSQL 65,535
 # Columns that hold an Item's field of the same name as it is.
 _SAME_NAME = (
@@ -33,13 +32,6 @@ _SAME_NAME = (
     "sha256",
     "model",
 )
-
-
-def microseconds(moment: datetime) -> int:
-    """Since 1970 UTC. ValueError: a time without offset, whose moment nobody knows."""
-    if moment.tzinfo is None:
-        raise ValueError("a time needs an offset, as in 2026-01-31T12:00:00+01:00")
-    return (moment - _EPOCH) // _MICROSECOND
 
 
 def record_of(new: NewItem, model: str, now: datetime) -> Item:
@@ -110,11 +102,6 @@ def columns_of(changes: ItemUpdate) -> dict[str, Any]:
     if captured is not None:
         columns["captured_at"] = microseconds(captured)
     return columns
-
-
-def moment_of(since_epoch: int) -> datetime:
-    """The time that `microseconds` turned into a number."""
-    return _EPOCH + since_epoch * _MICROSECOND
 
 
 def conditions_of(filters: Filters) -> list[ColumnElement[bool]]:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from service.errors import IdempotencyConflict, ItemNotFound, ServiceError
 from service.gallery.backup.backup import Backups
+from service.gallery.feed import Stored
 from service.gallery.records import Filters, Item, ItemUpdate, NewItem, Page, RequestKey
 from service.gallery.storage.audit import Act, Audit, write
 from service.gallery.storage.database import Database
@@ -26,27 +27,15 @@ from service.gallery.storage.rows import (
     conditions_of,
     cursor_of,
     item_of,
-    microseconds,
     number_of_cursor,
     record_of,
     request_of,
     row_of,
 )
-from service.gallery.storage.streaming import (
-    BLOCK,
-    STORED,
-    Changes,
-    Position,
-    Stored,
-    View,
-    Witness,
-    checked,
-    record_changes,
-)
+from service.gallery.storage.streaming import BLOCK, View, checked, record_changes
 from service.gallery.storage.tables import crops, features, items
 from service.gallery.storage.versions import Versions, refuse_retired
-
-__all__ = ["STORED", "Changes", "Position", "Store", "Stored", "View", "Witness"]
+from service.gallery.times import microseconds
 
 log = logging.getLogger(__name__)
 

@@ -7,20 +7,20 @@ straight into NumPy, without SQLAlchemy's rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Connection, func, insert, select
 
 from service.errors import GalleryDamaged
-from service.gallery.storage.rows import blocks, microseconds
+from service.gallery.feed import STORED, Changes, Position, Stored, Witness
+from service.gallery.storage.rows import blocks
 from service.gallery.storage.tables import changes, features, items, models
+from service.gallery.times import microseconds
 
-STORED = np.dtype("<f2")
 BLOCK = 4096
 _ROWS_PER_FETCH = 64  # few enough for their bytes to be in the CPU's cache when they are joined
 # PostgreSQL's COPY BINARY: a header before the first row; in each row the count of its fields and
@@ -37,52 +37,6 @@ _POSTGRES_FEATURES = """
     COPY (SELECT data FROM features WHERE model = %s AND number > %s AND number <= %s
           ORDER BY number) TO STDOUT (FORMAT binary)
 """
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A block of items as the index needs them: N rows, features N×(P·D) fp16.
-
-    captured: microseconds since 1970 UTC.
-    """
-
-    numbers: list[int]
-    persons: list[str | None]
-    cameras: list[str | None]
-    modalities: list[str]
-    captured: list[int | None]
-    features: npt.NDArray[np.float16]
-
-
-class Position(NamedTuple):
-    """How far a reader has come: the last item's row number and the last change's number."""
-
-    item: int
-    change: int
-
-
-class Witness(NamedTuple):
-    """What a store holds at a position, so that another store's position is not taken for it.
-
-    item: id of the item there, None once it is deleted. change: moment of the change there.
-    version: when the model version was made known; one that is dropped and made anew is another.
-    """
-
-    item: str | None
-    change: int | None
-    version: int
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What happened after a position to items up to it.
-
-    deleted: row numbers. updated: items with new labels, as they are now, and any whose features
-    were added late: a cache replaces those it has and adds those it lacks.
-    """
-
-    deleted: list[int]
-    updated: Stored
 
 
 class View:

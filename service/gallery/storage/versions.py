@@ -18,13 +18,15 @@ import numpy.typing as npt
 from sqlalchemy import Connection, Row, Select, delete, exists, func, insert, select, update
 
 from service.errors import ModelVersionConflict, ModelVersionUnknown
+from service.gallery.feed import STORED
 from service.gallery.records import ModelVersion, StoredCrop, VersionState
 from service.gallery.storage.audit import Act, write
 from service.gallery.storage.database import Database
 from service.gallery.storage.group_commit import GroupCommit
-from service.gallery.storage.rows import blocks, microseconds, moment_of
-from service.gallery.storage.streaming import STORED, checked, record_changes
+from service.gallery.storage.rows import blocks
+from service.gallery.storage.streaming import checked, record_changes
 from service.gallery.storage.tables import crops, features, items, models
+from service.gallery.times import microseconds, moment_of
 
 _DROPPED_AT_ONCE = 2_000  # rows of features per transaction, so that enrollments get their turn
 

@@ -14,7 +14,8 @@ import pytest
 
 from service.auth.authorization import ROUTE_SCOPES
 from service.auth.keys import KeyFile, KeyFileError, Keyring, Scope
-from service.settings import SettingsError, is_loopback, load_settings
+from service.kit.urls import is_loopback
+from service.settings import SettingsError, load_settings
 
 SCOPES: tuple[Scope, ...] = ("query", "enroll", "admin")
 NOBODY = "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10"

@@ -14,8 +14,8 @@ from torch import Tensor
 from model import CheckpointInfo, CMTConfig
 from service.errors import DatabaseUnavailable, IndexOutOfStep
 from service.gallery import Gallery, ItemUpdate, NewItem
+from service.gallery.feed import Stored
 from service.gallery.index.segment import Resident
-from service.gallery.storage.store import Stored
 from service.gallery.storage.streaming import View
 from tests.service.stores import crop
 

@@ -14,7 +14,7 @@ from model.cli import main
 from tests.paths import MINI
 from training.datasets import DatasetError, DatasetName, Sample, read_sysu
 from training.evaluation import evaluate_model, protocol_splits, rank_metrics
-from training.evaluation.cli import refuse_training_identities
+from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.embedding import embed_samples
 from training.evaluation.module_diagnostics import (
     bootstrap_interval,

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from model import CMTConfig, Modulation, lift, part_distances, project
 from service.embedding.embedder import Embedder
+from service.gallery.feed import Stored
 from service.gallery.index import inner_products as nearest
 from service.gallery.index.chunks import CHUNK_ROWS
 from service.gallery.index.features import Features
 from service.gallery.index.inner_products import halves, multiply, rounding_bound, scan
 from service.gallery.index.shard import Shard, Sought
-from service.gallery.storage.store import Stored
 from service.images.decode import decode
 from tests.paths import ROOT
 

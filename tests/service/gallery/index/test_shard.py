@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model import CMTConfig, Modulation, part_distances
+from service.gallery.feed import Stored
 from service.gallery.index import maintenance as upkeep
 from service.gallery.index.columns import Columns
 from service.gallery.index.recall_index import (
@@ -27,8 +28,7 @@ from service.gallery.index.recall_index import (
 )
 from service.gallery.index.shard import Scored, Shard, Sought
 from service.gallery.records import Filters
-from service.gallery.storage.rows import microseconds
-from service.gallery.storage.store import Stored
+from service.gallery.times import microseconds
 
 PARTS, DIM, COUNT = 3, 16, 3000
 CONFIG = CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from model import CMTConfig, Modulation
+from service.gallery.feed import Position, Stored, Witness
 from service.gallery.index import snapshot
 from service.gallery.index.recall_index import IndexKind
 from service.gallery.index.shard import Scored, Shard, Sought
 from service.gallery.index.snapshot import MANIFEST, SnapshotInvalid, load, save
 from service.gallery.records import Filters
-from service.gallery.storage.store import Position, Stored, Witness
 
 PARTS, DIM, COUNT = 3, 16, 2000
 CONFIG = CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)

@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import update
 
 from service.errors import GalleryDamaged
+from service.gallery.feed import Position
 from service.gallery.records import ItemUpdate
-from service.gallery.storage.store import Position, Store
+from service.gallery.storage.store import Store
 from service.gallery.storage.tables import features
 from tests.service.stores import OTHER, SIZE, all_of, new, rows
 

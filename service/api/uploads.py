@@ -1,0 +1,269 @@
+"""Multipart bodies with images: read within bounds of size and time, and parsed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import anyio
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from service.api.deps import resources
+from service.api.schemas import FormModel, form_errors
+from service.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    BoxOutside,
+    ClientGone,
+    ContentTypeUnsupported,
+    EmbeddingFailed,
+    FormMalformed,
+    ImageEmpty,
+    ImageMultiFrame,
+    ImageTooLarge,
+    ImageTooSmall,
+    ImageTruncated,
+    ImageTypeUnsupported,
+    ImageUndecodable,
+    MemoryExhausted,
+    Overloaded,
+    ParametersInvalid,
+    RuntimeUnavailable,
+)
+from service.http.admission import Body
+
+F = TypeVar("F", bound=FormModel)
+
+MAX_FIELDS = 256
+MAX_FIELD_BYTES = 64 * 1024
+FORM_OVERHEAD_BYTES = 1024 * 1024  # small text fields and the headers of the parts
+
+# What an endpoint that takes an upload may answer, besides what its images may be refused for.
+UPLOAD_ERRORS = (
+    FormMalformed,
+    BodyTimeout,
+    BodyTooLarge,
+    ImageTooLarge,
+    ContentTypeUnsupported,
+    ParametersInvalid,
+    Overloaded,
+    EmbeddingFailed,
+    MemoryExhausted,
+    RuntimeUnavailable,
+)
+
+# What its images may be refused for.
+IMAGE_ERRORS = (
+    ImageEmpty,
+    ImageMultiFrame,
+    ImageTooLarge,
+    ImageTooSmall,
+    ImageTruncated,
+    ImageTypeUnsupported,
+    ImageUndecodable,
+    BoxOutside,
+)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A parsed multipart body: its images' bytes, in order, and its text fields.
+
+    refused: by place, images that are too large; their bytes were let go.
+    """
+
+    images: list[bytes]
+    fields: list[tuple[str, str]]
+    refused: dict[int, ImageTooLarge]
+
+    def whole(self) -> list[bytes]:
+        """All images. Raises ImageTooLarge where one is too large."""
+        for error in self.refused.values():
+            raise error
+        return self.images
+
+    def parse(self, model: type[F]) -> F:
+        """The text fields as `model`. Raises RequestValidationError."""
+        try:
+            return model.parse(self.fields)
+        except ValidationError as error:
+            raise RequestValidationError(form_errors(error)) from error
+
+
+@asynccontextmanager
+async def read_upload(
+    request: Request,
+    max_images: int,
+    max_bytes: int | None = None,
+    max_field_bytes: int = MAX_FIELD_BYTES,
+) -> AsyncIterator[Upload]:
+    """Read a multipart body with 1 to `max_images` parts named `image`, bounded in size and time.
+
+    Holds a place (`service.http.admission`) while the caller works on it, so that what waits is
+    bounded. It lies in memory, of which admission bounds how much. What the caller does is
+    cancelled once the client is gone.
+    max_bytes: of all images, if that is less than the sum of their limits.
+    """
+    state = resources(request)
+    limit = state.settings.max_image_bytes
+    most = min(max_images * limit, max_bytes or max_images * limit) + FORM_OVERHEAD_BYTES
+    if max_field_bytes > MAX_FIELD_BYTES:
+        most += max_field_bytes
+    started = time.perf_counter()
+    with state.admission.receive() as body:
+        form = await _parse(request, max_images, most, max_field_bytes, body)
+        try:
+            upload = await _sort(form, limit)
+        finally:
+            await form.close()
+        body.arrive()
+        state.pipeline.note("receive", time.perf_counter() - started)
+        async with _while_connected(request):
+            yield upload
+
+
+@asynccontextmanager
+async def _while_connected(request: Request) -> AsyncIterator[None]:
+    """Cancel the block when the client goes: nobody waits for its answer. Raises ClientGone."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+        if gone:  # in the very moment when the block was done
+            await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            raise ClientGone("the client closed the connection") from None
+        raise
+    finally:
+        watching.cancel()
+
+
+async def _parse(
+    request: Request, max_images: int, max_bytes: int, max_field_bytes: int, body: Body
+) -> FormData:
+    if not is_utf8_of(request, b"multipart/form-data"):
+        raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
+    parser = MultiPartParser(
+        request.headers,
+        bounded(request, max_bytes, body.grow),
+        max_files=max_images + 1,  # one too many is told as that, not as a broken form
+        max_fields=MAX_FIELDS,
+        max_part_size=max_field_bytes,
+    )
+    parser.spool_max_size = max_bytes + 1  # no temporary files, on a disk that may be full
+    try:
+        with in_time(request):
+            return await parser.parse()
+    except MultiPartException as error:
+        raise FormMalformed(f"the form cannot be read: {error.message}") from error
+
+
+def is_utf8_of(request: Request, media_type: bytes) -> bool:
+    """Whether the body is said to be of this media type, in UTF-8."""
+    told, options = parse_options_header(request.headers.get("content-type", ""))
+    charset = options.get(b"charset", b"utf-8").lower()
+    return told == media_type and charset in (b"utf-8", b"utf8")
+
+
+@contextmanager
+def in_time(request: Request) -> Iterator[None]:
+    """Around reading a body. Raises BodyTimeout or ClientGone where it does not arrive whole."""
+    try:
+        with anyio.fail_after(resources(request).settings.body_timeout):
+            yield
+    except TimeoutError as error:
+        raise BodyTimeout("the body did not arrive in time; send it faster or smaller") from error
+    except ClientDisconnect as error:
+        raise ClientGone("the client closed the connection in the middle of the body") from error
+
+
+async def bounded(
+    request: Request, max_bytes: int, admit: Callable[[int], None] = lambda count: None
+) -> AsyncGenerator[bytes, None]:
+    """The body's chunks, as long as they stay within `max_bytes` and are admitted."""
+    too_large = BodyTooLarge(
+        f"the body may have {max_bytes:,} bytes; send less at once",
+        headers={"Connection": "close"},
+    )
+    chunks = request.stream()
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        if "expect" not in request.headers:
+            await _discard(chunks, max_bytes)
+        raise too_large
+    received = 0
+    async for chunk in chunks:
+        received += len(chunk)
+        if received > max_bytes:
+            await _discard(chunks, max_bytes)
+            raise too_large
+        admit(len(chunk))
+        yield chunk
+
+
+async def _discard(chunks: AsyncIterator[bytes], max_bytes: int) -> None:
+    """Let a client that is a little over the limit finish sending, so that it reads the answer.
+
+    A connection closed in the middle of an upload often reaches the client as a broken pipe.
+    """
+    async for chunk in chunks:
+        max_bytes -= len(chunk)
+        if max_bytes < 0:
+            return
+
+
+async def _sort(form: FormData, max_image_bytes: int) -> Upload:
+    images: list[bytes] = []
+    fields: list[tuple[str, str]] = []
+    refused: dict[int, ImageTooLarge] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, str):
+            if name == "image":
+                raise invalid_field("image", "must be a file: give the part a filename")
+            fields.append((name, value))
+        elif name != "image":
+            raise invalid_field(name, "must be plain text: give the part no filename")
+        elif (value.size or 0) > max_image_bytes:
+            refused[len(images)] = ImageTooLarge(
+                f"the image has {value.size:,} bytes, the limit is {max_image_bytes:,}; "
+                "send a smaller crop"
+            )
+            images.append(b"")
+        else:
+            images.append(await value.read())
+    return Upload(images, fields, refused)
+
+
+def invalid_field(name: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("body", name), "msg": message}])
+
+
+def check_image_count(images: Sequence[bytes], most: int) -> None:
+    """Raise RequestValidationError unless there are 1 to `most` images."""
+    if not images:
+        raise invalid_field("image", "is missing; send it as a file part")
+    if len(images) > most:
+        raise invalid_field(
+            "image", f"may be given {'once' if most == 1 else f'{most} times at most'}"
+        )

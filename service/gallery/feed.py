@@ -1,0 +1,57 @@
+"""What the store tells the memory that follows it: blocks of items, and what changed since."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+STORED = np.dtype("<f2")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A block of items as the index needs them: N rows, features N×(P·D) fp16.
+
+    captured: microseconds since 1970 UTC.
+    """
+
+    numbers: list[int]
+    persons: list[str | None]
+    cameras: list[str | None]
+    modalities: list[str]
+    captured: list[int | None]
+    features: npt.NDArray[np.float16]
+
+
+class Position(NamedTuple):
+    """How far a reader has come: the last item's row number and the last change's number."""
+
+    item: int
+    change: int
+
+
+class Witness(NamedTuple):
+    """What a store holds at a position, so that another store's position is not taken for it.
+
+    item: id of the item there, None once it is deleted. change: moment of the change there.
+    version: when the model version was made known; one that is dropped and made anew is another.
+    """
+
+    item: str | None
+    change: int | None
+    version: int
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What happened after a position to items up to it.
+
+    deleted: row numbers. updated: items with new labels, as they are now, and any whose features
+    were added late: a cache replaces those it has and adds those it lacks.
+    """
+
+    deleted: list[int]
+    updated: Stored

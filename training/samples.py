@@ -1,0 +1,88 @@
+"""The samples of a training run: whom it learns from, and whom it is measured on meanwhile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
+from training.validation import drawn_identities
+
+
+def training_samples(
+    roots: Sequence[Path],
+    train_ids: Sequence[Path] | None,
+    dataset: DatasetName = DatasetName.SYSU,
+    trial: int = 1,
+) -> list[Sample]:
+    """The images of the chosen identities of all roots, root by root.
+
+    Raises DatasetError when an identity is in two roots (they would be two people) or in none.
+    """
+    layout = LAYOUTS[dataset]
+    wanted = (
+        {person for path in train_ids for person in layout.read_ids(path)} if train_ids else None
+    )
+    samples: list[Sample] = []
+    for root in roots:
+        found = layout.train(root, trial, wanted)
+        known = {sample.person_id for sample in samples}
+        twice = known & {sample.person_id for sample in found}
+        if twice:
+            raise DatasetError(
+                f"identity {min(twice)} is in {root} and in an earlier root; give every person "
+                "one number"
+            )
+        samples += found
+    missing = (wanted or set()) - {sample.person_id for sample in samples}
+    if missing:
+        raise DatasetError(
+            f"identity {min(missing)} ({len(missing)} missing in all) is in none of the roots; "
+            "correct --train-ids or add its root"
+        )
+    if not Counter(sample.modality for sample in samples).keys() >= {"rgb", "ir"}:
+        raise DatasetError(
+            "no visible or no infrared images for the chosen identities in "
+            f"{', '.join(map(str, roots))}",
+            dataset,
+        )
+    return samples
+
+
+def held_out_samples(
+    samples: Sequence[Sample],
+    roots: Sequence[Path],
+    dataset: DatasetName,
+    trial: int,
+    *,
+    share: float = 0.0,
+    ids: Path | None = None,
+) -> list[Sample]:
+    """The images of the people to validate on: listed in the file `ids`, or a share of `samples`.
+
+    Listed people may be others than those of `samples`, but none whom the roots' protocol tests on.
+    Raises DatasetError for such a one, for one in none of the roots, and where too few are left.
+    """
+    if ids is None:
+        people = drawn_identities(samples, share) if share else set()
+        return [sample for sample in samples if sample.person_id in people]
+    layout = LAYOUTS[dataset]
+    if dataset is not DatasetName.FOLDER:  # which has no test side of its own
+        tested = set(layout.read_ids(ids)) & _test_ids(roots, dataset, trial)
+        if tested:
+            raise DatasetError(
+                f"{ids} names identity {min(tested)}, whom the protocol tests on; validate on "
+                "people of the training side only"
+            )
+    return training_samples(roots, [ids], dataset, trial)
+
+
+def _test_ids(roots: Sequence[Path], dataset: DatasetName, trial: int) -> set[int]:
+    """Of all roots that have a test side."""
+    people: set[int] = set()
+    for root in roots:
+        with suppress(DatasetError):  # a root of training images only
+            people |= LAYOUTS[dataset].test_ids(root, trial)
+    return people
