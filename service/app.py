@@ -15,7 +15,13 @@ from service.api import admin, backup, gallery, operate, query
 from service.api.openapi import TITLE, openapi_document
 from service.auth.authorization import authorise
 from service.http import exception_handlers as problems
-from service.http.middleware import CrossOrigin, Door, Gate, Observe, SecurityHeaders
+from service.http.middleware import (
+    CrossOrigin,
+    DrainMiddleware,
+    DrainState,
+    RequestLogMiddleware,
+    SecurityHeaders,
+)
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.resources import State, open_resources
@@ -25,9 +31,9 @@ from service.settings import Settings
 def create_app(settings: Settings) -> FastAPI:
     """The application for `settings`; nothing is opened before its lifespan starts."""
 
-    metrics, tracing, door = Metrics(), Tracing(settings.otlp_endpoint), Door()
+    metrics, tracing, drain = Metrics(), Tracing(settings.otlp_endpoint), DrainState()
     metrics.watch(
-        "cmt_http_requests_in_flight", "Requests being worked on.", lambda: door.in_flight
+        "cmt_http_requests_in_flight", "Requests being worked on.", lambda: drain.in_flight
     )
 
     @asynccontextmanager
@@ -41,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             async with create_task_group() as group:
                 group.start_soon(opened.pipeline.run)
-                await opened.pipeline.pulse.first()
+                await opened.pipeline.self_check.first()
                 # What is there by now stays: the collector need not look at it again and again.
                 gc.collect()
                 gc.freeze()
@@ -60,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         # A slash too many is a 404, not a redirect that would send the body twice.
         redirect_slashes=False,
     )
-    app.state.failure, app.state.door = None, door
+    app.state.failure, app.state.drain = None, drain
     for router in (gallery.router, query.router, admin.router, backup.router, operate.router):
         app.include_router(router)
     problems.install(app)
@@ -72,7 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Idempotency-Key"],
         )
-    app.add_middleware(Gate, door=door)
+    app.add_middleware(DrainMiddleware, drain=drain)
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(Observe, metrics=metrics, tracing=tracing)
+    app.add_middleware(RequestLogMiddleware, metrics=metrics, tracing=tracing)
     return app

@@ -18,7 +18,7 @@ from service.images.decode import ImageLimits
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.pipeline.pipeline import Pipeline
-from service.pipeline.reembedding_job import Reembedder
+from service.pipeline.reembedding_job import ReembeddingJob
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Resources:
     gallery: Gallery
     admission: Admission
     pipeline: Pipeline
-    reembedder: Reembedder
+    reembedder: ReembeddingJob
     metrics: Metrics
 
 
@@ -62,7 +62,7 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
         )
         pipeline = Pipeline(embedder, gallery, decoders, settings, metrics, tracing)
         stack.callback(pipeline.close)
-        reembedder = Reembedder(pipeline, settings)
+        reembedder = ReembeddingJob(pipeline, settings)
         stack.callback(reembedder.close)
         _watch(metrics, gallery, admission, pipeline)
         log.info(
@@ -115,7 +115,7 @@ def _decoders(settings: Settings) -> Decoders:
 
 def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: Pipeline) -> None:
     """The checkpoint's name, and gauges."""
-    metrics.use(pipeline.network.embedder)
+    metrics.use(pipeline.engine.embedder)
     metrics.watch(
         "cmt_gallery_items", "Items that queries search.", lambda: gallery.statistics.items
     )
@@ -135,5 +135,5 @@ def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: P
     metrics.watch(
         "cmt_embed_waiting",
         "Images that wait for the network.",
-        lambda: len(pipeline.network.queue),
+        lambda: len(pipeline.engine.batcher),
     )

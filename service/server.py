@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.http.connection_timeouts import patient_for
-from service.http.middleware import Door
+from service.http.middleware import DrainState
 from service.settings import Settings
 
 # How long a thread may keep the interpreter while others wait for it. The event loop, searches and
@@ -124,7 +124,7 @@ def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
     logging.getLogger("uvicorn.error").addFilter(_no_startup_traceback)
-    return app, _Server(config, app.state.door, settings)
+    return app, _Server(config, app.state.drain, settings)
 
 
 class _Server(uvicorn.Server):
@@ -134,9 +134,9 @@ class _Server(uvicorn.Server):
     balancer sees the 503 before connections are refused. A second Ctrl-C ends it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, door: Door, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, drain: DrainState, settings: Settings) -> None:
         super().__init__(config)
-        self._door, self._settings = door, settings
+        self._drain, self._settings = drain, settings
         self._signalled: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -146,12 +146,12 @@ class _Server(uvicorn.Server):
             return
         self._captured_signals.append(sig)
         self._signalled = time.monotonic()
-        self._door.closing = True
+        self._drain.closing = True
 
     async def on_tick(self, counter: int) -> bool:
         if self._signalled is not None and not self.should_exit:
             passed = time.monotonic() - self._signalled
-            idle = self._door.in_flight == 0 and passed >= self._settings.shutdown_linger
+            idle = self._drain.in_flight == 0 and passed >= self._settings.shutdown_linger
             self.should_exit = idle or passed >= self._settings.shutdown_timeout
             if self.should_exit:
                 # What is still in flight has had its time.

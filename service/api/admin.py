@@ -57,7 +57,7 @@ async def audit(
     """Who did what, newest first. Persons appear under pseudonyms."""
     read = partial(state.gallery.audit, parameters.limit, parameters.cursor)
     page = await state.pipeline.stored(read)
-    await state.pipeline.trail.note(Act(actor, "audit"))
+    await state.pipeline.audit_writer.note(Act(actor, "audit"))
     return AuditRecords(
         entries=[AuditRecord.model_validate(entry) for entry in page.entries],
         next_cursor=page.next_cursor,

@@ -188,7 +188,7 @@ async def list_items(
         partial(state.gallery.list, filters, parameters.limit, parameters.cursor)
     )
     details = {"items": len(page.items), **filters.described()}
-    await state.pipeline.trail.note(Act(actor, "list", None, details, filters.person_id))
+    await state.pipeline.audit_writer.note(Act(actor, "list", None, details, filters.person_id))
     return GalleryPage(
         items=[GalleryItem.model_validate(item) for item in page.items],
         next_cursor=page.next_cursor,
@@ -244,7 +244,7 @@ async def get_item(item_id: ItemId, state: ResourcesDep) -> GalleryItem:
 async def get_image(item_id: ItemId, state: ResourcesDep, actor: ActorDep) -> Response:
     """The stored crop of one item."""
     data, media_type = await state.pipeline.stored(partial(state.gallery.image, item_id))
-    await state.pipeline.trail.note(Act(actor, "image", item_id))
+    await state.pipeline.audit_writer.note(Act(actor, "image", item_id))
     return Response(data, media_type=media_type)
 
 

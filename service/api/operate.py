@@ -47,7 +47,7 @@ async def livez() -> Health:
 )
 async def readyz(state: ResourcesDep) -> Health:
     """Images are embedded, index in step with the store, disk writable; 503 names what is not."""
-    state.pipeline.pulse.check()
+    state.pipeline.self_check.check()
     try:
         await state.pipeline.stored(state.gallery.check)
     except (errors.StorageUnwritable, errors.DatabaseUnavailable) as error:
@@ -78,7 +78,7 @@ async def metrics(state: ResourcesDep) -> Response:
 @router.get("/model", dependencies=[NO_QUERY], responses=documented())
 async def model_card(state: ResourcesDep) -> ModelCard:
     """The checkpoint and how it runs here."""
-    embedder = state.pipeline.network.embedder
+    embedder = state.pipeline.engine.embedder
     info = embedder.info
     return ModelCard(
         fingerprint=info.fingerprint,

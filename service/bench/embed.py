@@ -16,14 +16,14 @@ from model import CMT, load_checkpoint, preprocess
 from model.benchmark import Spread, compare, publish
 from service.bench.crops import decoded, image_files
 from service.bench.data import CHECKPOINT, numbers
-from service.bench.networks import Network, Weights, checkpoint_of, named
+from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.embedding.embedder import Device, Embedder, Runtime
 from service.images.decode import Crop
 
 
 def embed(
     checkpoint: Weights = CHECKPOINT,
-    network: Network = None,
+    network: NetworkOption = None,
     images: Annotated[Path, typer.Option(help="Folder of crops.")] = Path("examples"),
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(help="How often both sides run, in turn.")] = 5,

@@ -18,7 +18,7 @@ from service.gallery.index.inner_products import Best, exhaustive
 from service.gallery.index.maintenance import INDEX_LEAST
 from service.gallery.index.recall import recall
 from service.gallery.index.recall_index import KINDS, NPROBE_SHARE, IndexKind, RecallIndex
-from service.gallery.index.segment import Resident, build_index
+from service.gallery.index.segment import Segment, build_index
 
 _BLOCK = 16_384
 _NPROBE_SHARES = (0.05, NPROBE_SHARE, 0.2)  # of all lists
@@ -48,14 +48,14 @@ class Engine:
     def __init__(self, gallery: Tensor, device: str = "cpu") -> None:
         self.count, self.parts, self.dim = gallery.shape
         config = CMTConfig(parts=self.parts, dim=self.dim, input_height=96 * self.parts)
-        self._resident = Resident.empty(config, device)
+        self._segment = Segment.empty(config, device)
         for start in range(0, self.count, _BLOCK):
-            self._resident.add(_unlabelled(gallery[start : start + _BLOCK], start))
+            self._segment.add(_unlabelled(gallery[start : start + _BLOCK], start))
         self._all = np.ones(self.count, np.bool_)
 
     @property
     def _features(self) -> Features:
-        return self._resident.features
+        return self._segment.features
 
     @property
     def width(self) -> int:
@@ -116,7 +116,7 @@ class Engine:
         """An index as the service builds it; None for the scan of the features themselves."""
         if kind == "SQfp16":
             return None
-        return build_index(self._resident, kind, lambda: False)
+        return build_index(self._segment, kind, lambda: False)
 
     def searching(self, index: RecallIndex | None) -> Recall:
         """The service's first stage with this index."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from model.benchmark import Spread, publish, seconds
 from service.bench.crops import BenchmarkDataError, decoded, image_files
 from service.bench.data import CHECKPOINT
-from service.bench.networks import Network, Weights, checkpoint_of, named
+from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.client import Client
 from service.client.bulk import Entry, send
 from service.embedding.embedder import Device, Embedder, Runtime
@@ -34,7 +34,7 @@ _AHEAD = 2  # batches that are read while one is embedded
 
 def enroll(
     checkpoint: Weights = CHECKPOINT,
-    network: Network = None,
+    network: NetworkOption = None,
     images: Annotated[
         Path, typer.Option(help="Folder of crops, copied until there are enough.")
     ] = (Path("examples")),

@@ -16,7 +16,7 @@ from model import CMT, CMTConfig, save_checkpoint
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
 
 Weights = Annotated[Path, typer.Option("--checkpoint", help="What embeds the crops.")]
-Network = Annotated[
+NetworkOption = Annotated[
     Backbone | None,
     typer.Option(help="Not a checkpoint: this backbone at 384×144 with random weights."),
 ]

@@ -12,7 +12,7 @@ import typer
 
 from model.benchmark import publish
 from service.bench.data import CHECKPOINT, numbers
-from service.bench.networks import Network, Weights, checkpoint_of, named
+from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.bench.serving.rivals import Batching, Rival, is_installed
 from service.bench.serving.trials import Trials
 from service.embedding.embedder import Device, Embedder, Runtime
@@ -20,7 +20,7 @@ from service.embedding.embedder import Device, Embedder, Runtime
 
 def serve(
     checkpoint: Weights = CHECKPOINT,
-    network: Network = None,
+    network: NetworkOption = None,
     queries: Annotated[Path, typer.Option(help="Folder of infrared crops to query with.")] = (
         Path("examples/queries")
     ),

@@ -14,7 +14,7 @@ from service.client import Client
 
 
 @dataclass(frozen=True)
-class Picture:
+class SheetImage:
     """An image to show."""
 
     data: bytes
@@ -32,7 +32,7 @@ class Match:
     None where nobody knows."""
 
     result: Result
-    picture: Picture
+    picture: SheetImage
     similarities: list[float]
     right: bool | None
 
@@ -43,7 +43,7 @@ class Row:
 
     title: str
     note: str
-    pictures: list[Picture]
+    pictures: list[SheetImage]
     answer: QueryAnswer
     matches: list[Match]
 
@@ -71,7 +71,7 @@ def matches(
     return [
         Match(
             result,
-            Picture(*client.image(result.item.id)),
+            SheetImage(*client.image(result.item.id)),
             similarity,
             None if person_id is None else result.item.person_id == person_id,
         )

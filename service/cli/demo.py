@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.api.schemas import QueryAnswer
-from service.cli.contact_sheet import Match, Picture, Row, matches, render
+from service.cli.contact_sheet import Match, Row, SheetImage, matches, render
 from service.cli.enroll import report
 from service.cli.query import sparkline
 from service.client import Client
@@ -163,7 +163,7 @@ def _rows(outcomes: list[Outcome]) -> list[Row]:
             title=f"person {outcome.example.person_id}",
             note=f"camera {outcome.example.camera_id}, {outcome.modulated.query.modality}; without "
             f"modulation rank 1 is {'right' if outcome.right(outcome.unmodulated) else 'wrong'}",
-            pictures=[Picture(outcome.example.file.read_bytes(), "image/*")],
+            pictures=[SheetImage(outcome.example.file.read_bytes(), "image/*")],
             answer=outcome.modulated,
             matches=outcome.matches,
         )

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.api.schemas import QueryAnswer
-from service.cli.contact_sheet import Picture, Row, matches, part_similarities, render
+from service.cli.contact_sheet import Row, SheetImage, matches, part_similarities, render
 from service.cli.options import (
     DEFAULT_URL,
     PLAIN,
@@ -78,7 +78,7 @@ def query(
             row = Row(
                 title=title,
                 note=f"{answer.query.modality}, {answer.query.modality_source}",
-                pictures=[Picture(image.read_bytes(), "image/*") for image in images],
+                pictures=[SheetImage(image.read_bytes(), "image/*") for image in images],
                 answer=answer,
                 matches=matches(client, answer, top_k),
             )

@@ -50,17 +50,17 @@ class Embedded(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _WaitingCrop:
     crop: Crop
     done: asyncio.Future[Embedded]
     since: float = field(default_factory=time.perf_counter)
 
 
-class EmbeddingQueue:
+class EmbeddingBatcher:
     """Used on one event loop; `run` must run meanwhile, as often as batches may be under way.
 
     max_batch: crops at once. max_wait: seconds that the first of a batch waits for others, if any
-    are `present`. streams: of the device, among which what waits is shared out; a crop whose
+    are `in_flight`. streams: of the device, among which what waits is shared out; a crop whose
     picture is the only one present has all of them. observe: told the size of every batch.
     """
 
@@ -76,12 +76,12 @@ class EmbeddingQueue:
         self._embed, self._observe = embed, observe
         self.max_batch, self._max_wait = max_batch, max_wait
         self._streams, self._busy = streams, 0
-        self._present = 0
+        self._in_flight = 0
         self.limit = max_batch  # at present, less after memory ran out
         self._smooth = 0
         self._retired = False
-        self._queries: deque[_Waiting] = deque()
-        self._enrollments: deque[_Waiting] = deque()
+        self._queries: deque[_WaitingCrop] = deque()
+        self._enrollments: deque[_WaitingCrop] = deque()
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class EmbeddingQueue:
         """
         if self._retired:
             raise ModelVersionConflict("another checkpoint is in use by now; try again")
-        waiting = _Waiting(crop, asyncio.get_running_loop().create_future())
+        waiting = _WaitingCrop(crop, asyncio.get_running_loop().create_future())
         line = self._queries if query else self._enrollments
         line.append(waiting)
         self._arrived.set()
@@ -107,17 +107,17 @@ class EmbeddingQueue:
             raise
 
     @contextmanager
-    def present(self, pictures: int = 1) -> Iterator[None]:
+    def in_flight(self, pictures: int = 1) -> Iterator[None]:
         """Around all that is done for pictures whose crops come here, until they are answered.
 
         Whoever is busy elsewhere now came or comes again like others: that others are present is
         the best guess at whether more crops will be here in a moment.
         """
-        self._present += pictures
+        self._in_flight += pictures
         try:
             yield
         finally:
-            self._present -= pictures
+            self._in_flight -= pictures
 
     def retire(self) -> None:
         """Take nothing more; `run` ends when what waits is embedded."""
@@ -129,7 +129,7 @@ class EmbeddingQueue:
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "embed") as thread:
             while len(self) or not self._retired:
-                await self._company()
+                await self._wait_for_batch()
                 batch = self._take()
                 if not batch:
                     continue
@@ -150,9 +150,9 @@ class EmbeddingQueue:
                         waiting.done.set_result(Embedded(outcome, began - waiting.since, took))
 
     def _others(self) -> bool:
-        return self._present > 1 or len(self) > 1
+        return self._in_flight > 1 or len(self) > 1
 
-    async def _company(self) -> None:
+    async def _wait_for_batch(self) -> None:
         """Until somebody waits, and a batch is full or its first one has waited long enough; or
         until nobody will come."""
         while not len(self):
@@ -169,14 +169,14 @@ class EmbeddingQueue:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), left)
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self) -> list[_WaitingCrop]:
         """The next batch: of both lines in turn, each in the order of arrival.
 
         It is the share of one of the streams that are free.
         """
         share = math.ceil(len(self) / max(1, self._streams - self._busy))
         most = min(self.limit, share)
-        batch: list[_Waiting] = []
+        batch: list[_WaitingCrop] = []
         while len(batch) < most and len(self):
             for line in (self._queries, self._enrollments):
                 if line and len(batch) < most:
@@ -185,7 +185,7 @@ class EmbeddingQueue:
                         batch.append(waiting)
         return batch
 
-    def _outcomes(self, batch: Sequence[_Waiting], beside: bool) -> list[Tensor | ServiceError]:
+    def _outcomes(self, batch: Sequence[_WaitingCrop], beside: bool) -> list[Tensor | ServiceError]:
         outcomes = self._halving([waiting.crop for waiting in batch], beside)
         self._smooth += 1
         if self._smooth >= _RECOVER and self.limit < self.max_batch:

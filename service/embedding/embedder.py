@@ -34,7 +34,7 @@ _BATCH = 32  # longer lists are cut: no gain on a CPU, bounded memory on a GPU
 _MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
 
 
-class Network(Protocol):
+class Backend(Protocol):
     """Pixels B×H×W×3 (uint8) of one modality → B×P×D fp32.
 
     Called, it uses the whole device. streams: so many calls of `beside` compute at once, each on
@@ -51,7 +51,7 @@ class Embedder:
     """One checkpoint on one device. Thread-safe.
 
     info: what the checkpoint says of itself. device: "cpu" or "cuda". runtime: "torch" or
-    "openvino". precision: the number type and why it was chosen. network: the network alone;
+    "openvino". precision: the number type and why it was chosen. backend: the network alone;
     `embed` gives it at most 32 crops at once.
     Raises CheckpointError (the file) or RuntimeUnavailable (device or runtime), one sentence.
     """
@@ -67,22 +67,22 @@ class Embedder:
     ) -> None:
         self.device = _device(device)
         self._model, self.info = load_checkpoint(checkpoint, self.device)
-        self.runtime, self.precision, self.network = self._choose(runtime, precision, cache_dir)
+        self.runtime, self.precision, self.backend = self._choose(runtime, precision, cache_dir)
 
     def embed(self, crops: Sequence[Crop], *, beside: bool = False) -> Tensor:
         """B crops of any modality → B×P×D, fp32 on the CPU, in their order.
 
-        beside: leave the device's other `network.streams` to others who embed meanwhile.
+        beside: leave the device's other `backend.streams` to others who embed meanwhile.
         """
         config = self.info.config
-        network = self.network.beside if beside else self.network
+        run = self.backend.beside if beside else self.backend
         features = torch.empty(len(crops), config.parts, config.dim)
         for modality in _MODALITIES:
             places = [i for i, crop in enumerate(crops) if crop.modality == modality]
             for start in range(0, len(places), _BATCH):
                 batch = places[start : start + _BATCH]
                 pixels = pixels_of([crops[i].image for i in batch], config)
-                features[batch] = network(pixels, modality)
+                features[batch] = run(pixels, modality)
         return features
 
     @torch.inference_mode()
@@ -92,13 +92,13 @@ class Embedder:
 
     def close(self) -> None:
         """Let the network and its memory go."""
-        del self.network, self._model
+        del self.backend, self._model
 
     def _choose(
         self, runtime: Runtime, precision: PrecisionName, cache_dir: Path | None
-    ) -> tuple[str, str, Network]:
+    ) -> tuple[str, str, Backend]:
         chosen = choose_precision(self.device, precision)
-        eager = TorchNetwork(self._model, self.device, chosen)
+        eager = TorchBackend(self._model, self.device, chosen)
         if runtime == "torch":
             return "torch", chosen.reason, eager
         if runtime == "openvino" and self.device != "cpu":
@@ -122,37 +122,37 @@ class Embedder:
             return "torch", f"{chosen.reason}; OpenVINO measured {slower:.2f}× slower", eager
         return "openvino", f"{reason}; {1 / slower:.1f}× as fast as torch here", converted
 
-    def _openvino(self, precision: PrecisionName, cache_dir: Path | None) -> tuple[Network, str]:
-        from service.embedding.openvino_runtime import OpenVINONetwork  # an optional dependency
+    def _openvino(self, precision: PrecisionName, cache_dir: Path | None) -> tuple[Backend, str]:
+        from service.embedding.openvino_runtime import OpenVINOBackend  # an optional dependency
 
-        network = OpenVINONetwork(
+        backend = OpenVINOBackend(
             self._model, self.info.fingerprint, precision=precision, cache=cache_dir
         )
         if precision != "auto":
-            return network, f"{network.precision}: set by configuration"
-        if network.precision == "f32":
-            return network, "f32: OpenVINO's choice on this CPU"
-        cosine, error = self._agreement(network)
+            return backend, f"{backend.precision}: set by configuration"
+        if backend.precision == "f32":
+            return backend, "f32: OpenVINO's choice on this CPU"
+        cosine, error = self._agreement(backend)
         measured = f"cosine {cosine:.4f}, error {error:.1%} of the distance between pictures"
         if cosine > AGREEMENT and error < ERROR_SHARE:
-            return network, f"{network.precision}: OpenVINO's choice on this CPU, {measured}"
-        network = OpenVINONetwork(
+            return backend, f"{backend.precision}: OpenVINO's choice on this CPU, {measured}"
+        backend = OpenVINOBackend(
             self._model, self.info.fingerprint, precision="float32", cache=cache_dir
         )
-        return network, f"f32: bf16 is too coarse for these weights, {measured}"
+        return backend, f"f32: bf16 is too coarse for these weights, {measured}"
 
-    def _agreement(self, network: Network) -> tuple[float, float]:
+    def _agreement(self, backend: Backend) -> tuple[float, float]:
         """Against torch in fp32: the lowest cosine, and the error over the distance of pictures.
 
         Untrained weights give all pictures nearly one feature: there the cosine is high and means
         nothing, while the rounding hides the pictures' differences.
         """
-        exact = TorchNetwork(self._model, self.device, Precision(torch.float32, "reference"))
+        exact = TorchBackend(self._model, self.device, Precision(torch.float32, "reference"))
         pictures = _test_pictures(self._model)
         cosines, errors = [], []
         for modality in _MODALITIES:
             given, true = (
-                network(pictures, modality).flatten(1),
+                backend(pictures, modality).flatten(1),
                 exact(pictures, modality).flatten(1),
             )
             cosines.append(float(functional.cosine_similarity(given, true).min()))
@@ -160,7 +160,7 @@ class Embedder:
         return min(cosines), max(errors)
 
 
-class TorchNetwork:
+class TorchBackend:
     """The network in PyTorch: channels last, under autocast where that measures faster."""
 
     streams = 1
@@ -205,12 +205,12 @@ def _test_pictures(model: CMT) -> Tensor:
     return (128 + 64 * smooth).clamp(0, 255).byte().contiguous()
 
 
-def _seconds(network: Network, pictures: Tensor) -> float:
+def _seconds(backend: Backend, pictures: Tensor) -> float:
     """The best of four calls; the first one builds kernels."""
 
     def once() -> float:
         start = time.perf_counter()
-        network(pictures, "ir")
+        backend(pictures, "ir")
         return time.perf_counter() - start
 
     return min(once() for _ in range(4))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from anyio import create_task_group
 
-from service.embedding.batcher import EmbeddingQueue
+from service.embedding.batcher import EmbeddingBatcher
 from service.embedding.embedder import Embedder
 from service.settings import Settings
 
@@ -16,18 +16,18 @@ _CUDA_RUNNERS = 2  # one batch is made ready while the device works on another
 _BATCH = {"cpu": 8, "cuda": 32}
 
 
-class Network:
+class EmbeddingEngine:
     """An embedder and its queue. observe: told the size of every batch."""
 
     def __init__(
         self, embedder: Embedder, settings: Settings, observe: Callable[[int], None]
     ) -> None:
         self.embedder = embedder
-        self.queue = EmbeddingQueue(
+        self.batcher = EmbeddingBatcher(
             embedder.embed,
             max_batch=settings.max_batch or _BATCH[embedder.device],
             max_wait=settings.batch_wait,
-            streams=embedder.network.streams,
+            streams=embedder.backend.streams,
             observe=observe,
         )
 
@@ -40,5 +40,5 @@ class Network:
         """Embed what comes, until cancelled."""
         cuda = self.embedder.device == "cuda"
         async with create_task_group() as group:
-            for _ in range(_CUDA_RUNNERS if cuda else self.embedder.network.streams):
-                group.start_soon(self.queue.run)
+            for _ in range(_CUDA_RUNNERS if cuda else self.embedder.backend.streams):
+                group.start_soon(self.batcher.run)

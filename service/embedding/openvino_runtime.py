@@ -28,7 +28,7 @@ _MOST_STREAMS = 8  # more batches at once than this interpreter could make ready
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
-class OpenVINONetwork:
+class OpenVINOBackend:
     """Pixels B×H×W×3 (uint8) of one modality → B×P×D in fp32, any B. Thread-safe.
 
     streams: how many calls of `beside` compute at once. precision: "float32", "bfloat16", or

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-STORED = np.dtype("<f2")
+FEATURE_DTYPE = np.dtype("<f2")
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,9 @@ class Follower:
         self._erasures = 0
         self.shard, self.position = Shard(info.config, device, kind), Position(0, 0)
         if restored is not None:
-            self.shard.restore(restored.resident)
+            self.shard.restore(restored.segment)
             self.position, self._saved_items = restored.position, len(self.shard)
-        self._counted = False  # which takes longer than reading a snapshot: `tend` does it
+        self._counted = False  # which takes longer than reading a snapshot: `maintain` does it
         try:
             self._complete(None if restored is None else restored.witness)
         except BaseException:
@@ -111,12 +111,12 @@ class Follower:
         except ServiceError as error:
             log.warning("the index could not follow the store: %s", error.detail)
 
-    def keep_up(self) -> None:
+    def catch_up(self) -> None:
         """What has to be done before a search."""
         if self._behind:
             self.follow()
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """From time to time, in the background: what failed before, and a new snapshot."""
         if self._behind or self.store.shared:
             self.follow()
@@ -220,7 +220,7 @@ class Follower:
             return
         if newest.change > self.position.change:
             changes = view.changes_since(self.position)
-            self.shard.bury(changes.deleted)
+            self.shard.mark_deleted(changes.deleted)
             self._replace(changes.updated)
             self.position = Position(self.position.item, newest.change)
             self._erasures += 1
@@ -245,7 +245,7 @@ class Follower:
         )
 
     def _remove_snapshot(self) -> None:
-        """What was erased must not be left in a file; what fails here is tried again (`tend`)."""
+        """What was erased must not be left in a file; `maintain` tries again what fails here."""
         try:
             snapshot.remove(self._folder)
             self._snapshot_stale = False

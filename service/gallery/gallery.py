@@ -256,7 +256,7 @@ class Gallery:
         another shape or not finite. No answer depends on the other queries.
         """
         follower = self._of(model)
-        follower.keep_up()
+        follower.catch_up()
         return answers(follower, queries, self._candidates)
 
     def reembed(
@@ -415,7 +415,7 @@ class Gallery:
         failing = False
         while not self._closing.wait(SYNC_SECONDS):
             try:
-                self._version.tend()
+                self._version.maintain()
                 self._version.store.finish_erasing()
                 failing = False
             except DatabaseUnavailable as error:

@@ -21,7 +21,7 @@ from model.preprocess import resize
 from service.errors import GalleryDamaged, ServiceError
 from service.gallery.records import StoredCrop
 from service.gallery.storage.store import Store
-from service.images.decode import STORED, Crop, Picture, decode
+from service.images.decode import STORED_LIMITS, Crop, Picture, decode
 
 Embed = Callable[[Sequence[Crop]], Tensor]  # B crops → B×P×D, as `Embedder.embed`
 # A stored crop → its picture at the height and width of the network's input.
@@ -39,7 +39,7 @@ class ReembeddingStopped(Exception):  # noqa: N818
 
 def decode_here(picture: Picture, height: int, width: int) -> Crop:
     """Decode a stored crop in this process. Raises ServiceError."""
-    crop = decode(picture.data, modality=picture.modality, limits=STORED)
+    crop = decode(picture.data, modality=picture.modality, limits=STORED_LIMITS)
     return replace(crop, image=Image.fromarray(resize(crop.image, height, width)))
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from model import Modulation
 from service.errors import ModelVersionConflict
 from service.gallery.follower import Follower
-from service.gallery.index.shard import Scored, Sought
+from service.gallery.index.shard import Scored, SearchRequest
 from service.gallery.records import Filters, Hit, Item, SearchResult
 
-_WIDEN = 4  # how much longer the shortlist gets where it held too few people
+_WIDEN_FOR_GROUPS = 4  # how much longer the shortlist gets where it held too few people
 _TRIES = 8  # searches again because an item was deleted between search and fetch
 
 
@@ -142,7 +142,7 @@ def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> li
         for (i, shortlist), one in zip(waiting.items(), scored, strict=True):
             places = _places(one, options[i])
             if places is None:
-                growing[i] = shortlist * _WIDEN
+                growing[i] = shortlist * _WIDEN_FOR_GROUPS
                 continue
             most = options[i].max_distance
             if most is not None:
@@ -152,9 +152,9 @@ def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> li
     return [chosen[i] for i in range(len(queries))]
 
 
-def _sought(query: Query, shortlist: int) -> Sought:
+def _sought(query: Query, shortlist: int) -> SearchRequest:
     options = query.options
-    return Sought(
+    return SearchRequest(
         query.x,
         query.modulation or Modulation.identity(1, query.x.shape[1]),
         # Grouped, how many are needed shows when they are scored.

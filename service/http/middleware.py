@@ -1,4 +1,5 @@
-"""What every request goes through, outermost first: Observe, SecurityHeaders, Gate."""
+"""What every request goes through, outermost first: `RequestLogMiddleware`, `SecurityHeaders`,
+`DrainMiddleware`."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ _PROBES = frozenset({"/livez", "/readyz", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-class Observe:
+class RequestLogMiddleware:
     """A request's id, log line, metrics and span; and an answer where the code has a defect.
 
     The id is the client's X-Request-ID if it is a plain one. The log line names the route, never
@@ -136,7 +137,7 @@ class CrossOrigin(CORSMiddleware):
         return problems.answer(error, "")
 
 
-class Door:
+class DrainState:
     """How many requests are in flight, and whether new ones are let in."""
 
     def __init__(self) -> None:
@@ -144,17 +145,17 @@ class Door:
         self.closing = False
 
 
-class Gate:
-    """Counts requests; once the door is closing, those that still come are answered with 503."""
+class DrainMiddleware:
+    """Counts requests; once the service drains, new ones are answered with 503."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self.app, self._door = app, door
+    def __init__(self, app: ASGIApp, drain: DrainState) -> None:
+        self.app, self._drain = app, drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["path"] in _PROBES and scope["path"] != "/readyz"):
             await self.app(scope, receive, send)
             return
-        if self._door.closing:
+        if self._drain.closing:
             await self._refuse(scope, receive, send)
             return
         answered = False
@@ -164,17 +165,17 @@ class Gate:
             answered = True
             await send(message)
 
-        self._door.in_flight += 1
+        self._drain.in_flight += 1
         try:
             await self.app(scope, receive, noted)
         except asyncio.CancelledError:
             # The server cancels what has had its time, and would log this as a defect.
-            if not self._door.closing:
+            if not self._drain.closing:
                 raise
             if not answered:
                 await self._refuse(scope, receive, send)
         finally:
-            self._door.in_flight -= 1
+            self._drain.in_flight -= 1
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {"Retry-After": "5", "Connection": "close"}

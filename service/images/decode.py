@@ -97,7 +97,7 @@ class ImageLimits(NamedTuple):
 
 
 # Of a crop that was taken in once: the limits of today may be others.
-STORED = ImageLimits(max_bytes=1 << 40, max_pixels=1 << 40)
+STORED_LIMITS = ImageLimits(max_bytes=1 << 40, max_pixels=1 << 40)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _KEPT = 100_000  # entries that wait for a disk or database that takes them again
 
 
-class Trail:
+class AuditWriter:
     """Writes entries of the audit log in order; those that come together share a transaction.
 
     An entry that cannot be written, on a full disk or while the database is away, does not stop a
@@ -25,7 +25,7 @@ class Trail:
 
     def __init__(self, gallery: Gallery, failed: Callable[[], None]) -> None:
         self._gallery, self._failed = gallery, failed
-        self._thread = ThreadPoolExecutor(1, "trail")
+        self._thread = ThreadPoolExecutor(1, "audit")
         self._waiting: deque[Act] = deque()
 
     async def note(self, act: Act) -> None:

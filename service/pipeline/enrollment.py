@@ -159,15 +159,15 @@ class _Batch:
 
     async def _store(self) -> None:
         for attempt in range(SWITCH_TRIES):
-            network = self._pipeline.network
-            stale = [p for p in self._open() if self._embedded[p].network is not network]
+            engine = self._pipeline.engine
+            stale = [p for p in self._open() if self._embedded[p].engine is not engine]
             await self._embed_all(stale)
             places = self._open()
             if not places:
                 return
             new = [self._wanted[place].item(self._embedded[place]) for place in places]
             rows = torch.stack([self._embedded[place].features for place in places])
-            add = partial(self._pipeline.gallery.add, new, rows, model=network.model)
+            add = partial(self._pipeline.gallery.add, new, rows, model=engine.model)
             started = time.perf_counter()
             try:
                 items = await self._pipeline.stored(add)

@@ -1,7 +1,7 @@
 """The way of an enrollment and of a query, off the event loop: every step is bounded.
 
-bytes → decoding process → queue → network → y → gallery.add                            (enroll)
-bytes → decoding process → queue → network → x, γ, β → gallery.search → ranked items    (query)
+bytes → decoding process → batcher → engine → y → gallery.add                            (enroll)
+bytes → decoding process → batcher → engine → x, γ, β → gallery.search → ranked items    (query)
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from anyio.abc import TaskGroup
 from torch import Tensor
 
 from service.embedding.embedder import Embedder
-from service.embedding.engine import Network
+from service.embedding.engine import EmbeddingEngine
 from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
 from service.gallery import Act, Gallery, SearchResult
 from service.images import Decoders
-from service.images.decode import STORED, Crop, Modality, ModalitySource, Picture
+from service.images.decode import STORED_LIMITS, Crop, Modality, ModalitySource, Picture
 from service.kit.concurrency import gathered, in_thread
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
-from service.pipeline.audit_writer import Trail
-from service.pipeline.search_batcher import Ranker, Search, Seen
-from service.pipeline.self_check import Pulse
+from service.pipeline.audit_writer import AuditWriter
+from service.pipeline.search_batcher import EmbeddedQuery, Search, SearchBatcher
+from service.pipeline.self_check import SelfCheck
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -65,26 +65,26 @@ class Answer:
 
 
 class Embedding(NamedTuple):
-    """A decoded crop, its features P×D by a network, and the seconds of decode, queue and embed."""
+    """A decoded crop, its features P×D by an engine, and the seconds of decode, queue and embed."""
 
     crop: Crop
     features: Tensor
-    network: Network
+    engine: EmbeddingEngine
     seconds: dict[str, float]
 
 
 class _Decoded(NamedTuple):
-    """A crop at the input size of `network`, and the seconds that it took."""
+    """A crop at the input size of `engine`, and the seconds that it took."""
 
     crop: Crop
-    network: Network
+    engine: EmbeddingEngine
     seconds: float
 
 
 class Pipeline:
     """Runs queries, and what enrollments share with them. Its parts belong to whoever made it.
 
-    network: the one in use; see `switch`.
+    engine: the one in use; see `switch`.
     """
 
     def __init__(
@@ -99,34 +99,34 @@ class Pipeline:
         self.gallery = gallery
         self._decoders, self._settings = decoders, settings
         self._metrics, self._tracing = metrics, tracing
-        self.network = Network(embedder, settings, metrics.batch)
+        self.engine = EmbeddingEngine(embedder, settings, metrics.batch)
         self._background: TaskGroup | None = None
         self._decoding = ThreadPoolExecutor(settings.decode_processes, "decode")
-        self._ranker = Ranker(gallery)
+        self._searches = SearchBatcher(gallery)
         self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
-        self.trail = Trail(gallery, metrics.audit_failures.inc)
-        self.pulse = Pulse(partial(self.embedded, query=True))
+        self.audit_writer = AuditWriter(gallery, metrics.audit_failures.inc)
+        self.self_check = SelfCheck(partial(self.embedded, query=True))
 
     async def run(self) -> None:
         """What goes on in the background, until cancelled."""
         async with create_task_group() as group:
             self._background = group
-            group.start_soon(self.network.run)
-            group.start_soon(self.pulse.run)
+            group.start_soon(self.engine.run)
+            group.start_soon(self.self_check.run)
             group.start_soon(self._expire)
 
     def switch(self, embedder: Embedder) -> None:
         """Embed with another checkpoint from now on; call it when the gallery has switched.
 
-        What waits before the network of old is still embedded there, found to be of the wrong
+        What waits before the previous engine is still embedded there, found to be of the wrong
         checkpoint by the gallery, and embedded once more. Then the old one is let go.
         """
         assert self._background is not None
-        self.network.queue.retire()
+        self.engine.batcher.retire()
         gc.unfreeze()  # with all else that `service.app` froze, the old one would stay
-        network = Network(embedder, self._settings, self._metrics.batch)
-        self._background.start_soon(network.run)
-        self.network = network
+        engine = EmbeddingEngine(embedder, self._settings, self._metrics.batch)
+        self._background.start_soon(engine.run)
+        self.engine = engine
         self._metrics.use(embedder)
 
     def note(self, stage: str, seconds: float) -> None:
@@ -138,8 +138,8 @@ class Pipeline:
         """End the threads, when nothing is under way any longer."""
         for threads in (self._decoding, self._storing):
             threads.shutdown(cancel_futures=True)
-        self._ranker.close()
-        self.trail.close()
+        self._searches.close()
+        self.audit_writer.close()
 
     async def stored(self, call: Callable[[], T]) -> T:
         """Run a call to the gallery that reads or changes it."""
@@ -147,13 +147,13 @@ class Pipeline:
 
     def decode_stored(self, picture: Picture, height: int, width: int) -> Crop:
         """Decode a crop of the gallery in one of the decoding processes. Raises ServiceError."""
-        return self._decoders.decode(picture, height, width, STORED)
+        return self._decoders.decode(picture, height, width, STORED_LIMITS)
 
     async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
         """Decode and embed one picture. Raises ServiceError."""
         while True:
-            # The network may have been changed by the time it is decoded.
-            with suppress(ModelVersionConflict), self.network.queue.present():
+            # The engine may have been changed by the time it is decoded.
+            with suppress(ModelVersionConflict), self.engine.batcher.in_flight():
                 return await self._embedded(await self._decoded(picture), query=query)
 
     async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
@@ -162,7 +162,7 @@ class Pipeline:
         actor: who asks, for the audit log, which is on the disk before the answer is given. Raises
         ServiceError.
         """
-        with self.network.queue.present(len(pictures)):
+        with self.engine.batcher.in_flight(len(pictures)):
             return await self._query(pictures, search, actor)
 
     async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
@@ -172,7 +172,7 @@ class Pipeline:
         modality = modalities.pop() if len(modalities) == 1 else "mixed"
         details = {"images": len(pictures), "modality": modality, **_described(search)}
         act = Act(actor, "query", details=details, persons=search.filters.person_id)
-        noting = asyncio.create_task(self.trail.note(act))
+        noting = asyncio.create_task(self.audit_writer.note(act))
         try:
             for _ in range(SWITCH_TRIES):
                 try:
@@ -185,18 +185,18 @@ class Pipeline:
             await noting
 
     async def _decoded(self, picture: Picture) -> _Decoded:
-        network = self.network
-        config = network.embedder.info.config
+        engine = self.engine
+        config = engine.embedder.info.config
         started = time.perf_counter()
         decode = partial(self._decoders.decode, picture, config.input_height, config.input_width)
         crop = await in_thread(self._decoding, decode)
         took = time.perf_counter() - started
         self.note("decode", took)
-        return _Decoded(crop, network, took)
+        return _Decoded(crop, engine, took)
 
     async def _embedded(self, decoded: _Decoded, *, query: bool) -> Embedding:
-        crop, network, took = decoded
-        features, waited, embedding = await network.queue.embed(crop, query=query)
+        crop, engine, took = decoded
+        features, waited, embedding = await engine.batcher.embed(crop, query=query)
         if not features.isfinite().all():
             raise EmbeddingFailed(
                 "the features of the image are not finite; the checkpoint is damaged or untrained"
@@ -204,7 +204,7 @@ class Pipeline:
         self.note("queue", waited)
         self.note("embed", embedding)
         seconds = {"decode": took, "queue": waited, "embed": embedding}
-        return Embedding(crop, features, network, seconds)
+        return Embedding(crop, features, engine, seconds)
 
     async def _answer(
         self,
@@ -213,13 +213,13 @@ class Pipeline:
         search: Search,
         started: float,
     ) -> Answer:
-        network = decoded[0].network
-        if any(one.network is not network for one in decoded):
+        engine = decoded[0].engine
+        if any(one.engine is not engine for one in decoded):
             raise ModelVersionConflict("the checkpoint was changed between two of the images")
         seen = await gathered(self._embedded(one, query=True) for one in decoded)
         features = torch.stack([one.features for one in seen])
-        result, similarities = await self._ranker.rank(
-            Seen(network.embedder, features, modality, search)
+        result, similarities = await self._searches.rank(
+            EmbeddedQuery(engine.embedder, features, modality, search)
         )
         for stage, milliseconds in result.timings_ms.items():
             self.note(stage, milliseconds / 1000)
@@ -229,7 +229,7 @@ class Pipeline:
             similarities=similarities,
             modality=modality,
             modality_source=seen[0].crop.modality_source,
-            model=network.model,
+            model=engine.model,
             timings_ms={
                 **{stage: 1000 * seconds for stage, seconds in slowest.items()},
                 **result.timings_ms,

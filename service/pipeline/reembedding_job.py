@@ -31,7 +31,7 @@ class Status:
     detail: str | None = None
 
 
-class Reembedder:
+class ReembeddingJob:
     """One at a time. What is done is in the gallery: after a restart it goes on from there."""
 
     def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
@@ -51,11 +51,11 @@ class Reembedder:
                 "the gallery is being embedded again already; GET /admin/reembed says how far it is"
             )
         try:
-            embedder = self._pipeline.network.embedder
+            embedder = self._pipeline.engine.embedder
             if name is not None:
                 embedder = await to_thread.run_sync(self._load, name)
             fingerprint = embedder.info.fingerprint
-            await self._pipeline.trail.note(Act(actor, "reembed", fingerprint))
+            await self._pipeline.audit_writer.note(Act(actor, "reembed", fingerprint))
             self.status = Status("running", fingerprint)
             loop = asyncio.get_running_loop()
             arguments = (embedder, loop, actor)
@@ -100,7 +100,7 @@ class Reembedder:
             self._running.release()
 
     def _switched(self, embedder: Embedder, loop: asyncio.AbstractEventLoop) -> None:
-        if embedder is not self._pipeline.network.embedder:
+        if embedder is not self._pipeline.engine.embedder:
             loop.call_soon_threadsafe(self._pipeline.switch, embedder)
 
     def _progress(self, progress: Progress) -> None:

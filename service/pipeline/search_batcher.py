@@ -43,7 +43,7 @@ class Ranking(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class EmbeddedQuery:
     """One person: features K×P×D of K images by `embedder`. modality: theirs, or "mixed"."""
 
     embedder: Embedder
@@ -53,8 +53,8 @@ class Seen:
 
 
 @dataclass(eq=False)
-class _Waiting:
-    seen: Seen
+class _WaitingQuery:
+    query: EmbeddedQuery
     done: asyncio.Future[Ranking]
 
 
@@ -64,11 +64,11 @@ class _Line:
     def __init__(self, gallery: Gallery, name: str) -> None:
         self._gallery = gallery
         self._thread = ThreadPoolExecutor(1, name)
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_WaitingQuery] = deque()
         self._work: asyncio.Task[None] | None = None
 
-    async def rank(self, seen: Seen) -> Ranking:
-        waiting = _Waiting(seen, asyncio.get_running_loop().create_future())
+    async def rank(self, query: EmbeddedQuery) -> Ranking:
+        waiting = _WaitingQuery(query, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._run())
@@ -82,7 +82,7 @@ class _Line:
             count = min(_TOGETHER, len(self._waiting))
             taken = [self._waiting.popleft() for _ in range(count)]
             batch = [one for one in taken if not one.done.done()]  # the others were cancelled
-            work = partial(_outcomes, self._gallery, [one.seen for one in batch])
+            work = partial(_outcomes, self._gallery, [one.query for one in batch])
             outcomes: Sequence[Ranking | Exception]
             try:
                 outcomes = await in_thread(self._thread, work)
@@ -97,16 +97,16 @@ class _Line:
                     one.done.set_result(outcome)
 
 
-class Ranker:
+class SearchBatcher:
     """Ranks `gallery`. Used on one event loop."""
 
     def __init__(self, gallery: Gallery) -> None:
         self._short, self._long = _Line(gallery, "search"), _Line(gallery, "exhaustive")
 
-    async def rank(self, seen: Seen) -> Ranking:
+    async def rank(self, query: EmbeddedQuery) -> Ranking:
         """Rank the gallery for one person. Raises what `Gallery.search_all` does."""
-        search = seen.search
-        return await (self._long if search.exhaustive else self._short).rank(seen)
+        search = query.search
+        return await (self._long if search.exhaustive else self._short).rank(query)
 
     def close(self) -> None:
         """End the threads, when nothing is under way any longer."""
@@ -114,37 +114,37 @@ class Ranker:
         self._long.close()
 
 
-def _outcomes(gallery: Gallery, batch: Sequence[Seen]) -> list[Ranking | Exception]:
+def _outcomes(gallery: Gallery, batch: Sequence[EmbeddedQuery]) -> list[Ranking | Exception]:
     """Each one's ranking, or what went wrong with it alone."""
     outcomes: dict[int, Ranking | Exception] = {}
-    embedders = {id(seen.embedder): seen.embedder for seen in batch}
+    embedders = {id(query.embedder): query.embedder for query in batch}
     for embedder in embedders.values():  # two while the checkpoint is being changed
-        members = [i for i, seen in enumerate(batch) if seen.embedder is embedder]
+        members = [i for i, query in enumerate(batch) if query.embedder is embedder]
         ranked = _ranked_apart(gallery, embedder, [batch[i] for i in members])
         outcomes.update(zip(members, ranked, strict=True))
     return [outcomes[i] for i in range(len(batch))]
 
 
 def _ranked_apart(
-    gallery: Gallery, embedder: Embedder, batch: Sequence[Seen]
+    gallery: Gallery, embedder: Embedder, batch: Sequence[EmbeddedQuery]
 ) -> Iterable[Ranking | Exception]:
     try:
         return _ranked(gallery, embedder, batch)
     except Exception as error:
         if len(batch) == 1:
             return [error]
-        return [one for seen in batch for one in _ranked_apart(gallery, embedder, [seen])]
+        return [one for query in batch for one in _ranked_apart(gallery, embedder, [query])]
 
 
-def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[Seen]) -> list[Ranking]:
+def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[EmbeddedQuery]) -> list[Ranking]:
     """Curves are fitted on queries of one image; a query of several is judged by the same ones, one
     of both modalities by none."""
     info = embedder.info
     x = torch.stack([fuse(s.features, normalise=info.config.normalise_test) for s in batch])
     gamma, beta = embedder.modulation(x)
     modulations = [
-        Modulation(gamma[i : i + 1], beta[i : i + 1]) if seen.search.modulation else None
-        for i, seen in enumerate(batch)
+        Modulation(gamma[i : i + 1], beta[i : i + 1]) if query.search.modulation else None
+        for i, query in enumerate(batch)
     ]
     queries = [
         Query(*parts) for parts in zip(x, modulations, (s.search for s in batch), strict=True)
@@ -159,11 +159,11 @@ def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[Seen]) -> list
                 x[i],
                 modulations[i],
                 [hit.distance for hit in result.hits],
-                query=seen.modality,
+                query=query.modality,
                 gallery=[hit.item.modality for hit in result.hits],
             ),
         )
-        for i, (seen, result) in enumerate(zip(batch, results, strict=True))
+        for i, (query, result) in enumerate(zip(batch, results, strict=True))
     ]
 
 

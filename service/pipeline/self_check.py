@@ -21,7 +21,7 @@ EVERY = 5.0
 _LATE = 60.0
 
 
-class Pulse:
+class SelfCheck:
     """embed: decodes and embeds a picture as a query's. Used on one event loop."""
 
     def __init__(self, embed: Callable[[Picture], Awaitable[object]]) -> None:

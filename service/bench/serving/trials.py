@@ -132,10 +132,10 @@ class Trials:
         pixels = pixels_of([crop.image for crop in crops], self._embedder.info.config)
         for batch, rates in self._bare.items():
             part = pixels[:batch]
-            self._embedder.network(part, "ir")  # warm up
+            self._embedder.backend(part, "ir")  # warm up
             calls, taken = 0, 0.0
             while taken < duration / len(_BATCHES):
-                taken += seconds(lambda part=part: self._embedder.network(part, "ir"))  # type: ignore[misc]
+                taken += seconds(lambda part=part: self._embedder.backend(part, "ir"))  # type: ignore[misc]
                 calls += 1
             rates.append(batch * calls / taken)
 

@@ -95,7 +95,7 @@ class Columns:
         )
         self._append(rows, np.ones(rows.shape[1], np.bool_))
 
-    def bury(self, numbers: Sequence[int]) -> list[int]:
+    def mark_deleted(self, numbers: Sequence[int]) -> list[int]:
         """Mark items as deleted → the numbers that were alive here."""
         positions = self.positions(numbers)
         positions = positions[self._alive[positions]]

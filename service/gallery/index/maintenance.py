@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 
 from service.gallery.index.recall_index import IndexKind, choose_kind
-from service.gallery.index.segment import Resident, Stopped, build_index, extend_index
+from service.gallery.index.segment import Segment, Stopped, build_index, extend_index
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +27,14 @@ INDEX_LEAST = 1000  # fewer rows train nothing
 _CATCH_UP_ROWS = 1024  # that come during a compaction and are copied while changes wait
 
 
-class Upkeep:
-    """Holds the resident members and swaps them. `changing` is held by whoever changes them.
+class Maintenance:
+    """Holds the segment members and swaps them. `changing` is held by whoever changes them.
 
     A thread runs while there is work and ends with it. kind: None lets `choose_kind` choose.
     """
 
-    def __init__(self, resident: Resident, kind: IndexKind | None) -> None:
-        self.resident = resident
+    def __init__(self, segment: Segment, kind: IndexKind | None) -> None:
+        self.segment = segment
         self.changing = threading.Lock()
         self.rebuilds = 0
         self._kind = kind
@@ -51,7 +51,9 @@ class Upkeep:
     def wake(self) -> None:
         """Start the background thread if there is work for it."""
         if self._worker is None and not self._closing and self._due() is not None:
-            self._worker = threading.Thread(target=self._work, name="gallery upkeep", daemon=True)
+            self._worker = threading.Thread(
+                target=self._work, name="gallery maintenance", daemon=True
+            )
             self._worker.start()
 
     def wait(self) -> None:
@@ -85,52 +87,52 @@ class Upkeep:
 
     def _due(self) -> str | None:
         """ "compact", a kind of index to build or extend, or None."""
-        resident = self.resident
-        columns, index = resident.columns, resident.index
+        segment = self.segment
+        columns, index = segment.columns, segment.index
         dead = len(columns) - columns.alive_count
         if self._failed:
             return None
         if dead >= max(_TOMBSTONE_LEAST, _TOMBSTONE_SHARE * columns.alive_count):
             return "compact"
-        kind = self._wanted(resident)
+        kind = self._wanted(segment)
         if kind == "SQfp16":
             return None
-        if index is None or index.kind != kind or self._outgrown(resident):
+        if index is None or index.kind != kind or self._outgrown(segment):
             return kind
         tail = len(columns) - len(index)
         return kind if tail >= max(_TAIL_LEAST, _TAIL_SHARE * len(index)) else None
 
-    def _wanted(self, resident: Resident) -> IndexKind:
-        features, count = resident.features, len(resident.columns)
+    def _wanted(self, segment: Segment) -> IndexKind:
+        features, count = segment.features, len(segment.columns)
         if features.metric == "cosine" or count < INDEX_LEAST:
             return "SQfp16"
         if self._kind is not None:
             return self._kind
-        if resident.index is not None:
-            return resident.index.kind  # a gallery at the threshold does not go to and fro
+        if segment.index is not None:
+            return segment.index.kind  # a gallery at the threshold does not go to and fro
         return choose_kind(count, features.device.type, free_memory(), features.width)
 
-    def _outgrown(self, resident: Resident) -> bool:
-        index = resident.index
+    def _outgrown(self, segment: Segment) -> bool:
+        index = segment.index
         return (
             index is not None
             and index.lists > 0
-            and len(resident.columns) > _RETRAIN_GROWTH * index.expected
+            and len(segment.columns) > _RETRAIN_GROWTH * index.expected
         )
 
     def _index(self, kind: str) -> None:
-        resident = self.resident
-        index = resident.index
-        if index is None or index.kind != kind or self._outgrown(resident):
-            resident.index = build_index(resident, kind, self._stop)  # type: ignore[arg-type]
+        segment = self.segment
+        index = segment.index
+        if index is None or index.kind != kind or self._outgrown(segment):
+            segment.index = build_index(segment, kind, self._stop)  # type: ignore[arg-type]
             self.rebuilds += 1
         else:
-            extend_index(index, resident.features, len(resident.columns), self._stop)
+            extend_index(index, segment.features, len(segment.columns), self._stop)
 
     def _compact(self) -> None:
         """Copy what is alive, catch up with what changed meanwhile, and swap."""
         with self.changing:
-            old, self._touched = self.resident, set()
+            old, self._touched = self.segment, set()
             kept = np.flatnonzero(old.columns.alive)
             done = len(old.columns)
         new = old.fork()
@@ -147,7 +149,7 @@ class Upkeep:
                 if end - done <= _CATCH_UP_ROWS:
                     new.extend(old, np.arange(done, end))
                     new.columns.align(old.columns, list(self._touched))
-                    self.resident = new
+                    self.segment = new
                     self.rebuilds += 1
                     return
             new.extend(old, np.arange(done, end))

@@ -20,18 +20,18 @@ from service.gallery.index.columns import Columns
 from service.gallery.index.exact_topk import Nearest, nearest_of
 from service.gallery.index.inner_products import Best, Mask, exhaustive
 from service.gallery.index.recall import recall
-from service.gallery.index.segment import Resident
+from service.gallery.index.segment import Segment
 from service.gallery.records import Filters
 
 # Where the bound on rounding says that an exhaustive search may have lost one, it searches again in
 # fp32 for so many times as many.
-_WIDEN = 8
+_WIDEN_SHORTLIST = 8
 # A product of larger numbers could leave fp32.
 _LARGEST = 1e9
 
 
 @dataclass(frozen=True)
-class Sought:
+class SearchRequest:
     """What one query wants: the `count` nearest to x (P×D) under γ, β (1×D).
 
     shortlist: how many the recall stage hands on, at least `count`. exhaustive: of all rows, proven
@@ -94,7 +94,7 @@ class Counters:
 class _Query:
     """x P×D with γ, β 1×D and their w (P+1)·D, c: float64 on the CPU."""
 
-    sought: Sought
+    request: SearchRequest
     x: Tensor
     modulation: Modulation
     w: Tensor
@@ -109,7 +109,7 @@ class _Found:
     farther off, as an index of codes or of some lists gives them.
     """
 
-    resident: Resident
+    segment: Segment
     columns: Columns
     allowed: Mask
     searched: int
@@ -119,15 +119,15 @@ class _Found:
 
 
 class Searcher:
-    """Searches what `resident` says is current. Thread-safe."""
+    """Searches what `segment` says is current. Thread-safe."""
 
-    def __init__(self, config: CMTConfig, resident: Callable[[], Resident]) -> None:
-        self._config, self._resident = config, resident
+    def __init__(self, config: CMTConfig, segment: Callable[[], Segment]) -> None:
+        self._config, self._segment = config, segment
         self.counters = Counters()
         self._counting = threading.Lock()
 
     @torch.inference_mode()
-    def search(self, queries: Sequence[Sought]) -> list[Scored]:
+    def search(self, queries: Sequence[SearchRequest]) -> list[Scored]:
         """Each query's `count` nearest, or all there are; those of one kind run as one.
 
         All distances returned are computed directly in float64; items at equal distance are in
@@ -153,12 +153,12 @@ class Searcher:
 
     def _scored(self, query: _Query, found: _Found, exhaustive: bool, recall_ms: float) -> Scored:
         started = time.perf_counter()
-        sought = query.sought
+        request = query.request
         candidates = found.searched if exhaustive else len(found.best.positions)
         nearest = self._computed(query, found, exhaustive)
-        count = sought.count
+        count = request.count
         while exhaustive and not nearest.proven:
-            count = min(found.searched, _WIDEN * count)
+            count = min(found.searched, _WIDEN_SHORTLIST * count)
             self._count(widened=1)
             (found,) = self._exhaustive([query], count=count, exact=True)
             nearest = self._computed(query, found, exhaustive)
@@ -168,9 +168,9 @@ class Searcher:
         positions = found.best.positions
         numbers = found.columns.numbers[positions]
         persons = found.columns.persons[positions]
-        order = np.lexsort((numbers, distances))[: sought.count]
+        order = np.lexsort((numbers, distances))[: request.count]
         unmodulated = None
-        if sought.explain:
+        if request.explain:
             unmodulated = self._unmodulated_ranks(query, found, exhaustive)[order]
         return Scored(
             numbers=numbers[order],
@@ -187,7 +187,7 @@ class Searcher:
             found=found,
         )
 
-    def _checked(self, queries: Sequence[Sought]) -> list[_Query]:
+    def _checked(self, queries: Sequence[SearchRequest]) -> list[_Query]:
         parts, dim = self._config.parts, self._config.dim
         for one in queries:
             if one.count < 1:
@@ -218,13 +218,13 @@ class Searcher:
 
     def _recall(self, queries: Sequence[_Query]) -> list[_Found]:
         seen = self._seen(queries)
-        resident = seen[0].resident
+        segment = seen[0].segment
         w = torch.stack([query.w for query in queries])
         masks = [found.allowed for found in seen]
-        shortlist = queries[0].sought.shortlist  # theirs all
-        best = recall(resident.features, resident.index, w, shortlist, masks)
+        shortlist = queries[0].request.shortlist  # theirs all
+        best = recall(segment.features, segment.index, w, shortlist, masks)
         self._count(recall_calls=len(queries), recall_batches=1, largest_batch=len(queries))
-        approximate = resident.index is not None
+        approximate = segment.index is not None
         return [
             replace(found, best=one, approximate=approximate)
             for found, one in zip(seen, best, strict=True)
@@ -235,7 +235,7 @@ class Searcher:
     ) -> list[_Found]:
         """count: how many are wanted where it is more than the queries say. exact: not in bf16."""
         seen = self._seen(queries)
-        features = seen[0].resident.features
+        features = seen[0].segment.features
         self._count(exhaustive_calls=len(queries), exhaustive_batches=1, largest_batch=len(queries))
         if features.metric == "cosine":  # no single inner product
             return [
@@ -243,7 +243,7 @@ class Searcher:
                 for found, query in zip(seen, queries, strict=True)
             ]
         w = torch.stack([query.w for query in queries])
-        count = max(count, *(query.sought.count for query in queries))
+        count = max(count, *(query.request.count for query in queries))
         best, exact = exhaustive(features, w, count, [one.allowed for one in seen], exact=exact)
         return [
             replace(found, best=one, exact=exact) for found, one in zip(seen, best, strict=True)
@@ -251,15 +251,15 @@ class Searcher:
 
     def _seen(self, queries: Sequence[_Query]) -> list[_Found]:
         """What each query may see, before anything is found; the same mask for equal filters."""
-        resident = self._resident()
-        columns = resident.columns.frozen()
-        filters = {query.sought.filters for query in queries}
+        segment = self._segment()
+        columns = segment.columns.frozen()
+        filters = {query.request.filters for query in queries}
         masks = {one: columns.mask(one) for one in filters}
         counts = {one: int(np.count_nonzero(mask)) for one, mask in masks.items()}
         nothing = Best(np.empty(0, np.int64), np.empty(0, np.float32))
         return [
-            _Found(resident, columns, masks[one], counts[one], nothing)
-            for one in (query.sought.filters for query in queries)
+            _Found(segment, columns, masks[one], counts[one], nothing)
+            for one in (query.request.filters for query in queries)
         ]
 
     def _computed(self, query: _Query, found: _Found, exhaustive: bool) -> Nearest:
@@ -269,8 +269,8 @@ class Searcher:
         which are places among the whole shortlist.
         """
         self._count(rescore_calls=1)
-        features, best = found.resident.features, found.best
-        if not exhaustive and (found.approximate or query.sought.explain):
+        features, best = found.segment.features, found.best
+        if not exhaustive and (found.approximate or query.request.explain):
             distances, parts = features.rescore(query.x, query.modulation, best.positions)
             return Nearest(best, distances, parts, proven=True)
         return nearest_of(
@@ -280,7 +280,7 @@ class Searcher:
             (query.w, query.c),
             best,
             searched=found.searched,
-            count=query.sought.count,
+            count=query.request.count,
             exact=found.exact,
         )
 
@@ -289,7 +289,7 @@ class Searcher:
     ) -> npt.NDArray[np.int64]:
         """Place of each of `found` by the distance without γ and β, among what was scored."""
         plain = Modulation.identity(1, query.x.shape[1], dtype=torch.float64)
-        features, positions = found.resident.features, found.best.positions
+        features, positions = found.segment.features, found.best.positions
         if not exhaustive:
             distances, _ = features.rescore(query.x, plain, positions)
             return _ranks_among(distances, distances)
@@ -305,12 +305,12 @@ class Searcher:
 
 def _by_cosine(found: _Found, query: _Query) -> Best:
     """The nearest allowed rows, and all at the same distance as the last."""
-    scores = found.resident.features.score_all(query.x, query.modulation)
+    scores = found.segment.features.score_all(query.x, query.modulation)
     scores = scores[: len(found.allowed)]
     positions = np.flatnonzero(found.allowed)
     near = scores[positions]
-    if query.sought.count < len(positions):
-        last = np.partition(near, query.sought.count - 1)[query.sought.count - 1]
+    if query.request.count < len(positions):
+        last = np.partition(near, query.request.count - 1)[query.request.count - 1]
         # float64 rounds a little otherwise in another block.
         positions = positions[near <= last + 1e-12]
     return Best(positions, -scores[positions].astype(np.float32))

@@ -27,7 +27,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 @dataclass
-class Resident:
+class Segment:
     """Features, filter columns and, if one is built, a FAISS index of the first rows."""
 
     features: Features
@@ -35,7 +35,7 @@ class Resident:
     index: RecallIndex | None = None
 
     @classmethod
-    def empty(cls, config: CMTConfig, device: str) -> Resident:
+    def empty(cls, config: CMTConfig, device: str) -> Segment:
         return cls(Features(config.parts, config.dim, config.metric, device), Columns())
 
     def add(self, stored: Stored) -> None:
@@ -47,23 +47,23 @@ class Resident:
             self.features.truncate(len(self.columns))
             raise
 
-    def extend(self, other: Resident, positions: npt.NDArray[np.int64]) -> None:
+    def extend(self, other: Segment, positions: npt.NDArray[np.int64]) -> None:
         """Append rows of another one that this was forked from."""
         for block in _blocks(positions):
             self.features.add(other.features.stored(block))
             self.columns.extend(other.columns, block)
 
-    def fork(self) -> Resident:
+    def fork(self) -> Segment:
         """An empty one of the same shape."""
         mine = self.features
         device = str(mine.device)
         features = Features(mine.parts, mine.dim, mine.metric, device)
-        return Resident(features, Columns())
+        return Segment(features, Columns())
 
 
-def build_index(resident: Resident, kind: IndexKind, stop: Stop) -> RecallIndex:
+def build_index(segment: Segment, kind: IndexKind, stop: Stop) -> RecallIndex:
     """An index of all rows there are at the start, trained on a sample. Raises Stopped."""
-    features, count = resident.features, len(resident.columns)
+    features, count = segment.features, len(segment.columns)
     index = RecallIndex(features.width, kind, count)
     wanted = training_rows(kind, count)
     if wanted:

@@ -14,12 +14,12 @@ import numpy as np
 from model import CMTConfig
 from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
-from service.gallery.index.maintenance import Upkeep
+from service.gallery.index.maintenance import Maintenance
 from service.gallery.index.recall_index import IndexKind
-from service.gallery.index.searcher import Counters, Scored, Searcher, Sought
-from service.gallery.index.segment import Resident
+from service.gallery.index.searcher import Counters, Scored, Searcher, SearchRequest
+from service.gallery.index.segment import Segment
 
-__all__ = ["Counters", "Frozen", "Scored", "Shard", "Sought", "Statistics"]
+__all__ = ["Counters", "Frozen", "Scored", "SearchRequest", "Shard", "Statistics"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Statistics:
 class Frozen:
     """A shard at one moment: what a snapshot is written from. Later changes do not show."""
 
-    resident: Resident
+    segment: Segment
     columns: Columns
 
 
@@ -50,11 +50,11 @@ class Shard:
     """
 
     def __init__(self, config: CMTConfig, device: str, kind: IndexKind | None = None) -> None:
-        self._upkeep = Upkeep(Resident.empty(config, device), kind)
-        self._searcher = Searcher(config, lambda: self._upkeep.resident)
+        self._maintenance = Maintenance(Segment.empty(config, device), kind)
+        self._searcher = Searcher(config, lambda: self._maintenance.segment)
 
     def __len__(self) -> int:
-        return self._upkeep.resident.columns.alive_count
+        return self._maintenance.segment.columns.alive_count
 
     def load(self, blocks: Iterable[Stored]) -> None:
         """Add many items; searches see each block when it is in."""
@@ -63,24 +63,24 @@ class Shard:
 
     def add(self, stored: Stored) -> None:
         """The next search finds them."""
-        with self._upkeep.changing:
-            self._upkeep.resident.add(stored)
-            self._upkeep.wake()
+        with self._maintenance.changing:
+            self._maintenance.segment.add(stored)
+            self._maintenance.wake()
 
-    def bury(self, numbers: Sequence[int]) -> list[int]:
+    def mark_deleted(self, numbers: Sequence[int]) -> list[int]:
         """Take items out of every later search → those that were here.
 
         Their memory is given back in the background.
         """
-        with self._upkeep.changing:
-            buried = self._upkeep.resident.columns.bury(numbers)
-            self._upkeep.touch(buried)
-            self._upkeep.wake()
-            return buried
+        with self._maintenance.changing:
+            deleted = self._maintenance.segment.columns.mark_deleted(numbers)
+            self._maintenance.touch(deleted)
+            self._maintenance.wake()
+            return deleted
 
     def lacking(self, numbers: Sequence[int]) -> list[int]:
         """Those of these items that are not here, or deleted."""
-        columns = self._upkeep.resident.columns
+        columns = self._maintenance.segment.columns
         positions = columns.positions(numbers)
         here = columns.numbers[positions[columns.alive[positions]]]
         return [int(number) for number in np.setdiff1d(numbers, here)]
@@ -94,13 +94,13 @@ class Shard:
         captured: Sequence[int | None] | None = None,
     ) -> None:
         """New labels, one for each number; None leaves that label of all of them as it is."""
-        with self._upkeep.changing:
-            self._upkeep.resident.columns.update(
+        with self._maintenance.changing:
+            self._maintenance.segment.columns.update(
                 numbers, persons=persons, cameras=cameras, captured=captured
             )
-            self._upkeep.touch(numbers)
+            self._maintenance.touch(numbers)
 
-    def search(self, queries: Sequence[Sought]) -> list[Scored]:
+    def search(self, queries: Sequence[SearchRequest]) -> list[Scored]:
         """`Searcher.search`."""
         return self._searcher.search(queries)
 
@@ -110,34 +110,34 @@ class Shard:
 
     def freeze(self) -> Frozen:
         """The shard as it is now. Whoever needs a store position with it holds changes off."""
-        resident = self._upkeep.resident
-        return Frozen(resident, resident.columns.frozen())
+        segment = self._maintenance.segment
+        return Frozen(segment, segment.columns.frozen())
 
-    def restore(self, resident: Resident) -> None:
+    def restore(self, segment: Segment) -> None:
         """Take what `snapshot.load` read into an empty shard."""
-        if len(self._upkeep.resident.columns):
+        if len(self._maintenance.segment.columns):
             raise ValueError("only an empty shard can be restored")
-        with self._upkeep.changing:
-            self._upkeep.resident = resident
-            self._upkeep.wake()
+        with self._maintenance.changing:
+            self._maintenance.segment = segment
+            self._maintenance.wake()
 
     def statistics(self) -> Statistics:
-        resident = self._upkeep.resident
-        index, columns = resident.index, resident.columns
+        segment = self._maintenance.segment
+        index, columns = segment.index, segment.columns
         return Statistics(
             items=columns.alive_count,
             tombstones=len(columns) - columns.alive_count,
             index="SQfp16" if index is None else index.kind,
             indexed=0 if index is None else len(index),
-            feature_bytes=resident.features.bytes,
+            feature_bytes=segment.features.bytes,
             column_bytes=columns.bytes,
-            rebuilds=self._upkeep.rebuilds,
+            rebuilds=self._maintenance.rebuilds,
         )
 
     def wait(self) -> None:
         """Until the background has nothing left to do."""
-        self._upkeep.wait()
+        self._maintenance.wait()
 
     def close(self) -> None:
         """Stop background work, giving up what is under way."""
-        self._upkeep.close()
+        self._maintenance.close()

@@ -33,7 +33,7 @@ from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features, Norms
 from service.gallery.index.recall_index import RecallIndex
-from service.gallery.index.segment import Resident
+from service.gallery.index.segment import Segment
 from service.gallery.index.shard import Frozen
 from service.kit.atomic_file import sync_folder
 
@@ -50,9 +50,9 @@ class SnapshotInvalid(Exception):  # noqa: N818
 
 
 class Restored(NamedTuple):
-    """resident: for `Shard.restore`. The others as `save` was given them."""
+    """segment: for `Shard.restore`. The others as `save` was given them."""
 
-    resident: Resident
+    segment: Segment
     position: Position
     witness: Witness
 
@@ -83,7 +83,7 @@ def save(
             "fingerprint": fingerprint,
             "position": list(position),
             "witness": list(witness),
-            "device": frozen.resident.features.device.type,
+            "device": frozen.segment.features.device.type,
             "folder": own.name,
         }
         sync_folder(own)
@@ -104,10 +104,10 @@ def load(folder: Path, config: CMTConfig, device: str, *, fingerprint: str) -> R
     """What `save` wrote. Raises SnapshotInvalid."""
     try:
         manifest = _manifest(folder, device, fingerprint)
-        resident = _read_all(manifest, folder / manifest["folder"], config, device)
+        segment = _read_all(manifest, folder / manifest["folder"], config, device)
     except OSError as error:
         raise SnapshotInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
-    return Restored(resident, Position(*manifest["position"]), Witness(*manifest["witness"]))
+    return Restored(segment, Position(*manifest["position"]), Witness(*manifest["witness"]))
 
 
 def remove(folder: Path) -> None:
@@ -120,7 +120,7 @@ def remove(folder: Path) -> None:
 
 
 def _write_all(frozen: Frozen, own: Path) -> dict[str, Any]:
-    features, columns = frozen.resident.features, frozen.columns
+    features, columns = frozen.segment.features, frozen.columns
     files: list[_File] = []
     chunks = []
     for number, chunk in enumerate(features.chunks):
@@ -144,7 +144,7 @@ def _write_all(frozen: Frozen, own: Path) -> dict[str, Any]:
 
 
 def _write_index(frozen: Frozen, own: Path, files: list[_File]) -> dict[str, Any] | None:
-    index, columns = frozen.resident.index, frozen.columns
+    index, columns = frozen.segment.index, frozen.columns
     if index is None or not columns.alive[: len(index)].all():
         return None  # it cannot forget a deleted row: it is built anew after loading
     path = own / "faiss"
@@ -188,10 +188,10 @@ def _manifest(folder: Path, device: str, fingerprint: str) -> dict[str, Any]:
     return manifest
 
 
-def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: str) -> Resident:
+def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: str) -> Segment:
     files = {file["name"]: _File(**file) for file in manifest["files"]}
-    resident = Resident.empty(config, device)
-    features = resident.features
+    segment = Segment.empty(config, device)
+    features = segment.features
     with ThreadPoolExecutor(_THREADS) as threads:
         jobs = [
             threads.submit(_read_chunk, own, files[f"features-{number}"], features, **chunk)
@@ -207,7 +207,7 @@ def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: st
         chunks = [job.result() for job in jobs]
     features.adopt(chunks, Norms(*manifest["norms"]))
     columns = Columns.restored(table, texts)
-    return Resident(features, columns, index)
+    return Segment(features, columns, index)
 
 
 def _read_chunk(own: Path, file: _File, features: Features, *, rows: int, scale: float) -> Chunk:

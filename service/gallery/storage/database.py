@@ -57,7 +57,7 @@ class Database:
         self.sqlite = address.get_backend_name() == "sqlite"
         self._lock: FolderLock | None = None
         # SQLite's log may still hold erased pages: at first those of a process that died.
-        self.log_uncut = self.sqlite
+        self.wal_pending = self.sqlite
         self.copying = False  # a long transaction keeps that log open
         if self.sqlite:
             home = Path(str(address.database)).resolve().parent
@@ -104,7 +104,7 @@ class Database:
         """Cut SQLite's log, which still holds erased pages. False: readers kept it open."""
         if not self.sqlite:
             return True
-        self.log_uncut = True
+        self.wal_pending = True
         if self.copying:  # waiting for that reader would let every writer wait
             return False
         with self._reported():
@@ -116,7 +116,7 @@ class Database:
             finally:
                 cursor.execute(f"PRAGMA busy_timeout = {1000 * _BUSY_SECONDS}")
                 connection.close()
-        self.log_uncut = bool(busy)
+        self.wal_pending = bool(busy)
         return not busy
 
     def _check_durable(self) -> None:

@@ -286,7 +286,7 @@ class Store:
 
     def finish_erasing(self) -> None:
         """Cut SQLite's log if a deletion could not."""
-        if self._database.log_uncut and not self._database.copying:
+        if self._database.wal_pending and not self._database.copying:
             self._cut_log()
 
     def _person(self, person_id: str | None) -> dict[str, str]:

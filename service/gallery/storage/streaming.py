@@ -16,7 +16,7 @@ import numpy.typing as npt
 from sqlalchemy import Connection, func, insert, select
 
 from service.errors import GalleryDamaged
-from service.gallery.feed import STORED, Changes, Position, Stored, Witness
+from service.gallery.feed import FEATURE_DTYPE, Changes, Position, Stored, Witness
 from service.gallery.storage.rows import blocks
 from service.gallery.storage.tables import changes, features, items, models
 from service.gallery.times import microseconds
@@ -148,7 +148,7 @@ def checked(rows: npt.NDArray[np.float16], count: int, size: int | None) -> npt.
             f"features of shape {rows.shape} for {count} items of "
             f"{'P·D' if size is None else size} numbers each"
         )
-    half = rows.astype(STORED, copy=False)
+    half = rows.astype(FEATURE_DTYPE, copy=False)
     if not np.isfinite(half).all():
         raise ValueError("features are not finite in fp16; the checkpoint is damaged or untrained")
     return half
@@ -167,9 +167,9 @@ class _Block:
 
     def __init__(self, rows: int, size: int) -> None:
         self._columns: tuple[list[Any], ...] = ([], [], [], [], [])
-        self._features = np.empty((rows, size), STORED)
+        self._features = np.empty((rows, size), FEATURE_DTYPE)
         self._bytes = self._features.reshape(-1).data.cast("B")
-        self._width = size * STORED.itemsize
+        self._width = size * FEATURE_DTYPE.itemsize
         self._filled = 0
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from sqlalchemy import Connection, Row, Select, delete, exists, func, insert, select, update
 
 from service.errors import ModelVersionConflict, ModelVersionUnknown
-from service.gallery.feed import STORED
+from service.gallery.feed import FEATURE_DTYPE
 from service.gallery.records import ModelVersion, StoredCrop, VersionState
 from service.gallery.storage.audit import Act, write
 from service.gallery.storage.database import Database
@@ -180,7 +180,7 @@ class Versions:
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
         found = [StoredCrop(int(r.number), bytes(r.data), r.media_type, r.modality) for r in rows]
-        stored = np.frombuffer(b"".join(bytes(r.row) for r in rows), STORED)
+        stored = np.frombuffer(b"".join(bytes(r.row) for r in rows), FEATURE_DTYPE)
         width = len(stored) // max(1, len(found))
         return found, stored.reshape(len(found), width).astype(np.float32)
 
@@ -294,9 +294,10 @@ def _refuse_other_size(connection: Connection, fingerprint: str, size: int) -> N
     of_version = features.c.model == fingerprint
     stored = connection.execute(select(func.length(features.c.data)).where(of_version).limit(1))
     length = stored.scalar_one_or_none()
-    if length not in (None, size * STORED.itemsize):
+    if length not in (None, size * FEATURE_DTYPE.itemsize):
         raise ValueError(
-            f"features of {size} numbers for a model version with {length // STORED.itemsize}"
+            f"features of {size} numbers for a model version with "
+            f"{length // FEATURE_DTYPE.itemsize}"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from service.embedding.batcher import EmbeddingQueue, is_out_of_memory
+from service.embedding.batcher import EmbeddingBatcher, is_out_of_memory
 from service.errors import EmbeddingFailed, MemoryExhausted
 from service.images.decode import Crop
 
@@ -48,11 +48,11 @@ class Network:
         return torch.tensor([float(one.width) for one in crops]).view(-1, 1, 1)
 
 
-def run(network: Network, work: Callable[[EmbeddingQueue], Any], **options: Any) -> Any:
+def run(network: Network, work: Callable[[EmbeddingBatcher], Any], **options: Any) -> Any:
     """Run `work` beside a queue before `network`."""
 
     async def both() -> Any:
-        queue = EmbeddingQueue(network, **{"max_batch": 8, "max_wait": 0.0, **options})
+        queue = EmbeddingBatcher(network, **{"max_batch": 8, "max_wait": 0.0, **options})
         runners = [asyncio.create_task(queue.run()) for _ in range(options.get("streams", 1))]
         try:
             return await asyncio.wait_for(work(queue), 20)
@@ -63,7 +63,9 @@ def run(network: Network, work: Callable[[EmbeddingQueue], Any], **options: Any)
     return asyncio.run(both())
 
 
-async def embed(queue: EmbeddingQueue, numbers: Sequence[int], *, query: bool = False) -> list[Any]:
+async def embed(
+    queue: EmbeddingBatcher, numbers: Sequence[int], *, query: bool = False
+) -> list[Any]:
     calls = [queue.embed(crop(number), query=query) for number in numbers]
     return await asyncio.gather(*calls, return_exceptions=True)
 
@@ -71,7 +73,7 @@ async def embed(queue: EmbeddingQueue, numbers: Sequence[int], *, query: bool = 
 def test_everybody_gets_their_own_features_in_batches_that_are_full() -> None:
     network = Network()
 
-    async def work(queue: EmbeddingQueue) -> None:
+    async def work(queue: EmbeddingBatcher) -> None:
         found = await embed(queue, range(20))
         assert [float(one.features) for one in found] == list(range(20))
         assert all(one.waited >= 0 and one.took > 0 for one in found)
@@ -81,8 +83,8 @@ def test_everybody_gets_their_own_features_in_batches_that_are_full() -> None:
 
 
 def test_a_lone_crop_does_not_wait_and_a_wait_gathers_company() -> None:
-    async def one_after_another(queue: EmbeddingQueue, present: int) -> None:
-        with queue.present(present):
+    async def one_after_another(queue: EmbeddingBatcher, present: int) -> None:
+        with queue.in_flight(present):
             first = asyncio.create_task(queue.embed(crop(1), query=True))
             await asyncio.sleep(0.05)
             await asyncio.gather(first, queue.embed(crop(2), query=True))
@@ -97,7 +99,7 @@ def test_a_lone_crop_does_not_wait_and_a_wait_gathers_company() -> None:
 def test_what_waits_is_shared_out_among_the_streams() -> None:
     network = Network()
 
-    async def work(queue: EmbeddingQueue) -> None:
+    async def work(queue: EmbeddingBatcher) -> None:
         await embed(queue, range(7))
 
     run(network, work, streams=2)
@@ -108,8 +110,8 @@ def test_what_waits_is_shared_out_among_the_streams() -> None:
 def test_a_lone_crop_has_the_device_and_one_that_comes_meanwhile_a_stream() -> None:
     network = Network()
 
-    async def work(queue: EmbeddingQueue) -> None:
-        with queue.present(2):  # one of them is elsewhere
+    async def work(queue: EmbeddingBatcher) -> None:
+        with queue.in_flight(2):  # one of them is elsewhere
             await embed(queue, [0])
         network.go.clear()
         first = asyncio.create_task(embed(queue, [1]))
@@ -129,7 +131,7 @@ def test_queries_and_enrollments_share_a_batch() -> None:
     network = Network()
     order: list[int] = []
 
-    async def work(queue: EmbeddingQueue) -> None:
+    async def work(queue: EmbeddingBatcher) -> None:
         async def noted(number: int, query: bool) -> None:
             await queue.embed(crop(number), query=query)
             order.append(number)
@@ -153,7 +155,7 @@ def test_queries_and_enrollments_share_a_batch() -> None:
 def test_one_bad_crop_fails_alone() -> None:
     network = Network(bad=5)
 
-    async def work(queue: EmbeddingQueue) -> None:
+    async def work(queue: EmbeddingBatcher) -> None:
         found = await embed(queue, range(8))
         assert isinstance(found.pop(5), EmbeddingFailed)
         assert [float(one.features) for one in found] == [0, 1, 2, 3, 4, 6, 7]
@@ -165,7 +167,7 @@ def test_one_bad_crop_fails_alone() -> None:
 def test_exhausted_memory_halves_the_batches_until_it_is_back() -> None:
     network = Network(most=2)
 
-    async def work(queue: EmbeddingQueue) -> None:
+    async def work(queue: EmbeddingBatcher) -> None:
         found = await embed(queue, range(8))
         assert [float(one.features) for one in found] == list(range(8))
         assert queue.limit <= 2
@@ -183,7 +185,7 @@ def test_exhausted_memory_halves_the_batches_until_it_is_back() -> None:
 def test_no_memory_for_one_crop_is_an_error_that_passes() -> None:
     network = Network(most=0)
 
-    async def work(queue: EmbeddingQueue) -> None:
+    async def work(queue: EmbeddingBatcher) -> None:
         [error] = await embed(queue, [1])
         assert isinstance(error, MemoryExhausted)
         assert (error.status, error.headers["Retry-After"]) == (503, "10")
@@ -196,7 +198,7 @@ def test_no_memory_for_one_crop_is_an_error_that_passes() -> None:
 def test_the_cancelled_leave_the_queue() -> None:
     network = Network()
 
-    async def work(queue: EmbeddingQueue) -> None:
+    async def work(queue: EmbeddingBatcher) -> None:
         network.go.clear()
         first = asyncio.create_task(queue.embed(crop(0), query=True))
         await asyncio.sleep(0.05)

@@ -15,7 +15,7 @@ from model import CheckpointInfo, CMTConfig
 from service.errors import DatabaseUnavailable, IndexOutOfStep
 from service.gallery import Gallery, ItemUpdate, NewItem
 from service.gallery.feed import Stored
-from service.gallery.index.segment import Resident
+from service.gallery.index.segment import Segment
 from service.gallery.storage.streaming import View
 from tests.service.stores import crop
 
@@ -133,16 +133,16 @@ def test_memory_that_runs_out_halfway_shifts_nothing(
     gallery: Gallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = gallery.add(new(3), features(3))
-    add = Resident.add
+    add = Segment.add
 
-    def fail(self: Resident, stored: Stored) -> None:
+    def fail(self: Segment, stored: Stored) -> None:
         monkeypatch.setattr(self.columns, "add", None)  # after the features are in
         try:
             add(self, stored)
         finally:
             monkeypatch.undo()
 
-    monkeypatch.setattr(Resident, "add", fail)
+    monkeypatch.setattr(Segment, "add", fail)
     with pytest.raises(TypeError):
         gallery.add(new(3), features(3, seed=1))
     y = torch.cat([features(3), features(3, seed=1)])
@@ -217,7 +217,7 @@ def test_rows_that_went_out_of_the_store_are_noticed_after_the_start(
     gallery.close()
     spoil(tmp_path, "DELETE FROM items WHERE number = 3")
     gallery = Gallery.open(tmp_path, INFO)
-    gallery._follower.tend()
+    gallery._follower.maintain()
     with pytest.raises(IndexOutOfStep, match="holds 6 items, the store 5"):
         gallery.check()
     gallery.close()

@@ -395,7 +395,9 @@ def test_a_full_disk_refuses_enrollment_and_loses_nothing(tmp_path: Path) -> Non
 def test_an_index_out_of_step_is_noticed(gallery: Gallery) -> None:
     items = gallery.add(new(5), features(5))
     gallery.check()
-    gallery._follower.shard.bury([gallery._store.number_of(items[0].id)])  # behind the store's back
+    gallery._follower.shard.mark_deleted(
+        [gallery._store.number_of(items[0].id)]
+    )  # behind the store's back
     with pytest.raises(IndexOutOfStep, match="restart"):
         gallery.check()
 

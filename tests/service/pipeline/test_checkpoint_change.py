@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model import CMT, load_checkpoint, save_checkpoint
 from service.client import Client
-from service.embedding.batcher import EmbeddingQueue
+from service.embedding.batcher import EmbeddingBatcher
 from service.embedding.embedder import Embedder
 from service.errors import ModelVersionConflict
 from service.images.decode import Crop, decode
@@ -60,7 +60,7 @@ def crop(visible: list[Path]) -> Crop:
 
 def test_a_retired_queue_embeds_what_waits_and_ends(crop: Crop) -> None:
     async def scenario() -> None:
-        queue = EmbeddingQueue(zeros, max_batch=2, max_wait=0)
+        queue = EmbeddingBatcher(zeros, max_batch=2, max_wait=0)
         waiting = [asyncio.create_task(queue.embed(crop, query=True)) for _ in range(5)]
         await asyncio.sleep(0)
         queue.retire()
@@ -76,7 +76,7 @@ def test_a_retired_queue_embeds_what_waits_and_ends(crop: Crop) -> None:
 
 def test_a_queue_that_is_empty_ends_when_it_is_retired() -> None:
     async def scenario() -> None:
-        queue = EmbeddingQueue(zeros, max_batch=2, max_wait=0)
+        queue = EmbeddingBatcher(zeros, max_batch=2, max_wait=0)
         running = [asyncio.create_task(queue.run()) for _ in range(2)]
         await asyncio.sleep(0.05)
         queue.retire()

@@ -15,8 +15,8 @@ from service.errors import MemoryExhausted, NotReady, StorageFull
 from service.gallery import Act
 from service.images.decode import Picture
 from service.pipeline import self_check as pulse
-from service.pipeline.audit_writer import Trail
-from service.pipeline.self_check import Pulse
+from service.pipeline.audit_writer import AuditWriter
+from service.pipeline.self_check import SelfCheck
 
 
 def test_a_checkpoint_that_gives_no_numbers_is_never_ready(
@@ -52,7 +52,7 @@ def test_readiness_follows_the_last_image(monkeypatch: pytest.MonkeyPatch) -> No
             raise errors[0]
 
     async def work() -> None:
-        heart = Pulse(embed)
+        heart = SelfCheck(embed)
         with pytest.raises(NotReady, match="no image has been embedded yet"):
             heart.check()
         await heart.beat()
@@ -92,13 +92,13 @@ def test_entries_of_the_audit_log_wait_for_the_disk_in_their_order() -> None:
         failures[0] += 1
 
     async def work() -> None:
-        trail = Trail(gallery, failed)  # type: ignore[arg-type]
-        await trail.note(Act("a", "query"))
-        await trail.note(Act("b", "query"))
+        writer = AuditWriter(gallery, failed)  # type: ignore[arg-type]
+        await writer.note(Act("a", "query"))
+        await writer.note(Act("b", "query"))
         assert (gallery.acts, failures[0]) == ([], 2)
         gallery.full = False
-        await trail.note(Act("c", "query"))
-        trail.close()
+        await writer.note(Act("c", "query"))
+        writer.close()
 
     asyncio.run(work())
     assert [act.actor for act in gallery.acts] == ["a", "b", "c"]

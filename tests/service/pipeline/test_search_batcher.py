@@ -15,7 +15,7 @@ from service.embedding.embedder import Embedder
 from service.errors import ModelVersionConflict
 from service.gallery import Gallery, NewItem, Options, Query, SearchResult
 from service.images.decode import decode
-from service.pipeline.search_batcher import Ranker, Ranking, Search, Seen
+from service.pipeline.search_batcher import EmbeddedQuery, Ranking, Search, SearchBatcher
 from tests.paths import ROOT
 
 
@@ -71,14 +71,17 @@ def ranked(
     watched: Watched, embedder: Embedder, jobs: Sequence[tuple[Tensor, Search]]
 ) -> list[Ranking | BaseException]:
     async def run() -> list[Ranking | BaseException]:
-        ranker = Ranker(watched)  # type: ignore[arg-type]
+        batcher = SearchBatcher(watched)  # type: ignore[arg-type]
         try:
             return await asyncio.gather(
-                *(ranker.rank(Seen(embedder, x[None], "ir", search)) for x, search in jobs),
+                *(
+                    batcher.rank(EmbeddedQuery(embedder, x[None], "ir", search))
+                    for x, search in jobs
+                ),
                 return_exceptions=True,
             )
         finally:
-            ranker.close()
+            batcher.close()
 
     return asyncio.run(run())
 
@@ -120,16 +123,18 @@ def test_exhaustive_queries_hold_up_no_others(
     watched: Watched, embedder: Embedder, features: Tensor
 ) -> None:
     async def run() -> None:
-        ranker = Ranker(watched)  # type: ignore[arg-type]
-        slow = Seen(embedder, features[:1], "ir", Search(exhaustive=True, modulation=False))
-        waiting = asyncio.create_task(ranker.rank(slow))
+        batcher = SearchBatcher(watched)  # type: ignore[arg-type]
+        slow = EmbeddedQuery(
+            embedder, features[:1], "ir", Search(exhaustive=True, modulation=False)
+        )
+        waiting = asyncio.create_task(batcher.rank(slow))
         for i in range(5):
-            quick = Seen(embedder, features[i : i + 1], "ir", Search(modulation=False))
-            assert best(await asyncio.wait_for(ranker.rank(quick), 30)) == f"p{i}"
+            quick = EmbeddedQuery(embedder, features[i : i + 1], "ir", Search(modulation=False))
+            assert best(await asyncio.wait_for(batcher.rank(quick), 30)) == f"p{i}"
         assert not waiting.done()
         watched.hold.set()
         assert best(await waiting) == "p0"
-        ranker.close()
+        batcher.close()
 
     asyncio.run(run())
 
@@ -138,19 +143,19 @@ def test_one_that_is_cancelled_is_not_ranked(
     watched: Watched, embedder: Embedder, features: Tensor
 ) -> None:
     async def run() -> None:
-        ranker = Ranker(watched)  # type: ignore[arg-type]
-        seen = Seen(embedder, features[:1], "ir", Search(exhaustive=True))
-        first = asyncio.create_task(ranker.rank(seen))
+        batcher = SearchBatcher(watched)  # type: ignore[arg-type]
+        seen = EmbeddedQuery(embedder, features[:1], "ir", Search(exhaustive=True))
+        first = asyncio.create_task(batcher.rank(seen))
         while not watched.batches:
             await asyncio.sleep(0.001)
-        gone = asyncio.create_task(ranker.rank(seen))
-        last = asyncio.create_task(ranker.rank(seen))
+        gone = asyncio.create_task(batcher.rank(seen))
+        last = asyncio.create_task(batcher.rank(seen))
         await asyncio.sleep(0)
         gone.cancel()
         watched.hold.set()
         assert (await first).result.hits == (await last).result.hits
         assert gone.cancelled()
-        ranker.close()
+        batcher.close()
 
     asyncio.run(run())
     assert watched.batches == [1, 1]
@@ -167,9 +172,11 @@ def test_where_its_thread_is_gone_a_query_fails_and_does_not_wait_for_ever(
     watched: Watched, embedder: Embedder, features: Tensor
 ) -> None:
     async def run() -> None:
-        ranker = Ranker(watched)  # type: ignore[arg-type]
-        ranker.close()
-        await asyncio.wait_for(ranker.rank(Seen(embedder, features[:1], "ir", Search())), 10)
+        batcher = SearchBatcher(watched)  # type: ignore[arg-type]
+        batcher.close()
+        await asyncio.wait_for(
+            batcher.rank(EmbeddedQuery(embedder, features[:1], "ir", Search())), 10
+        )
 
     with pytest.raises(RuntimeError, match="shutdown"):
         asyncio.run(run())

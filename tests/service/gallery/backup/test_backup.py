@@ -228,14 +228,14 @@ def test_deletions_do_not_wait_for_a_copy(make_place: MakePlace) -> None:
         time.sleep(1.5)  # the keeper tries, too
         gallery.add([NewItem(crop())], features(1, 2))
         assert time.monotonic() - started < 3.5  # a single wait for readers takes two seconds
-        assert database.log_uncut
+        assert database.wal_pending
         go_on.set()
         copying.join()
         for _ in range(100):
-            if not database.log_uncut:
+            if not database.wal_pending:
                 break
             time.sleep(0.1)
-        assert not database.log_uncut
+        assert not database.wal_pending
 
 
 def test_a_closed_gallery_is_not_backed_up(make_place: MakePlace, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from service.gallery.index import inner_products as nearest
 from service.gallery.index.chunks import CHUNK_ROWS
 from service.gallery.index.features import Features
 from service.gallery.index.inner_products import halves, multiply, rounding_bound, scan
-from service.gallery.index.shard import Shard, Sought
+from service.gallery.index.shard import SearchRequest, Shard
 from service.images.decode import decode
 from tests.paths import ROOT
 
@@ -64,7 +64,7 @@ def order_of(distances: npt.NDArray[np.float64], count: int) -> list[int]:
 def found(
     shard: Shard, x: Tensor, modulation: Modulation, count: int, *, exhaustive: bool = True
 ) -> list[int]:
-    (scored,) = shard.search([Sought(x, modulation, count, count, exhaustive)])
+    (scored,) = shard.search([SearchRequest(x, modulation, count, count, exhaustive)])
     return scored.numbers.tolist()  # type: ignore[no-any-return]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import CMTConfig, Modulation, part_distances
 from service.gallery.feed import Stored
-from service.gallery.index import maintenance as upkeep
+from service.gallery.index import maintenance as maintenance
 from service.gallery.index.columns import Columns
 from service.gallery.index.recall_index import (
     IVF_FROM,
@@ -26,7 +26,7 @@ from service.gallery.index.recall_index import (
     choose_kind,
     index_bytes,
 )
-from service.gallery.index.shard import Scored, Shard, Sought
+from service.gallery.index.shard import Scored, SearchRequest, Shard
 from service.gallery.records import Filters
 from service.gallery.times import microseconds
 
@@ -74,7 +74,7 @@ def search(
     shard: Shard, seed: int, count: int, *, exhaustive: bool = False, filters: Filters = EVERYONE
 ) -> Scored:
     x, modulation = query(seed)
-    (scored,) = shard.search([Sought(x, modulation, count, count, exhaustive, filters)])
+    (scored,) = shard.search([SearchRequest(x, modulation, count, count, exhaustive, filters)])
     return scored
 
 
@@ -138,7 +138,7 @@ def test_rows_that_the_index_lacks_are_found_too(kind: IndexKind) -> None:
         assert shard.statistics().indexed == COUNT
         for number in (COUNT, COUNT + 49):
             plain = Modulation.identity(1, DIM)
-            (scored,) = shard.search([Sought(y[number], plain, 20, 20)])
+            (scored,) = shard.search([SearchRequest(y[number], plain, 20, 20)])
             assert scored.numbers[0] == number
         shard.add(stored(features(1500, 9), COUNT + 50))
         shard.wait()
@@ -153,8 +153,8 @@ def test_a_scan_serves_until_the_index_is_built(monkeypatch: pytest.MonkeyPatch)
         assert go.wait(30)
         return original(*arguments)  # type: ignore[arg-type]
 
-    original = upkeep.build_index
-    monkeypatch.setattr(upkeep, "build_index", slow)
+    original = maintenance.build_index
+    monkeypatch.setattr(maintenance, "build_index", slow)
     y = features()
     shard = Shard(CONFIG, "cpu", "IVF-Flat")
     shard.add(stored(y))
@@ -171,7 +171,7 @@ def test_a_failed_build_leaves_the_scan(monkeypatch: pytest.MonkeyPatch) -> None
     def fails(*_: object) -> RecallIndex:
         raise MemoryError
 
-    monkeypatch.setattr(upkeep, "build_index", fails)
+    monkeypatch.setattr(maintenance, "build_index", fails)
     y = features()
     with shard_of("IVF-SQ8", y) as shard:
         assert search(shard, 2, 10).numbers.tolist() == ranking(y, 2)[:10]
@@ -211,7 +211,7 @@ def test_queries_of_one_call_and_of_threads_get_what_one_alone_gets(kind: IndexK
             beside = list(threads.map(ask, work))
         together = shard.search(
             [
-                Sought(*query(seed), count, count, exhaustive, filters)
+                SearchRequest(*query(seed), count, count, exhaustive, filters)
                 for seed, count, exhaustive, filters in work
             ]
         )
@@ -230,9 +230,9 @@ def test_queries_of_one_call_and_of_threads_get_what_one_alone_gets(kind: IndexK
 def test_changes_during_a_rebuild_are_not_lost(
     kind: IndexKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads add, bury, relabel and search while the shard is compacted many times."""
-    monkeypatch.setattr(upkeep, "_TOMBSTONE_LEAST", 20)
-    monkeypatch.setattr(upkeep, "_TOMBSTONE_SHARE", 0.0)
+    """Threads add, mark_deleted, relabel and search while the shard is compacted many times."""
+    monkeypatch.setattr(maintenance, "_TOMBSTONE_LEAST", 20)
+    monkeypatch.setattr(maintenance, "_TOMBSTONE_SHARE", 0.0)
     y = features(8000)
     with shard_of(kind, y[:2000]) as shard:
         errors: list[BaseException] = []
@@ -255,7 +255,7 @@ def test_changes_during_a_rebuild_are_not_lost(
         def delete() -> None:
             for start in range(0, 1500, 5):
                 numbers = list(range(start, start + 5))
-                assert shard.bury(numbers) == numbers
+                assert shard.mark_deleted(numbers) == numbers
                 assert search(shard, start, 30).numbers.min() > start + 4
 
         def rename() -> None:
@@ -316,8 +316,8 @@ def test_columns_find_numbers_in_any_order() -> None:
     block = stored(features(6))
     for numbers in ([5, 9, 12], [20, 7, 30]):
         columns.add(Stored(numbers, *["abc"] * 2, ["rgb"] * 3, [None] * 3, block.features[:3]))  # type: ignore[arg-type]
-        assert columns.bury([numbers[1], 999]) == [numbers[1]]
-        assert columns.bury([numbers[1]]) == []
+        assert columns.mark_deleted([numbers[1], 999]) == [numbers[1]]
+        assert columns.mark_deleted([numbers[1]]) == []
     assert columns.alive_count == 4
     assert columns.alive.tolist() == [True, False, True, True, False, True]
 
@@ -375,17 +375,17 @@ BAD: dict[str, tuple[Tensor, Modulation, int, str]] = {
 def test_senseless_queries_are_refused_with_a_sentence(name: str) -> None:
     x, modulation, count, message = BAD[name]
     with shard_of(y=features(50)) as shard, pytest.raises(ValueError, match=message):
-        shard.search([Sought(x, modulation, count, count)])
+        shard.search([SearchRequest(x, modulation, count, count)])
 
 
 def test_a_compaction_forgets_labels_that_no_item_has() -> None:
     with shard_of(y=features(400)) as shard:
         for number in range(100):
             shard.update([5], persons=[f"was-{number}"], cameras=[None])
-        shard.bury(range(10, 390))
+        shard.mark_deleted(range(10, 390))
         shard.wait()
         shard.update([6], persons=["new"])
-        columns = shard._upkeep.resident.columns
+        columns = shard._maintenance.segment.columns
         assert len(columns) == 20
         assert set(columns._persons._codes) == {"one", "five", "eleven", "was-99", "new"} | {
             f"p{number % 50}" for number in range(390, 400)
@@ -409,7 +409,7 @@ def test_labels_keep_their_meaning_in_codes_of_another() -> None:
     new.extend(old, np.array([1, 3]))
     assert new._persons.decode(new.persons) == [None, "c"]
     old.update([2, 4], persons=["b", "d"])
-    old.bury([4])
+    old.mark_deleted([4])
     new.align(old, [2, 4])
     assert new._persons.decode(new.persons) == ["b", "d"]
     assert (new.alive.tolist(), new.alive_count) == ([True, False], 1)

@@ -18,7 +18,7 @@ from model import CMTConfig, Modulation
 from service.gallery.feed import Position, Stored, Witness
 from service.gallery.index import snapshot
 from service.gallery.index.recall_index import IndexKind
-from service.gallery.index.shard import Scored, Shard, Sought
+from service.gallery.index.shard import Scored, SearchRequest, Shard
 from service.gallery.index.snapshot import MANIFEST, SnapshotInvalid, load, save
 from service.gallery.records import Filters
 
@@ -52,7 +52,7 @@ def answers(shard: Shard) -> list[Scored]:
     x, modulation = query()
     return shard.search(
         [
-            Sought(x, modulation, 50, 50, exhaustive, one)
+            SearchRequest(x, modulation, 50, 50, exhaustive, one)
             for one in filters
             for exhaustive in (True, False)
         ]
@@ -76,10 +76,10 @@ def made(kind: IndexKind = "SQfp16") -> Shard:
 
 
 def restored(folder: Path, kind: IndexKind = "SQfp16") -> Shard:
-    resident, position, witness = load(folder, CONFIG, "cpu", fingerprint=MODEL)
+    segment, position, witness = load(folder, CONFIG, "cpu", fingerprint=MODEL)
     assert (position, witness) == (POSITION, WITNESS)
     shard = Shard(CONFIG, "cpu", kind)
-    shard.restore(resident)
+    shard.restore(segment)
     return shard
 
 
@@ -101,7 +101,7 @@ def test_what_is_restored_answers_alike_and_goes_on(kind: IndexKind, tmp_path: P
     assert_equal(shard, again)
     for one in (shard, again):
         one.add(stored(500, COUNT))
-        one.bury(range(100))
+        one.mark_deleted(range(100))
         one.update([150], persons=["person 151"])
     assert_equal(shard, again)
     shard.close()
@@ -122,7 +122,7 @@ def test_chunks_of_other_scales_and_an_empty_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["SQfp16", "HNSW"])
 def test_nothing_deleted_is_written(kind: IndexKind, tmp_path: Path) -> None:
     shard = made(kind)
-    shard.bury([7, 8])
+    shard.mark_deleted([7, 8])
     own = write(shard, tmp_path)
     files = {path.name: path.read_bytes() for path in own.iterdir()}
     assert "faiss" not in files
@@ -133,8 +133,8 @@ def test_nothing_deleted_is_written(kind: IndexKind, tmp_path: Path) -> None:
         assert f'"person {number}"'.encode() not in files["labels.json"]
     assert stored().features[10].tobytes() in files["features-0"]
     again = restored(tmp_path, kind)
-    assert again.bury([7, 8, 10]) == [10]
-    shard.bury([10])
+    assert again.mark_deleted([7, 8, 10]) == [10]
+    shard.mark_deleted([10])
     again.wait()  # the index is built anew
     assert_equal(shard, again)
     again.close()
@@ -145,7 +145,7 @@ def test_a_moment_is_saved_though_changes_go_on(tmp_path: Path) -> None:
     shard, same = made(), made()
     frozen = shard.freeze()
     shard.add(stored(300, COUNT))
-    shard.bury(range(50))
+    shard.mark_deleted(range(50))
     save(frozen, tmp_path, fingerprint=MODEL, position=POSITION, witness=WITNESS)
     assert_equal(same, restored(tmp_path))
 
@@ -247,9 +247,9 @@ def test_a_crash_while_saving_leaves_the_old_one(
     except KeyboardInterrupt:
         whole = False
     monkeypatch.undo()
-    resident, *_ = load(copy, CONFIG, "cpu", fingerprint=MODEL)
-    replaced = len(resident.columns) == COUNT + 10
-    assert replaced or len(resident.columns) == COUNT
+    segment, *_ = load(copy, CONFIG, "cpu", fingerprint=MODEL)
+    replaced = len(segment.columns) == COUNT + 10
+    assert replaced or len(segment.columns) == COUNT
     assert replaced or not whole
     write(shard, copy)  # and the next one clears away what was left
     assert len(load(copy, CONFIG, "cpu", fingerprint=MODEL)[0].columns) == COUNT + 10
