@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from model.atomic_file import write_whole
 from model.machine import machine
 
 _ROUND = 0.25  # seconds that one side of a comparison gets in turn, or one call that is longer
@@ -109,7 +110,7 @@ def publish(
         "machine": machine(),
         "results": list(results),
     }
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    write_whole(path, json.dumps(report, indent=2, ensure_ascii=False, default=_plain) + "\n")
     Console().print(f"written to {path}")
 
 

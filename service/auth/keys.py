@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from model.atomic_file import PRIVATE, write_whole
 from service.auth.rate_limit import checked_rate
 from service.errors import KeysUnreadable
 
@@ -116,13 +116,7 @@ class KeyFile:
             yield
 
     def _write(self, keys: list[Key]) -> None:
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(_Keys(keys=keys).model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        write_whole(self.path, _Keys(keys=keys).model_dump_json(indent=2) + "\n", PRIVATE)
 
 
 class Keyring:

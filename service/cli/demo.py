@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from model.atomic_file import write_whole
 from service.api.schemas import QueryAnswer
 from service.cli.contact_sheet import Match, Row, SheetImage, matches, render
 from service.cli.enroll import report
@@ -109,7 +110,7 @@ def demo(
                 f"Rank-1 with modulation {modulated:.0%}, without {unmodulated:.0%}; "
                 f"expected with modulation: at least {expected:.0%}.",
             ]
-            html.write_text(render("Infrared queries, visible gallery", lines, _rows(outcomes)))
+            write_whole(html, render("Infrared queries, visible gallery", lines, _rows(outcomes)))
             console.print("\n".join(["", *lines, f"Contact sheet: {html.resolve()}"]))
             if not once:
                 console.print(f"Serving on {url}/docs until Ctrl-C.")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from model.atomic_file import write_whole
 from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
 
 gallery = typer.Typer(
@@ -108,9 +109,7 @@ def _fetch(client: Client, item_id: str, folder: Path) -> str:
     """Write an item's crop into `folder`, whole or not at all → the file's name."""
     data, media_type = client.image(item_id)
     file = folder / f"{item_id}.{media_type.removeprefix('image/')}"
-    partial = file.with_suffix(_PARTIAL)
-    partial.write_bytes(data)
-    partial.replace(file)
+    write_whole(file, data)
     return file.name
 
 
@@ -128,7 +127,7 @@ def show(
     with Client(url, api_key=api_key) as client:
         typer.echo(client.get(item_id).model_dump_json(indent=2))
         if save is not None:
-            save.write_bytes(client.image(item_id)[0])
+            write_whole(save, client.image(item_id)[0])
 
 
 @gallery.command()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from model.atomic_file import write_whole
 from service.api.schemas import QueryAnswer
 from service.cli.contact_sheet import Row, SheetImage, matches, part_similarities, render
 from service.cli.options import (
@@ -82,7 +83,7 @@ def query(
                 answer=answer,
                 matches=matches(client, answer, top_k),
             )
-            html.write_text(render("Who is this?", [_summary(answer)], [row]))
+            write_whole(html, render("Who is this?", [_summary(answer)], [row]))
     if json:
         typer.echo(answer.model_dump_json(indent=2, exclude_unset=True))
     else:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import httpx
 
+from model.atomic_file import whole_file
 from service.api.schemas import (
     AuditRecords,
     BatchAnswer,
@@ -31,7 +32,6 @@ from service.api.schemas import (
 )
 from service.client import requests as calls
 from service.client.requests import ImageSource, ServiceProblem, Unreachable
-from service.kit.atomic_file import whole_file
 from service.kit.urls import is_loopback
 
 __all__ = ["AsyncClient", "Client", "ServiceProblem", "Unreachable"]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model import CMT, Modality
+from model.atomic_file import write_whole
 from model.config import MODALITIES
 from model.graphs import embedding_graph, to_openvino
 from model.preprocess import MEAN, STD
@@ -97,9 +98,7 @@ class OpenVINOBackend:
         digest.unlink(missing_ok=True)
         openvino.save_model(graph, xml, compress_to_fp16=False)
         # The digest comes last: what a crash leaves behind does not match it.
-        partial = digest.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(_digest(xml, weights))
-        partial.replace(digest)
+        write_whole(digest, _digest(xml, weights))
         return core.read_model(xml)
 
 

@@ -22,7 +22,7 @@ from service.errors import (
     ServiceError,
     StorageUnwritable,
 )
-from service.gallery.backup.backup import Backup
+from service.gallery.backup.backup import Backup, Backups
 from service.gallery.backup.temporary_copy import remove_leftovers
 from service.gallery.follower import Follower, read_snapshot
 from service.gallery.index.recall_index import IndexKind
@@ -63,8 +63,9 @@ class Gallery:
     """
 
     def __init__(self, lock: FolderLock, follower: Follower, folder: Path, candidates: int) -> None:
-        self._lock, self._version = lock, follower
+        self._lock, self._current = lock, follower
         self._folder, self._candidates = folder, candidates
+        self._backing_up = Backups(follower.store.database, follower.store.audit, folder)
         self._enrolling = SharedLock()  # held alone while the checkpoint is changed
         self._reembedding = threading.Lock()
         self._closing = threading.Event()
@@ -147,8 +148,9 @@ class Gallery:
         self._closing.set()
         self._keeper.join()
         with self._reembedding, self._enrolling.alone():  # what is under way ends first
-            self._version.close()
-        self._version.store.close()
+            self._current.close()
+        self._backing_up.close()
+        self._current.store.close()
         self._lock.release()
 
     def add(
@@ -242,7 +244,13 @@ class Gallery:
     ) -> SearchResult:
         """`search_all` for one query with these `Options`."""
         options = Options(
-            *(top_k, candidates, exhaustive, filters or Filters(), group_by, explain, max_distance)
+            top_k=top_k,
+            candidates=candidates,
+            exhaustive=exhaustive,
+            filters=filters or Filters(),
+            group_by=group_by,
+            explain=explain,
+            max_distance=max_distance,
         )
         return self.search_all([Query(x, modulation, options)], model=model)[0]
 
@@ -328,11 +336,11 @@ class Gallery:
         by its owner only. Raises BackupRunning while another one is taken, StorageFull and
         StorageUnwritable, also for the temporary copy that lies in the data folder meanwhile.
         """
-        self._store.backups.write(target, actor=actor)
+        self._backups.write(target, actor=actor)
 
     def begin_backup(self, *, actor: str = "system") -> Backup:
         """The same for a caller who takes the blocks and closes it. Raises as `backup`."""
-        return self._store.backups.begin(actor=actor)
+        return self._backups.begin(actor=actor)
 
     def save_index(self) -> bool:
         """Write the index's snapshot for the next start, as the background does from time to time.
@@ -376,13 +384,21 @@ class Gallery:
     @property
     def _follower(self) -> Follower:
         """The version in use. Raises DatabaseUnavailable once the gallery is closed."""
-        if self._closing.is_set():
-            raise DatabaseUnavailable("the gallery is closed; open it again")
-        return self._version
+        self._refuse_closed()
+        return self._current
 
     @property
     def _store(self) -> Store:
         return self._follower.store
+
+    @property
+    def _backups(self) -> Backups:
+        self._refuse_closed()
+        return self._backing_up
+
+    def _refuse_closed(self) -> None:
+        if self._closing.is_set():
+            raise DatabaseUnavailable("the gallery is closed; open it again")
 
     def _of(self, model: str | None) -> Follower:
         """The version in use. ModelVersionConflict: `model` names another."""
@@ -407,7 +423,7 @@ class Gallery:
                     except ModelVersionConflict:  # another process enrolled in between
                         if attempt == _TRIES - 1:
                             raise
-            old, self._version = self._version, follower
+            old, self._current = self._current, follower
             return old
 
     def _keep(self) -> None:
@@ -415,8 +431,8 @@ class Gallery:
         failing = False
         while not self._closing.wait(SYNC_SECONDS):
             try:
-                self._version.maintain()
-                self._version.store.finish_erasing()
+                self._current.maintain()
+                self._current.store.finish_erasing()
                 failing = False
             except DatabaseUnavailable as error:
                 if not failing:

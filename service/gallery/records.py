@@ -136,11 +136,6 @@ class Filters:
     captured_from: datetime | None = None
     captured_to: datetime | None = None
 
-    @property
-    def active(self) -> bool:
-        """Whether anything is filtered at all."""
-        return self != Filters()
-
     def described(self) -> dict[str, Any]:
         """What is filtered by, as JSON has it, but for the persons, whom a log must not name."""
         return {

@@ -16,6 +16,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -86,6 +87,11 @@ class Picture:
     modality: ModalityChoice = "auto"
     box: Box | None = None
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the bytes, as hexadecimal digits. Computed once, in the thread that asks first."""
+        return hashlib.sha256(self.data).hexdigest()
+
 
 class ImageLimits(NamedTuple):
     """What an upload may be; pixels count before a box is cut out."""
@@ -126,8 +132,12 @@ def decode(
     modality: ModalityChoice = "auto",
     box: Box | None = None,
     limits: ImageLimits | None = None,
+    sha256: str | None = None,
 ) -> Crop:
-    """Decode one upload. Raises a ServiceError of status 413, 415 or 422, one sentence each."""
+    """Decode one upload. Raises a ServiceError of status 413, 415 or 422, one sentence each.
+
+    sha256: of `data`, where the caller has it already.
+    """
     limits = limits or ImageLimits()
     if not data:
         raise ImageEmpty("the image has 0 bytes; send the file's content")
@@ -155,7 +165,7 @@ def decode(
         width=picture.width,
         height=picture.height,
         bit_depth=depth,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=sha256 or hashlib.sha256(data).hexdigest(),
         data=stored,
         media_type=media_type,
     )

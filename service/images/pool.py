@@ -54,6 +54,7 @@ class Decoders:
             height=height,
             width=width,
             seconds=self._seconds,
+            sha256=picture.sha256,
         )
         worker = self._idle.get()
         try:

@@ -16,7 +16,10 @@ FACTS = ("modality", "modality_source", "width", "height", "bit_depth", "sha256"
 
 @dataclass(frozen=True)
 class Order:
-    """How to decode one image. height, width: of the picture to answer. seconds: it may take."""
+    """How to decode one image. height, width: of the picture to answer. seconds: it may take.
+
+    sha256: of the image's bytes, which is not computed a second time.
+    """
 
     modality: ModalityChoice
     box: tuple[int, int, int, int] | None
@@ -24,3 +27,4 @@ class Order:
     height: int
     width: int
     seconds: float
+    sha256: str

@@ -45,6 +45,7 @@ def _work(order: Order, data: bytes) -> Sequence[bytes]:
             modality=order.modality,
             box=None if order.box is None else Box(*order.box),
             limits=ImageLimits(*order.limits),
+            sha256=order.sha256,
         )
     except ServiceError as error:
         return [json.dumps({"code": error.code, "detail": error.detail}).encode(), b"", b""]

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from service.errors import IdempotencyConflict, ModelVersionConflict, ServiceError
+from service.errors import IdempotencyConflict, ServiceError
 from service.gallery import Item, NewItem, RequestKey
 from service.images.decode import Picture
 from service.kit.concurrency import gathered
-from service.pipeline.pipeline import SWITCH_TRIES, SWITCH_WAIT, Embedding, Pipeline
+from service.pipeline.conflicts import retried
+from service.pipeline.pipeline import Embedding, Pipeline
 
 # Of one batch, so many are decoded or wait for the network at once: others get their turn.
 _WINDOW = 32
@@ -46,14 +47,14 @@ class Enrollment:
         """The key with the SHA-256 of all that is enrolled under it."""
         if self.key is None:
             return None
-        digest = hashlib.sha256(hashlib.sha256(self.picture.data).digest())
+        digest = hashlib.sha256(bytes.fromhex(self.picture.sha256))
         labels = self.labels
         captured = None if labels.captured_at is None else labels.captured_at.isoformat()
         rest = [self.picture.modality, self.picture.box, labels.person_id, labels.camera_id]
         digest.update(json.dumps([*rest, captured, labels.metadata], sort_keys=True).encode())
         return RequestKey(self.key, digest.hexdigest())
 
-    def item(self, embedding: Embedding) -> NewItem:
+    def item(self, embedding: Embedding, request: RequestKey | None) -> NewItem:
         """What the gallery takes."""
         return NewItem(
             embedding.crop,
@@ -61,7 +62,7 @@ class Enrollment:
             camera_id=self.labels.camera_id,
             captured_at=self.labels.captured_at,
             metadata=self.labels.metadata,
-            request=self.request(),
+            request=request,
         )
 
 
@@ -88,22 +89,28 @@ async def enroll(pipeline: Pipeline, wanted: Sequence[Enrollment]) -> list[Outco
 class _Batch:
     def __init__(self, pipeline: Pipeline, wanted: Sequence[Enrollment]) -> None:
         self._pipeline, self._wanted = pipeline, wanted
-        self._requests = [one.request() for one in wanted]
+        self._requests: list[RequestKey | None] = [None] * len(wanted)
         self._outcomes: dict[int, Outcome] = {}
         self._same: dict[int, int] = {}  # place → an earlier one with the same key and content
         self._embedded: dict[int, Embedding] = {}
 
     async def run(self) -> list[Outcome]:
+        if any(one.key is not None for one in self._wanted):
+            # Of all the images' bytes, so not on the event loop.
+            self._requests = await self._pipeline.stored(self._all_requests)
         self._find_repeats()
         await self._find_enrolled()
         await self._embed_all(self._open())
-        await self._store()
+        await retried(self._store)
         for place, first in self._same.items():
             outcome = self._outcomes[first]
             self._outcomes[place] = (
                 Enrolled(outcome.item, new=False) if isinstance(outcome, Enrolled) else outcome
             )
         return [self._outcomes[place] for place in range(len(self._wanted))]
+
+    def _all_requests(self) -> list[RequestKey | None]:
+        return [one.request() for one in self._wanted]
 
     def _open(self) -> list[int]:
         """Places without an outcome so far."""
@@ -158,29 +165,23 @@ class _Batch:
                 self._outcomes[place] = error
 
     async def _store(self) -> None:
-        for attempt in range(SWITCH_TRIES):
-            engine = self._pipeline.engine
-            stale = [p for p in self._open() if self._embedded[p].engine is not engine]
-            await self._embed_all(stale)
-            places = self._open()
-            if not places:
-                return
-            new = [self._wanted[place].item(self._embedded[place]) for place in places]
-            rows = torch.stack([self._embedded[place].features for place in places])
-            add = partial(self._pipeline.gallery.add, new, rows, model=engine.model)
-            started = time.perf_counter()
-            try:
-                items = await self._pipeline.stored(add)
-            except (IdempotencyConflict, ModelVersionConflict) as conflict:
-                if attempt == SWITCH_TRIES - 1:
-                    raise
-                if isinstance(conflict, IdempotencyConflict):
-                    # Another request enrolled one of the keys since: that one is found now.
-                    await self._find_enrolled()
-                else:  # the gallery has just gone on to another checkpoint
-                    await asyncio.sleep(SWITCH_WAIT)
-                continue
-            self._pipeline.note("store", time.perf_counter() - started)
-            self._outcomes |= {
-                place: Enrolled(item, new=True) for place, item in zip(places, items, strict=True)
-            }
+        engine = self._pipeline.engine
+        stale = [p for p in self._open() if self._embedded[p].engine is not engine]
+        await self._embed_all(stale)
+        places = self._open()
+        if not places:
+            return
+        new = [self._wanted[p].item(self._embedded[p], self._requests[p]) for p in places]
+        rows = torch.stack([self._embedded[place].features for place in places])
+        add = partial(self._pipeline.gallery.add, new, rows, model=engine.model)
+        started = time.perf_counter()
+        try:
+            items = await self._pipeline.stored(add)
+        except IdempotencyConflict:
+            # Another request enrolled one of the keys since: that one is found now.
+            await self._find_enrolled()
+            raise
+        self._pipeline.note("store", time.perf_counter() - started)
+        self._outcomes |= {
+            place: Enrolled(item, new=True) for place, item in zip(places, items, strict=True)
+        }

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -33,6 +32,7 @@ from service.kit.concurrency import gathered, in_thread
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.pipeline.audit_writer import AuditWriter
+from service.pipeline.conflicts import retried
 from service.pipeline.search_batcher import EmbeddedQuery, Search, SearchBatcher
 from service.pipeline.self_check import SelfCheck
 from service.settings import Settings
@@ -44,9 +44,6 @@ T = TypeVar("T")
 # SQLite has one writer; readers of a page or an image are short.
 _STORE_THREADS = 8
 _EXPIRE_EVERY = 600.0  # seconds
-# Between the moment when the gallery goes on to another checkpoint and that when we do.
-SWITCH_TRIES = 20
-SWITCH_WAIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -151,10 +148,12 @@ class Pipeline:
 
     async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
         """Decode and embed one picture. Raises ServiceError."""
-        while True:
-            # The engine may have been changed by the time it is decoded.
-            with suppress(ModelVersionConflict), self.engine.batcher.in_flight():
+
+        async def attempt() -> Embedding:
+            with self.engine.batcher.in_flight():
                 return await self._embedded(await self._decoded(picture), query=query)
+
+        return await retried(attempt)
 
     async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
         """Rank the gallery for one person seen in 1 to 16 pictures, which are fused.
@@ -167,22 +166,26 @@ class Pipeline:
 
     async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
         started = time.perf_counter()
-        decoded = await gathered(self._decoded(picture) for picture in pictures)
+        decoded = await self._all_decoded(pictures)
         modalities = {one.crop.modality for one in decoded}
         modality = modalities.pop() if len(modalities) == 1 else "mixed"
         details = {"images": len(pictures), "modality": modality, **_described(search)}
         act = Act(actor, "query", details=details, persons=search.filters.person_id)
         noting = asyncio.create_task(self.audit_writer.note(act))
-        try:
-            for _ in range(SWITCH_TRIES):
-                try:
-                    return await self._answer(decoded, modality, search, started)
-                except ModelVersionConflict:  # the gallery has just gone on to another checkpoint
-                    await sleep(SWITCH_WAIT)
-                    decoded = await gathered(self._decoded(picture) for picture in pictures)
+
+        async def attempt() -> Answer:
+            nonlocal decoded
+            if any(one.engine is not self.engine for one in decoded):  # changed meanwhile
+                decoded = await self._all_decoded(pictures)
             return await self._answer(decoded, modality, search, started)
+
+        try:
+            return await retried(attempt)
         finally:
             await noting
+
+    async def _all_decoded(self, pictures: Sequence[Picture]) -> list[_Decoded]:
+        return await gathered(self._decoded(picture) for picture in pictures)
 
     async def _decoded(self, picture: Picture) -> _Decoded:
         engine = self.engine

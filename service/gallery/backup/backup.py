@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from sqlalchemy import inspect
 
+from model.atomic_file import whole_file
 from service.errors import BackupRunning, DatabaseUnavailable
 from service.gallery.backup.archive import Manifest, described, packed
 from service.gallery.backup.postgres_transfer import to_file
@@ -26,7 +27,6 @@ from service.gallery.storage.audit import Act, Audit
 from service.gallery.storage.database import FILE_NAME, Database, address_of
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.group_commit import GroupCommit
-from service.kit.atomic_file import whole_file
 from service.kit.urls import without_password
 
 _STEPS = 10_000  # of SQLite's machine, between two looks at whether to stop

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, inspect, literal, select
 
+from model.atomic_file import sync_folder, whole_file
 from service.errors import BackupInvalid, GalleryNotEmpty, GalleryVersion
 from service.gallery.backup.archive import Manifest, unpack
 from service.gallery.backup.postgres_transfer import from_file
@@ -23,7 +24,6 @@ from service.gallery.storage.audit import KEY_FILE, Act, write
 from service.gallery.storage.database import FILE_NAME, Database, address_of
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.tables import schema
-from service.kit.atomic_file import sync_folder, whole_file
 
 _BESIDE = ("", "-wal", "-shm", "-journal")  # files of one SQLite database
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from model import CMTConfig
+from model.atomic_file import sync_folder
 from service.gallery.feed import Position, Witness
 from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
@@ -35,7 +36,6 @@ from service.gallery.index.features import Features, Norms
 from service.gallery.index.recall_index import RecallIndex
 from service.gallery.index.segment import Segment
 from service.gallery.index.shard import Frozen
-from service.kit.atomic_file import sync_folder
 
 FORMAT = 2
 MANIFEST = "MANIFEST"

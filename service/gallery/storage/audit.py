@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select
 
+from model.atomic_file import sync_folder
 from service.errors import StorageFull, StorageUnwritable
 from service.gallery.records import AuditEntry, AuditPage
 from service.gallery.storage.database import Database
@@ -22,7 +23,6 @@ from service.gallery.storage.group_commit import GroupCommit
 from service.gallery.storage.rows import cursor_of, number_of_cursor
 from service.gallery.storage.tables import audit, secrets
 from service.gallery.times import microseconds, moment_of
-from service.kit.atomic_file import sync_folder
 
 KEY_FILE = "audit.key"
 KEY_NAME = "audit"

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from service.errors import IdempotencyConflict, ItemNotFound, ServiceError
-from service.gallery.backup.backup import Backups
 from service.gallery.feed import Stored
 from service.gallery.records import Filters, Item, ItemUpdate, NewItem, Page, RequestKey
 from service.gallery.storage.audit import Act, Audit, write
@@ -46,8 +45,7 @@ class Store:
     """The database of one data folder (or URL), seen with the features of one model version.
 
     model: the checkpoint's fingerprint. size: P·D. Thread-safe; writes that come together share
-    one transaction. `versions` are all model versions, `audit` is the log of who did what,
-    `backups` takes them.
+    one transaction. `versions` are all model versions, `audit` is the log of who did what.
     """
 
     def __init__(
@@ -60,11 +58,10 @@ class Store:
     ) -> None:
         self.model = model
         self.size = size
-        self._database = Database(folder, url)
-        self._commits = GroupCommit(self._database)
-        self.versions = Versions(self._database, self._commits)
-        self.audit = Audit(self._database, self._commits, folder)
-        self.backups = Backups(self._database, self.audit, folder)
+        self.database = Database(folder, url)
+        self._commits = GroupCommit(self.database)
+        self.versions = Versions(self.database, self._commits)
+        self.audit = Audit(self.database, self._commits, folder)
         try:
             self.audit.load_key()  # now, so that a deletion needs no room for it
             self.versions.register(model, configuration)
@@ -80,13 +77,12 @@ class Store:
         return other
 
     def close(self) -> None:
-        self.backups.close()
-        self._database.close()
+        self.database.close()
 
     @property
     def shared(self) -> bool:
         """Whether other processes may write to it."""
-        return not self._database.sqlite
+        return not self.database.sqlite
 
     def add(self, new: Sequence[NewItem], rows: npt.NDArray[np.float16]) -> list[tuple[int, Item]]:
         """Commit items with their features (N×(P·D)) → their numbers and records, durable.
@@ -127,7 +123,7 @@ class Store:
         return list(zip(self._commits.run(work), records, strict=True))
 
     def get(self, item_id: str) -> Item:
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             row = connection.execute(select(items).where(items.c.id == item_id)).one_or_none()
         if row is None:
             raise _unknown(item_id)
@@ -136,7 +132,7 @@ class Store:
     def enrolled_by(self, request: RequestKey) -> Item | None:
         """What this request enrolled before. IdempotencyConflict: its key was another's."""
         query = select(items).where(items.c.request_key == request.key)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             return None
@@ -149,7 +145,7 @@ class Store:
     def image(self, item_id: str) -> tuple[bytes, str]:
         """The stored crop and its media type."""
         query = select(crops.c.data, crops.c.media_type).join(items).where(items.c.id == item_id)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise _unknown(item_id)
@@ -157,28 +153,23 @@ class Store:
 
     def number_of(self, item_id: str) -> int:
         query = select(items.c.number).where(items.c.id == item_id)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             number = connection.execute(query).scalar_one_or_none()
         if number is None:
             raise _unknown(item_id)
         return int(number)
 
-    def numbers_of_person(self, person_id: str) -> list[int]:
-        query = select(items.c.number).where(items.c.person_id == person_id)
-        with self._database.reading() as connection:
-            return [int(number) for number in connection.execute(query).scalars()]
-
     def numbers_before(self, moment: datetime, limit: int) -> list[int]:
         """Items enrolled before a moment, the first ones."""
         old = items.c.enrolled_at < microseconds(moment)
         query = select(items.c.number).where(old).order_by(items.c.number).limit(limit)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             return [int(number) for number in connection.execute(query).scalars()]
 
     def fetch(self, numbers: Sequence[int]) -> dict[int, Item]:
         """Items by number; those deleted meanwhile are missing."""
         found: dict[int, Item] = {}
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             for block in blocks(numbers):
                 rows = connection.execute(select(items).where(items.c.number.in_(block)))
                 found.update((row[0], item_of(row)) for row in rows)
@@ -246,7 +237,7 @@ class Store:
         conditions = conditions_of(filters)
         after = 0 if cursor is None else number_of_cursor(cursor)
         page = select(items).where(*conditions, items.c.number > after).order_by(items.c.number)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(page.limit(limit + 1)).all()
             total = connection.execute(
                 select(func.count()).select_from(items).where(*conditions)
@@ -261,14 +252,8 @@ class Store:
 
     def count(self) -> int:
         """Items of any checkpoint."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             return int(connection.execute(select(func.count()).select_from(items)).scalar_one())
-
-    def count_embedded(self) -> int:
-        """Items that have features of this checkpoint."""
-        query = select(func.count()).select_from(features).where(features.c.model == self.model)
-        with self._database.reading() as connection:
-            return int(connection.execute(query).scalar_one())
 
     @contextmanager
     def view(self) -> Iterator[View]:
@@ -276,7 +261,7 @@ class Store:
 
         Hold it no longer than that takes: SQLite cannot shorten its log meanwhile.
         """
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             yield View(connection, self.model, self.size)
 
     def stream(self, after: int = 0, block: int = BLOCK) -> Iterator[Stored]:
@@ -286,7 +271,7 @@ class Store:
 
     def finish_erasing(self) -> None:
         """Cut SQLite's log if a deletion could not."""
-        if self._database.wal_pending and not self._database.copying:
+        if self.database.wal_pending and not self.database.copying:
             self._cut_log()
 
     def _person(self, person_id: str | None) -> dict[str, str]:
@@ -298,7 +283,7 @@ class Store:
         The erasure is committed already: nothing here may make it look failed.
         """
         try:
-            if not self._database.truncate_log():
+            if not self.database.truncate_log():
                 log.info("readers kept SQLite's log open; it is cut later")
         except ServiceError as error:
             log.warning("SQLite's log could not be cut after a deletion: %s", error)

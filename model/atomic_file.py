@@ -1,0 +1,68 @@
+"""A file that is there wholly or not at all, whatever ends the process that writes it.
+
+Here because checkpoints, training runs and the service all replace files; it imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+PRIVATE = 0o600
+"""Mode of a file that only its owner may read."""
+SHARED = 0o666
+"""Mode of a file that everybody may read, as far as the umask of the process allows."""
+
+
+@contextmanager
+def whole_file(path: Path, mode: int = PRIVATE) -> Iterator[BinaryIO]:
+    """Write to PATH.partial; at the end it is synced and takes the place of `path`.
+
+    One writer at a time: two for the same path have to agree by a lock. The partial file is
+    removed where the context raises. Raises OSError.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(os.open(partial, flags, mode), "wb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a write that failed does not say where
+            error.filename = str(path)
+        raise
+
+
+def write_whole(path: Path, content: str | bytes, mode: int = SHARED) -> None:
+    """Replace `path` by `content` (text in UTF-8), wholly or not at all. Raises OSError.
+
+    What is no regular file, such as /dev/stdout or a named pipe, is written to as it is.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    target = path.resolve()  # the file that a symbolic link names is replaced, not the link
+    if target.exists() and not target.is_file():
+        with path.open("wb") as file:
+            file.write(data)
+        return
+    with whole_file(target, mode) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a file's new name durable. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
