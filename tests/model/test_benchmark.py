@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
-from model import benchmark
 from model.benchmark import Spread, compare
 
 
@@ -14,7 +14,7 @@ from model.benchmark import Spread, compare
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds on a clock that goes on when a call says so."""
     now = [0.0]
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -33,7 +33,7 @@ def test_a_short_call_is_repeated_and_its_first_left_out(clock: list[float]) -> 
     ours, mine = taking(clock, 0.125, 0.0625)
     theirs, yours = taking(clock, 2.0)
     comparison = compare(ours, theirs, 1, theirs_times=3)
-    assert len(mine) == 3 and len(yours) == 1
+    assert (len(mine), len(yours)) == (3, 1)
     assert comparison.ours == Spread(0.0625, 0.0625, 0.0625)
     assert comparison.theirs == Spread(6.0, 6.0, 6.0)
     assert comparison.ratio == Spread(96.0, 96.0, 96.0)

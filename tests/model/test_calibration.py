@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,15 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from model import (
     CMT,
     Calibration,
     CheckpointError,
+    CMTConfig,
+    Modality,
+    Modulation,
     load_checkpoint,
     modulated_distance,
     save_checkpoint,
@@ -26,15 +31,26 @@ from model.calibration import (
     CalibrationMap,
     IsotonicCurve,
     LogisticCurve,
+    Normalisation,
     Threshold,
     normalised,
 )
+from model.config import MODALITIES
 
 LOGISTIC = LogisticCurve(slope=-2.0, intercept=1.0)
 STEPS = IsotonicCurve(scores=(0.5, 1.0, 1.5), probabilities=(0.9, 0.4, 0.4))
 
+# What may be done to a file's metadata and tensors.
+Change = Callable[[dict[str, str], dict[str, Tensor]], object]
 
-def curve_of(query, gallery, modulated, curve=LOGISTIC, normalisation="z-score"):
+
+def curve_of(
+    query: Modality,
+    gallery: Modality,
+    modulated: bool,
+    curve: LogisticCurve | IsotonicCurve = LOGISTIC,
+    normalisation: Normalisation = "z-score",
+) -> CalibrationMap:
     return CalibrationMap(
         query=query,
         gallery=gallery,
@@ -52,26 +68,26 @@ def curve_of(query, gallery, modulated, curve=LOGISTIC, normalisation="z-score")
     )
 
 
-def calibration_of(model, *maps):
+def calibration_of(model: CMT, *maps: CalibrationMap) -> Calibration:
     generator = torch.Generator().manual_seed(5)
     size = model.config.parts, model.config.dim
     references = {
         modality: model.ranked_form(torch.randn(12, *size, generator=generator)).half()
-        for modality in ("rgb", "ir")
+        for modality in MODALITIES
     }
     facts = CalibrationFacts(prior=0.5, dataset="sysu", identities=(3, 5), maps=maps)
     return Calibration(facts, references, model.config.metric)
 
 
 @pytest.fixture
-def calibration(tiny_model):
+def calibration(tiny_model: CMT) -> Calibration:
     return calibration_of(
         tiny_model, curve_of("ir", "rgb", True), curve_of("ir", "ir", True, STEPS, "ratio")
     )
 
 
 @pytest.fixture
-def query(tiny_model):
+def query(tiny_model: CMT) -> tuple[Tensor, Modulation]:
     x = tiny_model.ranked_form(
         torch.randn(
             *(1, tiny_model.config.parts, tiny_model.config.dim),
@@ -82,7 +98,7 @@ def query(tiny_model):
         return x[0], tiny_model.modulation(x)
 
 
-def test_scores_by_hand():
+def test_scores_by_hand() -> None:
     distance = np.array([[1.0, 2.0, 4.0]])
     reference = np.array([[1.0, 2.0, 6.0]])  # median 2, mean 3, deviation √(14/3)
     assert normalised(distance, reference, "raw") is distance
@@ -94,12 +110,12 @@ def test_scores_by_hand():
 
 
 @pytest.mark.parametrize("how", ["raw", "ratio", "log-ratio", "z-score"])
-def test_scores_stay_finite_where_everything_is_at_zero(how):
+def test_scores_stay_finite_where_everything_is_at_zero(how: Normalisation) -> None:
     zero = np.zeros((1, 2))
     assert np.isfinite(normalised(zero, zero, how)).all()
 
 
-def test_curves_by_hand():
+def test_curves_by_hand() -> None:
     np.testing.assert_allclose(LOGISTIC(np.array([0.5, -1e9, 1e9])), [0.5, 1, 0], atol=1e-12)
     np.testing.assert_allclose(STEPS(np.array([-3, 0.75, 1.2, 9])), [0.9, 0.65, 0.4, 0.4])
 
@@ -113,17 +129,29 @@ def test_curves_by_hand():
         {"scores": (0.5,), "probabilities": (1.1,)},
     ],
 )
-def test_curves_that_could_rise_are_refused(wrong):
+def test_curves_that_could_rise_are_refused(wrong: dict[str, tuple[float, ...]]) -> None:
     with pytest.raises(ValidationError):
-        IsotonicCurve(**wrong)
+        IsotonicCurve.model_validate(wrong)
     with pytest.raises(ValidationError):
         LogisticCurve(slope=0.1, intercept=0)
 
 
-def test_similarities_follow_each_items_modality(calibration, query):
+def known(similarities: list[float | None]) -> list[float]:
+    """The same, none of which is missing."""
+    values = [value for value in similarities if value is not None]
+    assert len(values) == len(similarities)
+    return values
+
+
+def test_similarities_follow_each_items_modality(
+    calibration: Calibration, query: tuple[Tensor, Modulation]
+) -> None:
     x, modulation = query
-    given = {"query": "ir", "gallery": ["rgb", "ir", "rgb", "ir"]}
-    found = calibration.similarities(x, modulation, [1.0, 1.0, 1.4, 1.4], **given)
+    found = known(
+        calibration.similarities(
+            x, modulation, [1.0, 1.0, 1.4, 1.4], query="ir", gallery=["rgb", "ir", "rgb", "ir"]
+        )
+    )
     references = {
         m: modulated_distance(x[None], rows.float(), modulation)[0].double().numpy()
         for m, rows in calibration.references.items()
@@ -134,20 +162,26 @@ def test_similarities_follow_each_items_modality(calibration, query):
     np.testing.assert_allclose(found[1::2], STEPS(infrared), rtol=1e-4)
 
 
-def test_similarity_never_rises_with_the_distance(calibration, query):
+def test_similarity_never_rises_with_the_distance(
+    calibration: Calibration, query: tuple[Tensor, Modulation]
+) -> None:
     distances = np.linspace(0, 5, 200).tolist()
-    for modality in ("rgb", "ir"):
-        found = calibration.similarities(
-            *query, distances, query="ir", gallery=[modality] * len(distances)
+    for modality in MODALITIES:
+        found = known(
+            calibration.similarities(
+                *query, distances, query="ir", gallery=[modality] * len(distances)
+            )
         )
         assert all(0 <= value <= 1 for value in found)
         assert (np.diff(found) <= 0).all()
         assert found[0] > found[-1]
 
 
-def test_where_there_is_no_curve_there_is_no_similarity(calibration, query):
+def test_where_there_is_no_curve_there_is_no_similarity(
+    calibration: Calibration, query: tuple[Tensor, Modulation]
+) -> None:
     x, modulation = query
-    both = ["rgb", "ir"]
+    both: list[Modality] = ["rgb", "ir"]
     assert calibration.similarities(x, None, [1, 1], query="ir", gallery=both) == [None, None]
     for other in ("rgb", "mixed"):
         found = calibration.similarities(x, modulation, [1, 1], query=other, gallery=both)
@@ -156,8 +190,8 @@ def test_where_there_is_no_curve_there_is_no_similarity(calibration, query):
 
 
 def test_it_comes_back_from_the_checkpoint_and_the_fingerprint_stays(
-    tiny_model, calibration, query, tmp_path
-):
+    tiny_model: CMT, calibration: Calibration, query: tuple[Tensor, Modulation], tmp_path: Path
+) -> None:
     file, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     # Half precision: the weights must be carried over as they are stored, not as they are loaded.
     saved = save_checkpoint(file, tiny_model, training={"seed": 3}, dtype=torch.float16)
@@ -167,6 +201,7 @@ def test_it_comes_back_from_the_checkpoint_and_the_fingerprint_stays(
     assert file.read_bytes() == before
     model, info = load_checkpoint(output)
     assert (info.fingerprint, info.training) == (saved.fingerprint, {"seed": 3})
+    assert info.calibration is not None
     assert info.calibration.facts == calibration.facts
     for modality, rows in calibration.references.items():
         assert torch.equal(info.calibration.references[modality], rows)
@@ -180,7 +215,9 @@ def test_it_comes_back_from_the_checkpoint_and_the_fingerprint_stays(
     assert load_checkpoint(tmp_path / "c.safetensors")[1].calibration is None
 
 
-def test_a_calibration_is_replaced_in_place(tiny_model, calibration, tmp_path):
+def test_a_calibration_is_replaced_in_place(
+    tiny_model: CMT, calibration: Calibration, tmp_path: Path
+) -> None:
     file = tmp_path / "a.safetensors"
     fingerprint = save_checkpoint(file, tiny_model).fingerprint
     store_calibration(file, file, calibration, fingerprint)
@@ -189,14 +226,16 @@ def test_a_calibration_is_replaced_in_place(tiny_model, calibration, tmp_path):
         file, file, calibration_of(tiny_model, curve_of("rgb", "ir", False)), fingerprint
     )
     assert file.stat().st_size < size
-    (only,) = load_checkpoint(file)[1].calibration.facts.maps
+    stored = load_checkpoint(file)[1].calibration
+    assert stored is not None
+    (only,) = stored.facts.maps
     assert (only.query, only.gallery, only.modulated) == ("rgb", "ir", False)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_a_checkpoint_that_was_replaced_meanwhile_is_left_alone(
-    tiny_config, tiny_model, calibration, tmp_path
-):
+    tiny_config: CMTConfig, tiny_model: CMT, calibration: Calibration, tmp_path: Path
+) -> None:
     file = tmp_path / "a.safetensors"
     fingerprint = save_checkpoint(file, tiny_model).fingerprint
     save_checkpoint(file, CMT(tiny_config))
@@ -206,7 +245,9 @@ def test_a_checkpoint_that_was_replaced_meanwhile_is_left_alone(
     assert file.read_bytes() == before
 
 
-def test_a_full_disk_leaves_the_old_file(tiny_model, calibration, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_file(
+    tiny_model: CMT, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "a.safetensors"
     fingerprint = save_checkpoint(file, tiny_model).fingerprint
     before = file.read_bytes()
@@ -221,7 +262,7 @@ def test_a_full_disk_leaves_the_old_file(tiny_model, calibration, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def altered(path: Path, change) -> Path:
+def altered(path: Path, change: Change) -> Path:
     """The file with its metadata and tensors changed by `change(metadata, tensors)`."""
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
@@ -232,12 +273,12 @@ def altered(path: Path, change) -> Path:
     return other
 
 
-def other_prior(metadata, tensors):
+def other_prior(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
     facts = json.loads(metadata["calibration"])
     metadata["calibration"] = json.dumps(facts | {"prior": 0.9})
 
 
-def other_references(metadata, tensors):
+def other_references(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
     tensors["calibration.references.rgb"][0, 0, 0] += 0.5
 
 
@@ -251,14 +292,18 @@ def other_references(metadata, tensors):
         lambda metadata, tensors: tensors.pop("calibration.references.ir"),
     ],
 )
-def test_a_calibration_that_was_altered_is_refused(tiny_model, calibration, tmp_path, change):
+def test_a_calibration_that_was_altered_is_refused(
+    tiny_model: CMT, calibration: Calibration, tmp_path: Path, change: Change
+) -> None:
     file = tmp_path / "a.safetensors"
     store_calibration(file, file, calibration, save_checkpoint(file, tiny_model).fingerprint)
     with pytest.raises(CheckpointError, match=r"calibration in .* was altered or damaged"):
         load_checkpoint(altered(file, change))
 
 
-def test_a_calibration_of_other_weights_is_refused(tiny_config, tiny_model, calibration, tmp_path):
+def test_a_calibration_of_other_weights_is_refused(
+    tiny_config: CMTConfig, tiny_model: CMT, calibration: Calibration, tmp_path: Path
+) -> None:
     file, foreign = tmp_path / "a.safetensors", tmp_path / "other.safetensors"
     store_calibration(file, file, calibration, save_checkpoint(file, tiny_model).fingerprint)
     save_checkpoint(foreign, CMT(tiny_config))
@@ -266,7 +311,7 @@ def test_a_calibration_of_other_weights_is_refused(tiny_config, tiny_model, cali
         metadata = calibrated.metadata()
     stolen = {name: rows for name, rows in load_file(file).items() if "calibration" in name}
 
-    def transplant(target, tensors):
+    def transplant(target: dict[str, str], tensors: dict[str, Tensor]) -> None:
         target |= {k: metadata[k] for k in ("calibration", "calibration_digest")}
         tensors |= stolen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import CMT, CheckpointError, load_checkpoint, save_checkpoint
+from model import CMT, CheckpointError, CMTConfig, load_checkpoint, save_checkpoint
+
+CONVOLUTION = "backbone.layer2.0.conv1.weight"
 
 
 @pytest.fixture
-def images(tiny_config) -> torch.Tensor:
+def images(tiny_config: CMTConfig) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(3, 3, tiny_config.input_height, tiny_config.input_width, generator=generator)
 
@@ -29,7 +32,9 @@ def rewrite(path: Path, **changes: str) -> Path:
     return other
 
 
-def test_save_and_load_give_identical_outputs(tiny_model, images, tmp_path):
+def test_save_and_load_give_identical_outputs(
+    tiny_model: CMT, images: torch.Tensor, tmp_path: Path
+) -> None:
     saved = save_checkpoint(tmp_path / "a.safetensors", tiny_model, training={"seed": 3})
     model, info = load_checkpoint(tmp_path / "a.safetensors")
     assert info == saved
@@ -40,7 +45,9 @@ def test_save_and_load_give_identical_outputs(tiny_model, images, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_half_precision_halves_the_file_and_keeps_vectors_whole(tiny_model, tmp_path):
+def test_half_precision_halves_the_file_and_keeps_vectors_whole(
+    tiny_model: CMT, tmp_path: Path
+) -> None:
     save_checkpoint(tmp_path / "full.safetensors", tiny_model)
     save_checkpoint(tmp_path / "half.safetensors", tiny_model, dtype=torch.float16)
     tensors = load_file(tmp_path / "half.safetensors")
@@ -51,7 +58,9 @@ def test_half_precision_halves_the_file_and_keeps_vectors_whole(tiny_model, tmp_
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_fingerprint_follows_weights_and_configuration(tiny_config, tmp_path):
+def test_the_fingerprint_follows_weights_and_configuration(
+    tiny_config: CMTConfig, tmp_path: Path
+) -> None:
     torch.manual_seed(1)
     model = CMT(tiny_config)
     first = save_checkpoint(tmp_path / "a.safetensors", model).fingerprint
@@ -60,35 +69,43 @@ def test_the_fingerprint_follows_weights_and_configuration(tiny_config, tmp_path
     other.load_state_dict(model.state_dict())
     assert save_checkpoint(tmp_path / "c.safetensors", other).fingerprint != first
     with torch.no_grad():
-        model.backbone.layer2[0].conv1.weight[0, 0, 0, 0] += 0.01
+        model.get_parameter(CONVOLUTION)[0, 0, 0, 0] += 0.01
     assert save_checkpoint(tmp_path / "d.safetensors", model).fingerprint != first
 
 
-def test_a_damaged_byte_anywhere_is_noticed(tiny_checkpoint, tmp_path):
+def refusal(path: Path) -> str | None:
+    """Why the checkpoint is refused, None where it is not."""
+    try:
+        load_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def test_a_damaged_byte_anywhere_is_noticed(tiny_checkpoint: Path, tmp_path: Path) -> None:
     data = bytearray(tiny_checkpoint.read_bytes())
     generator = torch.Generator().manual_seed(2)
     for position in torch.randint(len(data), (20,), generator=generator).tolist():
         damaged = bytearray(data)
         damaged[position] ^= 0x55
         (tmp_path / "x.safetensors").write_bytes(damaged)
-        try:
-            load_checkpoint(tmp_path / "x.safetensors")
-        except CheckpointError as error:
-            assert "\n" not in str(error)
+        message = refusal(tmp_path / "x.safetensors")
+        if message is not None:
+            assert "\n" not in message
         else:  # only the free-text training facts are not under the fingerprint
             text = bytes(data[max(0, position - 4000) : position + 4000])
             assert b'"training"' in text
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused(tiny_checkpoint, tmp_path, share):
+def test_a_truncated_file_is_refused(tiny_checkpoint: Path, tmp_path: Path, share: float) -> None:
     data = tiny_checkpoint.read_bytes()
     (tmp_path / "x.safetensors").write_bytes(data[: int(len(data) * share)])
     with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
-def test_other_files_and_versions_are_refused(tiny_checkpoint, tmp_path):
+def test_other_files_and_versions_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "absent.safetensors")
     with pytest.raises(CheckpointError, match="version 2, this release reads 1"):
@@ -103,9 +120,9 @@ def test_other_files_and_versions_are_refused(tiny_checkpoint, tmp_path):
         load_checkpoint(rewrite(tiny_checkpoint, config=json.dumps({**config, "gem_p": 4.0})))
 
 
-def test_a_pickle_renamed_is_not_executed(tmp_path):
+def test_a_pickle_renamed_is_not_executed(tmp_path: Path) -> None:
     class Malicious:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
             return (Path.touch, (tmp_path / "executed",))
 
     (tmp_path / "x.safetensors").write_bytes(pickle.dumps(Malicious()))
@@ -114,10 +131,12 @@ def test_a_pickle_renamed_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_weights_that_are_not_finite_are_not_written(tiny_config, tmp_path):
+def test_weights_that_are_not_finite_are_not_written(
+    tiny_config: CMTConfig, tmp_path: Path
+) -> None:
     model = CMT(tiny_config)
     with torch.no_grad():
-        model.backbone.layer2[0].conv1.weight[0, 0, 0, 0] = 1e6
+        model.get_parameter(CONVOLUTION)[0, 0, 0, 0] = 1e6
     with pytest.raises(CheckpointError, match=r"not finite in torch\.float16"):
         save_checkpoint(tmp_path / "x.safetensors", model, dtype=torch.float16)
     assert not list(tmp_path.iterdir())

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from model import CMT, CMTConfig, preprocess
-from model.alignment import CompensationDecoder, MultiHeadAttention, RepresentationEncoder
+from model import CMT, CMTConfig, Modality, preprocess
+from model.alignment import (
+    CompensationDecoder,
+    FeedForward,
+    MultiHeadAttention,
+    RepresentationEncoder,
+    SelfAttention,
+)
 from model.parts import PartFeatures
 
 SIZES = {"parts": 3, "dim": 8, "heads": 2, "input_height": 48, "input_width": 32}
 
+Rows = list[list[float]]
 
-def config(**changes) -> CMTConfig:
-    return CMTConfig(**{"backbone": "resnet18", "width": 0.125, **SIZES, **changes})
+
+def config(**changes: object) -> CMTConfig:
+    return CMTConfig.model_validate({"backbone": "resnet18", "width": 0.125, **SIZES, **changes})
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, 48, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def rows(tensor: torch.Tensor) -> list[list[float]]:
-    return tensor.tolist()
+def rows(tensor: torch.Tensor) -> Rows:
+    numbers: Rows = tensor.tolist()
+    return numbers
 
 
-def linear(layer: torch.nn.Linear, x: list[list[float]]) -> list[list[float]]:
+def linear(layer: torch.nn.Linear, x: Rows) -> Rows:
     weight, bias = layer.weight.tolist(), layer.bias.tolist()
     return [
         [
@@ -39,7 +49,7 @@ def linear(layer: torch.nn.Linear, x: list[list[float]]) -> list[list[float]]:
     ]
 
 
-def plain_attention(module: MultiHeadAttention, queries, source) -> list[list[float]]:
+def plain_attention(module: MultiHeadAttention, queries: Rows, source: Rows) -> Rows:
     """Equations (2) and (4), one head after the other, for one sample of lists."""
     q, k, v = (
         linear(module.query, queries),
@@ -67,7 +77,7 @@ def plain_attention(module: MultiHeadAttention, queries, source) -> list[list[fl
     return linear(module.output, joined)
 
 
-def plain_norm(norm: torch.nn.LayerNorm, x) -> list[list[float]]:
+def plain_norm(norm: torch.nn.LayerNorm, x: Rows) -> Rows:
     result = []
     for row in x:
         mean = sum(row) / len(row)
@@ -81,53 +91,63 @@ def plain_norm(norm: torch.nn.LayerNorm, x) -> list[list[float]]:
     return result
 
 
-def add(a, b) -> list[list[float]]:
+def add(a: Rows, b: Rows) -> Rows:
     return [[x + y for x, y in zip(r, s, strict=True)] for r, s in zip(a, b, strict=True)]
 
 
-def plain_feed_forward(module, x) -> list[list[float]]:
+def plain_feed_forward(module: FeedForward, x: Rows) -> Rows:
     hidden = [[max(0.0, v) for v in row] for row in linear(module.inner, x)]
     return plain_norm(module.norm, add(x, linear(module.outer, hidden)))
 
 
-def test_encoder_is_equations_1_and_2():
+def test_encoder_is_equations_1_and_2() -> None:
     torch.manual_seed(0)
     encoder = RepresentationEncoder(config()).double()
     features = torch.randn(2, 3, 8, dtype=torch.float64)
     result = encoder(features)
+    assert encoder.position is not None
+    attention, feed_forward = encoder.layers[0].children()
+    assert isinstance(attention, SelfAttention)
+    assert isinstance(feed_forward, FeedForward)
     for sample in range(2):
         x = add(rows(features[sample]), rows(encoder.position))
-        attention, feed_forward = encoder.layers[0]
         x = plain_norm(attention.norm, add(x, plain_attention(attention.attention, x, x)))
         expected = torch.tensor(plain_feed_forward(feed_forward, x), dtype=torch.float64)
         torch.testing.assert_close(result[sample], expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("form", ["attention", "decoder_block"])
-def test_decoder_is_equations_3_and_4_in_both_forms(form):
+def test_decoder_is_equations_3_and_4_in_both_forms(form: str) -> None:
     torch.manual_seed(1)
     decoder = CompensationDecoder(config(compensation_output=form)).double()
     prototypes = torch.randn(3, 8, dtype=torch.float64)
     encoded = torch.randn(2, 3, 8, dtype=torch.float64)
     result = decoder(prototypes.expand_as(encoded), encoded)
-    own = decoder.self_attention[0]
+    own, across = decoder.self_attention[0], decoder.cross_attention[0]
+    assert isinstance(own, SelfAttention)
+    assert isinstance(across, MultiHeadAttention)
     for sample in range(2):
         p = rows(prototypes)
         p = plain_norm(own.norm, add(p, plain_attention(own.attention, p, p)))
-        expected = plain_attention(decoder.cross_attention[0], p, rows(encoded[sample]))
+        expected = plain_attention(across, p, rows(encoded[sample]))
         if form == "decoder_block":
-            expected = plain_norm(decoder.norm[0], add(p, expected))
-            expected = plain_feed_forward(decoder.feed_forward[0], expected)
+            norm, feed_forward = decoder.norm[0], decoder.feed_forward[0]
+            assert isinstance(norm, torch.nn.LayerNorm)
+            assert isinstance(feed_forward, FeedForward)
+            expected = plain_feed_forward(feed_forward, plain_norm(norm, add(p, expected)))
         torch.testing.assert_close(
             result[sample], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-11
         )
 
 
-def test_part_pooling_is_the_generalised_mean_per_stripe():
+def test_part_pooling_is_the_generalised_mean_per_stripe() -> None:
     torch.manual_seed(2)
     parts = PartFeatures(channels=4, parts=3, dim=5, gem_p=3.0).double().eval()
     feature_map = torch.rand(2, 4, 6, 2, dtype=torch.float64)
     result = parts(feature_map)
+    running_mean, running_var = parts.norm.running_mean, parts.norm.running_var
+    assert running_mean is not None
+    assert running_var is not None
     for sample in range(2):
         for part in range(3):
             pooled = []
@@ -140,25 +160,26 @@ def test_part_pooling_is_the_generalised_mean_per_stripe():
                     value * parts.weight[part, channel, d].item()
                     for channel, value in enumerate(pooled)
                 )
-                normed = (reduced - parts.norm.running_mean[index].item()) / math.sqrt(
-                    parts.norm.running_var[index].item() + parts.norm.eps
+                normed = (reduced - running_mean[index].item()) / math.sqrt(
+                    running_var[index].item() + parts.norm.eps
                 )
                 assert result[sample, part, d].item() == pytest.approx(max(0.0, normed), rel=1e-9)
 
 
 @pytest.mark.parametrize("gem_p", [1.0, 3.0, 10.0, 30.0])
-def test_pooling_of_nearly_dark_stripes_has_finite_gradients(gem_p):
+def test_pooling_of_nearly_dark_stripes_has_finite_gradients(gem_p: float) -> None:
     parts = PartFeatures(channels=4, parts=3, dim=5, gem_p=gem_p)
     feature_map = torch.full((2, 4, 6, 2), 1e-5)
     feature_map[0] = 0.5
     feature_map.requires_grad_()
     pooled = parts.pool(feature_map)
     torch.testing.assert_close(pooled[0], torch.full((3, 4), 0.5))
-    pooled.sum().backward()
+    torch.autograd.backward(pooled.sum())
+    assert feature_map.grad is not None
     assert feature_map.grad.isfinite().all()
 
 
-def test_complete_representation_and_generators_are_equations_5_and_12(tiny_model):
+def test_complete_representation_and_generators_are_equations_5_and_12(tiny_model: CMT) -> None:
     x = torch.randn(2, 3, 96, 48, generator=torch.Generator().manual_seed(3))
     output = tiny_model(x, "ir")
     torch.testing.assert_close(output.complete, output.features + output.compensated)
@@ -171,12 +192,13 @@ def test_complete_representation_and_generators_are_equations_5_and_12(tiny_mode
         parts = rows(embedding[sample])
         pooled = [sum(column) / len(parts) for column in zip(*parts, strict=True)]
         for generator, result in ((double.generator_gamma, gamma), (double.generator_beta, beta)):
+            assert generator is not None
             hidden = [[max(0.0, v) for v in linear(generator.inner, [pooled])[0]]]
             expected = linear(generator.outer, hidden)[0]
             assert result[sample].tolist() == pytest.approx(expected, rel=1e-9)
 
 
-def test_modulation_starts_as_the_identity_and_without_the_module_stays_it():
+def test_modulation_starts_as_the_identity_and_without_the_module_stays_it() -> None:
     x = torch.randn(4, 3, 8)
     for model in (CMT(config()), CMT(config(instance_alignment=False))):
         gamma, beta = model.modulation(x)
@@ -189,43 +211,47 @@ def test_modulation_starts_as_the_identity_and_without_the_module_stays_it():
     [("rgb", "prototypes_rgb", "prototypes_ir"), ("ir", "prototypes_ir", "prototypes_rgb")],
 )
 def test_an_image_depends_on_its_own_stem_and_the_missing_prototypes_only(
-    modality, deaf_to, moved_by
-):
+    modality: Modality, deaf_to: str, moved_by: str
+) -> None:
     torch.manual_seed(4)
     model = CMT(config()).eval()
     x, other = images(2), "ir" if modality == "rgb" else "rgb"
     before = model.embed(x, modality)
 
-    def after(change) -> torch.Tensor:
+    def after(prefix: str) -> torch.Tensor:
+        """The embedding once the parameters whose names begin so have other values."""
         changed = copy.deepcopy(model)
+        chosen = [p for name, p in changed.named_parameters() if name.startswith(prefix)]
+        assert chosen
         with torch.no_grad():
-            for parameter in change(changed):
+            for parameter in chosen:
                 parameter.add_(torch.randn_like(parameter))
         return changed.embed(x, modality)
 
-    assert torch.equal(after(lambda m: m.backbone.stems[other].parameters()), before)
-    assert torch.equal(after(lambda m: [getattr(m.alignment, deaf_to)]), before)
-    assert not torch.allclose(after(lambda m: m.backbone.stems[modality].parameters()), before)
-    assert not torch.allclose(after(lambda m: [getattr(m.alignment, moved_by)]), before)
+    assert torch.equal(after(f"backbone.stems.{other}."), before)
+    assert torch.equal(after(f"alignment.{deaf_to}"), before)
+    assert not torch.allclose(after(f"backbone.stems.{modality}."), before)
+    assert not torch.allclose(after(f"alignment.{moved_by}"), before)
 
 
-def test_a_mixed_batch_equals_its_images_one_by_one():
+def test_a_mixed_batch_equals_its_images_one_by_one() -> None:
     torch.manual_seed(5)
     model = CMT(config()).eval()
-    x, modalities = images(5), ["ir", "rgb", "rgb", "ir", "rgb"]
+    x = images(5)
+    modalities: list[Modality] = ["ir", "rgb", "rgb", "ir", "rgb"]
     mixed = model.embed(x, modalities)
     assert mixed.shape == (5, 3, 8)
     for i, modality in enumerate(modalities):
         torch.testing.assert_close(mixed[i], model.embed(x[i : i + 1], modality)[0])
 
 
-def test_gradients_reach_prototypes_generators_and_both_stems():
+def test_gradients_reach_prototypes_generators_and_both_stems() -> None:
     torch.manual_seed(6)
     model = CMT(config())
     output = model(images(6), ["rgb", "ir"] * 3)
     modulation = model.modulation(output.embedding[:2])
     distance = model.distance(output.embedding[:2], output.embedding[2:], modulation)
-    (distance.sum() + output.compensated.square().sum()).backward()
+    torch.autograd.backward(distance.sum() + output.compensated.square().sum())
     names = [
         "alignment.prototypes_rgb",
         "alignment.prototypes_ir",
@@ -236,12 +262,13 @@ def test_gradients_reach_prototypes_generators_and_both_stems():
     ]
     parameters = dict(model.named_parameters())
     for name in names:
-        assert parameters[name].grad is not None, name
-        assert parameters[name].grad.abs().sum() > 0, name
+        gradient = parameters[name].grad
+        assert gradient is not None, name
+        assert gradient.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize(("mam", "iam"), [(False, False), (True, False), (False, True)])
-def test_the_switches_remove_the_modules(mam, iam):
+def test_the_switches_remove_the_modules(mam: bool, iam: bool) -> None:
     model = CMT(config(modality_alignment=mam, instance_alignment=iam)).eval()
     output = model(images(2), "rgb")
     assert (output.compensated is None) == (not mam)
@@ -252,26 +279,26 @@ def test_the_switches_remove_the_modules(mam, iam):
 
 
 @pytest.mark.parametrize("backbone", ["resnet34", "resnet50"])
-def test_deeper_backbones_and_layers_run(backbone):
+def test_deeper_backbones_and_layers_run(backbone: str) -> None:
     model = CMT(config(backbone=backbone, encoder_layers=2, decoder_layers=2)).eval()
     assert model.embed(images(2), "ir").shape == (2, 3, 8)
 
 
-def test_imagenet_weights_of_a_local_file_go_into_both_stems(tmp_path):
+def test_imagenet_weights_of_a_local_file_go_into_both_stems(tmp_path: Path) -> None:
     from torchvision.models import resnet18
 
     torch.manual_seed(7)
     state = resnet18().state_dict()
     torch.save(state, tmp_path / "resnet18.pth")
     model = CMT(config(width=1.0), weights=tmp_path / "resnet18.pth")
-    for modality in ("rgb", "ir"):
-        stem = model.backbone.stems[modality]
-        assert torch.equal(stem.conv1.weight, state["conv1.weight"])
-        assert torch.equal(stem.layer1[1].bn2.weight, state["layer1.1.bn2.weight"])
-    assert torch.equal(model.backbone.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
+    own = model.backbone.state_dict()
+    for stem in ("stems.rgb", "stems.ir"):
+        assert torch.equal(own[f"{stem}.conv1.weight"], state["conv1.weight"])
+        assert torch.equal(own[f"{stem}.layer1.1.bn2.weight"], state["layer1.1.bn2.weight"])
+    assert torch.equal(own["layer4.0.conv1.weight"], state["layer4.0.conv1.weight"])
 
 
-def test_the_feature_map_equals_torchvisions_with_layer4_at_stride_1():
+def test_the_feature_map_equals_torchvisions_with_layer4_at_stride_1() -> None:
     from torchvision.models import resnet18
 
     torch.manual_seed(8)
@@ -289,7 +316,7 @@ def test_the_feature_map_equals_torchvisions_with_layer4_at_stride_1():
     torch.testing.assert_close(model.backbone(x, False), expected)
 
 
-def test_wrong_weights_are_refused_with_the_remedy(tmp_path):
+def test_wrong_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
     from torchvision.models import resnet34
 
     with pytest.raises(ValueError, match=r"width 1\.0 only"):
@@ -306,12 +333,12 @@ def test_wrong_weights_are_refused_with_the_remedy(tmp_path):
         CMT(config(width=1.0), weights=tmp_path / "other.pth")
 
 
-def test_bad_input_is_refused_with_a_sentence():
+def test_bad_input_is_refused_with_a_sentence() -> None:
     model = CMT(config()).eval()
     with pytest.raises(ValueError, match="expected B×3×48×32"):
         model.embed(torch.zeros(2, 3, 32, 48), "rgb")
     with pytest.raises(ValueError, match="'thermal'; use 'rgb' or 'ir'"):
-        model.embed(images(2), "thermal")
+        model.embed(images(2), "thermal")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 modalities for 2 images"):
         model.embed(images(2), ["rgb"])
     with pytest.raises(ValueError, match="multiple of 96"):
@@ -320,7 +347,7 @@ def test_bad_input_is_refused_with_a_sentence():
         CMTConfig(dim=100)
 
 
-def test_preprocess_resizes_and_normalises_and_replicates_gray():
+def test_preprocess_resizes_and_normalises_and_replicates_gray() -> None:
     pixels = preprocess(Image.new("RGB", (77, 223), (255, 0, 128)), config())
     assert pixels.shape == (3, 48, 32)
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225]

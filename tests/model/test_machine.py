@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from model import precision, torchvision_compat
+from model import torchvision_compat
 from model.precision import choose_precision
 
 
-def test_torchvision_models_work_beside_this_torch():
+def test_torchvision_models_work_beside_this_torch() -> None:
     code = (
         "from model import torchvision_compat; torchvision_compat.prepare();"
         "from torchvision.models import resnet18; from torchvision.transforms import v2;"
@@ -26,24 +29,45 @@ def test_torchvision_models_work_beside_this_torch():
     assert result.stdout.strip() == "(1, 1000)"
 
 
-def test_where_torch_has_cuda_or_the_extension_loads_nothing_is_declared(monkeypatch):
-    declared = []
-    monkeypatch.setattr(torchvision_compat, "_library", None)
+def anew(module: ModuleType) -> ModuleType:
+    """Another copy of a module, as it is after its first import."""
+    spec = module.__spec__
+    assert spec is not None
+    assert spec.loader is not None
+    copy = module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def test_where_torch_has_cuda_or_the_extension_loads_nothing_is_declared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    declared: list[object] = []
+    fresh = anew(torchvision_compat)  # this process may have declared it already
     monkeypatch.setattr(torch.library, "Library", lambda *args: declared.append(args))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert torchvision_compat.prepare() is False
+    assert fresh.prepare() is False
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(torchvision_compat, "extension_loads", lambda: True)
-    assert torchvision_compat.prepare() is False
+    monkeypatch.setattr(fresh, "extension_loads", lambda: True)
+    assert fresh.prepare() is False
     assert not declared
 
 
 @pytest.mark.parametrize(
     ("bf16_seconds", "expected"), [(0.5, torch.bfloat16), (1.0, torch.float32), (90, torch.float32)]
 )
-def test_bf16_is_chosen_only_where_it_wins_clearly(monkeypatch, bf16_seconds, expected):
+def test_bf16_is_chosen_only_where_it_wins_clearly(
+    monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, expected: torch.dtype
+) -> None:
     seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
-    monkeypatch.setattr(precision, "_seconds", seconds.__getitem__)
+    now = [0.0]
+
+    def convolve(_: torch.nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+        now[0] += seconds[images.dtype]
+        return images
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", convolve)
     choose_precision.cache_clear()
     chosen = choose_precision("cpu")
     choose_precision.cache_clear()
@@ -52,13 +76,13 @@ def test_bf16_is_chosen_only_where_it_wins_clearly(monkeypatch, bf16_seconds, ex
     assert chosen.autocast == (expected == torch.bfloat16)
 
 
-def test_a_setting_overrides_the_measurement_and_the_real_probe_answers():
+def test_a_setting_overrides_the_measurement_and_the_real_probe_answers() -> None:
     assert choose_precision("cpu", "float32").dtype == torch.float32
     assert choose_precision("cpu", "bfloat16").reason == "bfloat16: set by configuration"
     assert choose_precision("cpu").dtype in (torch.float32, torch.bfloat16)
 
 
-def test_openvino_reports_its_use_to_nobody():
+def test_openvino_reports_its_use_to_nobody() -> None:
     code = (
         "import sys; from model.quiet_openvino import openvino\n"
         "from openvino.tools.ovc import telemetry_utils\n"
@@ -69,7 +93,7 @@ def test_openvino_reports_its_use_to_nobody():
     assert done.stdout.strip().endswith("telemetry_stub")
 
 
-def test_openvino_is_imported_in_one_place():
+def test_openvino_is_imported_in_one_place() -> None:
     root = Path(__file__).parents[2]
     importing = re.compile(r"^\s*(import openvino\b|from openvino\b)", re.MULTILINE)
     found = {

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypedDict
 
 import pytest
 import torch
 
-from model import CMT
-from training.acceleration import Acceleration, choose_acceleration, decide_compile
+from model import CMT, CMTConfig
+from training.acceleration import Acceleration, Switch, choose_acceleration, decide_compile
 
 CPU = torch.device("cpu")
 PLAIN = Acceleration("a processor", "float32", "float32: measured", False, "channels_last off: …")
 
 
-def decide(tiny_config, trial, switch="auto", steps=100_000, processes=1, start=PLAIN):
+class Given(TypedDict, total=False):
+    """What `decide` may be told."""
+
+    switch: Switch
+    steps: int
+    processes: int
+    start: Acceleration
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What torch.compile is given, whose results fail when they are called."""
+    given: list[object] = []
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    def compile(call: object) -> Callable[..., None]:
+        given.append(call)
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return given
+
+
+def decide(
+    tiny_config: CMTConfig,
+    trial: Callable[[CMT], None],
+    switch: Switch = "auto",
+    steps: int = 100_000,
+    processes: int = 1,
+    start: Acceleration = PLAIN,
+) -> tuple[CMT, Acceleration]:
     model = CMT(tiny_config)
     return model, decide_compile(start, model, lambda: trial(model), CPU, switch, steps, processes)
 
@@ -29,24 +63,30 @@ def decide(tiny_config, trial, switch="auto", steps=100_000, processes=1, start=
         ({"start": replace(PLAIN, compiled=False, compile_reason="as before")}, "as before"),
     ],
 )
-def test_a_run_that_cannot_gain_is_not_compiled(tiny_config, given, reason):
-    model, decision = decide(tiny_config, lambda _: None, **given)
+def test_a_run_that_cannot_gain_is_not_compiled(
+    tiny_config: CMTConfig, compiled: list[object], given: Given, reason: str
+) -> None:
+    _, decision = decide(tiny_config, lambda _: None, **given)
     assert reason in decision.compile_reason
     assert decision.compiled is False
-    assert model.parts._compiled_call_impl is None
+    assert not compiled
 
 
-def test_a_network_that_does_not_compile_stays_as_it_is(tiny_config):
-    def fails_compiled(model: CMT) -> None:
-        if model.parts._compiled_call_impl is not None:
-            raise RuntimeError("no C++ compiler\nand a long story")
+def test_a_network_that_does_not_compile_stays_as_it_is(
+    tiny_config: CMTConfig, compiled: list[object]
+) -> None:
+    images = torch.rand(2, 3, tiny_config.input_height, tiny_config.input_width)
 
-    model, decision = decide(tiny_config, fails_compiled, "on")
+    def trial(model: CMT) -> None:
+        model(images, ["rgb", "ir"])
+
+    model, decision = decide(tiny_config, trial, "on")
     assert decision.compile_reason == "torch.compile off: it failed here (no C++ compiler)"
-    assert model.parts._compiled_call_impl is None
+    assert compiled
+    trial(model)  # every module of it runs as before
 
 
-def test_a_choice_says_why_and_flags_override_it(tiny_config):
+def test_a_choice_says_why_and_flags_override_it(tiny_config: CMTConfig) -> None:
     for switch, used in (("on", True), ("off", False)):
         choice = choose_acceleration(CPU, tiny_config, 8, "float32", switch)
         assert choice.channels_last is used
@@ -56,7 +96,7 @@ def test_a_choice_says_why_and_flags_override_it(tiny_config):
     assert measured.precision.dtype == torch.float32
 
 
-def test_a_resumed_run_keeps_its_choice_on_the_same_device_only():
+def test_a_resumed_run_keeps_its_choice_on_the_same_device_only() -> None:
     saved = replace(PLAIN, channels_last=True, compiled=False)
     assert PLAIN.resumed(saved, "auto") == saved
     assert not PLAIN.resumed(saved, "off").channels_last

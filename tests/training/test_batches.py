@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from model import Modality
 from model.preprocess import normalise
 from training.augmentation import AugmentationConfig, augment
 from training.datasets.sample import Sample
 from training.sampler import IdentityBalancedSampler, TrainingSetError
 
+CAMERAS: dict[int, Modality] = {1: "rgb", 3: "ir"}
 OFF = AugmentationConfig(padding=0, flip=0, erasing=0)
 
 
@@ -21,12 +23,12 @@ def people(count: int, images: int = 3) -> list[Sample]:
     return [
         Sample(Path(f"{person}-{camera}-{i}.jpg"), person, camera, modality)
         for person in range(10, 10 + count)
-        for camera, modality in ((1, "rgb"), (3, "ir"))
+        for camera, modality in CAMERAS.items()
         for i in range(images)
     ]
 
 
-def test_a_batch_has_n_identities_with_k_images_of_each_modality():
+def test_a_batch_has_n_identities_with_k_images_of_each_modality() -> None:
     samples = people(7, images=5)
     sampler = IdentityBalancedSampler(samples, identities=3, images=4, seed=0)
     for step in range(20):
@@ -41,14 +43,14 @@ def test_a_batch_has_n_identities_with_k_images_of_each_modality():
             assert (samples[row].modality == "ir") == ir
 
 
-def test_everyone_appears_once_in_a_pass_and_a_curriculum_keeps_to_the_first():
+def test_everyone_appears_once_in_a_pass_and_a_curriculum_keeps_to_the_first() -> None:
     sampler = IdentityBalancedSampler(people(6, 5), identities=2, images=2, seed=1)
     seen = Counter(label for step in range(3) for label in set(sampler.batch(step).labels.tolist()))
     assert seen == Counter(range(6))
     assert {x for step in range(20) for x in sampler.batch(step, 3).labels.tolist()} == {0, 1, 2}
 
 
-def test_batches_are_a_function_of_seed_and_step():
+def test_batches_are_a_function_of_seed_and_step() -> None:
     first, again, other = (
         IdentityBalancedSampler(people(9), identities=3, images=4, seed=seed) for seed in (5, 5, 6)
     )
@@ -56,7 +58,7 @@ def test_batches_are_a_function_of_seed_and_step():
     assert any(not np.array_equal(first.batch(s).rows, other.batch(s).rows) for s in range(3))
 
 
-def test_few_images_are_repeated_and_a_missing_modality_is_refused():
+def test_few_images_are_repeated_and_a_missing_modality_is_refused() -> None:
     batch = IdentityBalancedSampler(people(2, images=1), 2, images=4, seed=0).batch(0)
     assert len(set(batch.rows.tolist())) == 4
     lacking = [s for s in people(3) if not (s.person_id == 11 and s.modality == "ir")]
@@ -71,16 +73,18 @@ def noise(count: int = 64, height: int = 24, width: int = 12) -> torch.Tensor:
     return torch.randint(1, 256, (count, 3, height, width), generator=generator).to(torch.uint8)
 
 
-def run(images: torch.Tensor, config: AugmentationConfig, seed: int = 0, ir: bool = False):
+def run(
+    images: torch.Tensor, config: AugmentationConfig, seed: int = 0, ir: bool = False
+) -> torch.Tensor:
     is_ir = torch.full((len(images),), ir)
     return augment(images, is_ir, config, torch.Generator().manual_seed(seed))
 
 
-def test_with_everything_off_only_normalisation_is_left():
+def test_with_everything_off_only_normalisation_is_left() -> None:
     assert torch.equal(run(noise(), OFF), normalise(noise()))
 
 
-def test_flip_mirrors_some_images_and_leaves_the_others():
+def test_flip_mirrors_some_images_and_leaves_the_others() -> None:
     result = run(noise(), OFF.model_copy(update={"flip": 0.5}))
     plain = normalise(noise())
     mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(result, plain, strict=True)]
@@ -89,7 +93,7 @@ def test_flip_mirrors_some_images_and_leaves_the_others():
     assert sum(mirrored) + sum(same) == 64
 
 
-def test_crop_is_a_window_of_the_zero_padded_image():
+def test_crop_is_a_window_of_the_zero_padded_image() -> None:
     images = noise(count=16)
     result = run(images, OFF.model_copy(update={"padding": 3 / 24}))
     padded = normalise(torch.nn.functional.pad(images, (3, 3, 3, 3)))
@@ -106,7 +110,7 @@ def test_crop_is_a_window_of_the_zero_padded_image():
     assert len(shifts) > 5
 
 
-def test_erasing_blanks_one_rectangle_of_the_stated_area():
+def test_erasing_blanks_one_rectangle_of_the_stated_area() -> None:
     result = run(noise(count=200), OFF.model_copy(update={"erasing": 0.5}))
     plain = normalise(noise(count=200))
     erased = 0
@@ -124,7 +128,7 @@ def test_erasing_blanks_one_rectangle_of_the_stated_area():
     assert 70 < erased < 130
 
 
-def test_gray_takes_the_colour_from_visible_images_only():
+def test_gray_takes_the_colour_from_visible_images_only() -> None:
     gray = OFF.model_copy(update={"gray": 1.0})
     back = run(noise(), gray) * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     back = back + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -133,7 +137,7 @@ def test_gray_takes_the_colour_from_visible_images_only():
     assert torch.equal(run(noise(), gray, ir=True), normalise(noise()))
 
 
-def test_brightness_scales_each_image_by_its_own_factor():
+def test_brightness_scales_each_image_by_its_own_factor() -> None:
     images = torch.full((50, 3, 4, 4), 100, dtype=torch.uint8)
     result = run(images, OFF.model_copy(update={"brightness": 0.3}))
     values = (result * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))[:, 0, 0, 0] + 0.485
@@ -142,7 +146,7 @@ def test_brightness_scales_each_image_by_its_own_factor():
     assert 1.2 < factors.max() <= 1.3
 
 
-def test_channel_exchange_puts_one_channel_in_the_place_of_all_three():
+def test_channel_exchange_puts_one_channel_in_the_place_of_all_three() -> None:
     images = noise()
     exchange = OFF.model_copy(update={"channel_exchange": 0.5})
     result = run(images, exchange)
@@ -161,7 +165,7 @@ def test_channel_exchange_puts_one_channel_in_the_place_of_all_three():
     assert torch.equal(run(images, exchange, ir=True), normalise(images))
 
 
-def test_contrast_keeps_each_images_mean_and_scales_what_deviates_from_it():
+def test_contrast_keeps_each_images_mean_and_scales_what_deviates_from_it() -> None:
     images = torch.full((50, 3, 4, 4), 100, dtype=torch.uint8)
     images[:, :, :2] = 140
     result = run(images, OFF.model_copy(update={"contrast": 0.3}))

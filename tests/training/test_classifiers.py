@@ -7,14 +7,15 @@ from math import log
 import numpy as np
 import torch
 
-from model import CMT
+from model import CMT, CMTConfig, Modality
 from training.classifiers import PartClassifiers, imprint
 from training.losses import identity_loss
 
 
-def people(count: int, each: int) -> tuple[np.ndarray, list[int], list[str]]:
+def people(count: int, each: int) -> tuple[np.ndarray, list[int], list[Modality]]:
     """Images whose colour blocks depend on the person. All visible: the stems are untrained."""
-    images, labels, modalities = [], [], []
+    images, labels = [], []
+    modalities: list[Modality] = []
     for person in range(count):
         blocks = np.random.default_rng(person).integers(0, 200, (3, 4, 2))
         for shot in range(each):
@@ -25,7 +26,7 @@ def people(count: int, each: int) -> tuple[np.ndarray, list[int], list[str]]:
     return np.stack(images), labels, modalities
 
 
-def test_taken_means_make_the_nearest_mean_win():
+def test_taken_means_make_the_nearest_mean_win() -> None:
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(5, 3, 8, generator=generator)
     features = torch.randn(20, 3, 8, generator=generator)
@@ -37,7 +38,7 @@ def test_taken_means_make_the_nearest_mean_win():
     assert torch.allclose(torch.log_softmax(logits, 2), expected, atol=1e-5)
 
 
-def test_imprinted_classifiers_know_people_whom_random_ones_do_not(tiny_config):
+def test_imprinted_classifiers_know_people_whom_random_ones_do_not(tiny_config: CMTConfig) -> None:
     torch.manual_seed(0)
     model = CMT(tiny_config)
     images, labels, modalities = people(12, each=8)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
+from typing import NotRequired, TypedDict
 
 import pytest
 import torch
 
-from model import CMT
+from model import CMT, CMTConfig
 from training.diagnosis import modulation_verdict, why_not_finite
+from training.losses import ModulationForm
 from training.objective import Objective
 from training.recipe import Recipe
 
@@ -16,7 +20,23 @@ NAN = math.nan
 FINE = {"identity": 9.0, "feature_norm": 7.0, "loss": 9.0, "gradient_norm": 2.0}
 
 
-def cause(tiny_config, values, *, pixels=0.0, spoil=None, precision=None) -> str:
+class Given(TypedDict):
+    """What `cause` is told."""
+
+    values: dict[str, float]
+    pixels: NotRequired[float]
+    spoil: NotRequired[Callable[[Objective], None]]
+    precision: NotRequired[torch.dtype]
+
+
+def cause(
+    tiny_config: CMTConfig,
+    values: dict[str, float],
+    *,
+    pixels: float = 0.0,
+    spoil: Callable[[Objective], None] | None = None,
+    precision: torch.dtype | None = None,
+) -> str:
     torch.manual_seed(0)
     objective = Objective(Recipe(model=tiny_config, identities=2), CMT(tiny_config), 2)
     if spoil is not None:
@@ -58,9 +78,9 @@ def spoil_gradient(objective: Objective) -> None:
         ),
     ],
 )
-def test_the_cause_that_the_values_show(tiny_config, given, sentence):
-    import re
-
+def test_the_cause_that_the_values_show(
+    tiny_config: CMTConfig, given: Given, sentence: str
+) -> None:
     found = cause(tiny_config, **given)
     assert re.search(sentence, found), found
 
@@ -81,11 +101,14 @@ def records(loss: float, gamma: float) -> list[dict[str, float]]:
         ("softmax", 1.0, 1.0, False),
     ],
 )
-def test_a_modulation_that_learned_nothing_is_not_called_good(form, loss, gamma, collapsed):
+def test_a_modulation_that_learned_nothing_is_not_called_good(
+    form: ModulationForm, loss: float, gamma: float, collapsed: bool
+) -> None:
     verdict = modulation_verdict(Recipe(modulation_form=form), records(loss, gamma))
+    assert verdict is not None
     assert verdict["collapsed"] == collapsed
     assert verdict["loss"] == pytest.approx(loss)
 
 
-def test_without_modulation_there_is_no_verdict():
+def test_without_modulation_there_is_no_verdict() -> None:
     assert modulation_verdict(Recipe(), [{"step": 1, "loss": 2.0}]) is None

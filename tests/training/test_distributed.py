@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
 from model import CMTConfig, load_checkpoint
 from tests.paths import MINI, ROOT
 from training.augmentation import AugmentationConfig
-from training.samples import training_samples
 from training.recipe import LossWeights, Recipe, Stage
 from training.run_log import read_metrics
+from training.samples import training_samples
 from training.state import TrainingError
 from training.trainer import CHECKPOINT_FILE, Trainer
 
@@ -78,7 +79,7 @@ def process(rank: int, port: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a step of each of two processes, and a run by both."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
@@ -87,16 +88,16 @@ def two(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # The new processes take over sys.path, and import this module by its name from the root.
         patch.syspath_prepend(ROOT)
-        multiprocessing.spawn(process, (port, folder), nprocs=2)
+        spawn(process, (port, folder), nprocs=2)  # type: ignore[no-untyped-call]
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("one")
 
 
-def test_a_step_of_two_processes_is_the_step_of_one(one, two):
+def test_a_step_of_two_processes_is_the_step_of_one(one: Path, two: Path) -> None:
     alone = one_step(one)
     ranks = [torch.load(two / f"{rank}.pt") for rank in (0, 1)]
     assert {"triplet_parts", "consistency", "modulation"} <= alone["values"].keys()
@@ -112,7 +113,7 @@ def test_a_step_of_two_processes_is_the_step_of_one(one, two):
         assert torch.equal(gradient, ranks[1]["gradients"][name]), name
 
 
-def test_a_run_of_two_processes_is_written_once_and_like_that_of_one(one, two):
+def test_a_run_of_two_processes_is_written_once_and_like_that_of_one(one: Path, two: Path) -> None:
     make(one).run(log_every=1)
     records, expected = read_metrics(two / "run"), read_metrics(one / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]

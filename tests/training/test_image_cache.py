@@ -54,7 +54,9 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_cache, "decode", refuse)
 
 
-def test_cached_images_are_what_the_service_would_see(samples, tmp_path, monkeypatch):
+def test_cached_images_are_what_the_service_would_see(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache"
     cached = cached_images(samples, *SIZE, cache)
     assert_right(cached, samples)
@@ -64,9 +66,11 @@ def test_cached_images_are_what_the_service_would_see(samples, tmp_path, monkeyp
     assert readable_samples(samples, *SIZE, cache) == (samples, [])
 
 
-def test_more_images_than_are_decoded_at_once_keep_their_order(samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_cache, "_CHUNK", 4)
-    assert_right(cached_images(samples, *SIZE, tmp_path / "cache"), samples)
+def test_more_images_than_are_decoded_at_once_keep_their_order(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    many = 100 * samples  # in three turns of 256
+    assert_right(cached_images(many, *SIZE, tmp_path / "cache"), many)
 
 
 def damage(samples: Sequence[Sample]) -> None:
@@ -75,7 +79,9 @@ def damage(samples: Sequence[Sample]) -> None:
     samples[4].path.unlink()
 
 
-def test_the_first_unreadable_image_is_named_with_the_number_of_all(samples, tmp_path):
+def test_the_first_unreadable_image_is_named_with_the_number_of_all(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     damage(samples)
     for read in (readable_samples, cached_images):
         with pytest.raises(DatasetError) as caught:
@@ -86,12 +92,14 @@ def test_the_first_unreadable_image_is_named_with_the_number_of_all(samples, tmp
         assert "--unreadable skip" in str(caught.value)
 
 
-def test_unreadable_images_are_skipped_and_named_once(samples, tmp_path, monkeypatch):
+def test_unreadable_images_are_skipped_and_named_once(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damage(samples)
     cache = tmp_path / "cache"
     kept, skipped = readable_samples(samples, *SIZE, cache, "skip")
     assert kept == [samples[0], samples[3], samples[5]]
-    assert [str(samples[i].path) in line for i, line in zip((1, 2, 4), skipped, strict=True)]
+    assert all(str(samples[i].path) in line for i, line in zip((1, 2, 4), skipped, strict=True))
     assert skipped[2].endswith("No such file or directory.")
     no_decoding(monkeypatch)  # neither for the next start nor for the images that are left
     assert readable_samples(samples, *SIZE, cache, "skip") == (kept, skipped)
@@ -100,14 +108,18 @@ def test_unreadable_images_are_skipped_and_named_once(samples, tmp_path, monkeyp
         readable_samples(samples, *SIZE, cache)
 
 
-def test_if_no_image_can_be_read_nothing_is_left_to_skip_to(samples, tmp_path):
+def test_if_no_image_can_be_read_nothing_is_left_to_skip_to(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     for sample in samples:
         sample.path.write_bytes(b"")
     with pytest.raises(DatasetError, match="6 of 6 images"):
         readable_samples(samples, *SIZE, tmp_path / "cache", "skip")
 
 
-def test_a_file_that_changes_or_vanishes_after_caching_is_noticed(samples, tmp_path):
+def test_a_file_that_changes_or_vanishes_after_caching_is_noticed(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     cached_images(samples, *SIZE, cache)
     Image.new("RGB", (30, 60), (9, 8, 7)).save(samples[0].path)
@@ -117,7 +129,7 @@ def test_a_file_that_changes_or_vanishes_after_caching_is_noticed(samples, tmp_p
         cached_images(samples, *SIZE, cache)
 
 
-def test_a_shortened_cache_is_not_taken_for_whole(samples, tmp_path):
+def test_a_shortened_cache_is_not_taken_for_whole(samples: list[Sample], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cached_images(samples, *SIZE, cache)
     (file,) = cache.glob("*.images")
@@ -125,17 +137,21 @@ def test_a_shortened_cache_is_not_taken_for_whole(samples, tmp_path):
     assert_right(cached_images(samples, *SIZE, cache), samples)
 
 
-def test_too_little_room_is_said_before_anything_is_decoded(samples, tmp_path, monkeypatch):
+def test_too_little_room_is_said_before_anything_is_decoded(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000))
-    monkeypatch.setattr(image_cache, "_decoded", None)
+    no_decoding(monkeypatch)
     with pytest.raises(CacheError, match=r"need 0\.00 GB in .*cache.*--cache"):
         cached_images(samples, *SIZE, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".lock"]
 
 
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fills_up_leaves_no_partial_file(samples, tmp_path, monkeypatch, kind):
+def test_a_disk_that_fills_up_leaves_no_partial_file(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
     def full(_: int) -> None:
         raise OSError(kind, os.strerror(kind))
 
@@ -147,13 +163,15 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(samples, tmp_path, monkeypa
     assert_right(cached_images(samples, *SIZE, tmp_path / "cache"), samples)
 
 
-def test_a_write_that_the_system_refuses_is_an_error_and_leaves_nothing(samples, tmp_path):
+def test_a_write_that_the_system_refuses_is_an_error_and_leaves_nothing(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     """The size limit of a process stands for a full disk: write() itself fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
     try:
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
             cached_images(samples, *SIZE, tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -162,7 +180,9 @@ def test_a_write_that_the_system_refuses_is_an_error_and_leaves_nothing(samples,
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / ".lock"]
 
 
-def test_ctrl_c_leaves_no_file_and_the_next_start_decodes(samples, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_no_file_and_the_next_start_decodes(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -176,16 +196,20 @@ def test_ctrl_c_leaves_no_file_and_the_next_start_decodes(samples, tmp_path, mon
     assert not (tmp_path / "cache" / ".partial").exists()
 
 
-def test_of_two_processes_one_decodes_and_the_other_waits(samples, tmp_path):
+def test_of_two_processes_one_decodes_and_the_other_waits(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     # "w" when it found nothing and goes for the lock, "d" for each image it decodes.
     script = (
-        "import os, sys; from pathlib import Path; from training import image_cache as c;"
+        "import fcntl, os, sys; from pathlib import Path; from training import image_cache as c;"
         "from training.datasets.sample import Sample;"
-        "decode, locked = c.decode, c._locked;"
+        "decode, flock = c.decode, fcntl.flock;"
         "c.decode = lambda path: os.write(1, b'd') and decode(path);"
-        "c._locked = lambda folder: os.write(1, b'w') and locked(folder);"
+        "fcntl.flock = lambda file, how: ("
+        "    os.write(1, b'w') if how & fcntl.LOCK_NB else 0, flock(file, how)"
+        ");"
         "s = [Sample(Path(p), i, 1, 'rgb') for i, p in enumerate(sys.argv[1:])];"
         f"c.cached_images(s, *{SIZE}, Path({str(cache)!r}))"
     )

@@ -9,6 +9,7 @@ import torch
 
 from model import Modulation, modulate
 from training.losses import (
+    ModulationForm,
     hetero_centre_triplet,
     identity_loss,
     modality_centres,
@@ -34,7 +35,7 @@ def centre(features: torch.Tensor, label: int, ir: bool) -> list[float]:
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
-def test_identity_loss_is_cross_entropy_summed_over_parts():
+def test_identity_loss_is_cross_entropy_summed_over_parts() -> None:
     logits, labels = draw(4, 3, 5), torch.tensor([0, 3, 3, 1])
     expected = 0.0
     for part in range(3):
@@ -46,7 +47,7 @@ def test_identity_loss_is_cross_entropy_summed_over_parts():
     assert identity_loss(torch.zeros(4, 3, 5), labels).item() == pytest.approx(3 * math.log(5))
 
 
-def test_centres_are_equation_6():
+def test_centres_are_equation_6() -> None:
     features = draw(12, 7)
     centres = modality_centres(features, LABELS, IS_IR)
     assert centres.labels.tolist() == [2, 4, 9]
@@ -55,7 +56,7 @@ def test_centres_are_equation_6():
         assert centres.ir[row].tolist() == pytest.approx(centre(features, label, True))
 
 
-def test_hetero_centre_triplet_is_equation_11_over_all_centres():
+def test_hetero_centre_triplet_is_equation_11_over_all_centres() -> None:
     features, margin = draw(12, 7), 5.0
     centres = {(p, ir): centre(features, p, ir) for p in (2, 4, 9) for ir in (False, True)}
     terms = []
@@ -68,7 +69,7 @@ def test_hetero_centre_triplet_is_equation_11_over_all_centres():
     assert hetero_centre_triplet(features, LABELS, IS_IR, margin).item() == pytest.approx(expected)
 
 
-def test_modality_consistency_is_equations_7_and_8():
+def test_modality_consistency_is_equations_7_and_8() -> None:
     compensated, features = draw(12, 3, 4, seed=1), draw(12, 3, 4, seed=2)
     total = 0.0
     for ir in (False, True):
@@ -83,10 +84,13 @@ def test_modality_consistency_is_equations_7_and_8():
 
 
 @pytest.mark.parametrize("flows", [False, True])
-def test_the_centroids_are_targets_unless_told_otherwise(flows):
+def test_the_centroids_are_targets_unless_told_otherwise(flows: bool) -> None:
     compensated = draw(12, 3, 4, seed=1).requires_grad_()
     features = draw(12, 3, 4, seed=2).requires_grad_()
-    modality_consistency(compensated, features, LABELS, IS_IR, centroid_gradient=flows).backward()
+    torch.autograd.backward(
+        modality_consistency(compensated, features, LABELS, IS_IR, centroid_gradient=flows)
+    )
+    assert compensated.grad is not None
     assert compensated.grad.abs().sum() > 0
     assert (features.grad is not None) == flows
 
@@ -102,7 +106,7 @@ def plain_distances(x: torch.Tensor, modulation: Modulation) -> list[list[float]
 
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("form", ["batch_hard", "mean_triplet", "softmax"])
-def test_modulation_loss_is_equation_14_in_every_form(form, across):
+def test_modulation_loss_is_equation_14_in_every_form(form: ModulationForm, across: bool) -> None:
     x = draw(12, 2, 5, seed=3)
     modulation = Modulation(1 + 0.3 * draw(12, 5, seed=4), 0.2 * draw(12, 5, seed=5))
     distances, margin, temperature = plain_distances(x, modulation), 0.3, 2.0
@@ -134,10 +138,13 @@ def test_modulation_loss_is_equation_14_in_every_form(form, across):
 
 
 @pytest.mark.parametrize("form", ["batch_hard", "mean_triplet", "softmax"])
-def test_modulation_loss_has_finite_gradients_where_distances_are_zero(form):
+def test_modulation_loss_has_finite_gradients_where_distances_are_zero(
+    form: ModulationForm,
+) -> None:
     x = torch.zeros(12, 2, 5, requires_grad=True)
     gamma = torch.ones(12, 5, requires_grad=True)
     modulation = Modulation(gamma, torch.zeros(12, 5))
-    modulation_discriminative(x, modulation, LABELS, IS_IR, form=form).backward()
-    assert x.grad.isfinite().all()
-    assert gamma.grad.isfinite().all()
+    torch.autograd.backward(modulation_discriminative(x, modulation, LABELS, IS_IR, form=form))
+    for gradient in (x.grad, gamma.grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.paths import MINI
-from training.samples import training_samples
 from training.recipe import load_recipe
+from training.samples import training_samples
 from training.trainer import Trainer
 
 NEEDED = 17e9  # bytes; a step took 15.8
@@ -21,7 +21,7 @@ def available_memory() -> float:
 
 
 @pytest.mark.skipif(available_memory() < NEEDED, reason="a step of the paper's recipe takes 16 GB")
-def test_one_step_of_the_exact_recipe_from_a_local_file_of_imagenet_weights(tmp_path):
+def test_one_step_of_the_exact_recipe_from_a_local_file_of_imagenet_weights(tmp_path: Path) -> None:
     from torchvision.models import resnet50
 
     torch.manual_seed(7)
@@ -37,9 +37,9 @@ def test_one_step_of_the_exact_recipe_from_a_local_file_of_imagenet_weights(tmp_
             weights=tmp_path / "resnet50.pth",
             channels_last="off",
         )
-        for modality in ("rgb", "ir"):
-            stem = trainer.model.backbone.stems[modality]
-            assert torch.equal(stem.conv1.weight, weights["conv1.weight"])
+        for stem in ("stems.rgb", "stems.ir"):
+            own = trainer.model.backbone.get_parameter(f"{stem}.conv1.weight")
+            assert torch.equal(own, weights["conv1.weight"])
         assert trainer.share.total == 128
         before = {n: p.detach().clone() for n, p in trainer.objective.named_parameters()}
         values = trainer.train_step()

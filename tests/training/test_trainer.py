@@ -14,18 +14,18 @@ import yaml
 from model import CMTConfig, load_checkpoint
 from model.cli import main
 from tests.paths import MINI
-from training.samples import training_samples
-from training.datasets.sample import DatasetError
+from training.datasets.sample import DatasetError, Sample
 from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
 from training.run_log import CURVES_FILE, METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from training.sampler import TrainingSetError
+from training.samples import training_samples
 from training.state import STATE_FILE, TrainingError
 from training.trainer import CHECKPOINT_FILE, RECIPE_FILE, Trainer
 
 ALL = LossWeights(triplet_parts=0.5)
 
 
-def recipe(**changes) -> Recipe:
+def recipe(**changes: object) -> Recipe:
     small = CMTConfig(
         backbone="resnet18",
         width=0.125,
@@ -40,11 +40,11 @@ def recipe(**changes) -> Recipe:
         Stage(steps=5, lr=3e-3, lr_end=1e-3, fade_steps=2, weights=ALL),
     )
     values = {"model": small, "stages": stages, "identities": 4, "images": 2, "ema": 0.5}
-    return Recipe(**{**values, "precision": "float32", **changes})
+    return Recipe.model_validate({**values, "precision": "float32", **changes})
 
 
 @pytest.fixture(scope="module")
-def samples():
+def samples() -> list[Sample]:
     return training_samples([MINI], [MINI / "exp" / "train_id.txt"])
 
 
@@ -52,7 +52,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(folder / CHECKPOINT_FILE)[0].state_dict()
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(samples, tmp_path):
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     Trainer(recipe(), samples, tmp_path / "whole", cache=cache).run(save_every=100)
     for stop in (2, 5, 8):  # three processes in a row; two of them stop in the middle
@@ -65,19 +67,33 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(samples, tmp_path):
         assert torch.equal(tensor, pieces[name]), name
 
 
-def test_steps_since_the_last_saved_state_are_repeated_alike(samples, tmp_path):
+def test_steps_since_the_last_saved_state_are_repeated_alike(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(recipe(), samples, tmp_path / "a", cache=tmp_path / "cache")
     trainer.run(save_every=2, stop_at=4)
     lost = Trainer(recipe(), samples, tmp_path / "a", cache=tmp_path / "cache")
-    lost._save_state = lambda: None  # a kill before the next state is saved
-    lost.run(save_every=100, stop_at=7)
-    Trainer(recipe(), samples, tmp_path / "a", cache=tmp_path / "cache").run()
+    step = lost.train_step
+
+    def interrupted() -> dict[str, torch.Tensor]:
+        if lost.step == 7:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(lost, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lost.run(save_every=100)
+    resumed = Trainer(recipe(), samples, tmp_path / "a", cache=tmp_path / "cache")
+    assert resumed.step == 4
+    resumed.run()
     Trainer(recipe(), samples, tmp_path / "b", cache=tmp_path / "cache").run()
     for name, tensor in weights_of(tmp_path / "a").items():
         assert torch.equal(tensor, weights_of(tmp_path / "b")[name]), name
 
 
-def test_a_stage_may_freeze_what_computes_the_features(samples, tmp_path):
+def test_a_stage_may_freeze_what_computes_the_features(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     stages = tuple(
         Stage(steps=2, lr=3e-3, features_frozen=frozen) for frozen in (False, True, False)
     )
@@ -105,7 +121,9 @@ def test_a_stage_may_freeze_what_computes_the_features(samples, tmp_path):
         assert not torch.equal(seen[0][name], seen[2][name])
 
 
-def test_batch_norm_may_keep_the_statistics_of_the_start(samples, tmp_path):
+def test_batch_norm_may_keep_the_statistics_of_the_start(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     for frozen in (True, False):
         trainer = Trainer(
             recipe(frozen_batch_norm=frozen), samples, tmp_path / str(frozen), cache=tmp_path / "c"
@@ -120,7 +138,9 @@ def test_batch_norm_may_keep_the_statistics_of_the_start(samples, tmp_path):
         assert not torch.equal(before["parts.norm.weight"], after["parts.norm.weight"])
 
 
-def test_training_lowers_the_identity_loss_and_says_what_it_did(samples, tmp_path):
+def test_training_lowers_the_identity_loss_and_says_what_it_did(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     longer = recipe(stages=(Stage(steps=60, lr=3e-3, weights=ALL),))
     info = Trainer(longer, samples, tmp_path, facts={"dataset": "sysu", "identities": [7]}).run(
         log_every=1
@@ -136,7 +156,7 @@ def test_training_lowers_the_identity_loss_and_says_what_it_did(samples, tmp_pat
     assert Recipe.model_validate(info.training["recipe"]) == longer
 
 
-def test_schedule_and_weights_follow_the_stages(samples, tmp_path):
+def test_schedule_and_weights_follow_the_stages(samples: list[Sample], tmp_path: Path) -> None:
     trainer = Trainer(recipe(), samples, tmp_path)
     assert [round(trainer.schedule.learning_rate(s), 5) for s in range(3)] == [0.0015, 0.003, 0.003]
     assert trainer.schedule.learning_rate(3) == pytest.approx(3e-3)
@@ -144,7 +164,7 @@ def test_schedule_and_weights_follow_the_stages(samples, tmp_path):
     assert [trainer.schedule.loss_weights(s).modulation for s in (2, 3, 4, 5)] == [0, 0, 0.1, 0.2]
 
 
-def test_the_papers_recipe_is_the_default(samples, tmp_path):
+def test_the_papers_recipe_is_the_default(samples: list[Sample], tmp_path: Path) -> None:
     paper = load_recipe("paper")
     assert paper == Recipe()
     assert (paper.model.backbone, paper.model.input_height, paper.model.input_width) == (
@@ -163,7 +183,9 @@ def test_the_papers_recipe_is_the_default(samples, tmp_path):
     assert rates == [3.5e-4, 3.5e-4, 3.5e-5, 3.5e-5, 3.5e-6, 3.5e-6]
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(samples, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_the_step(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     trainer = Trainer(recipe(), samples, tmp_path)
     trainer.run(stop_at=2, save_every=1)
     with torch.no_grad():
@@ -173,23 +195,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(samples, tmp_path):
     assert load_checkpoint(tmp_path / CHECKPOINT_FILE)[1].training["step"] == 2
 
 
-def test_a_run_of_another_recipe_is_not_resumed(samples, tmp_path):
+def test_a_run_of_another_recipe_is_not_resumed(samples: list[Sample], tmp_path: Path) -> None:
     Trainer(recipe(), samples, tmp_path).run(stop_at=1)
-    for given, sentence in [
-        ({"seed": 1}, "holds a run with seed 0, here 1; resume with the same"),
-        ({"recipe": recipe(margin=0.5)}, r"margin 0\.3, here 0\.5"),
-        ({"recipe": recipe(stages=recipe().stages[:1])}, "2 stages, here 1"),
-        ({"samples": samples[1:]}, r"training images \d+ \(\w+\), here"),
+    one_stage = recipe(stages=recipe().stages[:1])
+    for (changed, given, seed), sentence in [
+        ((recipe(), samples, 1), "holds a run with seed 0, here 1; resume with the same"),
+        ((recipe(margin=0.5), samples, 0), r"margin 0\.3, here 0\.5"),
+        ((one_stage, samples, 0), "2 stages, here 1"),
+        ((recipe(), samples[1:], 0), r"training images \d+ \(\w+\), here"),
     ]:
-        values = {"recipe": recipe(), "samples": samples, **given}
         with pytest.raises(TrainingError, match=sentence):
-            Trainer(values.pop("recipe"), values.pop("samples"), tmp_path, **values)
+            Trainer(changed, given, tmp_path, seed=seed)
     (tmp_path / STATE_FILE).write_bytes(b"half a file")
     with pytest.raises(TrainingError, match="no readable state"):
         Trainer(recipe(), samples, tmp_path)
 
 
-def test_recipes_that_cannot_be_read_say_where(tmp_path):
+def test_recipes_that_cannot_be_read_say_where(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"use one of .*compact, .*paper, paper-regdb"):
         load_recipe("absent")
     bad = tmp_path / "bad.yaml"
@@ -207,7 +229,7 @@ def test_recipes_that_cannot_be_read_say_where(tmp_path):
             load_recipe(str(bad))
 
 
-def test_a_recipe_is_changed_by_dotted_keys():
+def test_a_recipe_is_changed_by_dotted_keys() -> None:
     changes = ["margin=0.5", "model.gem_p=10", "stages.0.lr=1e-4", "model.feed_forward=64"]
     changed = load_recipe("paper", changes)
     assert (changed.margin, changed.model.gem_p, changed.stages[0].lr) == (0.5, 10, 1e-4)
@@ -228,7 +250,9 @@ def test_a_recipe_is_changed_by_dotted_keys():
             load_recipe("paper", [change])
 
 
-def test_a_run_leaves_curves_tensorboard_files_and_its_recipe(samples, tmp_path):
+def test_a_run_leaves_curves_tensorboard_files_and_its_recipe(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     longer = recipe(stages=(Stage(steps=4, lr=3e-3, weights=ALL),))
     Trainer(longer, samples, tmp_path).run(log_every=1)
     assert (tmp_path / CURVES_FILE).stat().st_size > 10_000
@@ -236,7 +260,9 @@ def test_a_run_leaves_curves_tensorboard_files_and_its_recipe(samples, tmp_path)
     assert load_recipe(str(tmp_path / RECIPE_FILE)) == longer
 
 
-def test_lines_after_the_resumed_step_are_written_once(samples, tmp_path):
+def test_lines_after_the_resumed_step_are_written_once(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     trainer = Trainer(recipe(), samples, tmp_path)
     trainer.run(save_every=2, log_every=1, stop_at=4)
     with (tmp_path / METRICS_FILE).open("a") as file:  # a kill after steps 5 and 6
@@ -247,7 +273,9 @@ def test_lines_after_the_resumed_step_are_written_once(samples, tmp_path):
     assert records[4]["loss"] != 7.0
 
 
-def test_a_full_disk_leaves_the_state_and_checkpoint_saved_before(samples, tmp_path):
+def test_a_full_disk_leaves_the_state_and_checkpoint_saved_before(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     Trainer(recipe(), samples, tmp_path).run(stop_at=2)
     kept = {name: (tmp_path / name).read_bytes() for name in (STATE_FILE, CHECKPOINT_FILE)}
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
@@ -261,12 +289,12 @@ def test_a_full_disk_leaves_the_state_and_checkpoint_saved_before(samples, tmp_p
     assert Trainer(recipe(), samples, tmp_path).step == 2
 
 
-def test_fewer_people_than_a_batch_are_refused(samples, tmp_path):
+def test_fewer_people_than_a_batch_are_refused(samples: list[Sample], tmp_path: Path) -> None:
     with pytest.raises(TrainingSetError, match="5 identities are fewer than the 6 of one batch"):
         Trainer(recipe(identities=6), samples, tmp_path)
 
 
-def test_identities_of_several_roots_are_joined_and_checked(tmp_path):
+def test_identities_of_several_roots_are_joined_and_checked(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="in an earlier root"):
         training_samples([MINI, MINI], None)
     (tmp_path / "ids.txt").write_text("99999")
@@ -277,13 +305,16 @@ def test_identities_of_several_roots_are_joined_and_checked(tmp_path):
     assert only == both  # without a list of test people, those of val_id.txt are held back
 
 
-def test_the_command_trains_refuses_to_overwrite_and_resumes(tmp_path, capsys):
+def test_the_command_trains_refuses_to_overwrite_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe().model_dump(mode="json")))
     arguments = ["train", "--train-ids", str(MINI / "exp" / "train_id.txt")]
     arguments += ["--recipe", str(tmp_path / "small.yaml"), "--run", str(tmp_path / "run")]
     assert main([*arguments, "--root", str(MINI)]) == 0
     said = capsys.readouterr()
-    assert "images, 8 steps (" in said.out and "seed 0" in said.out
+    assert "images, 8 steps (" in said.out
+    assert "seed 0" in said.out
     assert load_recipe(str(tmp_path / "run" / RECIPE_FILE)) == recipe()
     info = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)[1]
     assert info.training["dataset"] == "sysu"
@@ -298,7 +329,9 @@ def test_the_command_trains_refuses_to_overwrite_and_resumes(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_damaged_image_stops_the_command_or_is_skipped_by_a_flag(tmp_path, capsys):
+def test_a_damaged_image_stops_the_command_or_is_skipped_by_a_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = Path(shutil.copytree(MINI, tmp_path / "set"))
     damaged = next((root / "cam1").rglob("*.jpg"))
     damaged.write_bytes(damaged.read_bytes()[:300])
@@ -307,7 +340,8 @@ def test_a_damaged_image_stops_the_command_or_is_skipped_by_a_flag(tmp_path, cap
     arguments += ["--run", str(tmp_path / "run"), "--device", "cpu"]
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert f"{damaged} cannot be decoded" in error and error.count("\n") == 1
+    assert f"{damaged} cannot be decoded" in error
+    assert error.count("\n") == 1
     assert main([*arguments, "--unreadable", "skip"]) == 0
     assert str(damaged) in capsys.readouterr().err
     facts = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)[1].training

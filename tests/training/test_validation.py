@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -9,10 +12,10 @@ import yaml
 from model import CMTConfig, load_checkpoint
 from model.cli import main
 from tests.paths import MINI
-from training.samples import held_out_samples, training_samples
-from training.datasets import DatasetError, DatasetName
+from training.datasets import DatasetError, DatasetName, Sample
 from training.recipe import Recipe, Stage
 from training.run_log import read_metrics
+from training.samples import held_out_samples, training_samples
 from training.state import TrainingError
 from training.trainer import CHECKPOINT_FILE, Trainer
 from training.validation import Interval, Validation, drawn_identities, without
@@ -36,12 +39,14 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(scope="module")
-def samples():
+def samples() -> list[Sample]:
     return training_samples([MINI], None)
 
 
 @pytest.fixture(scope="module")
-def trainer(samples, tmp_path_factory):
+def trainer(
+    samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Trainer]:
     """Folder name → a trainer that validates every two steps and keeps the best."""
     base = tmp_path_factory.mktemp("runs")
     held_out = held_out_samples(samples, [MINI], DatasetName.SYSU, 1, share=0.25)
@@ -62,7 +67,9 @@ def trainer(samples, tmp_path_factory):
     return make
 
 
-def test_the_best_weights_on_held_out_people_become_the_checkpoint(trainer):
+def test_the_best_weights_on_held_out_people_become_the_checkpoint(
+    trainer: Callable[[str], Trainer],
+) -> None:
     run = trainer("whole")
     info = run.run(log_every=3)
     found = [r for r in read_metrics(run.folder) if "validation_map" in r]
@@ -72,6 +79,7 @@ def test_the_best_weights_on_held_out_people_become_the_checkpoint(trainer):
     assert facts["selection"] == "val"
     assert facts["step"] == facts["validation"]["step"] == best["step"]
     assert facts["validation"]["map"] == best["validation_map"]
+    assert run.validation is not None
     assert facts["held_out"] == run.validation.identities
     assert not set(facts["held_out"]) & set(facts["identities"])
     # The file holds the weights that those figures are of (in fp16).
@@ -79,7 +87,7 @@ def test_the_best_weights_on_held_out_people_become_the_checkpoint(trainer):
     assert run.validation.figures(model)["map"] == pytest.approx(best["validation_map"], abs=0.02)
 
 
-def test_an_interrupted_run_keeps_the_same_best(trainer):
+def test_an_interrupted_run_keeps_the_same_best(trainer: Callable[[str], Trainer]) -> None:
     for stop in (3, 5, 6):
         pieces = trainer("pieces")
         pieces.run(stop_at=stop, save_every=100)
@@ -91,7 +99,7 @@ def test_an_interrupted_run_keeps_the_same_best(trainer):
         assert torch.equal(tensor, other[0].state_dict()[name]), name
 
 
-def test_who_is_held_out(samples, tmp_path):
+def test_who_is_held_out(samples: list[Sample], tmp_path: Path) -> None:
     people = {s.person_id for s in samples}
     drawn = drawn_identities(samples, 0.3)
     assert drawn < people
@@ -105,7 +113,7 @@ def test_who_is_held_out(samples, tmp_path):
     assert held_out_samples(samples, [MINI], DatasetName.SYSU, 1) == []
 
 
-def test_people_of_the_test_side_are_never_validated_on(regdb_root, tmp_path):
+def test_people_of_the_test_side_are_never_validated_on(regdb_root: Path, tmp_path: Path) -> None:
     from training.datasets import LAYOUTS
 
     layout = LAYOUTS[DatasetName.REGDB]
@@ -121,7 +129,7 @@ def test_people_of_the_test_side_are_never_validated_on(regdb_root, tmp_path):
             assert {s.person_id for s in found} == {min(side)}
 
 
-def test_intervals_are_steps_or_epochs():
+def test_intervals_are_steps_or_epochs() -> None:
     assert Interval.parse("500").steps(epoch=7) == Interval.parse("500 steps").steps(7) == 500
     assert Interval.parse("3 epochs").steps(7) == Interval.parse("3epochs").steps(7) == 21
     for text in ("0", "often", "-3", "3 weeks", ""):
@@ -129,12 +137,16 @@ def test_intervals_are_steps_or_epochs():
             Interval.parse(text)
 
 
-def test_selection_by_validation_needs_held_out_people(samples, tmp_path):
+def test_selection_by_validation_needs_held_out_people(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     with pytest.raises(TrainingError, match="needs held-out identities"):
         Trainer(RECIPE, samples, tmp_path, selection="val")
 
 
-def test_the_command_holds_people_out_and_says_so(tmp_path, capsys):
+def test_the_command_holds_people_out_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(RECIPE.model_dump(mode="json")))
     arguments = ["train", "--root", str(MINI), "--recipe", str(tmp_path / "small.yaml")]
     arguments += ["--set", "stages.0.steps=2", "--run", str(tmp_path / "run"), "--device", "cpu"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import CMT, CMTConfig, save_checkpoint
+from model.alignment import MultiHeadAttention
 from training.warm_start import StartError, start_from
 
 
@@ -18,7 +19,7 @@ def saved(config: CMTConfig, path: Path) -> CMT:
     return model
 
 
-def test_every_module_that_both_have_is_taken_over(tiny_config, tmp_path):
+def test_every_module_that_both_have_is_taken_over(tiny_config: CMTConfig, tmp_path: Path) -> None:
     given = saved(tiny_config, tmp_path / "start.safetensors").state_dict()
     torch.manual_seed(2)
     model = CMT(tiny_config)
@@ -27,7 +28,9 @@ def test_every_module_that_both_have_is_taken_over(tiny_config, tmp_path):
         assert torch.equal(tensor, given[name]), name
 
 
-def test_a_network_with_both_modules_starts_as_the_identity_only_one(tiny_config, tmp_path):
+def test_a_network_with_both_modules_starts_as_the_identity_only_one(
+    tiny_config: CMTConfig, tmp_path: Path
+) -> None:
     off = {"modality_alignment": False, "instance_alignment": False}
     start = saved(tiny_config.model_copy(update=off), tmp_path / "start.safetensors").eval()
     torch.manual_seed(2)
@@ -38,30 +41,39 @@ def test_a_network_with_both_modules_starts_as_the_identity_only_one(tiny_config
         given, own = start(images, "ir"), model(images, "ir")
         gamma, beta = model.modulation(own.embedding)
     assert torch.equal(own.embedding, given.embedding)
-    assert own.compensated is not None and not own.compensated.any()
-    assert torch.equal(gamma, torch.ones_like(gamma)) and not beta.any()
+    assert own.compensated is not None
+    assert not own.compensated.any()
+    assert torch.equal(gamma, torch.ones_like(gamma))
+    assert not beta.any()
 
 
-def test_compensation_that_starts_at_zero_is_trained_away_from_it(tiny_config):
+def test_compensation_that_starts_at_zero_is_trained_away_from_it(tiny_config: CMTConfig) -> None:
     torch.manual_seed(2)
     model = CMT(tiny_config)
     assert model.alignment is not None
     model.alignment.decoder.start_at_zero()
     images = torch.randn(4, 3, tiny_config.input_height, tiny_config.input_width)
     output = model(images, "rgb")
-    (output.compensated - 1).square().sum().backward()
-    assert model.alignment.decoder.cross_attention[-1].output.weight.grad.abs().sum() > 0
+    torch.autograd.backward((output.compensated - 1).square().sum())
+    last = model.alignment.decoder.cross_attention[-1]
+    assert isinstance(last, MultiHeadAttention)
+    assert last.output.weight.grad is not None
+    assert last.output.weight.grad.abs().sum() > 0
 
 
-def test_another_input_size_is_no_obstacle(tiny_config, tmp_path):
-    saved(tiny_config, tmp_path / "start.safetensors")
-    start_from(
-        CMT(tiny_config.model_copy(update={"input_height": 192})), tmp_path / "start.safetensors"
-    )
+def test_another_input_size_is_no_obstacle(tiny_config: CMTConfig, tmp_path: Path) -> None:
+    given = saved(tiny_config, tmp_path / "start.safetensors").state_dict()
+    torch.manual_seed(2)
+    model = CMT(tiny_config.model_copy(update={"input_height": 192}))
+    start_from(model, tmp_path / "start.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, given[name]), name
 
 
 @pytest.mark.parametrize("change", [{"dim": 32}, {"width": 0.25}, {"backbone": "resnet34"}])
-def test_another_backbone_or_size_is_refused(tiny_config, tmp_path, change):
+def test_another_backbone_or_size_is_refused(
+    tiny_config: CMTConfig, tmp_path: Path, change: dict[str, object]
+) -> None:
     saved(tiny_config, tmp_path / "start.safetensors")
     with pytest.raises(StartError, match="start from a checkpoint of the same backbone"):
         start_from(CMT(tiny_config.model_copy(update=change)), tmp_path / "start.safetensors")

@@ -14,6 +14,7 @@ from model import load_checkpoint
 from model.cli import main
 from tests.paths import MINI
 from training.ablation.cells import (
+    AblationData,
     AblationError,
     Budget,
     Runner,
@@ -22,7 +23,13 @@ from training.ablation.cells import (
     read_data,
 )
 from training.ablation.paired import SeedSpread, compare
-from training.ablation.results import CellResult, RankingResult, TrialFigures, write_json
+from training.ablation.results import (
+    CellResult,
+    RankingResult,
+    SearchResult,
+    TrialFigures,
+    write_json,
+)
 from training.ablation.sweep import (
     possible_parts,
     start_of_parts,
@@ -39,34 +46,36 @@ from training.trainer import CHECKPOINT_FILE
 
 METRICS_FILE = "metrics.jsonl"
 IDENTITY = {"identity": 1, "triplet": 0, "consistency": 0, "modulation": 0}
+MODEL = {
+    "backbone": "resnet18",
+    "width": 0.125,
+    "dim": 16,
+    "heads": 4,
+    "input_height": 96,
+    "input_width": 32,
+    "normalise_test": True,
+}
+STAGES = [
+    {"steps": 1, "lr": 3e-3, "weights": IDENTITY},
+    {"steps": 3, "lr": 3e-3, "weights": {"consistency": 0.1, "triplet_parts": 0.5}},
+]
 TINY = {
-    "model": {
-        "backbone": "resnet18",
-        "width": 0.125,
-        "dim": 16,
-        "heads": 4,
-        "input_height": 96,
-        "input_width": 32,
-        "normalise_test": True,
-    },
+    "model": MODEL,
     "identities": 4,
     "images": 1,
     "modulation_form": "softmax",
     "ema": 0.5,
     "precision": "float32",
-    "stages": [
-        {"steps": 1, "lr": 3e-3, "weights": IDENTITY},
-        {"steps": 3, "lr": 3e-3, "weights": {"consistency": 0.1, "triplet_parts": 0.5}},
-    ],
+    "stages": STAGES,
 }
-PRETRAINING = TINY | {"stages": TINY["stages"][:1]}
+PRETRAINING = TINY | {"stages": STAGES[:1]}
 
 
 def recipe() -> Recipe:
     return Recipe.model_validate(TINY)
 
 
-def data():
+def data() -> AblationData:
     ids = MINI / "exp"
     return read_data(DatasetName.SYSU, [MINI], [ids / "train_id.txt"], MINI, ids / "val_id.txt")
 
@@ -101,7 +110,13 @@ def result_of(folder: Path, cell: str) -> CellResult:
     return CellResult.model_validate_json((folder / "run" / cell / "result.json").read_text())
 
 
-def test_table_3_has_every_row_beside_the_published_ones(ablation):
+def modulated(search: SearchResult) -> RankingResult:
+    """The ranking with γ, β, which is there."""
+    assert search.modulated is not None
+    return search.modulated
+
+
+def test_table_3_has_every_row_beside_the_published_ones(ablation: Path) -> None:
     content = json.loads((ablation / "table3.json").read_text())
     assert (content["seeds"], content["complete"]) == ([0, 1], True)
     assert content["base"] == {"triplet_parts_weight": 0.5, "normalise_test": True}
@@ -118,7 +133,7 @@ def test_table_3_has_every_row_beside_the_published_ones(ablation):
         ("base+MAM+IAM", "unmodulated"),
     ]
     seeds = [result_of(ablation, f"iam-seed{seed}").first for seed in (0, 1)]
-    means = [sum(t.mean_ap for t in s.modulated.trials) / 10 for s in seeds]
+    means = [sum(t.mean_ap for t in modulated(s).trials) / 10 for s in seeds]
     measured = rows["base+IAM", "modulated"]["mean_ap"]
     assert measured["mean"] == pytest.approx(sum(means) / 2)
     assert measured["std"] == pytest.approx(abs(means[0] - means[1]) / 2**0.5)
@@ -132,7 +147,7 @@ def test_table_3_has_every_row_beside_the_published_ones(ablation):
     assert "published figures do not compare in height" in text
 
 
-def test_the_rows_of_a_seed_differ_in_the_switches_only(ablation):
+def test_the_rows_of_a_seed_differ_in_the_switches_only(ablation: Path) -> None:
     start = json.loads((ablation / "run" / "pretrain" / "result.json").read_text())["fingerprint"]
     recipes = {}
     for row in ROWS:
@@ -152,15 +167,16 @@ def test_the_rows_of_a_seed_differ_in_the_switches_only(ablation):
     assert not pretrained.config.instance_alignment
 
 
-def test_a_result_holds_what_a_paired_test_needs(ablation):
+def test_a_result_holds_what_a_paired_test_needs(ablation: Path) -> None:
     base, both = (result_of(ablation, f"{row}-seed0") for row in ("base", "mam-iam"))
     assert base.first.modulated is None
     assert base.compensation is None
     assert both.first.modulation is not None
+    assert both.compensation is not None
     assert set(both.compensation) == {"rgb", "ir"}
     assert both.first.title == "all-search single-shot"
     for search in both.searches:
-        for ranking in (search.modulated, search.unmodulated):
+        for ranking in (modulated(search), search.unmodulated):
             assert len(ranking.average_precision) == len(search.query_people)
             mean = sum(ranking.average_precision) / len(ranking.average_precision)
             assert mean == pytest.approx(ranking.mean("mean_ap"), abs=1e-6)
@@ -174,7 +190,9 @@ def test_a_result_holds_what_a_paired_test_needs(ablation):
     assert gain["low"] <= gain["map_gain"] <= gain["high"]
 
 
-def test_finished_cells_are_not_made_again(ablation, capsys):
+def test_finished_cells_are_not_made_again(
+    ablation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = ablation / "run" / "base-seed0" / CHECKPOINT_FILE
     before = checkpoint.stat().st_mtime_ns
     command = ["ablate", "table3", *arguments(ablation, "--seeds", "0,1")]
@@ -195,7 +213,9 @@ class _Looks(Budget):
         return self.looks < 0
 
 
-def test_a_cell_stopped_in_the_middle_ends_as_an_undisturbed_one(ablation, tmp_path):
+def test_a_cell_stopped_in_the_middle_ends_as_an_undisturbed_one(
+    ablation: Path, tmp_path: Path
+) -> None:
     start = Start(checkpoint=ablation / "run" / "pretrain" / CHECKPOINT_FILE)
     cells = table3_cells(recipe(), start, [0])[:1]
     # The first look lets the cell begin, each further one a step: two of its four.
@@ -209,7 +229,9 @@ def test_a_cell_stopped_in_the_middle_ends_as_an_undisturbed_one(ablation, tmp_p
     assert result.searches == undisturbed.searches
 
 
-def test_a_folder_of_other_settings_is_refused(ablation, capsys):
+def test_a_folder_of_other_settings_is_refused(
+    ablation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["ablate", "table3", *arguments(ablation, "--seeds", "0,1")]
     other = ablation / "other.yaml"
     other.write_text(yaml.safe_dump(TINY | {"margin": 0.5}))
@@ -218,7 +240,9 @@ def test_a_folder_of_other_settings_is_refused(ablation, capsys):
     assert "holds a cell of another recipe, start or data" in capsys.readouterr().err
 
 
-def test_a_start_must_be_bare_and_must_not_know_the_test_people(ablation, tmp_path, capsys):
+def test_a_start_must_be_bare_and_must_not_know_the_test_people(
+    ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = ablation / "run"
     command = ["ablate", "table3", *arguments(tmp_path), "--start"]
     assert main([*command, str(run / "mam-seed0" / CHECKPOINT_FILE)]) == 1
@@ -231,7 +255,9 @@ def test_a_start_must_be_bare_and_must_not_know_the_test_people(ablation, tmp_pa
     assert "was trained on 5 of these 5 identities" in capsys.readouterr().err
 
 
-def test_what_cannot_be_compared_is_refused_before_training(tmp_path, capsys):
+def test_what_cannot_be_compared_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["ablate", "table3", *arguments(tmp_path)]
     assert main(command) == 2
     assert "exactly one of --start, --pretrain and --weights" in capsys.readouterr().err
@@ -248,7 +274,7 @@ def test_what_cannot_be_compared_is_refused_before_training(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_result_is_named(ablation, tmp_path):
+def test_a_damaged_result_is_named(ablation: Path, tmp_path: Path) -> None:
     start = Start(checkpoint=ablation / "run" / "pretrain" / CHECKPOINT_FILE)
     cells = table3_cells(recipe(), start, [0])[:1]
     (tmp_path / "base-seed0").mkdir()
@@ -257,7 +283,7 @@ def test_a_damaged_result_is_named(ablation, tmp_path):
         Runner(data(), tmp_path).run(cells)
 
 
-def test_the_lambda_sweep_plots_what_it_measured(ablation):
+def test_the_lambda_sweep_plots_what_it_measured(ablation: Path) -> None:
     command = ["ablate", "sweep", "lambda", *arguments(ablation), "--values", "0,0.2"]
     command += ["--pretrain", str(ablation / "start.yaml"), "--json", str(ablation / "l.json")]
     assert main([*command, "--plot", str(ablation / "lambda.png")]) == 0
@@ -277,8 +303,10 @@ def test_the_lambda_sweep_plots_what_it_measured(ablation):
         assert picture.width > 1000
 
 
-def test_the_parts_sweep_starts_each_p_from_its_own_network(regdb_root, tmp_path):
-    small = {**TINY, "model": {**TINY["model"], "input_height": 32, "input_width": 16, "parts": 2}}
+def test_the_parts_sweep_starts_each_p_from_its_own_network(
+    regdb_root: Path, tmp_path: Path
+) -> None:
+    small = {**TINY, "model": {**MODEL, "input_height": 32, "input_width": 16, "parts": 2}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     command = ["ablate", "sweep", "parts", "--root", str(regdb_root), "--run", str(tmp_path / "r")]
     command += ["--eval-root", str(regdb_root), "--recipe", str(tmp_path / "small.yaml")]
@@ -303,7 +331,7 @@ def test_the_parts_sweep_starts_each_p_from_its_own_network(regdb_root, tmp_path
     assert (tmp_path / "p.png").stat().st_size > 0
 
 
-def test_a_sweep_changes_one_thing():
+def test_a_sweep_changes_one_thing() -> None:
     swept = sweep_lambda(recipe(), Start(weights="w"), [0, 3])
     for point, value in zip(swept.points, (0, 3), strict=True):
         (changed,) = point.recipes.values()
@@ -319,7 +347,7 @@ def test_a_sweep_changes_one_thing():
     assert summarise_sweep(swept, [], DatasetName.SYSU) is None
 
 
-def test_parts_must_divide_every_feature_map():
+def test_parts_must_divide_every_feature_map() -> None:
     assert possible_parts([recipe()]) == [1, 2, 3, 6]
     assert possible_parts([load_recipe("paper")]) == [1, 2, 3, 4, 6, 8, 12]
     with pytest.raises(AblationError, match="does not allow parts 4: input_height 96"):
@@ -331,7 +359,7 @@ def test_parts_must_divide_every_feature_map():
     assert start_of_parts(given, 3).checkpoint == Path("start-3.safetensors")
 
 
-def test_the_recipes_of_the_ablation_fit_each_other():
+def test_the_recipes_of_the_ablation_fit_each_other() -> None:
     cell, start = load_recipe("ablation"), load_recipe("ablation-pretrain")
     assert (
         changed_model(start, modality_alignment=True, instance_alignment=True).model == cell.model
@@ -350,7 +378,7 @@ def ranking(*precisions: float) -> RankingResult:
     return RankingResult(trials=[trial], average_precision=list(precisions))
 
 
-def test_a_paired_comparison_by_hand():
+def test_a_paired_comparison_by_hand() -> None:
     found = compare(
         "one − other",
         [ranking(0.5, 1.0, 0.2), ranking(0.7, 0.8, 0.4)],
@@ -365,14 +393,14 @@ def test_a_paired_comparison_by_hand():
     assert (found.low, found.high) == pytest.approx((0.1, 0.15))
 
 
-def test_deviation_over_seeds_is_the_samples():
+def test_deviation_over_seeds_is_the_samples() -> None:
     spread = SeedSpread.over([0.5, 0.6, 0.7])
     assert (spread.mean, spread.std) == pytest.approx((0.6, 0.1))
     assert str(spread) == "60.00 ± 10.00"
     assert str(SeedSpread.over([0.5])) == "50.00"
 
 
-def test_the_order_of_the_paper_is_judged_by_mean_map(ablation):
+def test_the_order_of_the_paper_is_judged_by_mean_map(ablation: Path) -> None:
     cells = {row.name: result_of(ablation, f"{row.name}-seed0") for row in ROWS}
 
     def with_precision(values: dict[str, float]) -> list[CellResult]:
@@ -385,14 +413,19 @@ def test_the_order_of_the_paper_is_judged_by_mean_map(ablation):
             changed.append(cell.model_copy(update={"searches": [search]}))
         return changed
 
+    def in_order(values: dict[str, float]) -> bool:
+        table = summarise_table3(with_precision(values))
+        assert table is not None
+        return table.in_order
+
     paper = {"base": 0.4, "mam": 0.5, "iam": 0.6, "mam-iam": 0.7}
-    assert summarise_table3(with_precision(paper)).in_order
-    assert not summarise_table3(with_precision(paper | {"mam": 0.8})).in_order
-    assert not summarise_table3(with_precision(paper | {"base": 0.55})).in_order
+    assert in_order(paper)
+    assert not in_order(paper | {"mam": 0.8})
+    assert not in_order(paper | {"base": 0.55})
     assert summarise_table3(with_precision(paper)[:3]) is None
 
 
-def test_alignment_of_two_clouds_by_hand():
+def test_alignment_of_two_clouds_by_hand() -> None:
     one = Cloud("F rgb", features=_column(0, 10), people=_people(1, 2))
     other = Cloud("F̂ rgb", features=_column(1, 12), people=_people(1, 2))
     found = align("both", one, other)
@@ -410,7 +443,9 @@ def _people(*numbers: int) -> IntArray:
     return np.array(numbers, dtype=np.int64)
 
 
-def test_figure_4_shows_what_it_counts(tiny_checkpoint, tmp_path, capsys):
+def test_figure_4_shows_what_it_counts(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["ablate", "tsne", "--checkpoint", str(tiny_checkpoint), "--root", str(MINI)]
     command += ["--ids", str(MINI / "exp" / "val_id.txt"), "--plot", str(tmp_path / "plane.png")]
     assert main([*command, "--people", "3", "--json", str(tmp_path / "plane.json")]) == 0
@@ -426,7 +461,9 @@ def test_figure_4_shows_what_it_counts(tiny_checkpoint, tmp_path, capsys):
     assert "choose 2 to 3 with --people" in capsys.readouterr().err
 
 
-def test_figure_4_needs_modality_alignment(ablation, tmp_path, capsys):
+def test_figure_4_needs_modality_alignment(
+    ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bare = ablation / "run" / "iam-seed0" / CHECKPOINT_FILE
     command = ["ablate", "tsne", "--checkpoint", str(bare), "--root", str(MINI), "--people", "2"]
     command += ["--ids", str(MINI / "exp" / "val_id.txt"), "--plot", str(tmp_path / "p.png")]
@@ -434,7 +471,7 @@ def test_figure_4_needs_modality_alignment(ablation, tmp_path, capsys):
     assert "no modality alignment" in capsys.readouterr().err
 
 
-def test_lists_of_numbers_take_one_line(tmp_path):
+def test_lists_of_numbers_take_one_line(tmp_path: Path) -> None:
     content = {"a": [1.5, -2, 3e-7], "b": [{"c": [1]}], "d": ["1", "x"], "e": []}
     write_json(tmp_path / "x.json", content)
     text = (tmp_path / "x.json").read_text()

@@ -12,7 +12,7 @@ from training.datasets import LAYOUTS, DatasetName
 from training.datasets.check import CameraCount, check_dataset
 
 
-def test_counts_of_both_sides(regdb_root):
+def test_counts_of_both_sides(regdb_root: Path) -> None:
     found = check_dataset(LAYOUTS[DatasetName.REGDB], regdb_root)
     assert found.counts["identities"] == 8
     assert found.counts["images"] == 48
@@ -22,23 +22,25 @@ def test_counts_of_both_sides(regdb_root):
     assert (found.unreadable, found.one_modality, found.empty, found.notes) == ([], {}, [], [])
 
 
-def test_a_set_without_its_test_list_says_what_is_missing():
+def test_a_set_without_its_test_list_says_what_is_missing() -> None:
     found = check_dataset(LAYOUTS[DatasetName.SYSU], MINI)
     assert found.counts["training identities"] == 5
     assert found.counts["training visible images"] == 40
     assert "test identities" not in found.counts
     held_back, missing = found.notes
-    assert "val_id.txt are held back" in held_back and "test_id.txt" in missing
+    assert "val_id.txt are held back" in held_back
+    assert "test_id.txt" in missing
 
 
-def test_every_split_of_a_set_is_looked_at(regdb_root, tmp_path):
+def test_every_split_of_a_set_is_looked_at(regdb_root: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(regdb_root, tmp_path / "set"))
     (root / "idx" / "test_thermal_7.txt").unlink()
     (note,) = check_dataset(LAYOUTS[DatasetName.REGDB], root).notes
-    assert note.startswith("Split 7: ") and "test_thermal_7.txt" in note
+    assert note.startswith("Split 7: ")
+    assert "test_thermal_7.txt" in note
 
 
-def test_published_counts_are_those_of_the_papers():
+def test_published_counts_are_those_of_the_papers() -> None:
     published = {name: layout.published for name, layout in LAYOUTS.items()}
     assert published[DatasetName.SYSU]["training identities"] == 395
     assert published[DatasetName.SYSU]["training visible images"] == 22258
@@ -54,7 +56,9 @@ def test_published_counts_are_those_of_the_papers():
     }
 
 
-def test_truncated_and_foreign_files_are_named(folder_root, tmp_path, capsys):
+def test_truncated_and_foreign_files_are_named(
+    folder_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = Path(shutil.copytree(folder_root, tmp_path / "set"))
     truncated, foreign = root / "rgb" / "ann" / "0.png", root / "ir" / "12" / "1.png"
     truncated.write_bytes(truncated.read_bytes()[:-40])
@@ -77,7 +81,9 @@ def test_truncated_and_foreign_files_are_named(folder_root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["regdb", "llcm", "folder"])
-def test_the_command_on_sound_sets(request, name, capsys):
+def test_the_command_on_sound_sets(
+    request: pytest.FixtureRequest, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = request.getfixturevalue(f"{name}_root")
     assert main(["data", "check", str(root), "--dataset", name]) == 0
     printed = capsys.readouterr().out
@@ -85,4 +91,5 @@ def test_the_command_on_sound_sets(request, name, capsys):
     assert ("differs" in printed) == (name != "folder")
     assert main(["data", "check", str(root), "--dataset", "sysu"]) == 1
     error = capsys.readouterr().err
-    assert "cam1" in error and "docs/training.md#sysu" in error
+    assert "cam1" in error
+    assert "docs/training.md#sysu" in error

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from scipy.io import savemat
 
 from tests.paths import MINI
-from training.datasets import LAYOUTS, DatasetError, DatasetName, find_layout
+from training.datasets import LAYOUTS, DatasetError, DatasetName, Layout, Sample, find_layout
 from training.datasets.folder import person_number
 
 REGDB = LAYOUTS[DatasetName.REGDB]
@@ -18,22 +19,23 @@ FOLDER = LAYOUTS[DatasetName.FOLDER]
 SYSU = LAYOUTS[DatasetName.SYSU]
 
 
-def people(samples):
+def people(samples: Iterable[Sample]) -> set[int]:
     return {sample.person_id for sample in samples}
 
 
 @pytest.fixture
-def copy(tmp_path):
+def copy(tmp_path: Path) -> Callable[[Path], Path]:
     return lambda root: Path(shutil.copytree(root, tmp_path / "set"))
 
 
-def test_every_layout_is_there_under_its_name():
+def test_every_layout_is_there_under_its_name() -> None:
     assert {name: layout.name for name, layout in LAYOUTS.items()} == {n: n for n in DatasetName}
 
 
-def test_regdb_people_are_folders_and_not_labels(regdb_root):
+def test_regdb_people_are_folders_and_not_labels(regdb_root: Path) -> None:
     train, test = REGDB.train(regdb_root, 1), REGDB.test(regdb_root, 1)
-    assert people(train) == {2, 3, 4, 5} and people(test) == {1, 6, 7, 8}
+    assert people(train) == {2, 3, 4, 5}
+    assert people(test) == {1, 6, 7, 8}
     for side in (train, test):
         assert Counter((s.modality, s.camera) for s in side) == {("rgb", 1): 12, ("ir", 2): 12}
         for sample in side:
@@ -42,11 +44,12 @@ def test_regdb_people_are_folders_and_not_labels(regdb_root):
             assert sample.path.is_file()
 
 
-def test_regdb_has_ten_trials_each_a_split_of_all_people(regdb_root):
+def test_regdb_has_ten_trials_each_a_split_of_all_people(regdb_root: Path) -> None:
     sides = set()
     for trial in range(1, 11):
         train, test = people(REGDB.train(regdb_root, trial)), people(REGDB.test(regdb_root, trial))
-        assert train | test == set(range(1, 9)) and not train & test
+        assert train | test == set(range(1, 9))
+        assert not train & test
         sides.add(tuple(sorted(train)))
     assert len(sides) == 8
     for trial in (0, 11):
@@ -56,16 +59,17 @@ def test_regdb_has_ten_trials_each_a_split_of_all_people(regdb_root):
         LLCM.test(regdb_root, 2)
 
 
-def test_chosen_identities_come_from_either_side(regdb_root):
+def test_chosen_identities_come_from_either_side(regdb_root: Path) -> None:
     assert people(REGDB.train(regdb_root, 1, {1, 2, 99})) == {1, 2}
     assert people(REGDB.test(regdb_root, 1, [2, 3])) == {2, 3}
     with pytest.raises(DatasetError, match=r"Visible/99/, but identity 99 \(1 missing"):
         REGDB.test(regdb_root, 1, [2, 99])
 
 
-def test_llcm_sides(llcm_root):
+def test_llcm_sides(llcm_root: Path) -> None:
     train, test = LLCM.train(llcm_root), LLCM.test(llcm_root)
-    assert people(train) == {1, 2, 3, 4} and people(test) == {5, 6, 7}
+    assert people(train) == {1, 2, 3, 4}
+    assert people(test) == {5, 6, 7}
     assert Counter((s.modality, s.camera) for s in train) == {
         ("rgb", 1): 4,
         ("rgb", 2): 4,
@@ -76,13 +80,15 @@ def test_llcm_sides(llcm_root):
     assert counts == {("rgb", c): 6 for c in (1, 2, 3)} | {("ir", c): 6 for c in (1, 2)}
 
 
-def test_folder_has_everyone_on_both_sides(folder_root):
+def test_folder_has_everyone_on_both_sides(folder_root: Path) -> None:
     everyone = {3, 12, person_number("ann"), person_number("bob")}
     assert people(FOLDER.train(folder_root)) == people(FOLDER.test(folder_root)) == everyone
     assert Counter(s.modality for s in FOLDER.train(folder_root)) == {"rgb": 8, "ir": 8}
 
 
-def test_folder_names_are_numbers_that_others_do_not_change(folder_root, copy, tmp_path):
+def test_folder_names_are_numbers_that_others_do_not_change(
+    folder_root: Path, copy: Callable[[Path], Path], tmp_path: Path
+) -> None:
     assert person_number("0012") == 12
     assert person_number("ann") != person_number("Ann") != person_number("bob")
     changed = copy(folder_root)
@@ -96,18 +102,27 @@ def test_folder_names_are_numbers_that_others_do_not_change(folder_root, copy, t
         FOLDER.read_ids(tmp_path / "names.txt")
 
 
-def write(path: str, text: str):
+def both_sides(layout: Layout, root: Path) -> tuple[list[Sample], list[Sample]]:
+    return layout.train(root), layout.test(root)
+
+
+def write(path: str, text: str) -> Callable[[Path], object]:
     return lambda root: (root / path).write_text(text)
 
 
-def empty(*folders: str):
+def empty(*folders: str) -> Callable[[Path], object]:
     """Leave the folders, without what they hold."""
-    return lambda root: [
-        entry.unlink() for name in folders for entry in (root / name).iterdir() if entry.is_file()
-    ]
+
+    def damage(root: Path) -> None:
+        for name in folders:
+            for entry in (root / name).iterdir():
+                if entry.is_file():
+                    entry.unlink()
+
+    return damage
 
 
-def remove(path: str):
+def remove(path: str) -> Callable[[Path], object]:
     return lambda root: (
         shutil.rmtree(root / path) if (root / path).is_dir() else ((root / path).unlink())
     )
@@ -136,28 +151,36 @@ def remove(path: str):
         (FOLDER, empty("rgb/ann", "ir/ann"), r"/rgb/ann/, but identity \d+ \(1 missing"),
     ],
 )
-def test_errors_name_the_file_and_the_page(request, copy, layout, damage, expected):
+def test_errors_name_the_file_and_the_page(
+    request: pytest.FixtureRequest,
+    copy: Callable[[Path], Path],
+    layout: Layout,
+    damage: Callable[[Path], object],
+    expected: str,
+) -> None:
     root = copy(request.getfixturevalue(f"{layout.name.value}_root"))
     damage(root)
     with pytest.raises(DatasetError, match=expected) as caught:
-        layout.train(root)
-        layout.test(root)
+        both_sides(layout, root)
     assert str(caught.value).endswith(f"see docs/training.md#{layout.name.value}.")
     assert str(root) in str(caught.value)
 
 
-def test_sysu_errors_name_the_page_too(tmp_path):
+def test_sysu_errors_name_the_page_too(tmp_path: Path) -> None:
     for root, expected in ((tmp_path, "cam1"), (MINI, "test_id.txt")):
         with pytest.raises(DatasetError, match=expected) as caught:
             SYSU.test(root)
         assert "see docs/training.md#sysu" in str(caught.value)
 
 
-def test_sysu_holds_validation_people_back_where_there_is_no_list_of_test_people(copy):
+def test_sysu_holds_validation_people_back_where_there_is_no_list_of_test_people(
+    copy: Callable[[Path], Path],
+) -> None:
     train, validation = {7, 18, 21, 23, 30}, {12, 218, 370}
     assert people(SYSU.train(MINI)) == train
     (note,) = SYSU.notes(MINI)
-    assert "3 identities" in note and "val_id.txt are held back" in note
+    assert "3 identities" in note
+    assert "val_id.txt are held back" in note
     real = copy(MINI)
     (real / "exp" / "train_id.txt").write_text("7,18,21\n")
     (real / "exp" / "test_id.txt").write_text("23,30\n")
@@ -166,14 +189,16 @@ def test_sysu_holds_validation_people_back_where_there_is_no_list_of_test_people
     assert SYSU.notes(real) == []
 
 
-def test_sysu_never_trains_on_test_people_even_if_the_lists_share_them(copy):
+def test_sysu_never_trains_on_test_people_even_if_the_lists_share_them(
+    copy: Callable[[Path], Path],
+) -> None:
     root = copy(MINI)
     shutil.copy(root / "exp" / "val_id.txt", root / "exp" / "test_id.txt")
     assert people(SYSU.train(root)) == {7, 18, 21, 23, 30}
     assert people(SYSU.test(root)) == {12, 218, 370}
 
 
-def test_sysu_lists_of_the_archive_may_be_matlab_files(copy):
+def test_sysu_lists_of_the_archive_may_be_matlab_files(copy: Callable[[Path], Path]) -> None:
     root = copy(MINI)
     for path in (root / "exp").iterdir():
         path.unlink()
@@ -186,7 +211,9 @@ def test_sysu_lists_of_the_archive_may_be_matlab_files(copy):
         SYSU.test(root)
 
 
-def test_an_identity_of_the_training_list_without_images_is_named(copy):
+def test_an_identity_of_the_training_list_without_images_is_named(
+    copy: Callable[[Path], Path],
+) -> None:
     root = copy(MINI)
     for folder in root.glob("cam*/0018"):
         for image in folder.iterdir():
@@ -197,13 +224,13 @@ def test_an_identity_of_the_training_list_without_images_is_named(copy):
         SYSU.train(root)
 
 
-def test_other_programs_files_are_no_images(copy):
+def test_other_programs_files_are_no_images(copy: Callable[[Path], Path]) -> None:
     root = copy(MINI)
     (root / "cam1" / "0007" / "._0001.jpg").write_bytes(b"")
     assert len(SYSU.train(root)) == len(SYSU.train(MINI))
 
 
-def test_a_wrong_root_is_told_where_the_right_one_is(regdb_root, tmp_path):
+def test_a_wrong_root_is_told_where_the_right_one_is(regdb_root: Path, tmp_path: Path) -> None:
     above = tmp_path / "above"
     above.mkdir()
     (above / "RegDB").symlink_to(regdb_root)
@@ -213,7 +240,9 @@ def test_a_wrong_root_is_told_where_the_right_one_is(regdb_root, tmp_path):
         REGDB.test(tmp_path / "absent")
 
 
-def test_the_layout_is_told_from_the_folders(regdb_root, llcm_root, folder_root, tmp_path):
+def test_the_layout_is_told_from_the_folders(
+    regdb_root: Path, llcm_root: Path, folder_root: Path, tmp_path: Path
+) -> None:
     roots = {"sysu": MINI, "regdb": regdb_root, "llcm": llcm_root, "folder": folder_root}
     assert {name: find_layout(root).name.value for name, root in roots.items()} == {
         name: name for name in roots

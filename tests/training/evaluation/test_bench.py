@@ -1,12 +1,14 @@
 """`cmt bench evaluate` on a small problem: both sides agree, and a disagreement is caught."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model.cli import main
 from training.evaluation.bench import (
+    Problem,
     gallery_distances,
     loop,
     random_problem,
@@ -17,11 +19,11 @@ from training.evaluation.bench import (
 
 
 @pytest.fixture(scope="module")
-def problem():
+def problem() -> Problem:
     return random_problem(queries=70, identities=12, parts=2, dim=4)
 
 
-def test_a_problem_has_the_proportions_of_the_real_set():
+def test_a_problem_has_the_proportions_of_the_real_set() -> None:
     real = random_problem(queries=200, identities=96, parts=1, dim=2)
     assert {gallery.size for gallery in real.galleries} == {301}
     for gallery in real.galleries:
@@ -30,7 +32,9 @@ def test_a_problem_has_the_proportions_of_the_real_set():
     assert set(real.query_cameras) == {3, 6}
 
 
-def test_both_sides_give_the_same_figures_from_features_and_from_distances(problem):
+def test_both_sides_give_the_same_figures_from_features_and_from_distances(
+    problem: Problem,
+) -> None:
     ours = vectorised(problem, vectorised_distances(problem))
     require_equal(ours, loop(problem, None))
     given = [gallery_distances(problem, gallery) for gallery in problem.galleries]
@@ -39,7 +43,7 @@ def test_both_sides_give_the_same_figures_from_features_and_from_distances(probl
     assert len({metrics.mean_ap for metrics in ours}) == 10
 
 
-def test_figures_that_differ_stop_the_benchmark(problem):
+def test_figures_that_differ_stop_the_benchmark(problem: Problem) -> None:
     distances = vectorised_distances(problem)
     theirs = loop(problem, distances)
     distances[3] = np.roll(distances[3], 1, axis=1)
@@ -47,7 +51,7 @@ def test_figures_that_differ_stop_the_benchmark(problem):
         require_equal(vectorised(problem, distances), theirs)
 
 
-def test_the_command_writes_both_cases(tmp_path, capsys):
+def test_the_command_writes_both_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "evaluate.json"
     size = ("--queries", "60", "--identities", "10", "--parts", "2", "--dim", "4")
     assert main(["bench", "evaluate", *size, "--rounds", "2", "--json", str(out)]) == 0

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from training.evaluation.metrics import FloatArray, IntArray
 from training.evaluation.open_set import (
     FALSE_ALARM_RATES,
     detection_and_identification,
@@ -10,7 +11,7 @@ from training.evaluation.open_set import (
 )
 
 
-def test_rates_by_hand():
+def test_rates_by_hand() -> None:
     mated = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
     right = np.array([True, True, False, True, True])
     non_mated = np.array([0.35, 0.15, 0.9, 0.45, 0.8])
@@ -23,7 +24,7 @@ def test_rates_by_hand():
     assert detection_and_identification(mated[:0], right[:0], non_mated, 0.4) is None
 
 
-def test_equal_scores_raise_no_more_alarms_than_allowed():
+def test_equal_scores_raise_no_more_alarms_than_allowed() -> None:
     non_mated = np.array([0.2, 0.2, 0.2, 0.9])
     mated = np.array([0.1, 0.2])
     both = np.array([True, True])
@@ -31,33 +32,33 @@ def test_equal_scores_raise_no_more_alarms_than_allowed():
     assert detection_and_identification(mated, both, non_mated, 0.25) == 1 / 2
 
 
-def test_a_rate_that_is_a_whole_number_of_queries_is_not_rounded_down():
+def test_a_rate_that_is_a_whole_number_of_queries_is_not_rounded_down() -> None:
     non_mated = np.arange(30) / 30
     mated, right = np.array([2.5 / 30]), np.array([True])
     assert detection_and_identification(mated, right, non_mated, 0.1) == 1.0  # three alarms
 
 
-def perfect(people, images, queries):
+def perfect(people: int, images: int, queries: int) -> tuple[FloatArray, IntArray, IntArray]:
     """Distance 0 to images of the query's person, 1 to all others."""
     gallery_ids = np.repeat(np.arange(people), images)
     query_ids = np.repeat(np.arange(people), queries)
     return (query_ids[:, None] != gallery_ids).astype(float), query_ids, gallery_ids
 
 
-def test_a_perfect_score_finds_every_mated_query():
+def test_a_perfect_score_finds_every_mated_query() -> None:
     score, query_ids, gallery_ids = perfect(people=21, images=2, queries=10)
     trial = open_set_trial(score, query_ids, gallery_ids, np.zeros(score.shape, dtype=bool), 0)
     assert (trial.mated, trial.non_mated) == (110, 100)  # 11 of 21 people are enrolled
     assert trial.dirs == (1.0,) * len(FALSE_ALARM_RATES)
 
 
-def test_a_blind_score_finds_nobody():
+def test_a_blind_score_finds_nobody() -> None:
     score, query_ids, gallery_ids = perfect(people=20, images=2, queries=10)
     trial = open_set_trial(np.ones_like(score), query_ids, gallery_ids, score < 0, 0)
     assert trial.dirs == (0.0,) * len(FALSE_ALARM_RATES)
 
 
-def test_the_draw_follows_the_seed_and_rates_need_enough_queries():
+def test_the_draw_follows_the_seed_and_rates_need_enough_queries() -> None:
     score, query_ids, gallery_ids = perfect(people=10, images=1, queries=4)
     score += np.random.default_rng(0).normal(0, 0.8, score.shape)
     none = np.zeros(score.shape, dtype=bool)
@@ -67,7 +68,7 @@ def test_the_draw_follows_the_seed_and_rates_need_enough_queries():
     assert trials[0].dirs[1] is not None
 
 
-def test_people_outside_the_gallery_are_non_mated_and_excluded_positives_left_out():
+def test_people_outside_the_gallery_are_non_mated_and_excluded_positives_left_out() -> None:
     score, query_ids, gallery_ids = perfect(people=4, images=1, queries=3)
     query_ids = np.append(query_ids, [77, 77])
     score = np.vstack([score, np.ones((2, 4))])
@@ -79,7 +80,7 @@ def test_people_outside_the_gallery_are_non_mated_and_excluded_positives_left_ou
     assert (some.mated, some.non_mated) == (4, 8)
 
 
-def test_an_excluded_image_raises_no_alarm():
+def test_an_excluded_image_raises_no_alarm() -> None:
     # One enrolled person; every query of the other is nearest to an image that it must ignore.
     gallery_ids = np.array([0, 1])
     query_ids = np.repeat([0, 1], 10)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image, ImageColor
 
-from model import load_checkpoint, modulate, save_checkpoint
+from model import CMT, CheckpointInfo, load_checkpoint, modulate, save_checkpoint
 from model.cli import main
 from tests.paths import MINI
 from training.cli import DEFAULT_RECIPES
@@ -19,12 +19,15 @@ from training.datasets import LAYOUTS, DatasetError, DatasetName
 from training.evaluation import protocol_splits, rank_metrics
 from training.evaluation.embedding import embed_samples
 from training.evaluation.figures import BORDER, CAPTION, RIGHT, THUMBNAIL, write_sheets
+from training.evaluation.module_diagnostics import CompensationVitality
 from training.evaluation.published import published_rows
-from training.evaluation.report import score_model, summarise
+from training.evaluation.report import Evaluation, score_model, summarise
 from training.recipe import load_recipe
 
 
-def test_regdb_and_folder_search_everything_in_both_directions(regdb_root, folder_root):
+def test_regdb_and_folder_search_everything_in_both_directions(
+    regdb_root: Path, folder_root: Path
+) -> None:
     for name, root in ((DatasetName.REGDB, regdb_root), (DatasetName.FOLDER, folder_root)):
         samples = LAYOUTS[name].test(root)
         splits = protocol_splits(name, samples)
@@ -38,7 +41,7 @@ def test_regdb_and_folder_search_everything_in_both_directions(regdb_root, folde
                 assert len(indices) == len(expected)
 
 
-def test_llcm_galleries_are_the_draws_of_public_code(llcm_root):
+def test_llcm_galleries_are_the_draws_of_public_code(llcm_root: Path) -> None:
     samples = LAYOUTS[DatasetName.LLCM].test(llcm_root)
     splits = protocol_splits(DatasetName.LLCM, samples)
     assert [split.protocol for split in splits] == ["llcm", "llcm"]
@@ -55,13 +58,23 @@ def test_llcm_galleries_are_the_draws_of_public_code(llcm_root):
         assert {samples[i].modality for i in split.queries} == {"rgb" if word == "nir" else "ir"}
 
 
-def test_one_modality_is_refused(folder_root):
+def test_one_modality_is_refused(folder_root: Path) -> None:
     visible = [s for s in LAYOUTS[DatasetName.FOLDER].test(folder_root) if s.modality == "rgb"]
     with pytest.raises(DatasetError, match="infrared images"):
         protocol_splits(DatasetName.FOLDER, visible)
 
 
-def test_ten_models_are_averaged_and_each_is_the_plain_loop(tiny_model, regdb_root):
+def compensated(evaluation: Evaluation) -> CompensationVitality:
+    """What it says of compensated infrared features."""
+    assert evaluation.compensation is not None
+    figures = evaluation.compensation["ir"]
+    assert figures is not None
+    return figures
+
+
+def test_ten_models_are_averaged_and_each_is_the_plain_loop(
+    tiny_model: CMT, regdb_root: Path
+) -> None:
     """Two trials: figures are the mean and deviation of what the paper's test loop gives."""
     layout, plain, scores = LAYOUTS[DatasetName.REGDB], [], []
     for trial in (1, 2):
@@ -87,22 +100,25 @@ def test_ten_models_are_averaged_and_each_is_the_plain_loop(tiny_model, regdb_ro
         assert getattr(split.modulated, field).std == pytest.approx(np.std(values), abs=1e-3)
     assert split.modulated.rank_1.mean == pytest.approx(np.mean([m.cmc[0] for m in plain]))
     gain = split.modulated.mean_ap.mean - split.unmodulated.mean_ap.mean
+    assert split.modulation is not None
     assert split.modulation.map_gain == pytest.approx(gain)
-    single = [summarise(DatasetName.REGDB, [s]).compensation["ir"].rank_1 for s in scores]
-    assert evaluation.compensation["ir"].rank_1 == pytest.approx(np.mean(single))
+    single = [compensated(summarise(DatasetName.REGDB, [s])).rank_1 for s in scores]
+    assert compensated(evaluation).rank_1 == pytest.approx(np.mean(single))
 
 
-def evaluate(name, root, checkpoint, *more):
+def evaluate(name: str, root: Path, checkpoint: str | Path, *more: object) -> int:
     where = ("--dataset", name, "--root", str(root), "--checkpoint", str(checkpoint))
     return main(["evaluate", *where, "--device", "cpu", *map(str, more)])
 
 
-def save(model, path, **training):
+def save(model: CMT, path: Path, **training: object) -> CheckpointInfo:
     path.parent.mkdir(parents=True, exist_ok=True)
     return save_checkpoint(path, model, training=training)
 
 
-def test_the_command_takes_ten_checkpoints_by_a_pattern(tiny_model, regdb_root, tmp_path, capsys):
+def test_the_command_takes_ten_checkpoints_by_a_pattern(
+    tiny_model: CMT, regdb_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     layout = LAYOUTS[DatasetName.REGDB]
     for trial in range(1, 11):
         ids = sorted(layout.train_ids(regdb_root, trial))
@@ -120,14 +136,17 @@ def test_the_command_takes_ten_checkpoints_by_a_pattern(tiny_model, regdb_root, 
     (tmp_path / "4.safetensors").unlink()
     assert evaluate("regdb", regdb_root, pattern) == 1
     error = capsys.readouterr().err
-    assert "4.safetensors (1 missing" in error and "docs/training.md#regdb" in error
+    assert "4.safetensors (1 missing" in error
+    assert "docs/training.md#regdb" in error
     assert evaluate("regdb", regdb_root, pattern, "--trial", 3, "--json", out) == 0
     assert json.loads(out.read_text())["models"] == 1
     assert evaluate("sysu", MINI, pattern) == 1
     assert "without {trial}" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_regdb_is_tested_on_its_own_trial(tiny_model, regdb_root, tmp_path, capsys):
+def test_a_checkpoint_of_regdb_is_tested_on_its_own_trial(
+    tiny_model: CMT, regdb_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ids = sorted(LAYOUTS[DatasetName.REGDB].train_ids(regdb_root, 5))
     file = tmp_path / "five.safetensors"
     save(tiny_model, file, dataset="regdb", identities=ids, trial=5)
@@ -140,7 +159,13 @@ def test_a_checkpoint_of_regdb_is_tested_on_its_own_trial(tiny_model, regdb_root
 
 
 @pytest.mark.parametrize("name", ["llcm", "folder", "sysu"])
-def test_pictures_and_reranking_of_every_layout(request, name, tiny_checkpoint, tmp_path, capsys):
+def test_pictures_and_reranking_of_every_layout(
+    request: pytest.FixtureRequest,
+    name: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     root, more = (
         (MINI, ("--ids", MINI / "exp" / "val_id.txt"))
         if name == "sysu"
@@ -152,7 +177,8 @@ def test_pictures_and_reranking_of_every_layout(request, name, tiny_checkpoint, 
     plot, sheets, out = tmp_path / "a" / "cmc.png", tmp_path / "sheets", tmp_path / "out.json"
     more = (*more, "--rerank", "--plot", plot, "--sheets", sheets, "--json", out)
     assert evaluate(name, root, tiny_checkpoint, *more) == 0
-    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert plot.stat().st_size > 10_000
     splits = json.loads(out.read_text())["splits"]
     printed = capsys.readouterr().out
     assert "re-ranked" in printed
@@ -170,15 +196,18 @@ def test_pictures_and_reranking_of_every_layout(request, name, tiny_checkpoint, 
     ("more", "word"),
     [(("--plot", "cmc.xyz"), "cmc.xyz"), (("--convention", "seeded"), "only SYSU-MM01")],
 )
-def test_options_that_cannot_work_are_refused_before_any_work(folder_root, more, word, capsys):
+def test_options_that_cannot_work_are_refused_before_any_work(
+    folder_root: Path, more: tuple[str, ...], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate("folder", folder_root, "absent.safetensors", *more) == 2
     error = capsys.readouterr().err
-    assert word in error and error.count("\n") == 1
+    assert word in error
+    assert error.count("\n") == 1
 
 
 def test_checkpoints_that_were_selected_in_two_ways_share_no_table(
-    tiny_model, regdb_root, tmp_path, capsys
-):
+    tiny_model: CMT, regdb_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for trial in range(1, 11):
         ids = sorted(LAYOUTS[DatasetName.REGDB].train_ids(regdb_root, trial))
         facts = {"dataset": "regdb", "identities": ids, "selection": "val" if trial > 1 else "last"}
@@ -189,7 +218,9 @@ def test_checkpoints_that_were_selected_in_two_ways_share_no_table(
     assert "Checkpoint selection: val" in capsys.readouterr().out
 
 
-def test_sheets_show_the_nearest_of_best_and_worst(tiny_model, regdb_root, tmp_path):
+def test_sheets_show_the_nearest_of_best_and_worst(
+    tiny_model: CMT, regdb_root: Path, tmp_path: Path
+) -> None:
     samples = LAYOUTS[DatasetName.REGDB].test(regdb_root)
     splits = protocol_splits(DatasetName.REGDB, samples)
     scores = score_model(tiny_model, samples, splits).splits[0]
@@ -214,25 +245,29 @@ def test_sheets_show_the_nearest_of_best_and_worst(tiny_model, regdb_root, tmp_p
     assert frames == right.tolist()
 
 
-def test_a_damaged_image_is_named(folder_root, tiny_checkpoint, tmp_path, capsys):
+def test_a_damaged_image_is_named(
+    folder_root: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = Path(shutil.copytree(folder_root, tmp_path / "set"))
     (root / "ir" / "ann" / "1.png").write_bytes(b"nothing")
     for workers in (0, 1):
         assert evaluate("folder", root, tiny_checkpoint, "--workers", workers) == 1
         error = capsys.readouterr().err
-        assert "ann/1.png cannot be decoded" in error and error.count("\n") == 1
+        assert "ann/1.png cannot be decoded" in error
+        assert error.count("\n") == 1
 
 
-def test_published_rows_are_the_papers():
+def test_published_rows_are_the_papers() -> None:
     sysu, regdb = published_rows("SYSU-MM01"), published_rows("RegDB")
     (cmt,) = (r for r in sysu if (r.method, r.setting, r.shots) == ("CMT", "indoor", "multi"))
     assert (cmt.rank_1, cmt.rank_10, cmt.rank_20, cmt.mean_ap) == (84.87, 99.41, 99.97, 74.1)
     (hi_cmd,) = (r for r in regdb if r.method == "Hi-CMD")
     assert hi_cmd.rank_20 is None
-    assert len(sysu) == 49 and len(regdb) == 28
+    assert len(sysu) == 49
+    assert len(regdb) == 28
 
 
-def test_the_papers_recipe_for_regdb_differs_in_pooling_only():
+def test_the_papers_recipe_for_regdb_differs_in_pooling_only() -> None:
     paper, regdb = load_recipe("paper"), load_recipe("paper-regdb")
     assert DEFAULT_RECIPES[DatasetName.REGDB] == "paper-regdb"
     assert regdb.model.gem_p == 10
@@ -241,7 +276,9 @@ def test_the_papers_recipe_for_regdb_differs_in_pooling_only():
     )
 
 
-def test_regdb_runs_end_to_end(regdb_root, tmp_path, capsys):
+def test_regdb_runs_end_to_end(
+    regdb_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = {
         "model": {
             "backbone": "resnet18",
@@ -267,4 +304,5 @@ def test_regdb_runs_end_to_end(regdb_root, tmp_path, capsys):
     assert evaluate("regdb", regdb_root, file) == 0
     printed = capsys.readouterr().out
     assert "visible-to-infrared: 4 identities, 12 queries" in printed
-    assert "of a single trial" in printed and "±" not in printed
+    assert "of a single trial" in printed
+    assert "±" not in printed

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from training.evaluation.metrics import FloatArray
 from training.evaluation.rerank import k_reciprocal
 
 
-def plain(dissimilarity, n_queries, k1, k2, weight):
+def plain(dissimilarity: FloatArray, n_queries: int, k1: int, k2: int, weight: float) -> FloatArray:
     """Zhong et al. (2017), equations (1) to (12), one image after the other."""
     distance = dissimilarity.astype(float).copy()
     np.fill_diagonal(distance, 0)
@@ -16,7 +17,7 @@ def plain(dissimilarity, n_queries, k1, k2, weight):
     np.fill_diagonal(for_ranking, -1)
     ranking = np.argsort(for_ranking, axis=1, kind="stable")
 
-    def reciprocal(i, k):
+    def reciprocal(i: int, k: int) -> set[int]:
         return {int(j) for j in ranking[i, : k + 1] if i in ranking[j, : k + 1]}
 
     encoding = np.zeros((total, total))
@@ -40,18 +41,18 @@ def plain(dissimilarity, n_queries, k1, k2, weight):
     return result
 
 
-def clusters(seed, total=40, symmetric=True):
+def clusters(seed: int, total: int = 40, symmetric: bool = True) -> FloatArray:
     generator = np.random.default_rng(seed)
     points = (
         generator.normal(size=(total, 5)) + 2 * generator.normal(size=(8, 5))[np.arange(total) % 8]
     )
-    squared = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    squared: FloatArray = ((points[:, None] - points[None]) ** 2).sum(axis=2)
     return squared if symmetric else squared * generator.uniform(0.5, 1.5, squared.shape)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("k1", "k2", "weight"), [(20, 6, 0.3), (7, 1, 0.0), (3, 3, 0.8)])
-def test_equals_the_definition(symmetric, k1, k2, weight):
+def test_equals_the_definition(symmetric: bool, k1: int, k2: int, weight: float) -> None:
     dissimilarity = clusters(k1, symmetric=symmetric)
     before = dissimilarity.copy()
     fast = k_reciprocal(dissimilarity, 12, k1=k1, k2=k2, weight=weight)
@@ -59,7 +60,7 @@ def test_equals_the_definition(symmetric, k1, k2, weight):
     np.testing.assert_array_equal(dissimilarity, before)
 
 
-def test_the_original_distance_alone_keeps_the_ranking():
+def test_the_original_distance_alone_keeps_the_ranking() -> None:
     dissimilarity = clusters(1)
     fast = k_reciprocal(dissimilarity, 12, weight=1.0)
     np.testing.assert_array_equal(
@@ -67,6 +68,7 @@ def test_the_original_distance_alone_keeps_the_ranking():
     )
 
 
-def test_fewer_images_than_neighbours():
+def test_fewer_images_than_neighbours() -> None:
     fast = k_reciprocal(clusters(2, total=5), 2)
-    assert fast.shape == (2, 3) and np.isfinite(fast).all()
+    assert fast.shape == (2, 3)
+    assert np.isfinite(fast).all()

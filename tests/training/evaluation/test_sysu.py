@@ -5,19 +5,24 @@ import random
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from scipy.io import loadmat, savemat
 
 from tests.paths import MINI
 from training.datasets import DatasetError, Sample, read_sysu
+from training.evaluation.metrics import IntArray
 from training.evaluation.splits import of_modality
 from training.evaluation.sysu import official_galleries, seeded_galleries, sysu_splits
 
 VALIDATION = [12, 218, 370]
 OFFICIAL = os.environ.get("SYSU_TRIAL_FILE", "")
 
+# Ten rows of frame numbers for every camera and person.
+Frames = dict[tuple[int, int], npt.NDArray[np.uint16]]
 
-def write_trials(path: Path, frames: dict[tuple[int, int], np.ndarray], people: int = 400) -> Path:
+
+def write_trials(path: Path, frames: Frames, people: int = 400) -> Path:
     """A file of the archive's form: a 6×1 cell of people×1 cells of 10×n_images arrays."""
     cells = np.empty((6, 1), dtype=object)
     for camera in range(1, 7):
@@ -30,12 +35,12 @@ def write_trials(path: Path, frames: dict[tuple[int, int], np.ndarray], people: 
 
 
 @pytest.fixture
-def samples():
+def samples() -> list[Sample]:
     return read_sysu(MINI, VALIDATION)
 
 
 @pytest.fixture
-def frames(samples):
+def frames(samples: list[Sample]) -> Frames:
     """Ten permutations of every (camera, person)'s frames."""
     generator = np.random.default_rng(5)
     counts: dict[tuple[int, int], int] = {}
@@ -48,18 +53,18 @@ def frames(samples):
     }
 
 
-def chosen(samples, gallery):
+def chosen(samples: list[Sample], gallery: IntArray) -> list[tuple[int, int, str]]:
     return [(samples[i].person_id, samples[i].camera, samples[i].path.name) for i in gallery]
 
 
-def test_every_infrared_image_is_a_query(samples):
+def test_every_infrared_image_is_a_query(samples: list[Sample]) -> None:
     queries = of_modality(samples, "ir")
     assert [samples[i].camera for i in queries] == [3, 3, 6, 6] * 3
     with pytest.raises(DatasetError, match="infrared"):
         of_modality([sample for sample in samples if sample.modality == "rgb"], "ir")
 
 
-def test_seeded_trials_follow_the_convention_of_public_code(samples):
+def test_seeded_trials_follow_the_convention_of_public_code(samples: list[Sample]) -> None:
     galleries = seeded_galleries(samples)
     assert len(galleries) == 10
     for trial, gallery in enumerate(galleries):
@@ -75,7 +80,9 @@ def test_seeded_trials_follow_the_convention_of_public_code(samples):
     assert any(not np.array_equal(galleries[0], other) for other in galleries[1:])
 
 
-def test_official_trials_take_the_first_frame_of_each_row(samples, frames, tmp_path):
+def test_official_trials_take_the_first_frame_of_each_row(
+    samples: list[Sample], frames: Frames, tmp_path: Path
+) -> None:
     path = write_trials(tmp_path / "rand_perm_cam.mat", frames)
     split = sysu_splits(samples, path)[0]
     assert (split.setting, split.shots, split.convention) == ("all", "single", "official")
@@ -89,7 +96,9 @@ def test_official_trials_take_the_first_frame_of_each_row(samples, frames, tmp_p
         assert chosen(samples, gallery) == expected
 
 
-def test_official_trials_by_camera_and_number_of_shots(samples, frames, tmp_path):
+def test_official_trials_by_camera_and_number_of_shots(
+    samples: list[Sample], frames: Frames, tmp_path: Path
+) -> None:
     path = write_trials(tmp_path / "rand_perm_cam.mat", frames)
     galleries = official_galleries(samples, path, cameras=(1, 2), shots=10)
     # Two images each of three persons in two cameras: ten shots take them all.
@@ -97,7 +106,7 @@ def test_official_trials_by_camera_and_number_of_shots(samples, frames, tmp_path
     assert {samples[i].camera for i in galleries[0]} == {1, 2}
 
 
-def test_without_a_trial_file_trials_are_seeded(samples, tmp_path):
+def test_without_a_trial_file_trials_are_seeded(samples: list[Sample], tmp_path: Path) -> None:
     for missing in (None, tmp_path / "rand_perm_cam.mat"):
         split = sysu_splits(samples, missing)[0]
         assert split.convention == "seeded"
@@ -105,7 +114,7 @@ def test_without_a_trial_file_trials_are_seeded(samples, tmp_path):
             np.testing.assert_array_equal(gallery, expected)
 
 
-def test_all_four_searches_of_the_protocol(samples):
+def test_all_four_searches_of_the_protocol(samples: list[Sample]) -> None:
     splits = sysu_splits(samples, None)
     assert [split.title for split in splits] == [
         "all-search single-shot",
@@ -124,20 +133,22 @@ def test_all_four_searches_of_the_protocol(samples):
             assert len(set(gallery)) == cells * (2 if split.shots == "multi" else 1)
 
 
-def test_indoor_search_is_left_out_without_indoor_cameras(samples):
+def test_indoor_search_is_left_out_without_indoor_cameras(samples: list[Sample]) -> None:
     outdoor = [sample for sample in samples if sample.camera not in (1, 2)]
     assert {split.setting for split in sysu_splits(outdoor, None)} == {"all"}
 
 
-def test_seeded_multi_shot_draws_ten_different_files():
+def test_seeded_multi_shot_draws_ten_different_files() -> None:
     many = [Sample(Path(f"{frame:04d}.jpg"), 1, 1, "rgb") for frame in range(30)]
     galleries = seeded_galleries(many, shots=10)
     assert all(len(set(gallery)) == 10 for gallery in galleries)
     assert len({tuple(sorted(gallery)) for gallery in galleries}) > 5
 
 
-def test_a_trial_file_of_another_set_is_refused(samples, frames, tmp_path):
-    foreign = {**frames, (1, 12): np.full((10, 1), 77, dtype=np.uint16)}
+def test_a_trial_file_of_another_set_is_refused(
+    samples: list[Sample], frames: Frames, tmp_path: Path
+) -> None:
+    foreign: Frames = {**frames, (1, 12): np.full((10, 1), 77, dtype=np.uint16)}
     with pytest.raises(DatasetError, match=r"cam1/0012/0077\.jpg"):
         official_galleries(samples, write_trials(tmp_path / "frames.mat", foreign))
     with pytest.raises(DatasetError, match="identity 370 in camera 1"):
@@ -158,7 +169,7 @@ TEST_IDENTITIES = [
 
 
 @pytest.mark.skipif(not OFFICIAL, reason="SYSU_TRIAL_FILE names no official trial file")
-def test_the_official_file_gives_the_published_sizes():
+def test_the_official_file_gives_the_published_sizes() -> None:
     """Samples as the file itself counts them; the images need not be there."""
     cells = loadmat(OFFICIAL)["rand_perm_cam"].ravel()
     rows = {(c, p): cells[c - 1].ravel()[p - 1] for c in range(1, 7) for p in TEST_IDENTITIES}
