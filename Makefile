@@ -37,11 +37,14 @@ test: $(DEVELOPMENT) ## run the tests
 		--ignore tests/training/export/test_export.py
 	$(BIN)/pytest tests/training/export/test_export.py
 
-lint: $(DEVELOPMENT) ## check style, formatting, types and the container files
+lint: $(DEVELOPMENT) ## check style, formatting, types, layers, container files and issue forms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \
+		.github/ISSUE_TEMPLATE/bug_report.yml .github/ISSUE_TEMPLATE/feature_request.yml
 	@# Not every platform has a wheel of hadolint; CI's has.
 	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint docker/Dockerfile; fi
 
@@ -56,8 +59,8 @@ bench: $(DEVELOPMENT) ## run the benchmarks and write their results to benchmark
 
 crash: $(DEVELOPMENT) ## kill the gallery and the service a hundred times each; what they acknowledged must hold
 	@mkdir -p $(RESULTS)
-	$(BIN)/python tests/service/crash/run.py --rounds 100 --json $(RESULTS)/crash.json
-	$(BIN)/python tests/service/crash/run.py --rounds 100 --json $(RESULTS)/crash-service.json \
+	$(BIN)/python -m tests.service.crash.run --rounds 100 --json $(RESULTS)/crash.json
+	$(BIN)/python -m tests.service.crash.run --rounds 100 --json $(RESULTS)/crash-service.json \
 		--subject service --checkpoint examples/compact.safetensors
 
 soak: $(DEVELOPMENT) ## ten minutes of all kinds of load at once on a service that is held to its promises
@@ -66,7 +69,7 @@ soak: $(DEVELOPMENT) ## ten minutes of all kinds of load at once on a service th
 		--checkpoint examples/compact.safetensors
 
 clean: ## remove the environment and what tools have cached
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; \

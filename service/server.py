@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.http.connection_timeouts import patient_for
+from service.http.connection_timeouts import timed_protocol
 from service.http.middleware import DrainState
 from service.settings import Settings
 
@@ -112,7 +112,7 @@ def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
-        http=patient_for(settings.header_timeout, settings.body_timeout),
+        http=timed_protocol(settings.header_timeout, settings.body_timeout),
         # There are none, and uvicorn would log the query string of who asks for one.
         ws="none",
         # The access log would hold query strings, and with them names of persons.

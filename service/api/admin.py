@@ -1,11 +1,11 @@
-"""What administrators do: embed the gallery again, read the audit log."""
+"""What administrators do: embed the gallery again, drop old features, read the audit log."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Path, Query
 
 from service import errors
 from service.api.deps import NO_QUERY, ActorDep, ResourcesDep
@@ -15,6 +15,8 @@ from service.api.schemas import (
     AuditParameters,
     AuditRecord,
     AuditRecords,
+    ModelVersionRecord,
+    ModelVersions,
     ReembedRequest,
     ReembedStatus,
 )
@@ -48,6 +50,36 @@ async def reembed(
 async def reembed_status(state: ResourcesDep) -> ReembedStatus:
     """How far embedding the gallery again is."""
     return ReembedStatus.model_validate(state.reembedder.status, from_attributes=True)
+
+
+@router.get("/versions", dependencies=[NO_QUERY], responses=documented())
+async def list_versions(state: ResourcesDep) -> ModelVersions:
+    """The checkpoints whose features the gallery holds, oldest first."""
+    versions = await state.pipeline.stored(lambda: state.gallery.versions)
+    return ModelVersions(versions=[ModelVersionRecord.model_validate(one) for one in versions])
+
+
+@router.delete(
+    "/versions/{fingerprint}",
+    status_code=204,
+    dependencies=[NO_QUERY],
+    responses=documented(
+        errors.ModelVersionUnknown,
+        errors.ModelVersionConflict,
+        errors.StorageUnwritable,
+        errors.StorageFull,
+    ),
+)
+async def drop_version(
+    fingerprint: Annotated[str, Path(description="As GET /admin/versions lists it.")],
+    state: ResourcesDep,
+    actor: ActorDep,
+) -> None:
+    """Remove a checkpoint's features, which frees their space; items and crops stay.
+
+    The one in use, and one that the gallery is being embedded with, cannot go: 409.
+    """
+    await state.pipeline.stored(partial(state.gallery.drop_version, fingerprint, actor=actor))
 
 
 @router.get("/audit", responses=documented(errors.CursorInvalid))

@@ -326,6 +326,29 @@ class AuditParameters(BaseModel):
     )
 
 
+class ModelVersionRecord(BaseModel):
+    """A checkpoint whose features the gallery holds."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    fingerprint: str
+    state: Literal["building", "active", "retired"] = Field(
+        description="`active`: searched with; `building`: not all items are embedded with it yet; "
+        "`retired`: another one took its place."
+    )
+    created_at: datetime
+    embedded: int = Field(description="How many items have features of it.")
+    configuration: dict[str, Any] | None = Field(
+        description="The checkpoint's; null where an older release did not store it."
+    )
+
+
+class ModelVersions(BaseModel):
+    """Answer of GET /admin/versions, oldest first."""
+
+    versions: list[ModelVersionRecord]
+
+
 class ReembedRequest(BaseModel):
     """Body of POST /admin/reembed."""
 

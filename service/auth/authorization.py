@@ -30,6 +30,8 @@ ROUTE_SCOPES: Mapping[tuple[str, str], Scope | None] = {
     ("POST", "/admin/reembed"): "admin",
     ("GET", "/admin/reembed"): "admin",
     ("GET", "/admin/audit"): "admin",
+    ("GET", "/admin/versions"): "admin",
+    ("DELETE", "/admin/versions/{fingerprint}"): "admin",
     ("GET", "/livez"): None,
     ("GET", "/readyz"): None,
     ("GET", "/openapi.json"): None,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
 from model.benchmark import Spread, publish, seconds
 from service.bench.crops import BenchmarkDataError, decoded, image_files
@@ -134,7 +133,7 @@ def enroll_files(
 
 
 def _send(client: Client, files: Sequence[Path]) -> None:
-    failures = send(client, [Entry(file) for file in files], Console(quiet=True))
+    failures = send(client, [Entry(file) for file in files])
     if failures:
         raise BenchmarkDataError(f"{failures[0].file} was not enrolled: {failures[0].reason}")
 

@@ -19,10 +19,10 @@ from rich.table import Table
 from model.atomic_file import write_whole
 from service.api.schemas import QueryAnswer
 from service.cli.contact_sheet import Match, Row, SheetImage, matches, render
-from service.cli.enroll import report
+from service.cli.enroll import report, send_with_progress
 from service.cli.query import sparkline
 from service.client import Client
-from service.client.bulk import read_manifest, send
+from service.client.bulk import read_manifest
 
 SHOWN = 5
 
@@ -100,7 +100,7 @@ def demo(
             card = client.model()
             console.print(f"Serving on {url}: {card.runtime} on {card.device}, {card.precision}")
             entries = read_manifest(manifest, [examples / "gallery"])
-            failures = send(client, entries, console)
+            failures = send_with_progress(client, entries, console)
             report(console, len(entries), failures)
             outcomes = [_run(client, query, len(entries), console) for query in queries]
             modulated = _rank1(outcomes, [outcome.modulated for outcome in outcomes])

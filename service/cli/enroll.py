@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from service.cli.options import DEFAULT_URL, ApiKey, Client, ModalityOption, Url
 from service.client.bulk import EnrollmentError, Entry, Failure, find_images, read_manifest, send
@@ -45,10 +46,24 @@ def enroll(
     console = Console()
     with Client(url, api_key=api_key) as client:
         client.ready()  # says at once that there is no service, not once per file
-        failures = send(client, entries, console)
+        failures = send_with_progress(client, entries, console)
     report(console, len(entries), failures)
     if failures:
         raise typer.Exit(1)
+
+
+def send_with_progress(client: Client, entries: list[Entry], console: Console) -> list[Failure]:
+    """Enroll `entries` while a bar shows how far that is → what failed."""
+    bar = Progress(
+        TextColumn("Enrolling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("", total=len(entries))
+        return send(client, entries, lambda count: bar.advance(task, count))
 
 
 def report(console: Console, files: int, failures: list[Failure]) -> None:

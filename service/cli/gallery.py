@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from model.atomic_file import write_whole
+from model.atomic_file import SHARED, whole_file, write_whole
 from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
 
 gallery = typer.Typer(
@@ -20,6 +21,7 @@ gallery = typer.Typer(
 
 PAGE = 1000
 _PARTIAL = ".partial"
+_SHORT = 12  # digits of a fingerprint that tell checkpoints apart
 
 
 @gallery.command("list")
@@ -88,20 +90,22 @@ def export(
     count, cursor = 0, None
     with (
         Client(url, api_key=api_key) as client,
-        (folder / "items.jsonl").open("w") as lines,
-        (folder / "manifest.csv").open("w", newline="") as table,
+        whole_file(folder / "items.jsonl", SHARED) as lines,
+        whole_file(folder / "manifest.csv", SHARED) as table,
     ):
-        rows = csv.writer(table)
+        text = TextIOWrapper(table, "utf-8", newline="", write_through=True)
+        rows = csv.writer(text)
         rows.writerow(("file", "person_id", "camera_id", "modality"))
         while True:
             page = client.list(**filters, limit=PAGE, cursor=cursor)
             for item in page.items:
                 name = there.get(item.id) or _fetch(client, item.id, folder)
-                lines.write(item.model_dump_json() + "\n")
+                lines.write(item.model_dump_json().encode() + b"\n")
                 rows.writerow((name, item.person_id, item.camera_id, item.modality))
             count, cursor = count + len(page.items), page.next_cursor
             if cursor is None:
                 break
+        text.detach()  # the file is closed where it was opened
     typer.echo(f"{count} crops are in {folder}.")
 
 
@@ -154,3 +158,68 @@ def delete(
         for item_id in item_ids or []:
             client.delete(item_id)
         typer.echo(f"Deleted {len(item_ids or [])} items.")
+
+
+versions = typer.Typer(
+    no_args_is_help=True,
+    help="Checkpoints whose features the gallery holds.\n\nExample: cmt gallery versions list",
+)
+gallery.add_typer(versions, name="versions")
+
+
+@versions.command("list")
+def list_versions(json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """List the checkpoints, oldest first, with how many items are embedded with each.
+
+    Example: cmt gallery versions list
+    """
+    table = Table(
+        Column("fingerprint", no_wrap=True),
+        "state",
+        Column("items", justify="right"),
+        "since (UTC)",
+        **PLAIN,
+    )
+    with Client(url, api_key=api_key) as client:
+        for version in client.versions():
+            if json:
+                typer.echo(version.model_dump_json())
+            table.add_row(
+                version.fingerprint[:_SHORT],
+                version.state,
+                f"{version.embedded:,}",
+                f"{version.created_at:%Y-%m-%d %H:%M}",
+            )
+    if not json:
+        Console().print(table)
+
+
+@versions.command("drop")
+def drop_version(
+    fingerprint: Annotated[
+        str, typer.Argument(help="Of the checkpoint, or enough of its first digits.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Remove a checkpoint's features. Items and crops stay; the one in use cannot go.
+
+    Example: cmt gallery versions drop 3f1f6f6f2a10
+    """
+    with Client(url, api_key=api_key) as client:
+        fitting = [v for v in client.versions() if v.fingerprint.startswith(fingerprint)]
+        if len(fitting) > 1:
+            raise typer.BadParameter(
+                f"{len(fitting)} checkpoints begin with {fingerprint!r}; give more digits"
+            )
+        if not fitting:
+            raise typer.BadParameter(
+                f"no checkpoint begins with {fingerprint!r}; `cmt gallery versions list` has them"
+            )
+        [version] = fitting
+        name = version.fingerprint[:_SHORT]
+        if not yes:
+            typer.confirm(f"Drop the features of {version.embedded:,} items by {name}?", abort=True)
+        client.drop_version(version.fingerprint)
+        typer.echo(f"Dropped the features of {version.embedded:,} items by {name}.")

@@ -5,25 +5,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from service.api.schemas import BatchItem
-from service.cli.options import Client
-from service.client import ServiceProblem
+from service.client.client import Client
+from service.client.requests import ServiceProblem
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-
 _SENDERS = 2  # one is on its way while the service embeds the other
-
 _BATCH = 64  # files of one request
-
 _BATCH_BYTES = 64_000_000
 
 
@@ -49,25 +43,24 @@ class Failure:
     reason: str
 
 
-def send(client: Client, entries: list[Entry], console: Console) -> list[Failure]:
-    """Enroll `entries` with a progress bar → what failed. Ctrl-C leaves what is sent enrolled."""
-    bar = Progress(
-        TextColumn("Enrolling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def send(
+    client: Client,
+    entries: Sequence[Entry],
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[Failure]:
+    """Enroll `entries` in requests of many each → what failed, by file.
+
+    progress: told how many more are done. Interrupted by Ctrl-C, it leaves what is sent enrolled.
+    Raises Unreachable, and ServiceProblem for a key that may not enroll.
+    """
     failures: list[Failure] = []
     pool = ThreadPoolExecutor(_SENDERS)
     try:
-        with bar:
-            task = bar.add_task("", total=len(entries))
-            work = [pool.submit(_send_some, client, some) for some in _batches(entries)]
-            for done in as_completed(work):
-                sent, failed = done.result()
-                failures += failed
-                bar.advance(task, sent)
+        work = [pool.submit(_send_some, client, some) for some in _batches(entries)]
+        for done in as_completed(work):
+            sent, failed = done.result()
+            failures += failed
+            progress(sent)
     finally:
         pool.shutdown(cancel_futures=True)
     return sorted(failures, key=lambda failure: failure.file)

@@ -27,6 +27,8 @@ from service.api.schemas import (
     GalleryPage,
     ModalityChoice,
     ModelCard,
+    ModelVersionRecord,
+    ModelVersions,
     QueryAnswer,
     ReembedStatus,
 )
@@ -163,6 +165,15 @@ class Client:
     def reembed_status(self) -> ReembedStatus:
         """GET /admin/reembed."""
         return calls.parsed(self._send(calls.Call("GET", "/admin/reembed")), ReembedStatus)
+
+    def versions(self) -> Sequence[ModelVersionRecord]:
+        """GET /admin/versions: the checkpoints whose features the gallery holds, oldest first."""
+        call = calls.Call("GET", "/admin/versions")
+        return calls.parsed(self._send(call), ModelVersions).versions
+
+    def drop_version(self, fingerprint: str) -> None:
+        """DELETE /admin/versions/{fingerprint}."""
+        calls.checked(self._send(calls.drop_version(fingerprint)))
 
     def audit(self, *, limit: int = 100, cursor: str | None = None) -> AuditRecords:
         """GET /admin/audit."""
@@ -319,6 +330,15 @@ class AsyncClient:
     async def reembed_status(self) -> ReembedStatus:
         """GET /admin/reembed."""
         return calls.parsed(await self._send(calls.Call("GET", "/admin/reembed")), ReembedStatus)
+
+    async def versions(self) -> Sequence[ModelVersionRecord]:
+        """GET /admin/versions: the checkpoints whose features the gallery holds, oldest first."""
+        call = calls.Call("GET", "/admin/versions")
+        return calls.parsed(await self._send(call), ModelVersions).versions
+
+    async def drop_version(self, fingerprint: str) -> None:
+        """DELETE /admin/versions/{fingerprint}."""
+        calls.checked(await self._send(calls.drop_version(fingerprint)))
 
     async def audit(self, *, limit: int = 100, cursor: str | None = None) -> AuditRecords:
         """GET /admin/audit."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -86,6 +87,11 @@ def query(
     several = [images] if isinstance(images, Path | bytes) else images
     data = _form({"box": _box(box), **fields})
     return Call("POST", "/query", data=data, files=[_file(image) for image in several])
+
+
+def drop_version(fingerprint: str) -> Call:
+    """DELETE /admin/versions/{fingerprint}."""
+    return Call("DELETE", f"/admin/versions/{quote(fingerprint, safe='')}")
 
 
 def list_items(fields: Mapping[str, Any]) -> Call:

@@ -25,7 +25,6 @@ from service.gallery.storage.streaming import View
 
 log = logging.getLogger(__name__)
 
-FOLDER = "index"
 # Fewer items are read from the store as fast as from a snapshot.
 _SNAPSHOT_LEAST = 10_000
 _SNAPSHOT_GROWTH = 0.05  # a snapshot is written again when so much has been added
@@ -36,7 +35,9 @@ _SNAPSHOT_REST = 20  # or so many times as long as the last one took
 def read_snapshot(folder: Path, info: CheckpointInfo, device: str) -> Restored | None:
     """What a start can go on from, without asking the store; `folder`: of the data."""
     try:
-        return snapshot.load(folder / FOLDER, info.config, device, fingerprint=info.fingerprint)
+        return snapshot.load(
+            folder / snapshot.FOLDER, info.config, device, fingerprint=info.fingerprint
+        )
     except SnapshotInvalid as reason:
         log.info("the index is built from the store: %s", reason)
         return None
@@ -59,7 +60,7 @@ class Follower:
         restored: Restored | None,
     ) -> None:
         self.store, self.info = store, info
-        self._folder, self._device, self._kind = folder / FOLDER, device, kind
+        self._folder, self._device, self._kind = folder / snapshot.FOLDER, device, kind
         self._following = threading.Lock()
         self._behind = False  # a write of ours is committed and not yet searchable
         self._saved_items: int | None = None  # in the snapshot on disk

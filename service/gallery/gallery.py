@@ -68,6 +68,7 @@ class Gallery:
         self._backing_up = Backups(follower.store.database, follower.store.audit, folder)
         self._enrolling = SharedLock()  # held alone while the checkpoint is changed
         self._reembedding = threading.Lock()
+        self._building: str | None = None  # fingerprint that is embedded with now
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="gallery keeper", daemon=True)
         self._keeper.start()
@@ -293,7 +294,7 @@ class Gallery:
                 "the gallery is being embedded again already; wait until that is done"
             )
         try:
-            fingerprint = info.fingerprint
+            fingerprint = self._building = info.fingerprint
             self._store.versions.register(fingerprint, info.config.model_dump(mode="json"))
             store = self._store.seen_with(fingerprint, info.config.embedding_size)
             work = Reembedding(
@@ -315,17 +316,24 @@ class Gallery:
             switched()
             old.close()  # which may take as long as the training of its index
         finally:
+            self._building = None
             self._reembedding.release()
 
     def drop_version(self, fingerprint: str, *, actor: str = "system") -> None:
         """Remove a checkpoint's features from the store.
 
-        Raises ModelVersionUnknown, and ModelVersionConflict for the one that is in use.
+        Raises ModelVersionUnknown, and ModelVersionConflict for the one that is in use or that
+        the gallery is being embedded with.
         """
         if fingerprint == self.model:
             raise ModelVersionConflict(
                 f"model version {fingerprint[:12]} is the one in use; embed the gallery with "
                 "another checkpoint before"
+            )
+        if fingerprint == self._building:
+            raise ModelVersionConflict(
+                f"the gallery is being embedded with model version {fingerprint[:12]}; wait until "
+                "that is done"
             )
         self._store.versions.drop(fingerprint, actor=actor)
 

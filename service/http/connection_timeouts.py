@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, Literal
 
 import h11
@@ -12,116 +13,135 @@ from service.errors import RequestMalformed
 from service.http.exception_handlers import MEDIA_TYPE, problem_of
 from service.http.middleware import SecurityHeaders
 
+Awaited = Literal["headers", "body"]
 
-def patient_for(headers: float, body: float) -> type[H11Protocol]:
-    """uvicorn's protocol, with an end to its patience. Both are in seconds.
 
-    headers: from a connection's first byte, or from its being opened, to the end of a request's
-    headers. body: for what is left of a body once it was answered, and for a client that does not
-    read its answer. Between requests uvicorn's own timeout counts; how long a body may take that is
-    read is the application's affair.
+class TimedProtocol(H11Protocol):
+    """uvicorn's protocol, with time limits in seconds.
+
+    header_timeout: from a connection's first byte, or from its being opened, to the end of a
+    request's headers. body_timeout: for what is left of a body once it was answered, and for a
+    client that does not read its answer. Between requests uvicorn's own timeout counts; how long a
+    body may take that is read is the application's affair.
     """
-    patience = {"headers": headers, "body": body}
 
-    class Patient(H11Protocol):
-        _awaited: Literal["headers", "body"] | None = None
-        _deadline: asyncio.TimerHandle | None = None
-        _reading: asyncio.TimerHandle | None = None
+    def __init__(
+        self, *arguments: Any, header_timeout: float, body_timeout: float, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._timeouts: dict[Awaited, float] = {"headers": header_timeout, "body": body_timeout}
+        self._awaited: Awaited | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+    # --- what uvicorn and the event loop call ---
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await("headers")
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
             self._await("headers")
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.conn.their_state is h11.IDLE:
-                self._await("headers")
-            elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
-                self._await("body")
-            else:
-                self._await(None)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self.conn.their_state is h11.SEND_BODY:
-                self._await("body")
-            self._see_it_end()
-
-        def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            self._see_it_end()
-
-        def connection_lost(self, exc: Exception | None) -> None:
+        elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
+            self._await("body")
+        else:
             self._await(None)
-            self._stop_looking()
-            super().connection_lost(exc)
 
-        def _await(self, what: Literal["headers", "body"] | None) -> None:
-            """Begin to wait for what the client has to send, unless that has begun before."""
-            if what == self._awaited:
-                return
-            if self._deadline is not None:
-                self._deadline.cancel()
-            self._awaited, self._deadline = what, None
-            if what is not None:
-                self._deadline = self.loop.call_later(patience[what], self._late)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._await("body")
+        self._watch_if_closing()
 
-        def _late(self) -> None:
-            if not self.transport.is_closing():
-                self.transport.close()
-            self._see_it_end()
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_if_closing()
 
-        def _see_it_end(self) -> None:
-            """A connection that is closed still waits for its client to read what was answered."""
-            if self.transport.is_closing() and self._reading is None:
-                self._look_again(self.transport.get_write_buffer_size())
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._await(None)
+        self._stop_watching()
+        super().connection_lost(exc)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._look_again(self.transport.get_write_buffer_size())
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch(self.transport.get_write_buffer_size())
 
-        def resume_writing(self) -> None:
-            self._stop_looking()
-            super().resume_writing()
-            self._see_it_end()
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
+        self._watch_if_closing()
 
-        def _look_again(self, unread: int) -> None:
-            self._stop_looking()
-            self._reading = self.loop.call_later(body, self._look, unread)
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP like every other error, unless an answer has begun: uvicorn
+        answers in plain text, and fails where one has begun."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in _malformed_request():
+                self.transport.write(self.conn.send(event))
+        if self.cycle is not None:  # what it still sends has nowhere to go
+            self.cycle.disconnected = True
+        self.transport.close()
+        self._watch_if_closing()
 
-        def _look(self, before: int) -> None:
-            """End it where the client has read nothing since the last look."""
-            unread = self.transport.get_write_buffer_size()
-            if unread < before:
-                self._look_again(unread)
-            else:
-                self.transport.abort()
+    # --- waiting for the client to send ---
 
-        def _stop_looking(self) -> None:
-            if self._reading is not None:
-                self._reading.cancel()
-                self._reading = None
+    def _await(self, what: Awaited | None) -> None:
+        """Begin to wait for what the client has to send, unless that has begun before."""
+        if what == self._awaited:
+            return
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._awaited, self._deadline = what, None
+        if what is not None:
+            self._deadline = self.loop.call_later(self._timeouts[what], self._too_late)
 
-        def send_400_response(self, msg: str) -> None:
-            """Answer what is no HTTP like every other error, unless an answer has begun: uvicorn
-            answers in plain text, and fails where one has begun."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                error = RequestMalformed("this is no request of HTTP/1.1; check what sends it")
-                content = problem_of(error, "").model_dump_json(exclude={"errors"}).encode()
-                sent = {
-                    "Content-Type": MEDIA_TYPE,
-                    "Content-Length": str(len(content)),
-                    "Content-Security-Policy": SecurityHeaders.DATA,
-                    "X-Content-Type-Options": "nosniff",
-                    "Cache-Control": "no-store",
-                    "Connection": "close",
-                }
-                answer = h11.Response(status_code=error.status, headers=[*sent.items()])
-                for event in (answer, h11.Data(data=content), h11.EndOfMessage()):
-                    self.transport.write(self.conn.send(event))
-            if self.cycle is not None:  # what it still sends has nowhere to go
-                self.cycle.disconnected = True
+    def _too_late(self) -> None:
+        if not self.transport.is_closing():
             self.transport.close()
-            self._see_it_end()
+        self._watch_if_closing()
 
-    return Patient
+    # --- waiting for the client to read ---
+
+    def _watch_if_closing(self) -> None:
+        """A connection that is closed still waits for its client to read what was answered."""
+        if self.transport.is_closing() and self._reading is None:
+            self._watch(self.transport.get_write_buffer_size())
+
+    def _watch(self, unread: int) -> None:
+        self._stop_watching()
+        self._reading = self.loop.call_later(self._timeouts["body"], self._look, unread)
+
+    def _look(self, before: int) -> None:
+        """End it where the client has read nothing since the last look."""
+        unread = self.transport.get_write_buffer_size()
+        if unread < before:
+            self._watch(unread)
+        else:
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+
+def timed_protocol(header_timeout: float, body_timeout: float) -> Any:
+    """What uvicorn makes the protocol of a connection with: `TimedProtocol` with these limits."""
+    return partial(TimedProtocol, header_timeout=header_timeout, body_timeout=body_timeout)
+
+
+def _malformed_request() -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
+    """The answer to what is no HTTP, as a problem document like all others."""
+    error = RequestMalformed("this is no request of HTTP/1.1; check what sends it")
+    content = problem_of(error, "").model_dump_json(exclude={"errors"}).encode()
+    headers = {
+        "Content-Type": MEDIA_TYPE,
+        "Content-Length": str(len(content)),
+        "Content-Security-Policy": SecurityHeaders.DATA,
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-store",
+        "Connection": "close",
+    }
+    answer = h11.Response(status_code=error.status, headers=[*headers.items()])
+    return answer, h11.Data(data=content), h11.EndOfMessage()

@@ -18,7 +18,6 @@ from service.errors import BackupInvalid, GalleryNotEmpty, GalleryVersion
 from service.gallery.backup.archive import Manifest, unpack
 from service.gallery.backup.postgres_transfer import from_file
 from service.gallery.backup.temporary_copy import remove_leftovers, scratch
-from service.gallery.follower import FOLDER
 from service.gallery.index import snapshot
 from service.gallery.storage.audit import KEY_FILE, Act, write
 from service.gallery.storage.database import FILE_NAME, Database, address_of
@@ -61,7 +60,7 @@ def _to_file(backup: Path, folder: Path, file: Path, actor: str) -> Manifest:
     with scratch(file.parent) as place:
         manifest = _checked(backup, place, actor)
         _place_key(place / KEY_FILE, folder / KEY_FILE)
-        snapshot.remove(folder / FOLDER)  # a cache of what was here before
+        snapshot.remove(folder / snapshot.FOLDER)  # a cache of what was here before
         (place / FILE_NAME).rename(file)
         sync_folder(file.parent)
     return manifest
@@ -74,7 +73,7 @@ def _to_server(backup: Path, folder: Path, url: str | None, actor: str) -> Manif
         with scratch(folder) as place:
             manifest = _checked(backup, place, actor)
             database.migrate()
-            snapshot.remove(folder / FOLDER)
+            snapshot.remove(folder / snapshot.FOLDER)
             with database.writing() as connection:
                 _refuse_rows(connection)  # again, now that nobody else can write
                 from_file(place / FILE_NAME, (place / KEY_FILE).read_bytes(), connection)

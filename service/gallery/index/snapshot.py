@@ -38,6 +38,7 @@ from service.gallery.index.segment import Segment
 from service.gallery.index.shard import Frozen
 
 FORMAT = 2
+FOLDER = "index"  # in the data folder
 MANIFEST = "MANIFEST"
 _THREADS = 8  # that read and check at once: most wait for the disk, or for memory to be mapped
 # Bytes that are checked while they are still in the caches. CRC-32 finds every flipped bit, if not

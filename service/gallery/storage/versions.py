@@ -323,5 +323,5 @@ def _refuse_active(connection: Connection, fingerprint: str) -> None:
 
 def _unknown(fingerprint: str) -> ModelVersionUnknown:
     return ModelVersionUnknown(
-        f"the gallery has no model version {fingerprint[:64]}; GET /model names the active one"
+        f"the gallery has no model version {fingerprint[:64]}; GET /admin/versions lists them"
     )

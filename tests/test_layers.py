@@ -1,0 +1,84 @@
+"""Who imports whom, as pyproject.toml states it, and what the light parts really load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+
+HEAVY = ("torch", "torchvision", "faiss", "openvino", "sqlalchemy", "alembic")
+COMMANDS = (
+    "",
+    "query",
+    "enroll",
+    "keys",
+    "keys create",
+    "keys list",
+    "keys revoke",
+    "gallery",
+    "gallery list",
+    "gallery show",
+    "gallery delete",
+    "gallery export",
+    "gallery versions",
+    "gallery versions list",
+    "gallery versions drop",
+    "backup",
+    "restore",
+    "reembed",
+)
+
+
+def loaded(code: str) -> set[str]:
+    """Which of `HEAVY` a fresh interpreter has imported after `code`."""
+    report = f"\nimport sys\nprint(*{{m for m in {HEAVY} if m in sys.modules}}, file=sys.stderr)"
+    result = subprocess.run(
+        [sys.executable, "-c", code + report], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return set(result.stderr.splitlines()[-1].split())
+
+
+def test_imports_go_one_way() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run(
+        [linter, "--no-cache"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 broken" in result.stdout
+
+
+def test_a_heavy_import_would_be_seen() -> None:
+    assert loaded("import service.gallery.index.shard") >= {"torch", "faiss"}
+    assert "sqlalchemy" not in loaded("import service.gallery.index.shard")
+    assert loaded("from service.gallery import Gallery") >= {"torch", "faiss", "sqlalchemy"}
+
+
+@pytest.mark.parametrize("module", ["service.client", "service.client.bulk", "model", "model.cli"])
+def test_a_light_module_loads_nothing_heavy(module: str) -> None:
+    assert loaded(f"import {module}") == set()
+
+
+def test_commands_that_speak_http_load_nothing_heavy() -> None:
+    lines = [f"assert main({[*name.split(), '--help']!r}) == 0, {name!r}" for name in COMMANDS]
+    assert loaded("\n".join(["from model.cli import main", *lines])) == set()
+
+
+def test_the_client_works_without_anything_heavy() -> None:
+    """Nothing is imported late either, until there is a service to answer."""
+    code = """
+    from service.client import Client, Unreachable
+    from service.client.bulk import Entry, find_images
+    try:
+        with Client("http://127.0.0.1:9") as client:
+            client.query(b"image")
+    except Unreachable:
+        pass
+    else:
+        raise SystemExit("something answers on port 9")
+    """
+    assert loaded(textwrap.dedent(code)) == set()
