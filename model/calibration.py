@@ -58,6 +58,7 @@ class LogisticCurve(_Record):
     intercept: float
 
     def __call__(self, scores: FloatArray) -> FloatArray:
+        """Scores s of any shape → probabilities."""
         half = (self.slope * scores + self.intercept) / 2
         probabilities: FloatArray = (1 + np.tanh(half)) / 2  # the same without overflow
         return probabilities
@@ -81,12 +82,13 @@ class IsotonicCurve(_Record):
         return self
 
     def __call__(self, scores: FloatArray) -> FloatArray:
+        """Scores s of any shape → probabilities."""
         probabilities: FloatArray = np.interp(scores, self.scores, self.probabilities)
         return probabilities
 
 
 class Candidate(_Record):
-    """A form that was compared, with its cross-fitted log loss [nats a pair]."""
+    """A normalisation and curve that were compared, with the cross-fitted log loss [nats a pair]."""
 
     normalisation: Normalisation
     method: Literal["logistic", "isotonic"]
@@ -94,7 +96,7 @@ class Candidate(_Record):
 
 
 class Threshold(_Record):
-    """From which similarity on a pair is accepted, for a share of false accepts among pairs.
+    """The similarity above which a pair is accepted, for one share of false accepts among pairs.
 
     similarity: accept what is above it; None where the pairs of different people are too few to
     tell. measured_false_accept_rate, true_accept_rate: cross-fitted, a threshold from some people
@@ -145,7 +147,7 @@ class CalibrationFacts(_Record):
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What a checkpoint knows of its distances.
+    """How a checkpoint's distances become probabilities.
 
     facts: curves and how they were fitted. references: per modality R×P×D embeddings, fp16.
     metric: the checkpoint's, in which all distances are.
@@ -156,7 +158,7 @@ class Calibration:
     metric: Metric
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the reference set of a curve's gallery modality is missing."""
+        """Raise ValueError where the reference set of a curve's gallery modality is missing."""
         for curve in self.facts.maps:
             if not len(self.references.get(curve.gallery, ())):
                 raise ValueError(f"the calibration has no reference embeddings of {curve.gallery}")
@@ -203,12 +205,11 @@ class Calibration:
     ) -> list[float | None]:
         """One query's distances → probabilities of "same person", None where there is no curve.
 
-        Args:
-            x: the query, P×D.
-            modulation: its γ, β (1×D each); None where it ranks unmodulated.
-            distances: N, in the checkpoint's metric.
-            query: modality of the query; anything but "rgb" and "ir" ("mixed") has no curve.
-            gallery: modality of each of the N items.
+        x: the query, P×D.
+        modulation: its γ, β (1×D each); None where it ranks unmodulated.
+        distances: N, in the checkpoint's metric.
+        query: modality of the query; anything but "rgb" and "ir" ("mixed") has no curve.
+        gallery: modality of each of the N items.
         """
         applied = modulation or Modulation.identity(1, x.shape[1])
         found: list[float | None] = [None] * len(distances)
@@ -224,7 +225,7 @@ class Calibration:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """For people: all but the knots of isotonic curves and the list of identities."""
+        """All facts as JSON but the knots of isotonic curves and the list of identities."""
         facts = self.facts.model_dump(
             mode="json",
             exclude={"maps": {"__all__": {"curve": {"scores", "probabilities"}}}},

@@ -26,9 +26,9 @@ Switch = Literal["auto", "on", "off"]
 # in a run that is over soon.
 _LEAST_STEPS = 500
 _LEAST_SECONDS = 3600.0
-# Less is the noise of a few steps.
+# A smaller gain is within the noise of a few steps.
 _CLEAR_WIN = 1.05
-# On a CPU memory formats compare alike from a few images on, and a batch takes long.
+# On a CPU a few images compare memory formats as well as a whole batch, which would take long.
 _CPU_TRIAL_IMAGES = 16
 
 
@@ -49,10 +49,12 @@ class Acceleration:
 
     @property
     def precision(self) -> Precision:
+        """The dtype of the network's products, as the trainer uses it."""
         return Precision(getattr(torch, self.dtype), self.precision_reason)
 
     @property
     def memory_format(self) -> torch.memory_format:
+        """Of images and weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def resumed(self, saved: Acceleration, channels_last: Switch) -> Acceleration:
@@ -78,7 +80,7 @@ class Acceleration:
 
 
 def device_name(device: torch.device) -> str:
-    """What the choice holds for: the name of the GPU or of the processor."""
+    """The name of the GPU or of the processor, which a choice holds for."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return str(machine()["cpu"])
@@ -186,7 +188,7 @@ def _forget(model: CMT) -> None:
 def _layout_gain(
     device: torch.device, precision: Precision, network: CMTConfig, images: int
 ) -> float:
-    """Seconds of the default memory format over those of channels_last, best of several turns."""
+    """Seconds of the default memory format / those of channels_last, the best of two turns each."""
     if device.type == "cpu":
         images = min(images, _CPU_TRIAL_IMAGES)
     plain, channels_last = (

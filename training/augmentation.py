@@ -1,11 +1,11 @@
 """Augmentation of a batch of uint8 images on tensors, each image with its own draw.
 
 The paper's (§4.2): random crop with zero padding, horizontal flip, random erasing. The others are
-off in its recipe and serve training without pretrained weights. Against learning the clothes'
-colors by heart, visible images become gray: by random channel weights, or by one channel put into
-the place of all three (channel exchange: Ye et al., "Channel Augmented Joint Learning for
-Visible-Infrared Recognition", ICCV 2021). Against learning exposures, brightness and contrast
-vary in both modalities.
+off in its recipe and serve training without pretrained weights. So that the network does not
+memorise the colors of clothes, visible images become gray: by random channel weights, or by one
+channel in the place of all three (channel exchange: Ye et al., "Channel Augmented Joint Learning
+for Visible-Infrared Recognition", ICCV 2021). So that it does not rely on the exposure, brightness
+and contrast vary in both modalities.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from model.preprocess import normalise
 
 
 class AugmentationConfig(BaseModel):
-    """Probabilities in [0, 1]; padding as a share of the height (10 of 288 rows is common)."""
+    """Probabilities in [0, 1], except for:
+
+    padding: rows and columns of zeros on every side, as a share of the height (10 of 288 rows is
+        common).
+    erasing_area: least and largest share of the image that is erased.
+    brightness, contrast: largest relative change, drawn for every image.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -81,7 +87,7 @@ def augment(
 
 
 def _jitter(span: float, draws: Draws) -> Tensor:
-    """One factor an image, uniform in 1 ± span: B×1×1×1."""
+    """One factor per image, uniform in 1 ± span: B×1×1×1."""
     return (1 + span * (2 * draws.uniform() - 1))[:, None, None, None]
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class AveragedWeights:
     """averaged ← decay·averaged + (1 − decay)·current, batch norm's statistics included.
 
-    The average forgets its start quickly: decay grows with the steps taken, up to the one given.
+    decay: of late steps. Step t, from 0, takes at most (1 + t) / (10 + t), so that the average
+        forgets its start quickly.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -18,7 +19,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after `step` (from 0)."""
+        """Average in the weights that `model` has after `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = model.state_dict()
         floating = [n for n, tensor in self.weights.items() if tensor.is_floating_point()]

@@ -20,8 +20,8 @@ from training.datasets import LAYOUTS, DatasetName, Sample
 from training.device import chosen_device
 from training.malloc import keep_large_blocks
 from training.recipe import Recipe, Stage, load_recipe
-from training.samples import training_samples
-from training.trainer import Trainer
+from training.samples import TrainingData, training_samples
+from training.trainer import RunOptions, Trainer
 
 # Made-up people: twice as many as a batch has, so that batches differ.
 _PEOPLE_PER_BATCH_PERSON = 2
@@ -58,7 +58,9 @@ def train(
             samples = made_up_samples(chosen, Path(folder) / "pictures")
         else:
             samples = training_samples([root], None, dataset)
-        trainer = Trainer(chosen, samples, Path(folder) / "run", device=device)
+        trainer = Trainer(
+            chosen, TrainingData(samples), RunOptions(Path(folder) / "run", device=device)
+        )
         stage = chosen.stages[0]
         sides = {"training step": trainer.train_step, **_resident_sides(trainer, stage)}
         times: dict[str, list[float]] = {name: [] for name in sides}

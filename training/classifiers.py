@@ -13,8 +13,8 @@ from model import CMT, Modality
 from model.preprocess import normalise
 from training.losses import identity_loss
 
-# Images that speak for a person in each modality, and scales that are tried (as multiples of one
-# over the variance of a part's features): see `imprint`.
+# For `imprint`: how many images of a person in each modality make the mean, and which scales are
+# tried, in units of 1 / variance of a part's features.
 _EXEMPLARS = 4
 _SCALES = tuple(2.0**k for k in range(-3, 9))
 _BATCH = 128
@@ -30,6 +30,7 @@ class PartClassifiers(nn.Module):
         self.bias = nn.Parameter(torch.zeros(parts, classes))
 
     def forward(self, features: Tensor) -> Tensor:
+        """B×P×D → logits B×P×C."""
         return torch.einsum("bpd,pdc->bpc", features, self.weight) + self.bias
 
     @torch.no_grad()
@@ -53,16 +54,16 @@ def imprint(
 ) -> dict[str, float]:
     """Start part classifiers as nearest-mean classifiers of what the network computes.
 
-    Classifiers are no part of a checkpoint. Drawn at random they send noise into weights that
-    already know people for as long as it takes to see every class a few times; class means are
-    right from the first step (Qi, Brown, Lowe: "Low-Shot Learning with Imprinted Weights", 2018).
-    Of several scales the one is taken that has the lowest identity loss on images that made no
-    mean.
+    Classifiers are no part of a checkpoint. Random ones send noise into weights that can already
+    tell people apart, until every class has been seen a few times; class means are right from the
+    first step (Qi, Brown, Lowe: "Low-Shot Learning with Imprinted Weights", CVPR 2018). Of several
+    scales, the one with the lowest identity loss is used, on images that were left out of the
+    means.
 
     classifiers: by the name of the output that they classify, see `CMTOutput`.
     images: uint8 N×3×H×W with their labels (0-based class) and modalities; the first few of each
-    class and modality are used.
-    Returns those identity losses, per part, in nats.
+        class and modality are used.
+    Returns those identity losses by the same names, per part, in nats.
     """
     seen: Counter[tuple[int, Modality]] = Counter()
     rows, held = [], []
@@ -90,7 +91,7 @@ def imprint(
 
 
 def _imprint(head: PartClassifiers, features: Tensor, owners: Tensor, held_out: Tensor) -> float:
-    """features R×P×D of owners R; held_out: which of them make no mean while scales compete."""
+    """features R×P×D of owners R; held_out: R, left out of the means while scales are compared."""
     classes = head.bias.shape[1]
     some = _means(features[~held_out], owners[~held_out], classes)
     variance = float((features - features.mean(0)).square().sum(2).mean())

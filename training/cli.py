@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from model import CheckpointInfo
 from training import distributed
 from training.acceleration import Switch
-from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
-from training.device import chosen_device
-from training.image_cache import CacheError, readable_samples
+from training.datasets import DatasetError, DatasetName
+from training.image_cache import CacheError, Unreadable
 from training.malloc import keep_large_blocks
-from training.recipe import RecipeError, load_recipe, recipe_yaml
+from training.options import Device
+from training.recipe import RecipeError, recipe_yaml
+from training.run import (
+    HoldOut,
+    PreparedRun,
+    RunInterrupted,
+    TrainingRequest,
+    TrainingSource,
+    train_run,
+)
 from training.sampler import TrainingSetError
-from training.samples import held_out_samples, training_samples
-from training.state import STATE_FILE, TrainingError
-from training.trainer import CHECKPOINT_FILE, Trainer
-from training.validation import Interval, Selection, Validation, without
-from training.warm_start import StartError
-
-# Where the paper's settings differ between datasets: GeM's exponent.
-DEFAULT_RECIPES = {DatasetName.REGDB: "paper-regdb"}
+from training.state import TrainingError
+from training.trainer import CHECKPOINT_FILE, RunOptions
+from training.validation import Selection
+from training.warm_start import InitialWeights, StartError
 
 # Under several processes all of them meet these, and one sentence is enough.
 EXPECTED_ERRORS = (
@@ -71,7 +74,7 @@ def train(
         int, typer.Option(help="RegDB: which of the ten splits, each a run of its own.")
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and augmentation.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     weights: Annotated[
         str | None,
         typer.Option(help="Start of the backbone: 'imagenet', or a local file of its weights."),
@@ -107,7 +110,7 @@ def train(
         typer.Option(help="List of identities in the roots to hold out instead of a share."),
     ] = None,
     unreadable: Annotated[
-        Literal["stop", "skip"],
+        Unreadable,
         typer.Option(help="What to do about images that cannot be decoded; they are named."),
     ] = "stop",
     channels_last: Annotated[
@@ -131,98 +134,45 @@ def train(
     On several GPUs: torchrun --nproc-per-node 4 --no-python cmt train …
     """
     keep_large_blocks()
-    device = chosen_device(device)
-    with distributed.process_group(device) as own_device, _said_once():
-        if (run / STATE_FILE).is_file() and not resume:
-            raise TrainingError(
-                f"{run} holds a run already; add --resume to go on with it, or choose another "
-                "folder"
-            )
-        chosen = load_recipe(recipe or DEFAULT_RECIPES.get(dataset, "paper"), changes or ())
-        samples = training_samples(root, train_ids, dataset, trial)
-        if validation_share is None and selection == "val" and validation_ids is None:
-            validation_share = 0.1
-        held_out = held_out_samples(
-            samples, root, dataset, trial, share=validation_share or 0.0, ids=validation_ids
-        )
-        if validate_every is not None and not held_out:
-            raise TrainingError(
-                "--validate-every needs held-out identities; add --selection val, "
-                "--validation-share or --validation-ids"
-            )
-        samples = without(samples, {sample.person_id for sample in held_out})
-        cache = cache or run / "cache"
-        with distributed.first_process_first():
-            first_size = chosen.size(chosen.stages[0])
-            samples, skipped = readable_samples(samples, *first_size, cache, unreadable)
-            if held_out:  # a damaged one is found now, not at the first validation
-                size = chosen.model.input_height, chosen.model.input_width
-                held_out, more = readable_samples(held_out, *size, cache, unreadable)
-                skipped += more
-        identities = sorted({sample.person_id for sample in samples})
-        trainer = Trainer(
-            chosen,
-            samples,
-            run,
-            seed=seed,
-            device=own_device,
-            weights=weights,
-            start=start,
-            cache=cache,
-            facts={
-                "dataset": dataset.value,
-                "identities": identities,
-                "images": len(samples),
-                **({"skipped_images": len(skipped)} if skipped else {}),
-                **({"trial": trial} if LAYOUTS[dataset].trials > 1 else {}),
-            },
-            validation=_validation(dataset, held_out, validate_every or "5 epochs"),
-            selection=selection,
-            channels_last=channels_last,
-            compile=compile,
-        )
-        if distributed.is_first():
-            _introduce(trainer, skipped)
-        try:
-            info = trainer.run(save_every=save_every, log_every=log_every)
-        except KeyboardInterrupt:
-            if distributed.is_first():
-                again = f"the same command with --resume goes on from {run}."
-                typer.echo(f"Interrupted; {again}", err=True)
-            raise typer.Exit(130) from None
-        if distributed.is_first():
-            _conclude(run / CHECKPOINT_FILE, info)
-
-
-def _validation(dataset: DatasetName, held_out: Sequence[Sample], every: str) -> Validation | None:
-    return Validation(dataset, held_out, Interval.parse(every)) if held_out else None
-
-
-@contextmanager
-def _said_once() -> Iterator[None]:
-    """All processes meet the same mistakes of the user: the first one alone says so."""
+    request = TrainingRequest(
+        TrainingSource(dataset, root, train_ids, trial, unreadable),
+        RunOptions(run, seed, device, cache, channels_last, compile),
+        HoldOut(selection, validate_every, validation_share, validation_ids),
+        InitialWeights(weights, start),
+        recipe,
+        changes or (),
+        resume=resume,
+        save_every=save_every,
+        log_every=log_every,
+    )
     try:
-        yield
+        train_run(request, begin=_introduce, end=partial(_conclude, run / CHECKPOINT_FILE))
+    except RunInterrupted:
+        if distributed.is_first():
+            again = f"the same command with --resume goes on from {run}."
+            typer.echo(f"Interrupted; {again}", err=True)
+        raise typer.Exit(130) from None
     except EXPECTED_ERRORS:
         if distributed.is_first():
             raise
         raise typer.Exit(1) from None
 
 
-def _introduce(trainer: Trainer, skipped: Sequence[str]) -> None:
+def _introduce(prepared: PreparedRun) -> None:
     """All that decides the run, before its first step."""
+    trainer, skipped = prepared
     typer.echo(recipe_yaml(trainer.recipe))
     for sentence in skipped:
         typer.echo(sentence, err=True)
     held_out = trainer.validation.identities if trainer.validation else []
     typer.echo(
-        f"{trainer.sampler.classes} identities, {len(trainer.samples)} images, {trainer.steps} "
-        f"steps ({trainer.schedule.epoch} an epoch), seed {trainer.seed}"
+        f"{trainer.sampler.classes} identities, {len(trainer.data.samples)} images, "
+        f"{trainer.steps} steps ({trainer.schedule.epoch} an epoch), seed {trainer.options.seed}"
     )
     if held_out:
         typer.echo(
             f"{len(held_out)} more identities are held out for validation; the checkpoint will be "
-            f"the {'best on them' if trainer.selection == 'val' else 'last'}"
+            f"the {'best on them' if trainer.data.selection == 'val' else 'last'}"
         )
     if trainer.step:
         typer.echo(f"Goes on from step {trainer.step}")

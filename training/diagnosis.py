@@ -1,5 +1,5 @@
-"""What is wrong with a run, said from its values: a loss that is not finite, a modulation that is
-dead."""
+"""What is wrong with a run, judged by its values: a loss that is not finite, or modulation that
+does nothing."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def why_not_finite(
 
 
 def modulation_verdict(recipe: Recipe, records: Sequence[Record]) -> dict[str, Any] | None:
-    """What became of L_mod (14) in the last tenth of a run; None where it took no part.
+    """L_mod (14) and γ in the last tenth of a run; None where L_mod took no part.
 
-    `collapsed`: the loss sits where equal distances would leave it (the margin, for triplets) or
-    γ ≈ 0; such a run is not to be called good, whatever it scores.
+    records: of `read_metrics`. `collapsed` in the result: the loss is what equal distances would
+    give (the margin, for triplets), or γ ≈ 0; such a run is not good, whatever it scores.
     """
     values = last_values(records, ("modulation", "gamma_mean", "gamma_std"))
     if "modulation" not in values:

@@ -150,6 +150,7 @@ class GlobalBatchNorm(_BatchNorm):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalise by the statistics of the global batch, or in eval mode by the running ones."""
         if not self.training:
             return super().forward(input)
         axes = [axis for axis in range(input.ndim) if axis != 1]

@@ -7,8 +7,8 @@ every list of samples and size,
     KEY.unreadable.json   row → reason for those that do not; absent where all do
 
 KEY covers path, size and time of change of every file. Images are stored under the key of the
-readable ones alone: who removes the others from the dataset, as the error says, decodes nothing
-again. Files of lists that are no longer used stay; the folder may be deleted at any time.
+readable ones alone: once the others are removed from the dataset, as the error advises, nothing is
+decoded again. Files of lists that are no longer used stay; the folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from model.atomic_file import SHARED, whole_file, write_whole
 from model.preprocess import resize
 from training.datasets.decoding import READERS, UnreadableImageError, decode
 from training.datasets.sample import DatasetError, Sample
@@ -49,19 +50,15 @@ def readable_samples(
     folder: Path,
     unreadable: Unreadable = "stop",
 ) -> tuple[list[Sample], list[str]]:
-    """Decode into the cache what is not there yet → the samples to train on, and who was left out.
+    """Decode into the cache what is not there yet → the samples to train on, and what was skipped.
 
-    Args:
-        unreadable: "stop" at images that cannot be decoded, or "skip" them.
-
-    Returns:
-        The samples that decode, in their order, and one sentence for each that was skipped.
-        `cached_images` of the former decodes nothing again.
-
-    Raises:
-        DatasetError: images cannot be decoded and are not to be skipped, or none can; the first is
-            named, with the number of all.
-        CacheError: the disk has no room for the decoded images.
+    height, width: of the decoded images, in pixels.
+    unreadable: "stop" at images that cannot be decoded, or "skip" them.
+    Returns the samples that decode, in their order, and one sentence for each that was skipped.
+    `cached_images` of the former decodes nothing again.
+    Raises DatasetError where an image cannot be decoded and none are skipped, or where no image
+    can; it names the first, with the number of all. Raises CacheError where the disk has no room
+    for the decoded images.
     """
     _, problems = _fill(samples, height, width, folder)
     if problems and (unreadable == "stop" or len(problems) == len(samples)):
@@ -73,9 +70,8 @@ def readable_samples(
 def cached_images(samples: Sequence[Sample], height: int, width: int, folder: Path) -> np.ndarray:
     """uint8 array of len(samples)×3×height×width, memory-mapped read-only from `folder`.
 
-    Raises:
-        DatasetError: an image cannot be decoded (any more); named, with the number of all.
-        CacheError: the disk has no room for the decoded images.
+    Raises DatasetError where an image cannot be decoded (any more); it names the first, with the
+    number of all. Raises CacheError where the disk has no room for the decoded images.
     """
     path, problems = _fill(samples, height, width, folder)
     if problems:
@@ -112,7 +108,7 @@ def _fill(
 def _stored(
     facts: Sequence[str], height: int, width: int, folder: Path
 ) -> tuple[Path, dict[int, str]] | None:
-    """What `_fill` returns, if a process has stored it whole."""
+    """What `_fill` returns, if it is completely in the folder already."""
     note = _problems_file(facts, height, width, folder)
     problems = {}
     if note.is_file():
@@ -128,34 +124,31 @@ def _build(
     samples: Sequence[Sample], facts: Sequence[str], height: int, width: int, folder: Path
 ) -> dict[int, str]:
     """Decode everything → reasons by row; the files appear under their names only when whole."""
-    partial = folder / ".partial"
     needed = len(samples) * 3 * height * width
     problems: dict[int, str] = {}
+    # What a killed process left behind; nobody else writes while we hold the lock.
+    for partial in folder.glob("*.partial"):
+        partial.unlink()
+    if shutil.disk_usage(folder).free < needed:
+        raise CacheError(_no_room(needed, folder))
+    # Which images decode, and with it the file's name, is known at the end. Until then it has the
+    # name that it gets if all do: if some do not, it is too short to be taken for that.
+    images = _images_file(facts, {}, height, width, folder)
     try:
-        # What a killed process left behind; nobody else writes while we hold the lock.
-        partial.unlink(missing_ok=True)
-        if shutil.disk_usage(folder).free < needed:
-            raise CacheError(_no_room(needed, folder))
-        # Not through a memory map: on a full disk that ends the process without a word.
-        with partial.open("wb") as file:
+        # Not through a memory map: on a full disk that ends the process without a message.
+        with whole_file(images, SHARED) as file:
             for row, pixels in enumerate(_decoded(samples, height, width)):
                 if isinstance(pixels, str):
                     problems[row] = pixels
                 else:
                     file.write(pixels.data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(_images_file(facts, problems, height, width, folder))
         if problems:
-            partial.write_text(json.dumps(problems), encoding="utf-8")
-            partial.replace(_problems_file(facts, height, width, folder))
+            images.replace(_images_file(facts, problems, height, width, folder))
+            write_whole(_problems_file(facts, height, width, folder), json.dumps(problems))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            partial.unlink(missing_ok=True)
             raise CacheError(_no_room(needed, folder)) from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
     return problems
 
 
@@ -206,7 +199,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _shows() -> bool:
-    """Whether this process tells of its progress: to a person, and only once per machine."""
+    """Whether this process shows its progress: on a terminal, and one process per machine."""
     return _console().is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"
 
 

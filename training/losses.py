@@ -79,8 +79,8 @@ def modality_consistency(
 
     F̂^R comes from IR images and is drawn to the person's RGB centroid, F̂^I from RGB images to the
     IR centroid. Each is the norm over all P·D numbers, averaged over the images of its modality.
-    The centroids are targets: with `centroid_gradient` the loss could also be lowered by shrinking
-    every feature, and is.
+    The centroids are targets without gradient: with `centroid_gradient` the network lowers the loss
+    by shrinking every feature.
     """
     real = features.flatten(1) if centroid_gradient else features.detach().flatten(1)
     centres = modality_centres(real, labels, is_ir)

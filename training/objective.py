@@ -30,12 +30,11 @@ class Labels(NamedTuple):
 class Objective(nn.Module):
     """The network and its identity classifiers, with the loss as the result of `forward`.
 
-    So that DDP, which hooks into a module's forward, sees all that is trained.
+    One module, because DDP hooks into a module's forward and must see all that is trained.
 
-    Attributes:
-        heads: identity classifiers by the output that they classify (a field of CMTOutput):
-            "complete" always, "features" where the recipe weighs `identity_features` and F is not
-            complete by itself.
+    heads: identity classifiers by the output that they classify (a field of CMTOutput):
+        "complete" always, "features" where the recipe weighs `identity_features` and F is not
+        complete by itself.
     """
 
     def __init__(self, recipe: Recipe, model: CMT, classes: int, seed: int = 0) -> None:
@@ -47,7 +46,7 @@ class Objective(nn.Module):
             stage.weights.identity_features for stage in recipe.stages
         ):
             outputs.append("features")
-        # Of a seed they are the same, whichever modules the network has.
+        # The same for a seed, whichever modules the network has.
         torch.manual_seed(seed)
         self.heads = {
             name: PartClassifiers(recipe.model.parts, recipe.model.dim, classes) for name in outputs
@@ -64,11 +63,11 @@ class Objective(nn.Module):
         weights: LossWeights,
         classes: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images B'×3×H×W and modalities: this process's share of the batch.
+        """Equation (15) over the whole batch, and its terms and other figures, detached.
 
+        images, modalities: this process's share of the batch, B'×3×H×W and B'.
         labels: of the whole batch, B.
         classes: only the first of them take part (a stage's `identities`).
-        Returns equation (15) over the whole batch, and its terms and other figures, detached.
         """
         with torch.autocast(
             images.device.type, self.precision.dtype, enabled=self.precision.autocast

@@ -45,10 +45,11 @@ class RunProgress:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
         self._bar.update(self._task, completed=step)
 
     def log(self, step: int, values: Mapping[str, float]) -> float:
-        """Print `values` of `step`; returns the steps per second since the last call."""
+        """Print `values` of `step` → the steps per second since the last call."""
         rate = (step - self._logged) / max(time.monotonic() - self._since, 1e-9)
         self._logged, self._since = step, time.monotonic()
         text = f"step {step}/{self._steps} {in_words(values)}"
@@ -60,8 +61,10 @@ class RunProgress:
         return rate
 
     def say(self, text: str) -> None:
+        """Print a line above the bar."""
         self._console.print(text)
 
 
 def in_words(values: Mapping[str, float]) -> str:
+    """ "loss 1.2 lr 0.0003", three significant digits each."""
     return " ".join(f"{name} {value:.3g}" for name, value in values.items())

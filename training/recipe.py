@@ -26,8 +26,7 @@ class LossWeights(BaseModel):
     Two more, 0 in the paper's recipe: `triplet_parts`, the triplet of every part (HCT's public
     setting), and `identity_features`, the identity loss of the raw part features F beside that of
     the complete ones. Without it nothing asks F to tell people apart, and from random
-    initialisation the compensation learns the training people by heart in its place: see
-    docs/training.md.
+    initialisation the compensation memorises the training people instead: see docs/training.md.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,14 +40,15 @@ class LossWeights(BaseModel):
 
 
 class Stage(BaseModel):
-    """A stretch of the run. Give `steps` or `epochs`.
+    """A part of the run. Give `steps` or `epochs`.
 
-    An epoch is as many batches as it takes to draw as many visible or infrared images, whichever
-    are more, as there are. The learning rate goes from `lr` to `lr_end` (half a cosine), or stays.
-    Loss weights move linearly from the stage before over the first `fade_steps`. `features_frozen`
-    keeps what computes F as it is, batch norm's statistics too, while what reads F learns: a head
-    that fits first distorts features of a good start less (Kumar et al., "Fine-Tuning can Distort
-    Pretrained Features and Underperform Out-of-Distribution", ICLR 2022). Such steps are cheaper.
+    An epoch is ⌈max(visible, infrared images) / (identities · images)⌉ batches. After
+    `warmup_steps`, in which it rises linearly, the learning rate goes from `lr` to `lr_end` (half a
+    cosine), or stays. Loss weights move linearly from those of the stage before over the first
+    `fade_steps`. `features_frozen` keeps what computes F as it is, batch norm's statistics too,
+    while what reads F learns: a head that fits already distorts the features of a good start less
+    (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution", ICLR 2022). Such steps are cheaper.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,12 +81,13 @@ class Recipe(BaseModel):
     """Everything that decides a run besides data and seed.
 
     Where the paper is silent: margin 0.3 (HCT's), centroids as fixed targets of L_cyc, the form of
-    L_mod, no label smoothing, no weight averaging. `compensation_gradient` says whether the losses
-    of F̂ reach F, which it is made of. `features_lr`, `alignment_lr` and `generator_lr` multiply the
-    learning rate, which is the classifiers', for what computes F, for the modality alignment, and
-    for g_γ and g_β. `frozen_batch_norm`: normalise F by the statistics that the run starts with,
-    those of a whole training set in place of a batch's. `ema` is the decay of the averaged weights
-    that are saved (0 saves the last ones).
+    L_mod, no label smoothing, no weight averaging. `identities` N and `images` K per identity and
+    modality make a batch of 2·N·K images. `compensation_gradient`: whether the losses of F̂ reach F,
+    from which it is computed. The classifiers learn at a stage's learning rate; `features_lr`,
+    `alignment_lr` and `generator_lr` multiply it for what computes F, for the modality alignment,
+    and for g_γ and g_β. `frozen_batch_norm`: normalise F by the statistics that the run starts
+    with, those of a whole training set in place of a batch's. `ema` is the decay of the averaged
+    weights that are saved (0 saves the last ones).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

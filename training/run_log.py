@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from model.atomic_file import write_whole
+from training.files import write_figure
 from training.state import writing
 
 METRICS_FILE = "metrics.jsonl"
@@ -18,15 +20,15 @@ VALIDATION = "validation_"
 Record = dict[str, float]
 
 
-class Metrics:
+class RunLog:
     """Lines of {"step": …, name: value}, one for each logged step and each validation.
 
-    Lines beyond `step`, which a run that was interrupted wrote after its last saved state, are
-    taken away: the resumed run writes them again.
+    Lines beyond `step`, which an interrupted run wrote after its last saved state, are removed: the
+    resumed run writes them again.
     """
 
     def __init__(self, folder: Path, step: int, *, written: bool = True) -> None:
-        """written: False in processes other than the first, which keep quiet."""
+        """step: of the last saved state. written: False in processes that are not the first."""
         self._folder = folder
         self._path = folder / METRICS_FILE
         self._board: Any = None
@@ -39,7 +41,7 @@ class Metrics:
             self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Raises TrainingError where the folder cannot be written."""
+        """Add a line for `step`. Raises TrainingError where the folder cannot be written."""
         if self._board is None:
             return
         with writing(self._folder):
@@ -51,7 +53,7 @@ class Metrics:
                 self._board.add_scalar(tag, value, step)
             self._board.flush()
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(
@@ -79,7 +81,7 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 def last_values(records: Sequence[Record], names: Sequence[str], share: float = 0.1) -> Record:
-    """Means of some values over the records of the last `share` of the steps, of those it has."""
+    """Means of `names` over the last `share` of the steps, of those that have been recorded."""
     if not records:
         return {}
     start = records[-1]["step"] * (1 - share)
@@ -92,7 +94,10 @@ def last_values(records: Sequence[Record], names: Sequence[str], share: float = 
 
 
 def plot_curves(folder: Path) -> None:
-    """Draw metrics.jsonl as curves.png: losses, learning rate, validation, γ."""
+    """Draw metrics.jsonl as curves.png: losses, learning rate, validation, γ.
+
+    Raises TrainingError where the folder cannot be written.
+    """
     from matplotlib.figure import Figure  # slow to import, and only here
 
     records = read_metrics(folder)
@@ -123,14 +128,12 @@ def plot_curves(folder: Path) -> None:
             panel.set_yticks([])
             panel.text(0.5, 0.5, "none in this run", ha="center", transform=panel.transAxes)
     with writing(folder):
-        figure.savefig(folder / CURVES_FILE, dpi=120)
+        write_figure(folder / CURVES_FILE, figure, dpi=120)
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Keep the whole lines up to `step`; replaced atomically."""
+    """Keep the whole lines up to `step`."""
     if not path.is_file():
         return
     kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -16,7 +16,7 @@ class TrainingSetError(ValueError):
 
 
 class Batch(NamedTuple):
-    """Rows of the sample list: rgb and ir are N·K each, labels (0-based class) for both."""
+    """2·N·K images, visible then infrared: rows of the sample list, 0-based class, modality."""
 
     rows: np.ndarray
     labels: np.ndarray
@@ -24,9 +24,9 @@ class Batch(NamedTuple):
 
 
 class IdentityBalancedSampler:
-    """Batch number → samples, a pure function of (seed, step).
+    """Step → batch, a pure function of (seed, step).
 
-    So that a resumed run draws what an uninterrupted one would have drawn, without any stored
+    A resumed run therefore draws what an uninterrupted one would have drawn, without any stored
     state. Identities are drawn without replacement from one shuffled pass after another; images of
     a person without replacement where there are enough of them.
     """
@@ -62,6 +62,7 @@ class IdentityBalancedSampler:
 
     @property
     def classes(self) -> int:
+        """How many people there are."""
         return len(self.people)
 
     def batch(self, step: int, first_classes: int | None = None) -> Batch:

@@ -1,14 +1,45 @@
-"""The samples of a training run: whom it learns from, and whom it is measured on meanwhile."""
+"""The samples of a training run: to learn from, and to be validated on meanwhile."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
-from training.validation import drawn_identities
+from training.validation import Selection, Validation, drawn_identities
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images that a run learns from, and those that it is measured on meanwhile.
+
+    samples: images to train on.
+    validation: on people who are not among `samples`; None where nobody is held out.
+    selection: whether the last weights become the checkpoint, or the best on `validation`.
+    facts: what the checkpoint shall say of its data, see `facts_of`.
+    """
+
+    samples: Sequence[Sample]
+    validation: Validation | None = None
+    selection: Selection = "last"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def facts_of(dataset: DatasetName, trial: int, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a checkpoint says of the images that it was trained on.
+
+    By the identities `cmt evaluate` and `cmt calibrate` refuse people whom the network knows.
+    """
+    facts: dict[str, Any] = {
+        "dataset": dataset.value,
+        "identities": sorted({sample.person_id for sample in samples}),
+        "images": len(samples),
+    }
+    return facts | ({"trial": trial} if LAYOUTS[dataset].trials > 1 else {})
 
 
 def training_samples(
@@ -80,7 +111,7 @@ def held_out_samples(
 
 
 def _test_ids(roots: Sequence[Path], dataset: DatasetName, trial: int) -> set[int]:
-    """Of all roots that have a test side."""
+    """The people whom the protocol tests on, of all roots that have a test side."""
     people: set[int] = set()
     for root in roots:
         with suppress(DatasetError):  # a root of training images only

@@ -22,10 +22,8 @@ class Position(NamedTuple):
 class Schedule:
     """A recipe's stages laid out in steps, for a set of samples (which makes an epoch's length).
 
-    Attributes:
-        epoch: steps of an epoch: as many batches as it takes to draw as many visible or infrared
-            images, whichever are more, as there are.
-        steps: steps of the whole run.
+    epoch: steps of an epoch, see `Stage`.
+    steps: steps of the whole run.
     """
 
     def __init__(self, recipe: Recipe, samples: Sequence[Sample]) -> None:
@@ -43,6 +41,7 @@ class Schedule:
         return Position(stage, step - int(self._ends[stage - 1] if stage else 0))
 
     def stage(self, step: int) -> Stage:
+        """The stage that `step` belongs to."""
         return self.recipe.stages[self.position(step).stage]
 
     def learning_rate(self, step: int) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from model.atomic_file import SHARED, whole_file
 
 STATE_FILE = "state.pt"
 
@@ -26,13 +27,8 @@ def save_state(folder: Path, run: dict[str, Any], state: dict[str, Any]) -> None
 
     Raises TrainingError where it cannot be written; the state saved before stays.
     """
-    partial = folder / f".{STATE_FILE}.partial"
-    with writing(folder, partial):
-        with partial.open("wb") as file:
-            torch.save({"run": json.dumps(run), **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / STATE_FILE)
+    with writing(folder), whole_file(folder / STATE_FILE, SHARED) as file:
+        torch.save({"run": json.dumps(run), **state}, file)
 
 
 def read_state(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -63,14 +59,12 @@ def read_state(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def writing(folder: Path, partial: Path | None = None) -> Iterator[None]:
-    """Turn a failure to write a run's files into a sentence, and remove the half-written one."""
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failure to write a run's files into a TrainingError that names the remedy."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         cause = _system_error(error)
-        if partial is not None:
-            partial.unlink(missing_ok=True)
         if cause is None:
             raise
         remedy = "free some space" if cause.errno in _FULL else "make it writable"

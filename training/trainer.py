@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,27 +16,51 @@ import torch
 from torch import Tensor, nn
 
 from model import CMT, CheckpointInfo, Modality, load_checkpoint, save_checkpoint
+from model.atomic_file import write_whole
 from training import distributed
 from training.acceleration import Acceleration, Switch, choose_acceleration, decide_compile
 from training.augmentation import augment
 from training.averaging import AveragedWeights, copy_of
 from training.batches import BatchReader
 from training.classifiers import imprint
-from training.datasets.sample import Sample
 from training.diagnosis import modulation_verdict, why_not_finite
 from training.image_cache import cached_images
 from training.objective import Labels, Objective
 from training.progress import RunProgress, in_words
 from training.recipe import Recipe, recipe_yaml
-from training.run_log import VALIDATION, Metrics, plot_curves, read_metrics
+from training.run_log import VALIDATION, RunLog, plot_curves, read_metrics
 from training.sampler import IdentityBalancedSampler
+from training.samples import TrainingData
 from training.schedule import Schedule
 from training.state import TrainingError, read_state, save_state, writing
-from training.validation import Selection, Validation
-from training.warm_start import start_from
+from training.warm_start import RANDOM_WEIGHTS, InitialWeights
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run is written and how it is computed.
+
+    folder: of its state, metrics and checkpoint.
+    seed: of weights, batches and augmentation.
+    device: "cpu", "cuda" or "cuda:1".
+    cache: folder of decoded images; None: inside `folder`.
+    channels_last, compile: see `choose_acceleration` and `decide_compile`.
+    """
+
+    folder: Path
+    seed: int = 0
+    device: str = "cpu"
+    cache: Path | None = None
+    channels_last: Switch = "auto"
+    compile: Switch = "auto"
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where decoded images are: in `cache`, or inside the run's folder."""
+        return self.cache or self.folder / "cache"
 
 
 class Trainer:
@@ -48,69 +72,43 @@ class Trainer:
     weights so far. Under torchrun it is one of several processes that train as one, see
     `training.distributed`.
 
-    Attributes:
-        step: steps done. steps: of the whole run.
-        acceleration: what is used on this device, and why.
+    step: steps done.
+    acceleration: what is used on this device, and why.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        samples: Sequence[Sample],
-        folder: Path,
-        *,
-        seed: int = 0,
-        device: str = "cpu",
-        weights: str | Path | None = None,
-        start: Path | None = None,
-        cache: Path | None = None,
-        facts: Mapping[str, Any] | None = None,
-        validation: Validation | None = None,
-        selection: Selection = "last",
-        channels_last: Switch = "auto",
-        compile: Switch = "auto",
+        data: TrainingData,
+        options: RunOptions,
+        initial: InitialWeights = RANDOM_WEIGHTS,
     ) -> None:
-        """weights: of the backbone, see `CMT`. start: a checkpoint to go on from, see `start_from`.
-        facts: what the checkpoint shall say of its training, beside recipe, seed and time.
-        validation: on people who are not among `samples`. selection: whether the last weights
-        become the checkpoint, or the best on `validation`. compile: `--compile`.
-
-        Raises TrainingSetError, TrainingError or StartError before anything is written.
-        """
-        _check(recipe, selection, validation)
+        """Raises TrainingSetError, TrainingError or StartError before anything is written."""
+        _check(recipe, data)
         self.recipe = recipe
-        self.samples = samples
-        self.folder = folder
-        self.seed = seed
-        self.device = torch.device(device)
-        self.cache = cache or folder / "cache"
-        self.facts = dict(facts or {})
-        self.validation = validation
-        self.selection: Selection = selection
-        self.sampler = IdentityBalancedSampler(samples, recipe.identities, recipe.images, seed)
-        self.schedule = Schedule(recipe, samples)
+        self.data = data
+        self.options = options
+        self.initial = initial
+        self.folder = options.folder
+        self.validation = data.validation
+        self.device = torch.device(options.device)
+        self.sampler = IdentityBalancedSampler(
+            data.samples, recipe.identities, recipe.images, options.seed
+        )
+        self.schedule = Schedule(recipe, data.samples)
         self.share = distributed.share_of(recipe.identities, recipe.images)
         self.acceleration = choose_acceleration(
-            self.device,
-            recipe.model,
-            2 * recipe.identities * recipe.images,
-            recipe.precision,
-            channels_last,
+            self.device, recipe.model, self.share.total, recipe.precision, options.channels_last
         )
-        self._compile: Switch = compile
         self._reader = BatchReader(self.sampler, self.share, pin=self.device.type == "cuda")
         self._images: tuple[tuple[int, int], np.ndarray] | None = None  # of which size, and they
         self._earlier: dict[str, Tensor] = {}
 
-        torch.manual_seed(seed)
-        self.model = CMT(recipe.model, weights=weights)
-        if weights is not None:
-            self.facts["weights"] = Path(weights).name
-        self.start = start
-        if start is not None:
-            self.facts["start"] = start_from(self.model, start).fingerprint
+        torch.manual_seed(options.seed)
+        self.model, start = initial.network(recipe.model)
+        self.facts = {**data.facts, **start}
         distributed.use_global_batch_norm(self.model, self.device)
-        self.objective = Objective(recipe, self.model, self.sampler.classes, seed)
+        self.objective = Objective(recipe, self.model, self.sampler.classes, options.seed)
         self.objective.to(self.device)
         self.averaged = AveragedWeights(self.model, recipe.ema) if recipe.ema else None
         self.optimiser = torch.optim.Adam(
@@ -120,9 +118,9 @@ class Trainer:
         self.seconds = 0.0
         self.validated: dict[str, Any] | None = None  # the last validation: step and figures
         self.best: dict[str, Any] | None = None  # the best one, with its weights
-        state = read_state(folder, self._description())
+        state = read_state(self.folder, self._description())
         if state is not None:
-            self._load(state, channels_last)
+            self._load(state)
         self.acceleration = distributed.agreed(self.acceleration)
         self.objective.precision = self.acceleration.precision
         self.model.to(memory_format=self.acceleration.memory_format)  # type: ignore[call-overload]
@@ -130,6 +128,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
+        """Steps of the whole run."""
         return self.schedule.steps
 
     def run(
@@ -145,12 +144,12 @@ class Trainer:
         if first:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / RECIPE_FILE).write_text(recipe_yaml(self.recipe), encoding="utf-8")
+                write_whole(self.folder / RECIPE_FILE, recipe_yaml(self.recipe))
         with (
             RunProgress(self.step, self.steps, shown=first) as progress,
-            Metrics(self.folder, self.step, written=first) as metrics,
+            RunLog(self.folder, self.step, written=first) as metrics,
         ):
-            if self.start is not None and self.step == 0:
+            if self.initial.checkpoint is not None and self.step == 0:
                 progress.say(self._imprint())
             self._decide_compile(progress)
             before, started = self.seconds, time.monotonic()
@@ -206,19 +205,19 @@ class Trainer:
         facts: dict[str, Any] = {
             **self.facts,
             "recipe": self.recipe.model_dump(mode="json"),
-            "seed": self.seed,
+            "seed": self.options.seed,
             "step": self.step,
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
             "acceleration": self.acceleration.reasons,
             "processes": distributed.count(),
-            "selection": self.selection,
+            "selection": self.data.selection,
         }
         if self.validation is not None:
             facts["held_out"] = self.validation.identities
             facts["validation"] = self.validated
         weights = self._weights()
-        if self.selection == "val" and self.best is not None:
+        if self.data.selection == "val" and self.best is not None:
             facts |= {"step": self.best["step"], "validation": self.best["validated"]}
             weights = self.best["weights"]
         verdict = modulation_verdict(self.recipe, read_metrics(self.folder))
@@ -239,8 +238,8 @@ class Trainer:
             self.objective.heads,
             self.model,
             self._pixels(),
-            [classes[sample.person_id] for sample in self.samples],
-            [sample.modality for sample in self.samples],
+            [classes[sample.person_id] for sample in self.data.samples],
+            [sample.modality for sample in self.data.samples],
         )
         said = ", ".join(f"{name} {loss:.2f}" for name, loss in losses.items())
         return (
@@ -253,7 +252,10 @@ class Trainer:
         size = self.recipe.size(self.schedule.stage(self.step))
         if self._images is None or self._images[0] != size:
             with distributed.first_process_first():
-                self._images = size, cached_images(self.samples, *size, self.cache)
+                self._images = (
+                    size,
+                    cached_images(self.data.samples, *size, self.options.cache_folder),
+                )
         return self._images[1]
 
     def _next_batch(self) -> tuple[Tensor, list[Modality], Labels]:
@@ -261,7 +263,7 @@ class Trainer:
         stage = self.schedule.stage(self.step)
         batch, pixels = self._reader.read(self.step, self._pixels(), stage.identities)
         generator = torch.Generator(self.device)
-        generator.manual_seed(hash((self.seed, self.step)) % 2**63)
+        generator.manual_seed(hash((self.options.seed, self.step)) % 2**63)
         torch.manual_seed(generator.initial_seed() + distributed.rank())  # dropout
         is_ir = torch.from_numpy(batch.is_ir).to(self.device)
         rows = torch.from_numpy(self.share.rows).to(self.device)
@@ -313,7 +315,7 @@ class Trainer:
             self.model,
             trial,
             self.device,
-            self._compile,
+            self.options.compile,
             self.steps - self.step,
             distributed.count(),
         )
@@ -344,7 +346,7 @@ class Trainer:
         assert self.validation is not None
         figures = self.validation.figures(self._network(self._weights()).to(self.device))
         self.validated = {"step": self.step, **figures}
-        if self.selection == "val" and (
+        if self.data.selection == "val" and (
             self.best is None or figures["map"] > self.best["validated"]["map"]
         ):
             weights = {name: tensor.cpu().clone() for name, tensor in self._weights().items()}
@@ -391,12 +393,12 @@ class Trainer:
 
     def _description(self) -> dict[str, Any]:
         """What must be the same for a state to be resumed."""
-        images = [(s.person_id, s.camera, s.modality, s.path.name) for s in self.samples]
+        images = [(s.person_id, s.camera, s.modality, s.path.name) for s in self.data.samples]
         description = {
-            "seed": self.seed,
+            "seed": self.options.seed,
             "people": f"{self.sampler.classes} ({_digest(self.sampler.people)})",
             "training images": f"{len(images)} ({_digest(images)})",
-            "selection": self.selection,
+            "selection": self.data.selection,
             "start": self.facts.get("start"),
             "weights": self.facts.get("weights"),
         }
@@ -421,7 +423,7 @@ class Trainer:
         }
         save_state(self.folder, self._description(), state)
 
-    def _load(self, state: dict[str, Any], channels_last: Switch) -> None:
+    def _load(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.objective.load_state_dict(state["objective"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -431,12 +433,12 @@ class Trainer:
             }
         self.validated, self.best = state["validated"], state["best"]
         self.acceleration = self.acceleration.resumed(
-            Acceleration(**state["acceleration"]), channels_last
+            Acceleration(**state["acceleration"]), self.options.channels_last
         )
 
 
-def _check(recipe: Recipe, selection: Selection, validation: Validation | None) -> None:
-    if selection == "val" and validation is None:
+def _check(recipe: Recipe, data: TrainingData) -> None:
+    if data.selection == "val" and data.validation is None:
         raise TrainingError("--selection val needs held-out identities; give --validation-share")
     if recipe.identities % distributed.count():
         raise TrainingError(

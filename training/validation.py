@@ -21,7 +21,7 @@ _INTERVAL = re.compile(r"(\d+)\s*(steps?|epochs?)?")
 
 @dataclass(frozen=True)
 class Interval:
-    """Every so many steps, or epochs."""
+    """An interval of `number` steps, or epochs."""
 
     number: int
     epochs: bool
@@ -35,12 +35,13 @@ class Interval:
         return cls(int(found[1]), (found[2] or "").startswith("epoch"))
 
     def steps(self, epoch: int) -> int:
+        """In steps, of which an epoch has `epoch`."""
         return self.number * (epoch if self.epochs else 1)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The images of the held-out identities, and how they are searched and how often.
+    """The images of the held-out identities, and how often they are searched.
 
     On SYSU-MM01 all-search single-shot with seeded galleries; else the mean over both directions.
     """
@@ -51,6 +52,7 @@ class Validation:
 
     @property
     def identities(self) -> list[int]:
+        """The held-out people, ascending."""
         return sorted({sample.person_id for sample in self.samples})
 
     def figures(self, model: CMT) -> dict[str, float]:
@@ -71,9 +73,9 @@ class Validation:
 
 
 def drawn_identities(samples: Sequence[Sample], share: float) -> set[int]:
-    """A share of the identities, at least two, the same for every seed of a run.
+    """A share of the identities, at least two; runs of all seeds are validated on the same people.
 
-    So that runs of several seeds are validated on the same people.
+    share: in [0, 1].
     Raises DatasetError where fewer than two would be left to train on.
     """
     people = sorted({sample.person_id for sample in samples})

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from model import CMT, CheckpointInfo, load_checkpoint
+from model import CMT, CheckpointInfo, CMTConfig, load_checkpoint
 
 
 class StartError(ValueError):
     """A checkpoint that a network cannot start from; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Where a run's first weights come from; what is not given is drawn at random.
+
+    backbone: "imagenet" or a local file, see `CMT`.
+    checkpoint: of a whole network, see `start_from`.
+    """
+
+    backbone: str | Path | None = None
+    checkpoint: Path | None = None
+
+    def network(self, config: CMTConfig) -> tuple[CMT, dict[str, str]]:
+        """A new network with these weights, and what its checkpoint shall say of them.
+
+        Raises StartError, or CheckpointError where the checkpoint cannot be read.
+        """
+        model = CMT(config, weights=self.backbone)
+        facts = {}
+        if self.backbone is not None:
+            facts["weights"] = Path(self.backbone).name
+        if self.checkpoint is not None:
+            facts["start"] = start_from(model, self.checkpoint).fingerprint
+        return model, facts
+
+
+RANDOM_WEIGHTS = InitialWeights()
 
 
 def start_from(model: CMT, checkpoint: Path) -> CheckpointInfo:

@@ -23,13 +23,12 @@ _TRIES = 8  # searches again because an item was deleted between search and fetc
 class Options:
     """How to search.
 
-    Attributes:
-        top_k: wanted items; grouped, wanted people, of whom the best item is given.
-        candidates: length of the recall stage's shortlist, at least top_k; None: the gallery's
-            own. Grouped, it grows until top_k groups are in it, or all who match.
-        exhaustive: of all items, proven. With a cosine checkpoint every search is.
-        group_by: "person_id" for the best image per person.
-        max_distance: weaker results are dropped.
+    top_k: how many items; grouped: how many people, each with the best item.
+    candidates: length of the recall stage's shortlist, at least top_k; None: the gallery's own.
+    Grouped, it grows until top_k groups are in it, or all that match.
+    exhaustive: rank all items, proven. With a cosine checkpoint every search is.
+    group_by: "person_id" for the best image per person.
+    max_distance: weaker results are dropped.
     """
 
     top_k: int = 20

@@ -15,9 +15,9 @@ from tests.paths import MINI, ROOT
 from training.augmentation import AugmentationConfig
 from training.recipe import LossWeights, Recipe, Stage
 from training.run_log import read_metrics
-from training.samples import training_samples
+from training.samples import TrainingData, training_samples
 from training.state import TrainingError
-from training.trainer import CHECKPOINT_FILE, Trainer
+from training.trainer import CHECKPOINT_FILE, RunOptions, Trainer
 
 EVERYTHING = AugmentationConfig(gray=0.5, channel_exchange=0.5, brightness=0.3, contrast=0.3)
 WEIGHTS = LossWeights(triplet_parts=0.5, modulation=1)
@@ -49,9 +49,8 @@ def make(folder: Path, identities: int = 4) -> Trainer:
         precision="float32",
     )
     samples = training_samples([MINI], [MINI / "exp" / "train_id.txt"])
-    return Trainer(
-        recipe, samples, folder / "run", cache=folder / "cache", channels_last="off", compile="off"
-    )
+    options = RunOptions(folder / "run", cache=folder / "cache", channels_last="off", compile="off")
+    return Trainer(recipe, TrainingData(samples), options)
 
 
 def one_step(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -15,9 +15,9 @@ from tests.paths import MINI
 from training.datasets import DatasetError, DatasetName, Sample
 from training.recipe import Recipe, Stage
 from training.run_log import read_metrics
-from training.samples import held_out_samples, training_samples
+from training.samples import TrainingData, held_out_samples, training_samples
 from training.state import TrainingError
-from training.trainer import CHECKPOINT_FILE, Trainer
+from training.trainer import CHECKPOINT_FILE, RunOptions, Trainer
 from training.validation import Interval, Validation, drawn_identities, without
 
 RECIPE = Recipe(
@@ -54,15 +54,9 @@ def trainer(
     rest = without(samples, validation.identities)
 
     def make(name: str) -> Trainer:
-        return Trainer(
-            RECIPE,
-            rest,
-            base / name,
-            cache=base / "cache",
-            facts={"identities": sorted({s.person_id for s in rest})},
-            validation=validation,
-            selection="val",
-        )
+        facts = {"identities": sorted({s.person_id for s in rest})}
+        data = TrainingData(rest, validation, "val", facts)
+        return Trainer(RECIPE, data, RunOptions(base / name, cache=base / "cache"))
 
     return make
 
@@ -141,7 +135,7 @@ def test_selection_by_validation_needs_held_out_people(
     samples: list[Sample], tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match="needs held-out identities"):
-        Trainer(RECIPE, samples, tmp_path, selection="val")
+        Trainer(RECIPE, TrainingData(samples, selection="val"), RunOptions(tmp_path))
 
 
 def test_the_command_holds_people_out_and_says_so(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from training.evaluation.report import score_model, summarise
 from training.evaluation.splits import Split
 from training.evaluation.sysu import TRIAL_FILE
 from training.recipe import Recipe
-from training.samples import training_samples
-from training.trainer import CHECKPOINT_FILE, Trainer
+from training.samples import TrainingData, facts_of, training_samples
+from training.trainer import CHECKPOINT_FILE, RunOptions, Trainer
+from training.warm_start import RANDOM_WEIGHTS, InitialWeights
 
 SETTINGS_FILE = "settings.json"
 RESULT_FILE = "result.json"
@@ -41,10 +42,9 @@ class AblationError(ValueError):
 class Start:
     """Where a cell's first weights come from; one of three.
 
-    Attributes:
-        checkpoint: a network without either module.
-        weights: ImageNet weights of the backbone, as `cmt train --weights`.
-        pretraining: the recipe of a network to train first, its modules off, in the folder `name`.
+    checkpoint: a network without either module.
+    weights: ImageNet weights of the backbone, as `cmt train --weights`.
+    pretraining: the recipe of a network to train first, its modules off, in the folder `name`.
     """
 
     checkpoint: Path | None = None
@@ -55,7 +55,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation. `row` is what distinguishes it, fit for a folder's name."""
+    """One training and its evaluation. `row` says what is special about it, in a folder's name."""
 
     row: str
     seed: int
@@ -64,6 +64,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The name of the cell's folder."""
         return f"{self.row}-seed{self.seed}"
 
 
@@ -79,6 +80,7 @@ class AblationData:
 
     @property
     def test_identities(self) -> list[int]:
+        """The people of the test images, ascending."""
         return sorted({sample.person_id for sample in self.test})
 
 
@@ -95,19 +97,20 @@ class Budget:
         return self.cells == 0 or self.out_of_time()
 
     def out_of_time(self) -> bool:
+        """Whether the minutes are over, so that a cell stops at its next saved state."""
         return self.minutes is not None and time.monotonic() - self.started >= 60 * self.minutes
 
     def take_cell(self) -> None:
+        """Count a cell that was just finished."""
         if self.cells is not None:
             self.cells -= 1
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """A start that is there: what the trainer takes, and what the settings say of it."""
+    """A start that exists: the weights to begin with, and what a cell's settings say of them."""
 
-    checkpoint: Path | None
-    weights: str | None
+    weights: InitialWeights
     facts: dict[str, Any]
 
 
@@ -165,7 +168,7 @@ def read_data(
 
 
 def _facts(samples: Sequence[Sample], roots: Sequence[Path]) -> dict[str, Any]:
-    """Counts, and a digest over which images these are, wherever the folders lie."""
+    """Counts, and a digest of which images these are, independent of where the folders are."""
     digest = hashlib.sha256()
     for s in samples:
         digest.update(f"{s.person_id} {s.camera} {s.modality} {s.path.name}\n".encode())
@@ -177,8 +180,8 @@ def _facts(samples: Sequence[Sample], roots: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-class Runner:
-    """Runs the cells of one ablation in one folder, in order, as far as the budget goes."""
+class CellRunner:
+    """Runs the cells of one ablation in one folder, in order, as far as the budget allows."""
 
     def __init__(
         self,
@@ -188,13 +191,19 @@ class Runner:
         device: str = "cpu",
         budget: Budget | None = None,
         save_every: int = 100,
+        say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        """save_every: steps between saved states; also how often the minutes are looked at."""
+        """budget: of all calls of `run`; None is no limit.
+
+        save_every: steps between saved states; also how often the minutes are looked at.
+        say: told which cell begins, and what each one reaches.
+        """
         self.data = data
         self.folder = folder
         self.device = device
         self.budget = budget or Budget()
         self.save_every = save_every
+        self.say = say
         self._origins: dict[Start, _Origin] = {}
 
     def run(self, cells: Sequence[Cell]) -> list[CellResult]:
@@ -226,18 +235,17 @@ class Runner:
             return CellResult.model_validate(finished)
         if self.budget.spent():
             return None
-        print(title, flush=True)
-        info = self._train(folder, settings, cell.recipe, cell.seed, origin)
+        self.say(title)
+        info = self._train(folder, settings, cell.recipe, cell.seed, origin.weights)
         if info is None:
             return None
         result = self._evaluate(cell, folder, settings, info)
         write_json(folder / RESULT_FILE, result.model_dump(mode="json"))
         self.budget.take_cell()
         own = result.first.own
-        print(
+        self.say(
             f"{title}: {result.first.title}, rank-1 {own.mean('rank_1'):.2%}, mAP "
-            f"{own.mean('mean_ap'):.2%}",
-            flush=True,
+            f"{own.mean('mean_ap'):.2%}"
         )
         return result
 
@@ -245,7 +253,8 @@ class Runner:
         """The start, made first if it is to be pre-trained; None where the budget ends before."""
         if start not in self._origins:
             if start.weights is not None:
-                found = _Origin(None, start.weights, {"weights": Path(start.weights).name})
+                weights = InitialWeights(backbone=start.weights)
+                found = _Origin(weights, {"weights": Path(start.weights).name})
             elif start.pretraining is not None:
                 made = self._pretrain(start.pretraining, start.name)
                 if made is None:
@@ -265,7 +274,8 @@ class Runner:
                 "would not start alike; start from a network trained with both off"
             )
         refuse_training_identities(info, self.data.dataset.value, self.data.test_identities)
-        return _Origin(path, None, {"checkpoint": path.name, "fingerprint": info.fingerprint})
+        facts = {"checkpoint": path.name, "fingerprint": info.fingerprint}
+        return _Origin(InitialWeights(checkpoint=path), facts)
 
     def _pretrain(self, recipe: Recipe, name: str) -> _Origin | None:
         bare = switched(recipe, modality_alignment=False, instance_alignment=False)
@@ -279,8 +289,8 @@ class Runner:
         if finished is None:
             if self.budget.spent():
                 return None
-            print(f"{name}: the start of every cell", flush=True)
-            info = self._train(folder, settings, bare, 0, _Origin(None, None, {}))
+            self.say(f"{name}: the start of every cell")
+            info = self._train(folder, settings, bare, 0, RANDOM_WEIGHTS)
             if info is None:
                 return None
             finished = {
@@ -292,26 +302,25 @@ class Runner:
             }
             write_json(folder / RESULT_FILE, finished)
         facts = {fact: finished[fact] for fact in ("fingerprint", "steps")}
-        return _Origin(folder / CHECKPOINT_FILE, None, {"pretraining": name} | facts)
+        made = InitialWeights(checkpoint=folder / CHECKPOINT_FILE)
+        return _Origin(made, {"pretraining": name} | facts)
 
     def _train(
-        self, folder: Path, settings: dict[str, Any], recipe: Recipe, seed: int, origin: _Origin
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        recipe: Recipe,
+        seed: int,
+        weights: InitialWeights,
     ) -> CheckpointInfo | None:
         """Train to the end; None where time is up before, with all that was done saved."""
-        people = sorted({sample.person_id for sample in self.data.training})
-        facts = {
-            key: self.data.facts[key] for key in ("dataset", "trial") if key in self.data.facts
-        }
+        samples = self.data.training
+        facts = facts_of(self.data.dataset, self.data.facts.get("trial", 1), samples)
         trainer = Trainer(
             recipe,
-            self.data.training,
-            folder,
-            seed=seed,
-            device=self.device,
-            weights=origin.weights,
-            start=origin.checkpoint,
-            cache=self.folder / "cache",
-            facts=facts | {"identities": people, "images": len(self.data.training)},
+            TrainingData(samples, facts=facts),
+            RunOptions(folder, seed=seed, device=self.device, cache=self.folder / "cache"),
+            weights,
         )
         write_json(folder / SETTINGS_FILE, settings)  # only now: what cannot begin claims nothing
         if self.budget.minutes is None:

@@ -1,4 +1,4 @@
-"""Paired comparisons: the same queries and the same seeds under two ways."""
+"""Paired comparisons: two ways of training or ranking on the same queries and seeds."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class SeedSpread:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> SeedSpread:
+        """Of one value per seed."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def __str__(self) -> str:
@@ -29,15 +30,14 @@ class SeedSpread:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """One way minus another; figures are fractions.
 
-    Attributes:
-        title: what is compared, "one − other".
-        map_gain: difference of mAP, mean over seeds.
-        low, high: its 95 % interval: every query's difference of AP, averaged over the seeds, and
-            query identities resampled. It is about other people, not about other seeds.
-        map_gain_of_seeds, rank_1_gain_of_seeds: the same differences seed by seed.
+    title: what is compared, "one − other".
+    map_gain: difference of mAP, mean over seeds.
+    low, high: its 95 % interval by `bootstrap_interval`, from every query's difference of AP,
+        averaged over the seeds. It is about other people, not about other seeds.
+    map_gain_of_seeds, rank_1_gain_of_seeds: the same differences seed by seed.
     """
 
     title: str
@@ -48,20 +48,23 @@ class Comparison:
     rank_1_gain_of_seeds: list[float]
 
 
-def compare(
+def compare_paired(
     title: str,
     ones: Sequence[RankingResult],
     others: Sequence[RankingResult],
     query_people: Sequence[int],
-) -> Comparison:
-    """`ones` minus `others`, one entry a seed in the same order; query_people as in the results."""
+) -> PairedComparison:
+    """`ones` minus `others`, one entry per seed in the same order.
+
+    query_people: the person of every query, in the order of `RankingResult.average_precision`.
+    """
     pairs = list(zip(ones, others, strict=True))
     differences = np.mean(
         [np.subtract(one.average_precision, other.average_precision) for one, other in pairs],
         axis=0,
     )
     low, high = bootstrap_interval(differences, np.asarray(query_people, dtype=np.int64))
-    return Comparison(
+    return PairedComparison(
         title=title,
         map_gain=float(differences.mean()),
         low=low,

@@ -15,11 +15,10 @@ from rich.text import Text
 class Grid:
     """A table as text.
 
-    Attributes:
-        title: what it shows.
-        header: names of the columns; the first holds names, the others figures.
-        rows: cells; a row of one cell is a heading within the table.
-        notes: sentences that belong below.
+    title: what it shows.
+    header: names of the columns; the first holds names, the others figures.
+    rows: cells; a row of one cell is a heading within the table.
+    notes: sentences that stand below it.
     """
 
     title: str
@@ -44,7 +43,7 @@ def show(console: Console, grids: Sequence[Grid]) -> None:
 
 
 def markdown(title: str, facts: Sequence[str], grids: Sequence[Grid]) -> str:
-    """All tables under one heading, after what they are of."""
+    """All tables under one heading, after `facts`: what they are of, one paragraph each."""
     blocks = [f"# {title}", *facts]
     for grid in grids:
         lines = [_line(grid.header), "|".join(["", "---", *["---:"] * (len(grid.header) - 1), ""])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from training.evaluation.metrics import QueryScores
-from training.evaluation.module_diagnostics import CompensationVitality, ModulationVitality
+from training.evaluation.module_diagnostics import CompensationDiagnostics, ModulationDiagnostics
 from training.evaluation.report import SplitEvaluation
 from training.evaluation.scoring import SplitScores
+from training.files import write_file
 
 _NUMBERS = re.compile(r"\[\s+(-?\d[-+.,\deE\s]*)\s+\]")
 
@@ -76,7 +76,7 @@ class SearchResult(_Stored):
     query_people: list[int]
     modulated: RankingResult | None
     unmodulated: RankingResult
-    modulation: ModulationVitality | None
+    modulation: ModulationDiagnostics | None
 
     @classmethod
     def of(cls, scores: SplitScores, summary: SplitEvaluation) -> SearchResult:
@@ -114,7 +114,7 @@ class CellResult(_Stored):
     settings: dict[str, Any]
     machine: dict[str, Any]
     searches: list[SearchResult]
-    compensation: dict[str, CompensationVitality | None] | None
+    compensation: dict[str, CompensationDiagnostics | None] | None
 
     @property
     def first(self) -> SearchResult:
@@ -142,18 +142,7 @@ def whole_seeds(results: Sequence[CellResult], rows: Sequence[str]) -> list[int]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write atomically, every list of numbers on one line."""
+    """Replace `path` by indented JSON in which every list of numbers is on one line."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-    write_text(path, text + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file or leave the one that was there: an interruption never leaves a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_file(path, text + "\n")

@@ -10,22 +10,24 @@ from typing import Any
 from training.ablation.cells import AblationError, Cell, Start, changed_model
 from training.ablation.paired import SeedSpread
 from training.ablation.render import Grid
+from training.ablation.report import Ablation, Summary
 from training.ablation.results import CellResult, RankingResult, whole_seeds
 from training.ablation.table3 import (
     BASE,
     BASE_TITLE,
     BOTH,
-    FIGURES,
+    FIGURE_COLUMNS,
     NOT_COMPARABLE,
     comparable,
     hct_settings,
     hct_words,
+    rankings_of_row,
     row_recipe,
     scope,
-    ways,
 )
 from training.datasets import DatasetName
 from training.evaluation.published import TITLES, PublishedRow, published_rows
+from training.files import write_figure
 from training.recipe import Recipe
 
 # The paper prints its curves as a picture only: values and heights are in neither its text nor
@@ -48,8 +50,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: `name` as on the command line, `axis` as on the plot."""
+    """A sweep: `figure` of the paper, `name` as on the command line, `axis` as on the plot."""
 
+    figure: str
     name: str
     axis: str
     points: list[Point]
@@ -65,13 +68,14 @@ class Sweep:
 
     @property
     def row_names(self) -> list[str]:
+        """The rows of all points; a seed is whole when it has a cell of each."""
         return [row for point in self.points for row in point.rows]
 
 
 def sweep_lambda(recipe: Recipe, start: Start, values: Sequence[float] = LAMBDAS) -> Sweep:
-    """Both modules on, λ in the last stage, and in the others as much as they have beside it.
+    """Both modules on; λ of the last stage takes each value, and that of the others in proportion.
 
-    Raises AblationError where the last stage has none.
+    Raises AblationError where the last stage has no weight of modulation.
     """
     both = row_recipe(recipe, BOTH)
     own = both.stages[-1].weights.modulation
@@ -84,7 +88,7 @@ def sweep_lambda(recipe: Recipe, start: Start, values: Sequence[float] = LAMBDAS
             stage["weights"]["modulation"] *= value / own
         row = f"lambda-{value:g}"
         points.append(Point(value, {row: "CMT"}, {row: Recipe.model_validate(content)}, start))
-    return Sweep("lambda", "λ (weight of the modulation loss)", points)
+    return Sweep("Figure 3 (a)", "lambda", "λ (weight of the modulation loss)", points)
 
 
 def sweep_parts(recipe: Recipe, start: Start, values: Sequence[int]) -> Sweep:
@@ -107,7 +111,7 @@ def sweep_parts(recipe: Recipe, start: Start, values: Sequence[int]) -> Sweep:
                 start_of_parts(start, value),
             )
         )
-    return Sweep("parts", "p (number of parts)", points)
+    return Sweep("Figure 3 (b)", "parts", "p (number of parts)", points)
 
 
 def start_of_parts(start: Start, parts: int) -> Start:
@@ -133,16 +137,39 @@ def possible_parts(recipes: Sequence[Recipe]) -> list[int]:
     return possible
 
 
+def sweep_ablation(
+    sweep: Sweep,
+    recipe: Recipe,
+    dataset: DatasetName,
+    seeds: Sequence[int],
+    picture: Path | None = None,
+) -> Ablation:
+    """Figure 3 (a) or (b): its cells, and the curves of those that are finished.
+
+    picture: where the curves are drawn each time that cells are summarised, if given.
+    """
+
+    def summarise(results: Sequence[CellResult]) -> Summary | None:
+        found = summarise_sweep(sweep, results, dataset)
+        if found is None:
+            return None
+        if picture is not None:
+            plot_sweep(sweep, found, recipe, picture)
+        return Summary([grid(sweep, found, recipe)], sweep_json(sweep, found, recipe))
+
+    return Ablation(sweep.figure, recipe, sweep.cells(seeds), summarise)
+
+
 @dataclass(frozen=True)
-class Curve:
-    """One line of the plot: its title, and per value the rankings, one a seed."""
+class SweepCurve:
+    """One line of the plot: its title, and for each value the rankings, one per seed."""
 
     title: str
     values: list[float]
     rankings: list[list[RankingResult]]
 
     def spreads(self, figure: str) -> list[SeedSpread]:
-        """Over the seeds, one a value."""
+        """Over the seeds, one per value. figure: a field of `TrialFigures`."""
         return [SeedSpread.over([r.mean(figure) for r in seeds]) for seeds in self.rankings]
 
 
@@ -151,7 +178,7 @@ class SweepResult:
     """Curves over the seeds for which every point is finished."""
 
     seeds: list[int]
-    curves: list[Curve]
+    curves: list[SweepCurve]
     cells: list[CellResult]
     published: PublishedRow | None
 
@@ -170,13 +197,13 @@ def summarise_sweep(
         for row, title in point.rows.items():
             of_row = [by_cell[row, seed] for seed in seeds]
             cells += of_row
-            found = ways(of_row)
+            found = rankings_of_row(of_row)
             for way, rankings in found:
                 name = title if len(found) == 1 else f"{title}, {way}"
                 values, of_values = lines.setdefault(name, ([], []))
                 values.append(point.value)
                 of_values.append(rankings)
-    curves = [Curve(title, *line) for title, line in lines.items()]
+    curves = [SweepCurve(title, *line) for title, line in lines.items()]
     return SweepResult(seeds, curves, cells, _published(dataset, cells[0]))
 
 
@@ -186,7 +213,7 @@ def grid(sweep: Sweep, result: SweepResult, recipe: Recipe) -> Grid:
         [
             curve.title,
             f"{value:g}",
-            *(str(curve.spreads(figure)[place]) for _, figure in FIGURES),
+            *(str(curve.spreads(figure)[place]) for _, figure in FIGURE_COLUMNS),
         ]
         for curve in result.curves
         for place, value in enumerate(curve.values)
@@ -194,7 +221,7 @@ def grid(sweep: Sweep, result: SweepResult, recipe: Recipe) -> Grid:
     cell = result.cells[0]
     notes = [scope(cell, result.seeds), *captions(sweep, result, recipe)]
     if result.published is not None:
-        figures = (getattr(result.published, figure, None) for _, figure in FIGURES)
+        figures = (getattr(result.published, figure, None) for _, figure in FIGURE_COLUMNS)
         rows += [
             ["published"],
             [
@@ -207,14 +234,14 @@ def grid(sweep: Sweep, result: SweepResult, recipe: Recipe) -> Grid:
             notes.append(NOT_COMPARABLE)
     return Grid(
         title=f"Figure 3, {sweep.axis}, {cell.first.title}",
-        header=["", sweep.name, *(name for name, _ in FIGURES)],
+        header=["", sweep.name, *(name for name, _ in FIGURE_COLUMNS)],
         rows=rows,
         notes=notes,
     )
 
 
 def captions(sweep: Sweep, result: SweepResult, recipe: Recipe) -> list[str]:
-    """What must stand beside the curves: the published point, and of what the base is made."""
+    """Sentences that belong beside the curves: the published point, and the base's settings."""
     lines = []
     if (row := result.published) is not None:
         at = f"{sweep.name} {PUBLISHED_AT[sweep.name]:g}"
@@ -227,7 +254,7 @@ def captions(sweep: Sweep, result: SweepResult, recipe: Recipe) -> list[str]:
     return lines
 
 
-def to_json(sweep: Sweep, result: SweepResult, recipe: Recipe) -> dict[str, Any]:
+def sweep_json(sweep: Sweep, result: SweepResult, recipe: Recipe) -> dict[str, Any]:
     """Curves with their deviations, the published point, all cells."""
     return {
         "seeds": result.seeds,
@@ -238,7 +265,7 @@ def to_json(sweep: Sweep, result: SweepResult, recipe: Recipe) -> dict[str, Any]
                 sweep.name: curve.values,
                 **{
                     figure: [asdict(spread) for spread in curve.spreads(figure)]
-                    for _, figure in FIGURES
+                    for _, figure in FIGURE_COLUMNS
                 },
             }
             for curve in result.curves
@@ -250,10 +277,10 @@ def to_json(sweep: Sweep, result: SweepResult, recipe: Recipe) -> dict[str, Any]
     }
 
 
-def plot(sweep: Sweep, result: SweepResult, recipe: Recipe, path: Path) -> None:
+def plot_sweep(sweep: Sweep, result: SweepResult, recipe: Recipe, path: Path) -> None:
     """Rank-1 and mAP over the values, as .png, .svg or .pdf; bars are deviations over seeds.
 
-    The published point is drawn where the test set is the published one, else stated.
+    The published point is drawn where the test set is the published one, and only stated elsewhere.
     """
     from matplotlib.figure import Figure  # slow to import, and only here
 
@@ -266,7 +293,8 @@ def plot(sweep: Sweep, result: SweepResult, recipe: Recipe, path: Path) -> None:
     ):
         for place, curve in enumerate(result.curves):
             spreads = curve.spreads(field)
-            # Values lie far apart in ratio: each gets the same room, and bars beside each other.
+            # Values differ by large factors: they are spaced evenly, and curves are offset a
+            # little, so that their error bars do not overlap.
             panel.errorbar(
                 [values.index(value) + 0.04 * place for value in curve.values],
                 [100 * spread.mean for spread in spreads],
@@ -294,8 +322,7 @@ def plot(sweep: Sweep, result: SweepResult, recipe: Recipe, path: Path) -> None:
     seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}"
     title = f"{first.title}, {first.identities} identities, {seeds}"
     figure.suptitle("\n".join([title, *captions(sweep, result, recipe)]), fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, dpi=150)
 
 
 def _published(dataset: DatasetName, cell: CellResult) -> PublishedRow | None:

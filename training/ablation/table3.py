@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from training.ablation.cells import Cell, Start, switched
-from training.ablation.paired import Comparison, SeedSpread, compare
+from training.ablation.paired import PairedComparison, SeedSpread, compare_paired
 from training.ablation.render import Grid
+from training.ablation.report import Ablation, Summary
 from training.ablation.results import CellResult, RankingResult, whole_seeds
 from training.datasets import DatasetName
 from training.evaluation.published import published_rows
@@ -16,7 +17,7 @@ from training.evaluation.tables import PUBLISHED_QUERIES
 from training.recipe import Recipe
 
 PUBLISHED = "SYSU-MM01 ablation (Table 3)"  # the name in published.csv
-FIGURES = (
+FIGURE_COLUMNS = (
     ("rank-1", "rank_1"),
     ("rank-10", "rank_10"),
     ("rank-20", "rank_20"),
@@ -31,7 +32,7 @@ NOT_COMPARABLE = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Table3Row:
     """A row of Table 3; `title` is the method's name in published.csv."""
 
     name: str
@@ -40,23 +41,36 @@ class Row:
     instance_alignment: bool
 
 
-BASE = Row("base", "base", False, False)
-MAM = Row("mam", "base+MAM", True, False)
-IAM = Row("iam", "base+IAM", False, True)
-BOTH = Row("mam-iam", "base+MAM+IAM", True, True)
-BASE_TITLE = "base*"  # where our figures stand: HCT's points are a footnote
+BASE = Table3Row("base", "base", False, False)
+MAM = Table3Row("mam", "base+MAM", True, False)
+IAM = Table3Row("iam", "base+IAM", False, True)
+BOTH = Table3Row("mam-iam", "base+MAM+IAM", True, True)
+BASE_TITLE = "base*"  # of our own figures: a footnote names the settings that differ from HCT's
 ROWS = (BASE, MAM, IAM, BOTH)
 
 
 def table3_cells(recipe: Recipe, start: Start, seeds: Sequence[int]) -> list[Cell]:
-    """All four rows of the first seed, then of the next: what is interrupted has whole seeds.
+    """All four rows of the first seed, then of the next: an interrupted ablation has whole seeds.
 
-    Nothing but the switches of the modules differs between the rows.
+    Nothing but the switches of the two modules differs between the rows.
     """
     return [Cell(row.name, seed, row_recipe(recipe, row), start) for seed in seeds for row in ROWS]
 
 
-def row_recipe(recipe: Recipe, row: Row) -> Recipe:
+def table3_ablation(recipe: Recipe, start: Start, seeds: Sequence[int]) -> Ablation:
+    """Table 3: its cells, and the tables of those that are finished."""
+
+    def summarise(results: Sequence[CellResult]) -> Summary | None:
+        table = summarise_table3(results)
+        if table is None:
+            return None
+        return Summary(grids(table, recipe), table3_json(table, recipe))
+
+    return Ablation("Table 3", recipe, table3_cells(recipe, start, seeds), summarise)
+
+
+def row_recipe(recipe: Recipe, row: Table3Row) -> Recipe:
+    """`recipe` with the modules of a row."""
     return switched(
         recipe,
         modality_alignment=row.modality_alignment,
@@ -73,7 +87,7 @@ def hct_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def hct_words(recipe: Recipe) -> str:
-    """The same as a footnote of every figure of a base."""
+    """The same as the footnote that belongs to every figure of a base."""
     words = ", ".join(f"{name} {_word(value)}" for name, value in hct_settings(recipe).items())
     return f"{BASE_TITLE}: {words} (where the public settings of HCT, the paper's base, differ)."
 
@@ -90,7 +104,7 @@ def comparable(cell: CellResult) -> bool:
 
 
 def scope(cell: CellResult, seeds: Sequence[int]) -> str:
-    """What figures are means over, and of how many people and images, in a sentence."""
+    """One sentence: what figures are means over, and of how many people and images."""
     first = cell.first
     numbers = ", ".join(map(str, seeds))
     over = (
@@ -114,16 +128,15 @@ def scope(cell: CellResult, seeds: Sequence[int]) -> str:
 class Table3:
     """Figures over the seeds whose four rows are all finished.
 
-    Attributes:
-        seeds: those seeds.
-        cells: row name → its results, in the order of `seeds`.
-        comparisons: paired tests of the first search.
-        in_order: whether mean mAP has the paper's order: base below each module, both above all.
+    seeds: those seeds.
+    cells: row name → its results, in the order of `seeds`.
+    comparisons: paired tests of the first search.
+    in_order: whether mean mAP has the paper's order: base below each module, both above all.
     """
 
     seeds: list[int]
     cells: dict[str, list[CellResult]]
-    comparisons: list[Comparison]
+    comparisons: list[PairedComparison]
     in_order: bool
 
 
@@ -137,11 +150,11 @@ def summarise_table3(results: Sequence[CellResult]) -> Table3 | None:
     own = {name: [result.first.own for result in of_row] for name, of_row in cells.items()}
     people = cells[BASE.name][0].first.query_people
     comparisons = [
-        compare(f"{one.title} − {other.title}", own[one.name], own[other.name], people)
+        compare_paired(f"{one.title} − {other.title}", own[one.name], own[other.name], people)
         for one, other in ((MAM, BASE), (IAM, BASE), (BOTH, BASE), (BOTH, MAM), (BOTH, IAM))
     ]
     comparisons += [
-        compare(
+        compare_paired(
             f"{row.title}: modulated − unmodulated",
             own[row.name],
             [result.first.unmodulated for result in cells[row.name]],
@@ -155,10 +168,10 @@ def summarise_table3(results: Sequence[CellResult]) -> Table3 | None:
 
 def grids(table: Table3, recipe: Recipe) -> list[Grid]:
     """Table 3 with the published rows, the paired tests, and what shows the modules alive."""
-    return [_figures(table, recipe), _comparisons(table), _vitality(table)]
+    return [_figures(table, recipe), _comparisons(table), _module_diagnostics(table)]
 
 
-def to_json(table: Table3, recipe: Recipe) -> dict[str, Any]:
+def table3_json(table: Table3, recipe: Recipe) -> dict[str, Any]:
     """Rows of all searches, comparisons, published rows, all cells."""
     return {
         "seeds": table.seeds,
@@ -171,12 +184,12 @@ def to_json(table: Table3, recipe: Recipe) -> dict[str, Any]:
                 "ranking": way,
                 **{
                     figure: asdict(SeedSpread.over([r.mean(figure) for r in rankings]))
-                    for _, figure in FIGURES
+                    for _, figure in FIGURE_COLUMNS
                 },
             }
             for number in range(len(table.cells[BASE.name][0].searches))
             for row in ROWS
-            for way, rankings in ways(table.cells[row.name], number)
+            for way, rankings in rankings_of_row(table.cells[row.name], number)
         ],
         "comparisons": [asdict(comparison) for comparison in table.comparisons],
         "published": [asdict(row) for row in published_rows(PUBLISHED)],
@@ -184,31 +197,35 @@ def to_json(table: Table3, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def ways(results: Sequence[CellResult], search: int = 0) -> list[tuple[str, list[RankingResult]]]:
-    """The ways of ranking of a row, its own first; one entry a seed."""
+def rankings_of_row(
+    results: Sequence[CellResult], search: int = 0
+) -> list[tuple[str, list[RankingResult]]]:
+    """A row's rankings by name, its own first: modulated where it has IAM. One entry a seed."""
     searches = [result.searches[search] for result in results]
-    ways = [("unmodulated", [found.unmodulated for found in searches])]
+    unmodulated = ("unmodulated", [found.unmodulated for found in searches])
     modulated = [found.modulated for found in searches if found.modulated is not None]
-    return [("modulated", modulated), *ways] if modulated else ways
+    return [("modulated", modulated), unmodulated] if modulated else [unmodulated]
 
 
 def _figures(table: Table3, recipe: Recipe) -> Grid:
     rows: list[list[str]] = [["measured"]]
     for row in ROWS:
         title = BASE_TITLE if row is BASE else row.title
-        for way, rankings in ways(table.cells[row.name]):
-            spreads = [SeedSpread.over([r.mean(figure) for r in rankings]) for _, figure in FIGURES]
+        for way, rankings in rankings_of_row(table.cells[row.name]):
+            spreads = [
+                SeedSpread.over([r.mean(figure) for r in rankings]) for _, figure in FIGURE_COLUMNS
+            ]
             rows.append([title, way, *map(str, spreads)])
     rows.append(["published"])
     for published in published_rows(PUBLISHED):
-        values = (getattr(published, figure, None) for _, figure in FIGURES)
+        values = (getattr(published, figure, None) for _, figure in FIGURE_COLUMNS)
         rows.append([published.method, "", *("" if v is None else f"{v:.2f}" for v in values)])
     cell = table.cells[BASE.name][0]
     first = cell.first
     caveat = "" if comparable(cell) else f" {NOT_COMPARABLE}"
     return Grid(
         title=f"Table 3, {first.title}",
-        header=["", "ranking", *(name for name, _ in FIGURES)],
+        header=["", "ranking", *(name for name, _ in FIGURE_COLUMNS)],
         rows=rows,
         notes=[
             scope(cell, table.seeds) + caveat,
@@ -244,7 +261,7 @@ def _comparisons(table: Table3) -> Grid:
     )
 
 
-def _vitality(table: Table3) -> Grid:
+def _module_diagnostics(table: Table3) -> Grid:
     rows = []
     for row in ROWS:
         if not (row.modality_alignment or row.instance_alignment):

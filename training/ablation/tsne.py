@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import CMT
+from model import CMT, CheckpointInfo, load_checkpoint
+from model.machine import machine
 from training.ablation.cells import AblationError
-from training.datasets import Sample
+from training.datasets import LAYOUTS, DatasetName, Sample
+from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.embedding import embed_samples
 from training.evaluation.metrics import FloatArray, IntArray
+from training.files import write_figure
 
 PERPLEXITY = 30.0
 MOST_PEOPLE = 20  # colours that can be told apart
@@ -34,11 +37,10 @@ class Cloud:
 class Alignment:
     """How well two clouds agree on who is who, in feature space (not in the picture).
 
-    Attributes:
-        title: which clouds.
-        distance_ratio: mean distance between the clouds of the same person's features / of
-            different people's; 1 where the person makes no difference.
-        silhouette: mean silhouette coefficient of both clouds together, grouped by person.
+    title: which clouds.
+    distance_ratio: mean Euclidean distance between the clouds of the same person's features /
+        of different people's; 1 where the person makes no difference.
+    silhouette: mean silhouette coefficient of both clouds together, grouped by person.
     """
 
     title: str
@@ -46,10 +48,57 @@ class Alignment:
     silhouette: float
 
 
-def choose_people(samples: Sequence[Sample], people: int, seed: int) -> list[Sample]:
-    """All images of so many people who have both modalities, drawn with `seed`.
+@dataclass(frozen=True)
+class Figure4Request:
+    """What Figure 4 is drawn of.
 
-    Raises AblationError where there are fewer.
+    checkpoint: with modality alignment. dataset, root: where the images are. ids: a list of
+    identities to choose from; None: the test side of `trial`. people: how many of them to show.
+    seed: of the choice of people and of t-SNE. device: "cpu", "cuda", ….
+    """
+
+    checkpoint: Path
+    dataset: DatasetName
+    root: Path
+    ids: Path | None = None
+    trial: int = 1
+    people: int = 10
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Figure4:
+    """The clouds of Figure 4, how well they agree, and where t-SNE puts them, M×2 of each."""
+
+    info: CheckpointInfo
+    clouds: list[Cloud]
+    alignments: list[Alignment]
+    plane: list[FloatArray]
+
+
+def figure_4(request: Figure4Request) -> Figure4:
+    """Choose people, embed their images and compare the features.
+
+    Raises AblationError where too few people have both modalities or the network has no modality
+    alignment, DatasetError for a folder that is not as its layout says or people whom the network
+    was trained on, and CheckpointError.
+    """
+    layout = LAYOUTS[request.dataset]
+    model, info = load_checkpoint(request.checkpoint, request.device)
+    ids = None if request.ids is None else layout.read_ids(request.ids)
+    samples = layout.test(request.root, request.trial, ids)
+    chosen = choose_people(samples, request.people, request.seed)
+    people = sorted({sample.person_id for sample in chosen})
+    refuse_training_identities(info, request.dataset, people)
+    clouds = clouds_of(model, chosen)
+    return Figure4(info, clouds, alignments(clouds), embed_in_plane(clouds, request.seed))
+
+
+def choose_people(samples: Sequence[Sample], people: int, seed: int) -> list[Sample]:
+    """All images of `people` identities that have both modalities, drawn with `seed`.
+
+    Raises AblationError where there are fewer, or more are asked for than colours tell apart.
     """
     seen = {
         modality: {sample.person_id for sample in samples if sample.modality == modality}
@@ -66,7 +115,7 @@ def choose_people(samples: Sequence[Sample], people: int, seed: int) -> list[Sam
 
 
 def clouds_of(model: CMT, samples: Sequence[Sample]) -> list[Cloud]:
-    """F^R, F^I of the images, and F̂^R (from infrared images), F̂^I (from visible ones).
+    """F^R and F^I of the images, F̂^R (of infrared images) and F̂^I (of visible ones), all M×P·D.
 
     Raises AblationError for a network without modality alignment.
     """
@@ -119,7 +168,7 @@ def alignments(clouds: Sequence[Cloud]) -> list[Alignment]:
 
 
 def embed_in_plane(clouds: Sequence[Cloud], seed: int) -> list[FloatArray]:
-    """t-SNE of all clouds at once → M×2 of each, so that panels share one map."""
+    """t-SNE of all clouds together → M×2 of each, so that the panels share one map."""
     from sklearn.manifold import TSNE
 
     together = np.concatenate([cloud.features for cloud in clouds])
@@ -128,9 +177,7 @@ def embed_in_plane(clouds: Sequence[Cloud], seed: int) -> list[FloatArray]:
     return np.split(plane, np.cumsum([len(cloud.people) for cloud in clouds])[:-1])
 
 
-def plot(
-    clouds: Sequence[Cloud], plane: Sequence[FloatArray], figures: Sequence[Alignment], path: Path
-) -> None:
+def plot_figure_4(drawn: Figure4, path: Path) -> None:
     """Three panels, as .png, .svg or .pdf: colour is the person; circles F, triangles F̂.
 
     Filled markers are visible features, hollow ones infrared.
@@ -139,7 +186,7 @@ def plot(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    people = np.unique(clouds[0].people)
+    people = np.unique(drawn.clouds[0].people)
     palette = colormaps["tab10" if people.size <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     colour = {person: palette[number] for number, person in enumerate(people.tolist())}
     markers = {"F rgb": ("o", True), "F ir": ("o", False), "F̂ rgb": ("^", True)}
@@ -148,8 +195,8 @@ def plot(
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
-    for panel, titles, alignment in zip(panels, panels_of, figures, strict=True):
-        for cloud, points in zip(clouds, plane, strict=True):
+    for panel, titles, alignment in zip(panels, panels_of, drawn.alignments, strict=True):
+        for cloud, points in zip(drawn.clouds, drawn.plane, strict=True):
             if cloud.title not in titles:
                 continue
             marker, filled = markers[cloud.title]
@@ -184,14 +231,18 @@ def plot(
         for person in people.tolist()
     ]
     figure.legend(handles=kinds + patches, loc="outside right center", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, dpi=150)
 
 
-def to_json(clouds: Sequence[Cloud], figures: Sequence[Alignment]) -> dict[str, Any]:
-    """Who is shown, how many features of each kind, and the figures."""
+def figure_4_json(request: Figure4Request, drawn: Figure4) -> dict[str, Any]:
+    """Who is shown of which checkpoint, how many features of each kind, and the figures."""
     return {
-        "people": np.unique(clouds[0].people).tolist(),
-        "features": {cloud.title: len(cloud.people) for cloud in clouds},
-        "alignments": [vars(figure) for figure in figures],
+        "ablation": "Figure 4",
+        "checkpoint": {"file": request.checkpoint.name, "fingerprint": drawn.info.fingerprint},
+        "dataset": request.dataset.value,
+        "seed": request.seed,
+        "people": np.unique(drawn.clouds[0].people).tolist(),
+        "features": {cloud.title: len(cloud.people) for cloud in drawn.clouds},
+        "alignments": [vars(alignment) for alignment in drawn.alignments],
+        "machine": machine(),
     }

@@ -7,8 +7,8 @@ which of them look alike decides the rare false accepts (Dietterich's 5×2 cross
 Computation 1998).
 
 The pairs of a half are normalised by reference images of the other half. References of the same
-people would know who of them looks like whom, which those of a service's gallery never do: scores
-would look better than they are, the more so the more a normalisation leans on the references.
+people would carry who of them looks like whom, which those of a service's gallery never do: scores
+would look better than they are, and more so the more a normalisation relies on the references.
 What is stored has references of everybody, and a curve fitted on the pairs of all halves.
 """
 
@@ -56,10 +56,9 @@ FALSE_ACCEPT_RATES = (0.01, 0.001)
 class Fit:
     """A calibration and what only reports need.
 
-    Attributes:
-        calibration: to store in the checkpoint.
-        reliabilities: cross-fitted, one for each of its maps.
-        left_out: a sentence for each modality pair that has no curve.
+    calibration: to store in the checkpoint.
+    reliabilities: cross-fitted, one for each of its maps.
+    left_out: a sentence for each modality pair that has no curve.
     """
 
     calibration: Calibration
@@ -94,15 +93,13 @@ def fit_calibration(
     modality get none where the set has too few of one person (a single image of each in that
     modality, say); across modalities they must be there.
 
-    Args:
-        model: whose γ, β and metric count.
-        embedded: held-out images, of both modalities.
-        dataset: whose protocol leaves pairs out.
-        prior: share of pairs of one person that the probabilities assume.
-        progress: told what is being fitted.
-
-    Raises:
-        DatasetError: a modality is missing, or fewer than four people have pairs across both.
+    model: whose γ, β and metric count.
+    embedded: held-out images, of both modalities.
+    dataset: whose protocol leaves pairs out.
+    prior: share of pairs of one person that the probabilities assume.
+    progress: told what is being fitted.
+    Raises DatasetError where a modality is missing, or fewer than four people have pairs across
+    both.
     """
     maker = PairMaker(model, embedded, dataset)
     identities = sorted({sample.person_id for sample in embedded.samples})
@@ -141,12 +138,11 @@ def fit_calibration(
 
 @dataclass(frozen=True)
 class _Half:
-    """One half of the people: their pairs among themselves, and whose references judge them.
+    """One half of the people: their pairs among themselves, and the references of the other half.
 
-    Attributes:
-        queries, gallery, references: which of the Q, N and R are used.
-        counted: the pairs that count, queries×gallery.
-        same: of the counted ones.
+    queries, gallery, references: which of the Q, N and R of `Pairs` are used.
+    counted: the pairs that count, queries×gallery.
+    same: whether each counted pair is of one person.
     """
 
     queries: IntArray

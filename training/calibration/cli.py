@@ -1,6 +1,5 @@
 """`cmt calibrate`."""
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from model import load_checkpoint, store_calibration
+from model import store_calibration
 from model.calibration import (
     NORMALISATIONS,
     CalibrationFacts,
@@ -17,20 +16,20 @@ from model.calibration import (
     Normalisation,
     Threshold,
 )
-from training.calibration.calibrate import FALSE_ACCEPT_RATES, fit_calibration
+from training.calibration.calibrate import FALSE_ACCEPT_RATES
+from training.calibration.checkpoint import CalibrationRequest, calibrate_checkpoint
 from training.calibration.curves import FITS, Method
-from training.calibration.pairs import held_out_images
-from training.calibration.plot import PLOT_SUFFIXES, plot_reliability
-from training.datasets import LAYOUTS, DatasetName
+from training.calibration.plot import plot_reliability
+from training.datasets import DatasetName
 from training.device import chosen_device
-from training.evaluation.checkpoints import refuse_training_identities
-from training.evaluation.embedding import embed_samples
+from training.files import write_report
+from training.options import BatchSize, Device, FiguresFile, Root, Workers, check_picture
 
 
 def calibrate(
     checkpoint: Annotated[Path, typer.Option(help="The .safetensors file to calibrate.")],
     dataset: Annotated[DatasetName, typer.Option(help="Layout of ROOT.")],
-    root: Annotated[Path, typer.Option(help="Folder of the dataset.")],
+    root: Root,
     ids: Annotated[
         Path, typer.Option(help="List of identities that the checkpoint was not trained on.")
     ],
@@ -44,12 +43,10 @@ def calibrate(
         ),
     ] = 0.5,
     plot: Annotated[Path | None, typer.Option(help="Write reliability diagrams here.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    json_file: FiguresFile = None,
+    device: Device = "auto",
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
 ) -> None:
     """Teach a checkpoint what its distances mean: probabilities of "same person", and thresholds.
 
@@ -59,24 +56,16 @@ def calibrate(
     Example: cmt calibrate --checkpoint run/last.safetensors --dataset sysu --root SYSU-MM01
     --ids SYSU-MM01/exp/val_id.txt --plot reliability.png
     """
-    device = chosen_device(device)
-    if plot is not None and plot.suffix not in PLOT_SUFFIXES:  # before minutes of embedding
-        raise typer.BadParameter(f"{plot} ends in none of {', '.join(PLOT_SUFFIXES)}")
-    layout = LAYOUTS[dataset]
-    wanted = layout.read_ids(ids)
-    model, info = load_checkpoint(checkpoint, device)
-    trial = int(info.training.get("trial", 1)) if layout.trials > 1 else 1
-    samples = layout.test(root, trial, wanted)
-    refuse_training_identities(info, dataset, sorted({sample.person_id for sample in samples}))
-    samples = held_out_images(samples)
+    check_picture(plot)
+    request = CalibrationRequest(
+        *(checkpoint, dataset, root, ids, prior),
+        device=chosen_device(device),
+        batch_size=batch_size,
+        workers=workers,
+    )
     console = Console(soft_wrap=True, highlight=False)
-    with console.status(f"Embedding {len(samples)} images on {device}") as status:
-        embedded = embed_samples(model, samples, batch_size=batch_size, workers=workers)
-        fit = fit_calibration(
-            *(model, embedded, dataset),
-            prior=prior,
-            progress=lambda what: status.update(f"Fitting {what}"),
-        )
+    with console.status(f"Reading {checkpoint} and the images of {root}") as status:
+        info, fit = calibrate_checkpoint(request, progress=status.update)
     facts = fit.calibration.facts
     for modulated in (True, False):
         console.print(_table(facts, modulated))
@@ -85,12 +74,11 @@ def calibrate(
     store_calibration(checkpoint, output or checkpoint, fit.calibration, info.fingerprint)
     console.print(f"Stored in {output or checkpoint}; its fingerprint is unchanged.")
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "checkpoint": {"file": checkpoint.name, "fingerprint": info.fingerprint},
             "calibration": fit.to_json(),
         }
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_report(json_file, content)
     if plot is not None:
         plot_reliability(facts, fit.reliabilities, plot)
 

@@ -95,11 +95,10 @@ def log_loss(probabilities: FloatArray, same: BoolArray, prior: float) -> float:
 class Reliability:
     """Predicted against observed in ten equal bins of predicted probability.
 
-    Attributes:
-        predicted: mean prediction in each bin, pairs weighted to the prior; NaN in an empty one.
-        observed: share of pairs of one person there, weighted alike.
-        positives, negatives: pairs of one and of two people there.
-        error: expected calibration error, the mean of |predicted − observed| over the weight.
+    predicted: mean prediction in each bin, pairs weighted to the prior; NaN in an empty one.
+    observed: share of pairs of one person there, weighted alike.
+    positives, negatives: pairs of one and of two people there.
+    error: expected calibration error, the mean of |predicted − observed| over the weight.
     """
 
     predicted: FloatArray

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import CMT, Modulation
+from model import CMT, Modality, Modulation
 from model.calibration import FloatArray, reference_distances
 from model.config import MODALITIES
-from training.datasets import DatasetName, Modality, Sample
+from training.datasets import DatasetName, Sample
 from training.evaluation.embedding import Embedded
 from training.evaluation.metrics import BoolArray, IntArray, excluded_pairs
 from training.evaluation.protocols import protocol_of
@@ -19,8 +19,8 @@ from training.evaluation.scoring import distances, modulation_of
 from training.evaluation.splits import of_modality
 
 IMAGES = 1000  # of each modality at most: a million pairs of each kind
-REFERENCES = 128  # of each modality, or fewer where both sets together would pass:
-REFERENCE_BYTES = 1 << 20
+REFERENCE_BYTES = 1 << 20  # of both modalities together, in a checkpoint
+REFERENCES = 128  # of each modality, or fewer where REFERENCE_BYTES does not allow them
 FEWEST_REFERENCES = 64  # while fitting, where nothing is stored
 _BYTES_OF_A_NUMBER = 2  # fp16
 
@@ -29,14 +29,13 @@ _BYTES_OF_A_NUMBER = 2  # fp16
 class Pairs:
     """All pairs of Q queries and N gallery images that count, of one modality pair.
 
-    Attributes:
-        distance: Q×N.
-        reference: each query's distances to R images of the gallery's modality, of all people.
-        reference_people: R.
-        same: Q×N, whether both are of one person.
-        counted: Q×N, whether the pair counts.
-        query_people: Q.
-        gallery_people: N.
+    distance: Q×N.
+    reference: each query's distances to R images of the gallery's modality, of all people.
+    reference_people: R.
+    same: Q×N, whether both are of one person.
+    counted: Q×N, whether the pair counts.
+    query_people: Q.
+    gallery_people: N.
     """
 
     distance: FloatArray
@@ -51,8 +50,7 @@ class Pairs:
 def spread_out(samples: Sequence[Sample], modality: Modality, count: int) -> IntArray:
     """Indices of at most `count` images, taken in turn from every person and camera.
 
-    Raises:
-        DatasetError: there is no image of that modality.
+    Raises DatasetError where there is no image of that modality.
     """
     cells: dict[tuple[int, int], list[int]] = {}
     for i in of_modality(samples, modality).tolist():
@@ -68,15 +66,17 @@ def spread_out(samples: Sequence[Sample], modality: Modality, count: int) -> Int
 def held_out_images(samples: Sequence[Sample]) -> list[Sample]:
     """At most a thousand images of each modality: more pairs would only cost memory.
 
-    Raises:
-        DatasetError: a modality has no image.
+    Raises DatasetError where a modality has no image.
     """
     chosen = np.concatenate([spread_out(samples, modality, IMAGES) for modality in MODALITIES])
     return [samples[i] for i in np.sort(chosen).tolist()]
 
 
 def reference_count(embedding_size: int) -> int:
-    """How many reference embeddings of each modality a checkpoint gets."""
+    """How many reference embeddings of each modality a checkpoint gets.
+
+    embedding_size: numbers of one embedding, P·D.
+    """
     room = REFERENCE_BYTES // (len(MODALITIES) * _BYTES_OF_A_NUMBER * embedding_size)
     return max(1, min(REFERENCES, room))
 
@@ -85,7 +85,10 @@ class PairMaker:
     """Pairs between embedded images, modulated by the query's γ, β or not."""
 
     def __init__(self, model: CMT, embedded: Embedded, dataset: DatasetName) -> None:
-        """Raises DatasetError where a modality has no image."""
+        """dataset: whose protocol leaves pairs out.
+
+        Raises DatasetError where a modality is missing.
+        """
         self._model, self._samples = model, embedded.samples
         self._protocol = protocol_of(dataset)
         self._embedding = embedded.embedding

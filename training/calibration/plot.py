@@ -8,8 +8,8 @@ import numpy as np
 
 from model.calibration import CalibrationFacts, CalibrationMap
 from training.calibration.curves import BINS, Reliability
+from training.files import write_figure
 
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _SAME, _DIFFERENT = "#1a6fb5", "#c0504d"
 
 
@@ -38,8 +38,7 @@ def plot_reliability(
         f"Reliability on people held out of the fit (five halvings of {len(facts.identities)} "
         f"people of {facts.dataset}); pairs weighted to a prior of {facts.prior:g}"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
 
 
 def _diagram(panel: Any, chosen: CalibrationMap, diagram: Reliability) -> None:

@@ -10,7 +10,7 @@ from training.datasets.identity_lists import read_ids
 from training.datasets.layout import Layout
 from training.datasets.llcm import LLCM
 from training.datasets.regdb import RegDB
-from training.datasets.sample import DatasetError, DatasetName, Modality, Sample
+from training.datasets.sample import DatasetError, DatasetName, Sample
 from training.datasets.sysu import SYSU_IR_CAMERAS, SYSU_RGB_CAMERAS, Sysu, read_sysu
 
 LAYOUTS: dict[DatasetName, Layout] = {
@@ -21,8 +21,7 @@ LAYOUTS: dict[DatasetName, Layout] = {
 def find_layout(root: Path) -> Layout:
     """The layout that a folder has.
 
-    Raises:
-        DatasetError: it has none of them; the message says what each holds.
+    Raises DatasetError where it has none of them; the message says what each holds.
     """
     if not root.is_dir():
         raise DatasetError(f"Expected a dataset at {root}, but there is no such folder.")
@@ -43,7 +42,6 @@ __all__ = [
     "DatasetError",
     "DatasetName",
     "Layout",
-    "Modality",
     "Sample",
     "find_layout",
     "read_ids",

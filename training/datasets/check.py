@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from model import Modality
 from training.datasets.decoding import READERS, UnreadableImageError, decode
 from training.datasets.layout import Layout
-from training.datasets.sample import DatasetError, Modality, Sample
+from training.datasets.sample import DatasetError, Sample
 
 Progress = Callable[[Iterator[str | None], int], Iterator[str | None]]
 
@@ -28,15 +29,14 @@ class CameraCount:
 class DatasetCheck:
     """What a folder holds.
 
-    Attributes:
-        counts: by the names of `Layout.published` ("training identities", …); without the side
-            whose identity list is absent.
-        cameras: in order of modality and number.
-        one_modality: identities that have visible or infrared images only, each with the folder of
-            one of them.
-        empty: folders without any file, as an interrupted copy leaves them.
-        unreadable: files that do not decode, each with the reason.
-        notes: what could not be counted or is not as the protocol has it, in sentences.
+    counts: by the names of `Layout.published` ("training identities", …); without the side
+        whose identity list is absent.
+    cameras: in order of modality and number.
+    one_modality: identities that have visible or infrared images only, each with the folder of
+        one of them.
+    empty: folders without any file, as an interrupted copy leaves them.
+    unreadable: files that do not decode, each with the reason.
+    notes: what could not be counted or is not as the protocol has it, in sentences.
     """
 
     counts: dict[str, int]
@@ -52,11 +52,8 @@ def check_dataset(
 ) -> DatasetCheck:
     """Count a folder and decode every image of it.
 
-    Args:
-        progress: hands on an iterator over as many files as its second argument says.
-
-    Raises:
-        DatasetError: the folder is not of this layout.
+    progress: wraps the iterator over the files, whose number is its second argument.
+    Raises DatasetError where the folder is not of this layout.
     """
     layout.check_trial(trial)
     layout.check_root(root)

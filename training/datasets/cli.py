@@ -1,6 +1,5 @@
 """`cmt data`: look at a dataset before training on it."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,10 @@ from rich.table import Table
 
 from training.datasets import LAYOUTS, DatasetName, find_layout
 from training.datasets.check import DatasetCheck, check_dataset
+from training.files import write_report
+from training.options import Trial
 
-SHOWN = 10  # identities of a list; --json has all
+SHOWN_IDENTITIES = 10  # identities of a list; --json has all
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +35,7 @@ def check(
         DatasetName | None,
         typer.Option(help="Layout of ROOT. Default: the one whose folders it has."),
     ] = None,
-    trial: Annotated[int, typer.Option(help="RegDB: which of the ten splits.")] = 1,
+    trial: Trial = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the counts to this file.")
     ] = None,
@@ -71,9 +72,9 @@ def check(
             f"{len(found.one_modality)}",
             highlight=False,
         )
-        for person, folder in list(found.one_modality.items())[:SHOWN]:
+        for person, folder in list(found.one_modality.items())[:SHOWN_IDENTITIES]:
             console.print(f"  {person}: only {folder}", highlight=False, markup=False)
-        if len(found.one_modality) > SHOWN:
+        if len(found.one_modality) > SHOWN_IDENTITIES:
             console.print("  …")
     for folder in found.empty:
         console.print(f"Empty: {folder}", highlight=False, markup=False)
@@ -81,9 +82,8 @@ def check(
         console.print(f"Unreadable: {path}: {reason}", highlight=False, markup=False)
     console.print(f"{len(found.unreadable)} of {found.counts['images']} files are unreadable.")
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         content = {"dataset": layout.name.value, "published": layout.published} | asdict(found)
-        json_file.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        write_report(json_file, content)
     if found.unreadable:
         raise typer.Exit(1)
 

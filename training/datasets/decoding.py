@@ -18,8 +18,8 @@ class UnreadableImageError(ValueError):
 def decode(path: Path) -> Image.Image:
     """The image of a file, decoded to its last row.
 
-    Raises:
-        UnreadableImageError: there is no such file, it is of no known format, damaged or truncated.
+    Raises UnreadableImageError where there is no such file, it is of no known format, damaged or
+    truncated.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:

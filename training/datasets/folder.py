@@ -8,9 +8,10 @@ import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
+from model import Modality
 from training.datasets.identity_lists import read_text
 from training.datasets.layout import Layout
-from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
+from training.datasets.sample import DatasetError, DatasetName, Sample, is_image
 
 # As in RegDB: one camera for each kind of light.
 _STREAMS: tuple[tuple[Modality, int], ...] = (("rgb", 1), ("ir", 2))
@@ -64,7 +65,7 @@ def _people(folder: Path) -> list[Path]:
 
 
 def _names(root: Path) -> set[str]:
-    """Everyone who has a folder, if it holds images or not."""
+    """Everyone who has a folder, whether or not it holds images."""
     return {person.name for modality, _ in _STREAMS for person in _people(root / modality)}
 
 

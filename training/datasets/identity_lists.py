@@ -9,14 +9,12 @@ from training.datasets.sample import DatasetError, DatasetName
 def read_ids(path: Path, dataset: DatasetName | None = None, *, lowest: int = 1) -> list[int]:
     """Read an identity list such as ``exp/train_id.txt``, ascending and without repeats.
 
-    Args:
-        path: comma-separated text, or the ``.mat`` form of the original SYSU-MM01 archive (one
-            numeric array, under the key ``id``).
-        dataset: whose documentation an error names.
-        lowest: the smallest number that is an identity.
-
-    Raises:
-        DatasetError: the file is missing, empty or not a list of whole numbers from `lowest`.
+    path: comma-separated text, or the ``.mat`` form of the original SYSU-MM01 archive (one
+        numeric array, under the key ``id``).
+    dataset: whose documentation an error names.
+    lowest: the smallest number that is an identity.
+    Raises DatasetError where the file is missing, empty or not a list of whole numbers from
+    `lowest`.
     """
     values = (_ids_from_mat if path.suffix == ".mat" else _ids_from_text)(path, dataset)
     if not values or min(values) < lowest:
@@ -27,7 +25,10 @@ def read_ids(path: Path, dataset: DatasetName | None = None, *, lowest: int = 1)
 
 
 def read_text(path: Path, dataset: DatasetName | None = None) -> str:
-    """The text of a list that the layout needs; DatasetError where it is missing or no text."""
+    """The text of a list that the layout needs.
+
+    Raises DatasetError where it is missing or no text.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
@@ -44,12 +45,9 @@ def read_index(root: Path, path: Path, dataset: DatasetName) -> list[tuple[Path,
     The label is only checked to be a number: both sets number their training and test people from
     0 each, so that a label alone names two people. The person is the folder that the image is in.
 
-    Returns:
-        Absolute path and the number of the image's folder, in the order of the lines.
-
-    Raises:
-        DatasetError: the file is missing or empty, a line has another form, an image is not in a
-            numbered folder or not on disk, or two folders share a label.
+    Returns absolute path and the number of the image's folder, in the order of the lines.
+    Raises DatasetError where the file is missing or empty, a line has another form, an image is not
+    in a numbered folder or not on disk, or two folders share a label.
     """
     rows: list[tuple[Path, int]] = []
     folder_of_label: dict[int, str] = {}

@@ -12,12 +12,11 @@ from training.datasets.sample import DatasetError, DatasetName, Sample
 class Layout(ABC):
     """A folder layout and the sides of its protocol.
 
-    Attributes:
-        name: what `--dataset` says.
-        title: the set's name in tables.
-        folders: what its root holds; their absence tells a wrong root.
-        trials: how many splits into training and test people the set has (one model each).
-        published: what the set's own papers count, by the names that `cmt data check` uses.
+    name: what `--dataset` says.
+    title: the set's name in tables.
+    folders: what its root holds; a folder without them is no such root.
+    trials: how many splits into training and test people the set has (one model each).
+    published: what the set's own papers count, by the names that `cmt data check` uses.
     """
 
     name: ClassVar[DatasetName]
@@ -32,18 +31,17 @@ class Layout(ABC):
     ) -> list[Sample]:
         """Every image of a folder, or those of some identities.
 
-        Raises:
-            DatasetError: a file or folder of the layout is missing, or an identity that was asked
-                for has no image.
+        Raises DatasetError where a file or folder of the layout is missing, or an identity that was
+        asked for has no image.
         """
 
     @abstractmethod
     def train_ids(self, root: Path, trial: int = 1) -> set[int]:
-        """The identities that the protocol trains on; DatasetError where their list is missing."""
+        """The identities that the protocol trains on. Raises DatasetError without their list."""
 
     @abstractmethod
     def test_ids(self, root: Path, trial: int = 1) -> set[int]:
-        """The identities that the protocol tests on; DatasetError where their list is missing."""
+        """The identities that the protocol tests on. Raises DatasetError without their list."""
 
     def read_ids(self, path: Path) -> list[int]:
         """The identities that a list given by the user names (`--train-ids`, `--ids`)."""
@@ -52,7 +50,7 @@ class Layout(ABC):
     def train(self, root: Path, trial: int = 1, ids: Collection[int] | None = None) -> list[Sample]:
         """The training images, or those of `ids` that this root has.
 
-        DatasetError where the protocol trains on an identity that has no image.
+        Raises DatasetError where the protocol trains on an identity that has no image.
         """
         self.check_trial(trial)
         self.check_root(root)
@@ -61,7 +59,10 @@ class Layout(ABC):
         return [sample for sample in self.images(root, trial) if sample.person_id in ids]
 
     def test(self, root: Path, trial: int = 1, ids: Collection[int] | None = None) -> list[Sample]:
-        """All images of the test identities, or of `ids`, which must all be there."""
+        """All images of the test identities, or of `ids`.
+
+        Raises DatasetError where one of them has no image.
+        """
         self.check_trial(trial)
         self.check_root(root)
         return self.images(root, trial, self.test_ids(root, trial) if ids is None else ids)
@@ -75,7 +76,10 @@ class Layout(ABC):
         return all((root / folder).is_dir() for folder in self.folders)
 
     def check_root(self, root: Path) -> None:
-        """DatasetError unless `root` has this layout's folders; names the one below that has."""
+        """Raises DatasetError unless `root` has this layout's folders.
+
+        The message suggests a folder below `root` that has them.
+        """
         if self.fits(root):
             return
         if not root.is_dir():
@@ -91,7 +95,7 @@ class Layout(ABC):
         )
 
     def check_trial(self, trial: int) -> None:
-        """DatasetError unless the set has a split of that number, from 1."""
+        """Raises DatasetError unless the set has a split of that number, from 1."""
         if not 1 <= trial <= self.trials:
             there = "one split only" if self.trials == 1 else f"splits 1 to {self.trials}"
             raise DatasetError(f"{self.title} has {there}, not --trial {trial}.", self.name)
@@ -99,9 +103,10 @@ class Layout(ABC):
     def require(
         self, samples: Iterable[Sample], ids: Collection[int] | None, expected: str
     ) -> list[Sample]:
-        """`samples` of `ids` in their order; DatasetError if an identity has none.
+        """`samples` of `ids` in their order.
 
         expected: where its images should be, with "{id}" for the identity.
+        Raises DatasetError where an identity has no image.
         """
         kept = [sample for sample in samples if ids is None or sample.person_id in ids]
         missing = set(ids or ()) - {sample.person_id for sample in kept}

@@ -11,9 +11,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
+from model import Modality
 from training.datasets.identity_lists import read_ids, read_index
 from training.datasets.layout import Layout
-from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
+from training.datasets.sample import DatasetError, DatasetName, Sample, is_image
 
 _STREAMS: tuple[tuple[str, Modality], ...] = (("vis", "rgb"), ("nir", "ir"))
 _CAMERAS = range(1, 10)

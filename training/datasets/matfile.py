@@ -12,8 +12,7 @@ from training.datasets.sample import DatasetError, DatasetName
 def read_mat(path: Path, key: str) -> npt.NDArray[Any]:
     """Read one array of a MATLAB file.
 
-    Raises:
-        DatasetError: the file is missing, damaged, or has no array of that name.
+    Raises DatasetError where the file is missing, damaged, or has no array of that name.
     """
     from scipy.io import loadmat  # SciPy is needed only for this form
     from scipy.io.matlab import MatReadError

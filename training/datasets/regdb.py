@@ -9,9 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
+from model import Modality
 from training.datasets.identity_lists import read_index
 from training.datasets.layout import Layout
-from training.datasets.sample import DatasetName, Modality, Sample
+from training.datasets.sample import DatasetName, Sample
 
 # (word in the index file's name, modality, camera number as public evaluation code has it)
 _STREAMS: tuple[tuple[str, Modality, int], ...] = (("visible", "rgb", 1), ("thermal", "ir", 2))

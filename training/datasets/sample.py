@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
 
-Modality = Literal["rgb", "ir"]
+from model import Modality
 
 # What Pillow may open in a dataset, by the names of files and by Pillow's names of formats.
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -13,7 +12,7 @@ IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name is that of an image; names with a dot in front are other programs'."""
+    """Whether a file has the name of an image; other programs' files begin with a dot."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 

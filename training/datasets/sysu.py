@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import ClassVar
 
+from model import Modality
 from training.datasets.identity_lists import read_ids
 from training.datasets.layout import Layout
-from training.datasets.sample import DatasetError, DatasetName, Modality, Sample, is_image
+from training.datasets.sample import DatasetError, DatasetName, Sample, is_image
 
 SYSU_RGB_CAMERAS = (1, 2, 4, 5)
 SYSU_IR_CAMERAS = (3, 6)
@@ -67,13 +68,10 @@ class Sysu(Layout):
 def read_sysu(root: Path, ids: Iterable[int] | None = None) -> list[Sample]:
     """List the images of some identities, sorted by identity, camera and frame.
 
-    Args:
-        root: folder that holds ``cam1`` to ``cam6``.
-        ids: the identities to keep; None keeps every identity on disk.
-
-    Raises:
-        DatasetError: a camera folder is missing, an image is not named by its frame number, or an
-            identity that was asked for has no image in any camera.
+    root: folder that holds ``cam1`` to ``cam6``.
+    ids: the identities to keep; None keeps every identity on disk.
+    Raises DatasetError where a camera folder is missing, an image is not named by its frame number,
+    or an identity that was asked for has no image in any camera.
     """
     Sysu().check_root(root)
     wanted = None if ids is None else set(ids)

@@ -25,14 +25,13 @@ IMAGES_PER_CAMERA = 20  # of one identity, from which a trial draws one
 
 
 @dataclass(frozen=True)
-class Problem:
+class ProtocolData:
     """Features and labels of a protocol's run: queries Q, pool of gallery images N, ten trials.
 
-    Attributes:
-        queries, pool: Q×P×D and N×P×D.
-        modulation: γ, β of the queries, Q×D.
-        query_ids, query_cameras, pool_ids, pool_cameras: labels.
-        galleries: each trial's images, indices into the pool.
+    queries, pool: Q×P×D and N×P×D.
+    modulation: γ, β of the queries, Q×D.
+    query_ids, query_cameras, pool_ids, pool_cameras: labels.
+    galleries: each trial's images, indices into the pool.
     """
 
     queries: torch.Tensor
@@ -62,20 +61,20 @@ def evaluate(
 
     Example: cmt bench evaluate --json benchmarks/results/evaluate.json
     """
-    problem = random_problem(queries, identities, parts, dim)
-    given = [gallery_distances(problem, gallery) for gallery in problem.galleries]
+    data = random_data(queries, identities, parts, dim)
+    given = [gallery_distances(data, gallery) for gallery in data.galleries]
     cases: dict[str, tuple[Side, Side]] = {
         "from features": (
-            lambda: vectorised(problem, vectorised_distances(problem)),
-            lambda: loop(problem, None),
+            lambda: vectorised(data, vectorised_distances(data)),
+            lambda: loop(data, None),
         ),
-        "from distances": (lambda: vectorised(problem, given), lambda: loop(problem, given)),
+        "from distances": (lambda: vectorised(data, given), lambda: loop(data, given)),
     }
     rows, results = [], []
     for name, (ours, theirs) in cases.items():
         comparison = compared(ours, theirs, rounds)
         rows.append((name, comparison.ours, comparison.theirs, comparison.ratio))
-        results.append({"case": name, "seconds": comparison, "gallery": problem.galleries[0].size})
+        results.append({"case": name, "seconds": comparison, "gallery": data.galleries[0].size})
     settings = {
         **{"queries": queries, "identities": identities, "parts": parts, "dim": dim},
         "rounds": rounds,
@@ -94,7 +93,7 @@ def compared(ours: Side, theirs: Side, rounds: int) -> Comparison:
     return comparison
 
 
-def random_problem(queries: int, identities: int, parts: int, dim: int) -> Problem:
+def random_data(queries: int, identities: int, parts: int, dim: int) -> ProtocolData:
     """Random features with SYSU-MM01's proportions: not everyone was seen by every camera."""
     generator = np.random.default_rng(0)
     torch_generator = torch.Generator().manual_seed(0)
@@ -117,7 +116,7 @@ def random_problem(queries: int, identities: int, parts: int, dim: int) -> Probl
         return people[torch.from_numpy(labels)] + 3 * noise
 
     gamma, beta = torch.randn(2, queries, dim, generator=torch_generator)
-    return Problem(
+    return ProtocolData(
         queries=features(query_ids),
         pool=features(labels[used, 0]),
         modulation=Modulation(1 + 0.1 * gamma, 0.1 * beta),
@@ -129,43 +128,43 @@ def random_problem(queries: int, identities: int, parts: int, dim: int) -> Probl
     )
 
 
-def gallery_distances(problem: Problem, gallery: IntArray) -> FloatArray:
+def gallery_distances(data: ProtocolData, gallery: IntArray) -> FloatArray:
     """Modulated distances to one gallery, Q×N."""
-    images = problem.pool[torch.from_numpy(gallery)]
-    return distances(modulated_distance, problem.queries, images, problem.modulation)
+    images = data.pool[torch.from_numpy(gallery)]
+    return distances(modulated_distance, data.queries, images, data.modulation)
 
 
-def vectorised_distances(problem: Problem) -> list[FloatArray]:
+def vectorised_distances(data: ProtocolData) -> list[FloatArray]:
     """As `cmt evaluate` does: to every image of the pool once, then each trial's columns."""
-    pool = distances(modulated_distance, problem.queries, problem.pool, problem.modulation)
-    return [np.take(pool, gallery, axis=1) for gallery in problem.galleries]
+    pool = distances(modulated_distance, data.queries, data.pool, data.modulation)
+    return [np.take(pool, gallery, axis=1) for gallery in data.galleries]
 
 
-def vectorised(problem: Problem, of_trials: list[FloatArray]) -> list[RankMetrics]:
+def vectorised(data: ProtocolData, of_trials: list[FloatArray]) -> list[RankMetrics]:
     """Ours: each trial as a whole."""
     return [
         rank_metrics(
-            *(distance, problem.query_ids, problem.pool_ids[gallery]),
-            *(problem.query_cameras, problem.pool_cameras[gallery]),
+            *(distance, data.query_ids, data.pool_ids[gallery]),
+            *(data.query_cameras, data.pool_cameras[gallery]),
         )
-        for distance, gallery in zip(of_trials, problem.galleries, strict=True)
+        for distance, gallery in zip(of_trials, data.galleries, strict=True)
     ]
 
 
-def loop(problem: Problem, of_trials: list[FloatArray] | None) -> list[RankMetrics]:
+def loop(data: ProtocolData, of_trials: list[FloatArray] | None) -> list[RankMetrics]:
     """The usual way: query by query, the gallery modulated by each (13), then sort and count.
 
     of_trials: distances, where those are given; None computes them from the features.
     """
     queries, pool, gamma, beta = (
-        tensor.double().numpy() for tensor in (problem.queries, problem.pool, *problem.modulation)
+        tensor.double().numpy() for tensor in (data.queries, data.pool, *data.modulation)
     )
     results = []
-    for trial, gallery in enumerate(problem.galleries):
+    for trial, gallery in enumerate(data.galleries):
         images, people, cameras = (
             pool[gallery],
-            problem.pool_ids[gallery],
-            problem.pool_cameras[gallery],
+            data.pool_ids[gallery],
+            data.pool_cameras[gallery],
         )
         hits, precisions, penalties = [], [], []
         for q in range(len(queries)):
@@ -175,15 +174,15 @@ def loop(problem: Problem, of_trials: list[FloatArray] | None) -> list[RankMetri
             else:
                 distance = of_trials[trial][q]
             order = np.argsort(distance, kind="stable")
-            if problem.query_cameras[q] == 3:
+            if data.query_cameras[q] == 3:
                 order = order[cameras[order] != 2]
             ranked = people[order]
-            matches = ranked == problem.query_ids[q]
+            matches = ranked == data.query_ids[q]
             if not matches.any():
                 continue
             _, first_places = np.unique(ranked, return_index=True)
             unique = ranked[np.sort(first_places)]
-            hits.append((unique == problem.query_ids[q]).cumsum()[:20])
+            hits.append((unique == data.query_ids[q]).cumsum()[:20])
             ranks = np.flatnonzero(matches) + 1
             precisions.append(np.mean([(i + 1) / rank for i, rank in enumerate(ranks)]))
             penalties.append(len(ranks) / ranks[-1])

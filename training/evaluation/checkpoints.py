@@ -1,24 +1,155 @@
-"""The checkpoints of an evaluation: one, or one per trial, and who may be evaluated with them."""
+"""Evaluate one checkpoint, or one per trial: what `cmt evaluate` does.
+
+Here is also said who may be evaluated with a checkpoint, and which checkpoints share a table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
-from model import CheckpointInfo
-from training.datasets import LAYOUTS, DatasetError, DatasetName
+from model import CheckpointInfo, load_checkpoint
+from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
+from training.evaluation.protocols import protocol_splits
+from training.evaluation.report import Evaluation, ModelScores, score_model, summarise
 from training.evaluation.sysu import TRIAL_FILE
 
 TRIAL_FIELD = "{trial}"
 
 
-class Convention(StrEnum):
-    """Who draws SYSU-MM01's galleries."""
+class GalleryChoice(StrEnum):
+    """Who is to draw SYSU-MM01's galleries; AUTO takes the official draws where they are there."""
 
     AUTO = "auto"
     OFFICIAL = "official"
     SEEDED = "seeded"
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """An evaluation as it is asked for.
+
+    dataset, root: layout and folder of the images.
+    checkpoint: a file, or a pattern with "{trial}" for one file per trial.
+    ids: a list of identities to evaluate on; None: the protocol's test side.
+    trial: of RegDB; None: the checkpoint's own, or all for which the pattern has a file.
+    galleries: of SYSU-MM01.
+    rerank: whether to re-rank as well, see `k_reciprocal`.
+    device: "cpu", "cuda", …. batch_size: images per forward pass. workers: processes that decode
+        images; 0 decodes in this one.
+    """
+
+    dataset: DatasetName
+    root: Path
+    checkpoint: str
+    ids: Path | None = None
+    trial: int | None = None
+    galleries: GalleryChoice = GalleryChoice.AUTO
+    rerank: bool = False
+    device: str = "cpu"
+    batch_size: int = 64
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class ScoredCheckpoint:
+    """One checkpoint of an evaluation.
+
+    selection: see `selection_of`.
+    trial: the split that it was evaluated on; None for a dataset with one split.
+    calibrated_on: see `calibrated_on`.
+    samples: the test images. scores: what the network makes of them.
+    """
+
+    file: Path
+    fingerprint: str
+    selection: str
+    trial: int | None
+    calibrated_on: int | None
+    samples: Sequence[Sample]
+    scores: ModelScores
+
+    def to_json(self) -> dict[str, Any]:
+        """Which checkpoint it is, as plain values; without samples and scores."""
+        entry: dict[str, Any] = {
+            "file": self.file.name,
+            "fingerprint": self.fingerprint,
+            "selection": self.selection,
+        }
+        if self.calibrated_on is not None:
+            entry["calibrated_on_evaluated"] = self.calibrated_on
+        return entry if self.trial is None else entry | {"trial": self.trial}
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    """The figures over all trials of all checkpoints, and the checkpoints."""
+
+    evaluation: Evaluation
+    checkpoints: list[ScoredCheckpoint]
+
+    def to_json(self) -> dict[str, Any]:
+        """Both as plain values."""
+        checkpoints = [checkpoint.to_json() for checkpoint in self.checkpoints]
+        return {"checkpoints": checkpoints} | self.evaluation.to_json()
+
+
+def evaluate_checkpoints(
+    request: EvaluationRequest,
+    *,
+    working: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    scored: Callable[[ScoredCheckpoint], object] = lambda _: None,
+) -> CheckpointEvaluation:
+    """Score every checkpoint on identities that it was not trained on, and summarise.
+
+    working: makes the context for the part that takes long, from what is being done.
+    scored: told of each checkpoint as soon as it has scores.
+    Raises DatasetError for a folder that is not as its layout says, identities that a checkpoint
+    was trained on, or checkpoints that one table must not mix; CheckpointError for a file that is
+    none; ValueError where no query has a positive or a network's output is not finite.
+    """
+    layout = LAYOUTS[request.dataset]
+    ids = None if request.ids is None else layout.read_ids(request.ids)
+    sysu = request.dataset is DatasetName.SYSU
+    trial_file = trial_file_of(request.root, request.galleries) if sysu else None
+    checkpoints: list[ScoredCheckpoint] = []
+    for trial, file in checkpoint_files(request.dataset, request.checkpoint, request.trial):
+        model, info = load_checkpoint(file, request.device)
+        if trial is None:  # a checkpoint of RegDB says which split it is of
+            trial = int(info.training.get("trial", 1)) if layout.trials > 1 else 1
+        samples = layout.test(request.root, trial, ids)
+        identities = sorted({sample.person_id for sample in samples})
+        refuse_training_identities(info, request.dataset, identities)
+        if checkpoints:
+            _refuse_other_selection(file, selection_of(info), checkpoints[0])
+        splits = protocol_splits(request.dataset, samples, trial_file=trial_file)
+        shared = calibrated_on(info, request.dataset, identities)
+        with working(f"Embedding {len(samples)} images on {request.device}"):
+            scores = score_model(
+                *(model, samples, splits),
+                calibration=None if shared else info.calibration,
+                rerank=request.rerank,
+                batch_size=request.batch_size,
+                workers=request.workers,
+            )
+        checkpoints.append(
+            ScoredCheckpoint(
+                file=file,
+                fingerprint=info.fingerprint,
+                selection=selection_of(info),
+                trial=trial if layout.trials > 1 else None,
+                calibrated_on=shared,
+                samples=samples,
+                scores=scores,
+            )
+        )
+        scored(checkpoints[-1])
+    evaluation = summarise(request.dataset, [checkpoint.scores for checkpoint in checkpoints])
+    return CheckpointEvaluation(evaluation, checkpoints)
 
 
 def selection_of(info: CheckpointInfo) -> str:
@@ -29,10 +160,10 @@ def selection_of(info: CheckpointInfo) -> str:
 def refuse_training_identities(
     info: CheckpointInfo, dataset: str, identities: Sequence[int]
 ) -> None:
-    """Figures on people that a network was trained on say nothing about others.
+    """Refuse people that a network was trained on: figures on them say nothing about others.
 
-    Raises:
-        DatasetError: the checkpoint was trained on some of the identities, by its own record.
+    Raises DatasetError where the checkpoint was trained on some of the identities, by its own
+    record.
     """
     if info.training.get("dataset") != dataset:
         return
@@ -60,9 +191,8 @@ def checkpoint_files(
 ) -> Iterator[tuple[int | None, Path]]:
     """(trial, file) of every network to evaluate; the trial is None where only it can tell.
 
-    Raises:
-        DatasetError: a pattern for a dataset without trials, or a trial that does not exist or
-            has no file.
+    Raises DatasetError for a pattern where the dataset has no trials, and for a trial that does not
+    exist or has no file.
     """
     layout = LAYOUTS[dataset]
     if trial is not None:
@@ -87,16 +217,25 @@ def checkpoint_files(
     yield from files
 
 
-def trial_file_of(root: Path, convention: Convention) -> Path | None:
+def trial_file_of(root: Path, galleries: GalleryChoice) -> Path | None:
     """SYSU-MM01's file of official trials, None to draw seeded ones.
 
-    Raises:
-        DatasetError: the official trials are asked for and not there.
+    Raises DatasetError where the official trials are asked for and not there.
     """
     path = root / TRIAL_FILE
-    if convention is Convention.OFFICIAL and not path.is_file():
+    if galleries is GalleryChoice.OFFICIAL and not path.is_file():
         raise DatasetError(
             f"Expected the official trial file {path}, but there is no such file",
             DatasetName.SYSU,
         )
-    return None if convention is Convention.SEEDED else path
+    return None if galleries is GalleryChoice.SEEDED else path
+
+
+def _refuse_other_selection(file: Path, selection: str, first: ScoredCheckpoint) -> None:
+    """Weights that were chosen on held-out people are not comparable with a run's last ones."""
+    if selection != first.selection:
+        raise DatasetError(
+            f"{file} was selected by '{selection}' and {first.file.name} by "
+            f"'{first.selection}': one table never mixes the two; train all trials with the same "
+            "--selection"
+        )

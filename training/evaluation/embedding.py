@@ -18,11 +18,10 @@ from training.datasets.sample import IMAGE_FORMATS
 class Embedded:
     """N samples with their features, each N×P×D float32 on the CPU.
 
-    Attributes:
-        samples: in the order of the features.
-        features: raw part features F.
-        compensated: F̂ of the modality that an image lacks; None without modality alignment.
-        embedding: the representation that is ranked.
+    samples: in the order of the features.
+    features: raw part features F.
+    compensated: F̂ of the modality that an image lacks; None without modality alignment.
+    embedding: the representation that is ranked.
     """
 
     samples: Sequence[Sample]
@@ -58,12 +57,9 @@ def embed_samples(
 ) -> Embedded:
     """Run the network over all samples, on the device it is on, in evaluation mode and fp32.
 
-    Args:
-        batch_size: images per forward pass.
-        workers: processes that decode images; 0 decodes in this one.
-
-    Raises:
-        DatasetError: an image cannot be decoded; it is named.
+    batch_size: images per forward pass.
+    workers: processes that decode images; 0 decodes in this one.
+    Raises DatasetError where an image cannot be decoded; it is named.
     """
     device = next(model.parameters()).device
     loader = DataLoader(

@@ -1,6 +1,7 @@
 """Pictures of an evaluation: CMC curves, and sheets of the best and worst queries."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from training.datasets import DatasetError, Sample
 from training.datasets.sample import IMAGE_FORMATS
 from training.evaluation.report import CMC_LENGTH, Evaluation
 from training.evaluation.scoring import SplitScores
-from training.evaluation.tables import ways
+from training.files import write_figure, write_file
 
 THUMBNAIL = (72, 176)  # width, height in pixels
 BORDER = 4
@@ -26,15 +27,16 @@ def plot_cmc(evaluation: Evaluation, path: Path) -> None:
     panels = figure.subplots(1, len(evaluation.splits), sharey=True, squeeze=False)[0]
     ranks = np.arange(1, CMC_LENGTH + 1)
     for panel, split in zip(panels, evaluation.splits, strict=True):
-        for (way, ranking), style in zip(ways(split), ("-", "--", "-.", ":"), strict=False):
+        for (way, ranking), style in zip(
+            split.rankings.items(), ("-", "--", "-.", ":"), strict=False
+        ):
             panel.plot(ranks, 100 * np.array(ranking.cmc), style, label=way)
         panel.set(title=split.title, xlabel="rank", xticks=[1, 5, 10, 15, 20])
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("queries found [%]")
     panels[-1].legend(loc="lower right")
     figure.suptitle(f"CMC, {evaluation.dataset}, {evaluation.metric} distance")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, dpi=150)
 
 
 def write_sheets(
@@ -45,10 +47,8 @@ def write_sheets(
     Each shows the query and its nearest gallery images in the first trial, ranked with modulation;
     green frames are of the same person. Files are named by search, place and query person.
 
-    Returns:
-        The files, best first, then worst first.
+    Returns the files, best first, then worst first.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     trial = scores.modulated[0]
     answerable = np.flatnonzero(trial.answerable)
     by_precision = answerable[np.argsort(-trial.average_precision[answerable], kind="stable")]
@@ -65,7 +65,9 @@ def write_sheets(
             )
             name = scores.split.title.replace(" ", "_")
             written.append(folder / f"{name}_{kind}_{place:02d}_person_{query.person_id}.png")
-            sheet.save(written[-1])
+            picture = BytesIO()
+            sheet.save(picture, "PNG")
+            write_file(written[-1], picture.getvalue())
     return written
 
 

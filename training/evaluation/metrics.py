@@ -21,10 +21,9 @@ BoolArray = npt.NDArray[np.bool_]
 class RankMetrics:
     """Means over the queries that have a positive in the gallery; all are fractions in [0, 1].
 
-    Attributes:
-        cmc: entry k−1 is rank-k, the share of queries whose identity is found within the first k.
-        mean_ap: mean average precision.
-        mean_inp: mean inverse negative penalty, positives / rank of the last positive.
+    cmc: entry k−1 is rank-k, the share of queries whose identity is found within the first k.
+    mean_ap: mean average precision.
+    mean_inp: mean inverse negative penalty, positives / rank of the last positive.
     """
 
     cmc: FloatArray
@@ -36,12 +35,11 @@ class RankMetrics:
 class QueryScores:
     """What `RankMetrics` averages, query by query (each Q).
 
-    Attributes:
-        answerable: whether the query has a positive left in the gallery; the other three are 0
-            where it has none.
-        first_rank: 1-based rank that CMC counts.
-        average_precision: in [0, 1].
-        inverse_negative_penalty: in [0, 1].
+    answerable: whether the query has a positive left in the gallery; the other three are 0
+        where it has none.
+    first_rank: 1-based rank that CMC counts.
+    average_precision: in [0, 1].
+    inverse_negative_penalty: in [0, 1].
     """
 
     answerable: BoolArray
@@ -52,8 +50,7 @@ class QueryScores:
     def summary(self, max_rank: int = 20) -> RankMetrics:
         """Average over the answerable queries.
 
-        Raises:
-            ValueError: no query has a positive in the gallery.
+        Raises ValueError where no query has a positive in the gallery.
         """
         if not self.answerable.any():
             raise ValueError(
@@ -80,20 +77,17 @@ def rank_metrics(
 ) -> RankMetrics:
     """CMC, mAP and mINP of a protocol.
 
-    Args:
-        distance: Q×N, smaller is nearer. Gallery images at equal distance keep the order of the
-            columns (a stable sort).
-        query_ids: Q identities.
-        gallery_ids: N identities.
-        query_cameras: Q camera numbers.
-        gallery_cameras: N camera numbers.
-        protocol: "sysu" and "llcm" leave gallery images out (`excluded_pairs`) and count CMC over
-            unique identities: only the first image of every identity takes a rank. "regdb" leaves
-            none out and counts every image. AP and INP count every image that is left.
-        max_rank: length of the cmc.
-
-    Raises:
-        ValueError: shapes do not fit, a distance is NaN, or no query has a positive.
+    distance: Q×N, smaller is nearer. Gallery images at equal distance keep the order of the
+        columns (a stable sort).
+    query_ids: Q identities.
+    gallery_ids: N identities.
+    query_cameras: Q camera numbers.
+    gallery_cameras: N camera numbers.
+    protocol: "sysu" and "llcm" leave gallery images out (`excluded_pairs`) and count CMC over
+        unique identities: only the first image of every identity takes a rank. "regdb" leaves
+        none out and counts every image. AP and INP count every image that is left.
+    max_rank: length of the cmc.
+    Raises ValueError where shapes do not fit, a distance is NaN, or no query has a positive.
     """
     return score_queries(
         distance, query_ids, gallery_ids, query_cameras, gallery_cameras, protocol

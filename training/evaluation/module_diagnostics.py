@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Modulation
-from training.datasets import Modality, Sample
+from model import Modality, Modulation
+from training.datasets import Sample
 from training.evaluation.metrics import BoolArray, FloatArray, IntArray
 
 RESAMPLES = 2000
@@ -20,20 +20,19 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class ModulationVitality:
+class ModulationDiagnostics:
     """What the query's γ, β do to the ranking.
 
-    Attributes:
-        gamma_mean: mean of γ over queries and channels; 1 is where training starts.
-        gamma_std: deviation of γ over the queries, per channel, then averaged over channels; 0
-            means that γ does not depend on the query.
-        beta_to_feature: mean ‖β‖ over queries / mean ‖y‖ over gallery images, both over all P·D
-            numbers (β is added to every part).
-        top10_changed: share of queries whose ten nearest are other images than without modulation.
-        top10_reordered: share of queries whose ten nearest are others or in another order.
-        map_gain: modulated − unmodulated mAP, mean over trials.
-        map_gain_low: lower end of its 95 % bootstrap interval, query identities resampled.
-        map_gain_high: upper end.
+    gamma_mean: mean of γ over queries and channels; 1 is where training starts.
+    gamma_std: deviation of γ over the queries, per channel, then averaged over channels; 0
+        means that γ does not depend on the query.
+    beta_to_feature: mean ‖β‖ over queries / mean ‖y‖ over gallery images, both over all P·D
+        numbers (β is added to every part).
+    top10_changed: share of queries whose ten nearest are other images than without modulation.
+    top10_reordered: share of queries whose ten nearest are others or in another order.
+    map_gain: modulated − unmodulated mAP, mean over trials.
+    map_gain_low: lower end of its 95 % bootstrap interval, query identities resampled.
+    map_gain_high: upper end.
     """
 
     gamma_mean: float
@@ -47,16 +46,15 @@ class ModulationVitality:
 
 
 @dataclass(frozen=True)
-class CompensationVitality:
+class CompensationDiagnostics:
     """What F̂ of one missing modality is worth (the paper's Figure 4 as a number).
 
-    Attributes:
-        images: images that were compensated, all of the other modality.
-        rank_1: share of F̂ whose nearest centroid of real F of the missing modality is its own
-            identity's, Euclidean over P·D.
-        chance: rank_1 of a guess, 1 / number of centroids.
-        variance_to_mean: mean ‖F̂ − mean F̂‖² / ‖mean F̂‖² over those images; 0 means that F̂ is the
-            same for every image.
+    images: images that were compensated, all of the other modality.
+    rank_1: share of F̂ whose nearest centroid of real F of the missing modality is its own
+        identity's, Euclidean over P·D.
+    chance: rank_1 of a guess, 1 / number of centroids.
+    variance_to_mean: mean ‖F̂ − mean F̂‖² / ‖mean F̂‖² over those images; 0 means that F̂ is the
+        same for every image.
     """
 
     images: int
@@ -112,10 +110,9 @@ def bootstrap_interval(
     The queries of one person are alike and no independent draws: resampling single queries would
     give an interval that is too narrow.
 
-    Args:
-        differences: one per query.
-        identities: the person of each query.
-        seed: of the 2,000 resamples.
+    differences: one per query.
+    identities: the person of each query.
+    seed: of the 2,000 resamples.
     """
     _, group = np.unique(identities, return_inverse=True)
     sums = np.bincount(group, weights=differences)
@@ -127,16 +124,15 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def compensation_vitality(
+def diagnose_compensation(
     samples: Sequence[Sample], features: Tensor, compensated: Tensor, missing: Modality
-) -> CompensationVitality | None:
+) -> CompensationDiagnostics | None:
     """Judge the F̂ that stand in for `missing`; None where no identity has both modalities.
 
-    Args:
-        samples: N samples.
-        features: raw F, N×P×D.
-        compensated: F̂, N×P×D; those of images of the other modality are judged.
-        missing: the modality that F̂ stands in for.
+    samples: N samples.
+    features: raw F, N×P×D.
+    compensated: F̂, N×P×D; those of images of the other modality are judged.
+    missing: the modality that F̂ stands in for.
     """
     people = torch.tensor([sample.person_id for sample in samples])
     is_real = torch.tensor([sample.modality == missing for sample in samples])
@@ -154,7 +150,7 @@ def compensation_vitality(
     ).argmin(dim=1)
     mean = substitutes.mean(dim=0)
     variance = (substitutes - mean).square().sum(dim=1).mean()
-    return CompensationVitality(
+    return CompensationDiagnostics(
         images=int(judged.sum()),
         rank_1=float((identities[nearest] == people[judged]).float().mean()),
         chance=1 / len(identities),

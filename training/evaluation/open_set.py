@@ -39,11 +39,10 @@ def open_set_trial(
     Mated queries whose images of their person the protocol all excludes are left out, as in the
     closed-set figures.
 
-    Args:
-        score: Q×N, smaller is nearer and on one scale for all queries.
-        query_ids, gallery_ids: Q and N people.
-        excluded: Q×N, images that the protocol has a query ignore.
-        seed: of the draw, the number of the trial.
+    score: Q×N, smaller is nearer and on one scale for all queries.
+    query_ids, gallery_ids: Q and N people.
+    excluded: Q×N, images that the protocol has a query ignore.
+    seed: of the draw, the number of the trial.
     """
     identities = np.unique(gallery_ids)
     drawn = np.random.default_rng(seed).permutation(identities)
@@ -73,11 +72,10 @@ def detection_and_identification(
 
     None where there is no mated query, or where one non-mated query alone is more than `rate`.
 
-    Args:
-        mated: best score of each mated query, smaller is nearer.
-        right: whether that is of the right person.
-        non_mated: best score of each non-mated query.
-        rate: share of false alarms, in (0, 1).
+    mated: best score of each mated query, smaller is nearer.
+    right: whether that is of the right person.
+    non_mated: best score of each non-mated query.
+    rate: share of false alarms, in (0, 1).
     """
     allowed = int(rate * non_mated.size + 1e-9)  # 0.1 · 30 is 3, not 2.999…
     if allowed < 1 or mated.size == 0:

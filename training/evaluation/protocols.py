@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.datasets import DatasetName, Modality, Sample
+from model import Modality
+from training.datasets import DatasetName, Sample
 from training.evaluation.metrics import Protocol
 from training.evaluation.splits import TRIALS, Split, of_modality, seeded_gallery
 from training.evaluation.sysu import sysu_splits
@@ -24,13 +25,11 @@ def protocol_splits(
 ) -> list[Split]:
     """All searches of a dataset's protocol, in the order of its tables.
 
-    Args:
-        samples: every image of the test identities.
-        trial_file: SYSU-MM01's official one; None, or a file that is not there, draws seeded
-            galleries.
-
-    Raises:
-        DatasetError: there are no queries or no gallery, or the trial file is of another set.
+    samples: every image of the test identities.
+    trial_file: SYSU-MM01's official one; None, or a file that is not there, draws seeded
+        galleries.
+    Raises DatasetError where there are no queries or no gallery, or the trial file is of another
+    set.
     """
     if dataset is DatasetName.SYSU:
         return sysu_splits(samples, trial_file)

@@ -16,27 +16,29 @@ from training.datasets import DatasetName, Sample
 from training.evaluation.embedding import Embedded, embed_samples
 from training.evaluation.metrics import QueryScores
 from training.evaluation.module_diagnostics import (
-    CompensationVitality,
-    ModulationVitality,
+    CompensationDiagnostics,
+    ModulationDiagnostics,
     bootstrap_interval,
-    compensation_vitality,
+    diagnose_compensation,
 )
 from training.evaluation.open_set import FALSE_ALARM_RATES
 from training.evaluation.scoring import SplitScores, score_splits
 from training.evaluation.splits import Split
 
 CMC_LENGTH = 20
+RAW = "raw F"
 
 
 @dataclass(frozen=True)
-class Spread:
+class TrialSpread:
     """Mean and population standard deviation of a figure over the trials, as a fraction."""
 
     mean: float
     std: float
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> "Spread":
+    def over(cls, values: Sequence[float]) -> "TrialSpread":
+        """Of one value per trial."""
         return cls(float(np.mean(values)), float(np.std(values)))
 
     def __str__(self) -> str:
@@ -44,32 +46,32 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class RankingFigures:
     """The protocol's figures for one way of ranking; cmc is the mean over trials, rank 1 to 20."""
 
-    rank_1: Spread
-    rank_5: Spread
-    rank_10: Spread
-    rank_20: Spread
-    mean_ap: Spread
-    mean_inp: Spread
+    rank_1: TrialSpread
+    rank_5: TrialSpread
+    rank_10: TrialSpread
+    rank_20: TrialSpread
+    mean_ap: TrialSpread
+    mean_inp: TrialSpread
     cmc: tuple[float, ...]
 
     @classmethod
-    def over(cls, trials: Sequence[QueryScores]) -> "Ranking":
-        """Raises ValueError where no query of a trial has a positive."""
+    def over(cls, trials: Sequence[QueryScores]) -> "RankingFigures":
+        """Over one entry per trial. Raises ValueError where no query of a trial has a positive."""
         summaries = [scores.summary(CMC_LENGTH) for scores in trials]
 
-        def rank(k: int) -> Spread:
-            return Spread.over([float(summary.cmc[k - 1]) for summary in summaries])
+        def rank(k: int) -> TrialSpread:
+            return TrialSpread.over([float(summary.cmc[k - 1]) for summary in summaries])
 
         return cls(
             rank_1=rank(1),
             rank_5=rank(5),
             rank_10=rank(10),
             rank_20=rank(20),
-            mean_ap=Spread.over([summary.mean_ap for summary in summaries]),
-            mean_inp=Spread.over([summary.mean_inp for summary in summaries]),
+            mean_ap=TrialSpread.over([summary.mean_ap for summary in summaries]),
+            mean_inp=TrialSpread.over([summary.mean_inp for summary in summaries]),
             cmc=tuple(np.mean([summary.cmc for summary in summaries], axis=0).tolist()),
         )
 
@@ -84,7 +86,7 @@ class OpenSetRate:
 
     score: str
     false_alarm_rate: float
-    rate: Spread | None
+    rate: TrialSpread | None
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,16 @@ class OpenSetEvaluation:
 class SplitEvaluation:
     """One search; figures are fractions in [0, 1].
 
-    Attributes:
-        setting, shots: as in published tables, see `Split`.
-        title: both in words.
-        convention: "official", "seeded" or "whole", what drew the galleries.
-        trials: galleries, over all models.
-        identities, queries, gallery: sizes, mean over trials (queries: those that have a positive).
-        modulated, unmodulated: rankings with the query's γ, β and with γ = 1, β = 0.
-        raw: raw part features F, unmodulated; None where the network has no modality alignment.
-        reranked: modulated, then k-reciprocal re-ranking; None where not asked for.
-        modulation: None where the network has no instance alignment.
-        open_set: with half of the identities enrolled.
+    setting, shots: as in published tables, see `Split`.
+    title: both in words.
+    convention: "official", "seeded" or "whole", what drew the galleries.
+    trials: galleries, over all models.
+    identities, queries, gallery: sizes, mean over trials (queries: those that have a positive).
+    modulated, unmodulated: rankings with the query's γ, β and with γ = 1, β = 0.
+    raw: raw part features F, unmodulated; None where the network has no modality alignment.
+    reranked: modulated, then k-reciprocal re-ranking; None where not asked for.
+    modulation: None where the network has no instance alignment.
+    open_set: with half of the identities enrolled.
     """
 
     setting: str
@@ -121,31 +122,41 @@ class SplitEvaluation:
     identities: float
     queries: float
     gallery: float
-    modulated: Ranking
-    unmodulated: Ranking
-    raw: Ranking | None
-    reranked: Ranking | None
-    modulation: ModulationVitality | None
+    modulated: RankingFigures
+    unmodulated: RankingFigures
+    raw: RankingFigures | None
+    reranked: RankingFigures | None
+    modulation: ModulationDiagnostics | None
     open_set: OpenSetEvaluation
+
+    @property
+    def rankings(self) -> dict[str, RankingFigures]:
+        """The ways of ranking that were scored, by their names in tables."""
+        rankings = {
+            "modulated": self.modulated,
+            "unmodulated": self.unmodulated,
+            RAW: self.raw,
+            "re-ranked": self.reranked,
+        }
+        return {name: ranking for name, ranking in rankings.items() if ranking is not None}
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Everything an evaluation says.
 
-    Attributes:
-        dataset: the layout's name.
-        metric: the distance that ranks, "euclidean" or "cosine".
-        models: how many checkpoints the figures are over (ten for RegDB's ten trials).
-        splits: the protocol's searches.
-        compensation: per missing modality; None where the network has no modality alignment.
+    dataset: the layout's name.
+    metric: the distance that ranks, "euclidean" or "cosine".
+    models: how many checkpoints the figures are over (ten for RegDB's ten trials).
+    splits: the protocol's searches.
+    compensation: per missing modality; None where the network has no modality alignment.
     """
 
     dataset: str
     metric: str
     models: int
     splits: list[SplitEvaluation]
-    compensation: dict[str, CompensationVitality | None] | None
+    compensation: dict[str, CompensationDiagnostics | None] | None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -157,7 +168,7 @@ class ModelScores:
     """What one network contributes to an evaluation."""
 
     splits: list[SplitScores]
-    compensation: dict[str, CompensationVitality | None] | None
+    compensation: dict[str, CompensationDiagnostics | None] | None
     metric: str
     instance_alignment: bool
 
@@ -175,10 +186,8 @@ def score_model(
     """Embed all samples on the device that the network is on, and score every search.
 
     calibration: the checkpoint's, for open-set figures by its scores beside those by distance.
-
-    Raises:
-        DatasetError: an image cannot be decoded.
-        ValueError: the network's output is not finite.
+    Raises DatasetError where an image cannot be decoded, ValueError where the network's output is
+    not finite.
     """
     embedded = embed_samples(model, samples, batch_size=batch_size, workers=workers)
     return ModelScores(
@@ -192,8 +201,7 @@ def score_model(
 def summarise(dataset: DatasetName, scores: Sequence[ModelScores]) -> Evaluation:
     """Figures over all trials of all models; every model has the same searches.
 
-    Raises:
-        ValueError: no query of a trial has a positive.
+    Raises ValueError where no query of a trial has a positive.
     """
     return Evaluation(
         dataset=dataset.value,
@@ -240,11 +248,11 @@ def _summarise_split(models: Sequence[SplitScores], instance_alignment: bool) ->
         identities=float(np.mean([model.identities for model in models])),
         queries=float(np.mean([trial.answerable.sum() for trial in modulated])),
         gallery=float(np.mean(galleries)),
-        modulated=Ranking.over(modulated),
-        unmodulated=Ranking.over(unmodulated),
-        raw=Ranking.over(raw) if raw else None,
-        reranked=Ranking.over(reranked) if reranked else None,
-        modulation=_modulation_vitality(models) if instance_alignment else None,
+        modulated=RankingFigures.over(modulated),
+        unmodulated=RankingFigures.over(unmodulated),
+        raw=RankingFigures.over(raw) if raw else None,
+        reranked=RankingFigures.over(reranked) if reranked else None,
+        modulation=_modulation_diagnostics(models) if instance_alignment else None,
         open_set=_open_set(models),
     )
 
@@ -258,7 +266,7 @@ def _open_set(models: Sequence[SplitScores]) -> OpenSetEvaluation:
     for name in names:
         for place, false_alarm_rate in enumerate(FALSE_ALARM_RATES):
             found = [d for trial in trials[name] if (d := trial.dirs[place]) is not None]
-            spread = Spread.over(found) if len(found) == len(trials[name]) else None
+            spread = TrialSpread.over(found) if len(found) == len(trials[name]) else None
             rates.append(OpenSetRate(name, false_alarm_rate, spread))
     return OpenSetEvaluation(
         mated=float(np.mean([trial.mated for trial in sizes])),
@@ -267,7 +275,7 @@ def _open_set(models: Sequence[SplitScores]) -> OpenSetEvaluation:
     )
 
 
-def _modulation_vitality(models: Sequence[SplitScores]) -> ModulationVitality:
+def _modulation_diagnostics(models: Sequence[SplitScores]) -> ModulationDiagnostics:
     gains, people = [], []
     for model in models:
         # Whether a query has a positive depends on identity and camera only, hence on no trial.
@@ -282,7 +290,7 @@ def _modulation_vitality(models: Sequence[SplitScores]) -> ModulationVitality:
     low, high = bootstrap_interval(np.concatenate(gains), np.concatenate(people))
     changes = np.mean([change for model in models for change in model.top_changes], axis=0)
     gamma_mean, gamma_std, beta_to_feature = np.mean([m.gamma_beta for m in models], axis=0)
-    return ModulationVitality(
+    return ModulationDiagnostics(
         gamma_mean=float(gamma_mean),
         gamma_std=float(gamma_std),
         beta_to_feature=float(beta_to_feature),
@@ -294,11 +302,11 @@ def _modulation_vitality(models: Sequence[SplitScores]) -> ModulationVitality:
     )
 
 
-def _compensation(embedded: Embedded) -> dict[str, CompensationVitality | None] | None:
+def _compensation(embedded: Embedded) -> dict[str, CompensationDiagnostics | None] | None:
     if embedded.compensated is None:
         return None
     return {
-        missing: compensation_vitality(
+        missing: diagnose_compensation(
             embedded.samples, embedded.features, embedded.compensated, missing
         )
         for missing in MODALITIES
@@ -306,22 +314,22 @@ def _compensation(embedded: Embedded) -> dict[str, CompensationVitality | None] 
 
 
 def _mean_compensation(
-    models: Sequence[dict[str, CompensationVitality | None] | None],
-) -> dict[str, CompensationVitality | None] | None:
+    models: Sequence[dict[str, CompensationDiagnostics | None] | None],
+) -> dict[str, CompensationDiagnostics | None] | None:
     """Each figure's mean over the models that have it."""
     if models[0] is None:
         return None
-    means: dict[str, CompensationVitality | None] = {}
+    means: dict[str, CompensationDiagnostics | None] = {}
     for missing in models[0]:
         judged = [c for model in models if model and (c := model[missing]) is not None]
         figures = {
             field.name: float(np.mean([getattr(c, field.name) for c in judged]))
-            for field in fields(CompensationVitality)
+            for field in fields(CompensationDiagnostics)
             if judged
         }
         if figures:
             images = round(figures.pop("images"))
-            means[missing] = CompensationVitality(images=images, **cast(Any, figures))
+            means[missing] = CompensationDiagnostics(images=images, **cast(Any, figures))
         else:
             means[missing] = None
     return means

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-FloatArray = npt.NDArray[np.floating]
+AnyFloatArray = npt.NDArray[np.floating]
 
 
 def k_reciprocal(
-    dissimilarity: FloatArray,
+    dissimilarity: AnyFloatArray,
     n_queries: int,
     *,
     k1: int = 20,
@@ -22,15 +22,14 @@ def k_reciprocal(
 ) -> npt.NDArray[np.float64]:
     """Re-ranked distances Q×N, in [0, 1].
 
-    Args:
-        dissimilarity: M×M between all M = Q + N images, the queries first: squared Euclidean
-            distances, or 1 − cosine. Row i is the ranking of image i; it need not be symmetric (a
-            modulated distance is not: each row has its own γ, β). An image is its own nearest,
-            whatever the diagonal says.
-        n_queries: Q.
-        k1: size of the lists of nearest images.
-        k2: images whose encodings are averaged (query expansion).
-        weight: λ of the paper, the share of the original distance.
+    dissimilarity: M×M between all M = Q + N images, the queries first: squared Euclidean
+        distances, or 1 − cosine. Row i is the ranking of image i; it need not be symmetric (a
+        modulated distance is not: each row has its own γ, β). An image is its own nearest,
+        whatever the diagonal says.
+    n_queries: Q.
+    k1: size of the lists of nearest images.
+    k2: images whose encodings are averaged (query expansion).
+    weight: λ of the paper, the share of the original distance.
     """
     total = dissimilarity.shape[0]
     scaled = dissimilarity.astype(np.float32)
@@ -64,7 +63,7 @@ def k_reciprocal(
     return np.asarray((1 - weight) * jaccard + weight * original)
 
 
-def _nearest(distance: FloatArray, count: int) -> npt.NDArray[np.int64]:
+def _nearest(distance: AnyFloatArray, count: int) -> npt.NDArray[np.int64]:
     """The `count` smallest columns of each row, ascending."""
     if count < distance.shape[1]:
         nearest = np.argpartition(distance, count - 1, axis=1)[:, :count]

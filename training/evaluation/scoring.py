@@ -27,27 +27,26 @@ from training.evaluation.splits import Split
 Distance = Callable[[Tensor, Tensor, Modulation], Tensor]
 
 QUERY_BLOCK = 2048
-SHOWN = 10  # nearest images that are kept for contact sheets
+NEAREST_KEPT = 10  # nearest images that are kept for contact sheets
 
 
 @dataclass(frozen=True)
 class SplitScores:
     """One network on one search; the lists have one entry a trial.
 
-    Attributes:
-        split: the search.
-        identities: people among queries and gallery.
-        query_people: the person of each query, Q.
-        modulated, unmodulated: scores with the query's γ, β and with γ = 1, β = 0.
-        raw: raw part features F in the place of the complete ones, without γ, β: what the
-            compensation adds to. None without modality alignment, where they are the same.
-        reranked: after k-reciprocal re-ranking of the modulated distances; None where not asked.
-        gamma_beta: mean γ, its deviation over queries, ‖β‖/‖y‖ (see `ModulationVitality`).
-        top_changes: shares of queries whose nearest ten modulation changes, or changes or reorders.
-        nearest: Q×10 indices of the samples that rank first in the first trial, modulated.
-        open_set: trials of open-set identification by the name of the score: "modulated distance",
-            "unmodulated distance" and, where the checkpoint has a calibration for this search,
-            "modulated calibrated" and "unmodulated calibrated".
+    split: the search.
+    identities: people among queries and gallery.
+    query_people: the person of each query, Q.
+    modulated, unmodulated: scores with the query's γ, β and with γ = 1, β = 0.
+    raw: raw part features F in the place of the complete ones, without γ, β: what the
+        compensation adds to. None without modality alignment, where they are the same.
+    reranked: after k-reciprocal re-ranking of the modulated distances; None where not asked.
+    gamma_beta: mean γ, its deviation over queries, ‖β‖/‖y‖ (see `ModulationDiagnostics`).
+    top_changes: shares of queries whose nearest ten modulation changes, or changes or reorders.
+    nearest: Q×10 indices of the samples that rank first in the first trial, modulated.
+    open_set: trials of open-set identification by the name of the score: "modulated distance",
+        "unmodulated distance" and, where the checkpoint has a calibration for this search,
+        "modulated calibrated" and "unmodulated calibrated".
     """
 
     split: Split
@@ -74,9 +73,7 @@ def score_splits(
     """Score every search, computing distances once for searches with the same queries.
 
     calibration: the checkpoint's; open-set identification is then also by its scores.
-
-    Raises:
-        ValueError: the network's output is not finite.
+    Raises ValueError where the network's output is not finite.
     """
     by_queries = defaultdict(list)
     for split in splits:
@@ -184,7 +181,7 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
                 open_set_trial(np.take(score, columns, axis=1), *people_of, excluded, trial)
             )
         if nearest is None:
-            nearest = gallery[nearest_kept(with_modulation, excluded, SHOWN)]
+            nearest = gallery[nearest_kept(with_modulation, excluded, NEAREST_KEPT)]
     assert nearest is not None  # a search has at least one trial
     everyone = np.concatenate([split.queries, *split.galleries])
     return SplitScores(
@@ -203,7 +200,7 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
 
 
 def modulation_of(model: CMT, queries: Tensor) -> Modulation:
-    """γ, β of all queries, on the CPU."""
+    """γ, β of queries Q×P×D, Q×D each, fp32 on the CPU."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         return Modulation(*(part.float().cpu() for part in model.modulation(queries.to(device))))
@@ -212,7 +209,10 @@ def modulation_of(model: CMT, queries: Tensor) -> Modulation:
 def distances(
     distance: Distance, queries: Tensor, gallery: Tensor, modulation: Modulation
 ) -> FloatArray:
-    """Q×N in blocks of queries, in float64: c − ⟨w, z⟩ cancels where the distance is small."""
+    """Queries Q×P×D against gallery N×P×D → Q×N, in blocks of queries.
+
+    In float64: c − ⟨w, z⟩ (see `model.modulation`) cancels where the distance is small.
+    """
     blocks = (
         distance(x.double(), gallery.double(), Modulation(gamma.double(), beta.double()))
         for x, gamma, beta in zip(

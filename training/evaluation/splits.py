@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from training.datasets import DatasetError, Modality, Sample
+from model import Modality
+from training.datasets import DatasetError, Sample
 from training.evaluation.metrics import IntArray, Protocol
 
 TRIALS = 10
@@ -18,14 +19,13 @@ Convention = Literal["official", "seeded", "whole"]
 class Split:
     """One search: everything is given as indices into a list of samples.
 
-    Attributes:
-        protocol: whose rules leave gallery images out and count CMC.
-        setting: "all" or "indoor" on SYSU-MM01, else the direction, as in published tables.
-        shots: "single" or "multi" on SYSU-MM01, else empty.
-        convention: "official" where the archive's own trial file chose the galleries, "seeded"
-            where Python's `random` did, "whole" where the gallery is every image.
-        queries: indices of the queries.
-        galleries: indices of each trial's gallery.
+    protocol: whose rules leave gallery images out and count CMC.
+    setting: "all" or "indoor" on SYSU-MM01, else the direction, as in published tables.
+    shots: "single" or "multi" on SYSU-MM01, else empty.
+    convention: "official" where the archive's own trial file chose the galleries, "seeded"
+        where Python's `random` did, "whole" where the gallery is every image.
+    queries: indices of the queries.
+    galleries: indices of each trial's gallery.
     """
 
     protocol: Protocol
@@ -42,7 +42,7 @@ class Split:
 
 
 def of_modality(samples: Sequence[Sample], modality: Modality) -> IntArray:
-    """Indices of the images of a modality; DatasetError where there are none."""
+    """Indices of the images of a modality. Raises DatasetError where there are none."""
     found = [i for i, sample in enumerate(samples) if sample.modality == modality]
     if not found:
         word = "visible" if modality == "rgb" else "infrared"
@@ -56,14 +56,13 @@ def seeded_gallery(
     """One gallery by the convention of most public code, which seeds `random` with the trial.
 
     Identities ascending, then cameras ascending; single-shot takes `random.choice` over the files
-    sorted by name. The draws of an identity depend on the identities before it: the same set gives
-    the same galleries. Public code has no common convention for several shots: here it is
-    `random.sample` without replacement, or all files where there are not more than `shots`.
+    sorted by name. The draws of an identity depend on the identities before it, so that only the
+    same set gives the same galleries. Public code has no common convention for several shots: here
+    it is `random.sample` without replacement, or all files where there are not more than `shots`.
 
-    Args:
-        pool: indices to draw from, all of one modality.
-        trial: 0-based.
-        shots: images per identity and camera.
+    pool: indices to draw from, all of one modality.
+    trial: 0-based.
+    shots: images per identity and camera.
     """
     files: dict[tuple[int, int], list[int]] = {}
     for i in sorted(pool.tolist(), key=lambda i: samples[i].path.name):

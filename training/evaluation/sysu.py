@@ -26,8 +26,8 @@ def sysu_splits(samples: Sequence[Sample], trial_file: Path | None) -> list[Spli
 
     The galleries are the official ones if `trial_file` is there, else seeded.
 
-    Raises:
-        DatasetError: there are no queries or no gallery, or the trial file is of another set.
+    Raises DatasetError where there are no queries or no gallery, or the trial file is of another
+    set.
     """
     official = trial_file is not None and trial_file.is_file()
     queries = of_modality(samples, "ir")
@@ -57,9 +57,8 @@ def official_galleries(
     `trial_file` holds a 6×1 cell `rand_perm_cam`; its cell c has per identity (index id − 1) a
     10×n_images array of 1-based frame numbers.
 
-    Raises:
-        DatasetError: the file has no entry for an identity, or names a frame that is not among
-            the samples.
+    Raises DatasetError where the file has no entry for an identity, or names a frame that is not
+    among the samples.
     """
     cells = read_mat(trial_file, "rand_perm_cam").ravel()
     index = {(s.person_id, s.camera, frame_number(s)): i for i, s in enumerate(samples)}

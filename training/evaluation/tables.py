@@ -7,9 +7,9 @@ from rich.table import Table
 from training.datasets import DatasetName
 from training.evaluation.open_set import FALSE_ALARM_RATES
 from training.evaluation.published import TITLES, PublishedRow, published_rows
-from training.evaluation.report import Evaluation, Ranking, SplitEvaluation, Spread
+from training.evaluation.report import RAW, Evaluation, RankingFigures, SplitEvaluation, TrialSpread
 
-FIGURES = (
+DETAIL_FIGURES = (
     ("rank-1", "rank_1"),
     ("rank-5", "rank_5"),
     ("rank-10", "rank_10"),
@@ -17,7 +17,6 @@ FIGURES = (
     ("mAP", "mean_ap"),
     ("mINP", "mean_inp"),
 )
-RAW = "raw F"  # a diagnosis of the compensation, no way to rank: not in the paper's tables
 HEADS = {"visible-to-infrared": "V→I", "infrared-to-visible": "I→V"}
 PUBLISHED_FIGURES = ("rank_1", "rank_10", "rank_20", "mean_ap")
 # The paper's tables: title, and the (setting, shots) side by side in each of their parts.
@@ -50,10 +49,10 @@ def detail_tables(evaluation: Evaluation) -> list[Table]:
             + ("mean ± std over trials" if split.trials > 1 else "of a single trial"),
         )
         table.add_column("")
-        for way, _ in ways(split):
+        for way in split.rankings:
             table.add_column(way, justify="right", no_wrap=True)
-        for name, field in FIGURES:
-            spreads = [getattr(ranking, field) for _, ranking in ways(split)]
+        for name, field in DETAIL_FIGURES:
+            spreads = [getattr(ranking, field) for ranking in split.rankings.values()]
             # One trial has no deviation: "± 0.00" would claim one.
             cells = [str(s) if split.trials > 1 else f"{100 * s.mean:.2f}" for s in spreads]
             table.add_row(name, *cells)
@@ -104,7 +103,7 @@ def open_set_lines(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def _open_set_cell(rate: Spread | None, trials: int) -> str:
+def _open_set_cell(rate: TrialSpread | None, trials: int) -> str:
     if rate is None:
         return "–"
     return str(rate) if trials > 1 else f"{100 * rate.mean:.2f}"
@@ -119,16 +118,6 @@ def paper_tables(evaluation: Evaluation) -> list[Table]:
         if any(splits):
             tables.append(_paper_table(dataset, title, columns, splits))
     return tables
-
-
-def ways(split: SplitEvaluation) -> list[tuple[str, Ranking]]:
-    """The ways of ranking that a search was scored under, by name."""
-    rankings = [("modulated", split.modulated), ("unmodulated", split.unmodulated)]
-    if split.raw is not None:
-        rankings.append((RAW, split.raw))
-    if split.reranked is not None:
-        rankings.append(("re-ranked", split.reranked))
-    return rankings
 
 
 def size_lines(evaluation: Evaluation) -> list[str]:
@@ -146,7 +135,7 @@ def size_lines(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def vitality_lines(evaluation: Evaluation) -> list[str]:
+def module_lines(evaluation: Evaluation) -> list[str]:
     """What shows that the two modules are alive, one sentence each."""
     lines = []
     said: set[str] = set()  # searches with the same queries have the same γ, β
@@ -213,14 +202,15 @@ def _paper_table(
         if any(found):
             table.add_row(f" {method} {venue}", *_cells(found, 1))
     table.add_row("measured", style="italic bold")
-    names = dict.fromkeys(way for split in splits if split for way, _ in ways(split) if way != RAW)
+    # Raw F is a diagnosis of the compensation, no way to rank.
+    names = dict.fromkeys(way for split in splits if split for way in split.rankings if way != RAW)
     for way in names:
-        ours = [dict(ways(split)).get(way) if split else None for split in splits]
+        ours = [split.rankings.get(way) if split else None for split in splits]
         table.add_row(f" ours, {way}", *_cells(ours, 100), style="bold")
     return table
 
 
-def _cells(columns: Sequence[PublishedRow | Ranking | None], percent: int) -> list[str]:
+def _cells(columns: Sequence[PublishedRow | RankingFigures | None], percent: int) -> list[str]:
     """Four cells a column group; empty where there is no figure."""
     cells = []
     for column in columns:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,23 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from model import CMT, CheckpointInfo, Modality, load_checkpoint
-from model.graphs import MODULATION, all_graphs
-from training.export.folder import (
-    DESCRIPTION_FILE,
-    ExportError,
-    check_output,
-    describe,
-    replaced,
-)
-from training.export.formats import FORMATS, Format
+from model import load_checkpoint
+from model.graphs import MODULATION
+from training.export.export import write_export
+from training.export.folder import check_output
+from training.export.formats import FORMATS
 from training.export.images import parity_images
-from training.export.parity import TOP, Parity, compare, reference
+from training.export.parity import TOP, Parity
 
 
-class Formats(StrEnum):
+class FormatChoice(StrEnum):
     """What to write."""
 
     ONNX = "onnx"
@@ -41,7 +34,9 @@ def export(
         Path,
         typer.Option(help="Folder of the export; an earlier one there is replaced as a whole."),
     ],
-    formats: Annotated[Formats, typer.Option("--format", help="What to write.")] = Formats.BOTH,
+    formats: Annotated[
+        FormatChoice, typer.Option("--format", help="What to write.")
+    ] = FormatChoice.BOTH,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -61,7 +56,7 @@ def export(
     Example: cmt export --checkpoint examples/compact.safetensors --output exported
     """
     model, info = load_checkpoint(checkpoint)
-    chosen = list(FORMATS.values()) if formats is Formats.BOTH else [FORMATS[formats]]
+    chosen = list(FORMATS.values()) if formats is FormatChoice.BOTH else [FORMATS[formats]]
     check_output(output, info.fingerprint, overwrite=overwrite)
     console = Console(soft_wrap=True)
     with console.status("Converting the network and comparing it with PyTorch"):
@@ -70,45 +65,6 @@ def export(
     console.print(_table(parities))
     written = ", ".join(sorted(path.name for path in output.iterdir()))
     console.print(f"Wrote {output}: {written}", highlight=False)
-
-
-def write_export(
-    model: CMT,
-    info: CheckpointInfo,
-    formats: Sequence[Format],
-    images: Mapping[Modality, Tensor],
-    output: Path,
-) -> list[Parity]:
-    """Convert, compare on `images`, and only then put the files and `export.json` into `output`.
-
-    Returns:
-        One report a format.
-
-    Raises:
-        ExportError: a format does not give PyTorch's numbers; `output` is as it was.
-    """
-    graphs, expected = all_graphs(model), reference(model, images)
-    files: dict[str, list[Path]] = {graph.name: [] for graph in graphs}
-    parities = []
-    with replaced(output) as folder:
-        for form in formats:
-            runners = {}
-            for graph in graphs:
-                written = form.write(graph, folder)
-                files[graph.name] += written
-                runners[graph.name] = form.open(written[0])
-            parities.append(compare(form.name, runners, model, images, expected))
-            if not parities[-1].passed:
-                raise ExportError(
-                    f"{parities[-1].problem()}; nothing was written: try the versions of torch, "
-                    f"{form.name} and its runtime that constraints.txt names, and report the "
-                    "difference if it stays"
-                )
-        content = describe(info, graphs, files, parities)
-        (folder / DESCRIPTION_FILE).write_text(
-            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-    return parities
 
 
 def _table(parities: Sequence[Parity]) -> Table:

@@ -17,14 +17,13 @@ from model.graphs import Graph, to_openvino
 OPSET = 23
 
 Array = npt.NDArray[np.float32]
-Runner = Callable[[Array], list[Array]]  # a graph's input → its outputs, in their order
+GraphRunner = Callable[[Array], list[Array]]  # a graph's input → its outputs, in their order
 
 
 class Format(ABC):
     """A file format and the runtime that it is checked with.
 
-    Attributes:
-        name: as `--format` and the reports say it.
+    name: as `--format` and the reports say it.
     """
 
     name: str
@@ -34,7 +33,7 @@ class Format(ABC):
         """Convert `graph` into files of `folder` that begin with its name, and list them."""
 
     @abstractmethod
-    def open(self, file: Path) -> Runner:
+    def open(self, file: Path) -> GraphRunner:
         """Load the first of the files that `write` listed, to compute in fp32 on the CPU."""
 
 
@@ -65,7 +64,7 @@ class Onnx(Format):
         onnx.checker.check_model(str(path), full_check=True)
         return [path]
 
-    def open(self, file: Path) -> Runner:
+    def open(self, file: Path) -> GraphRunner:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -92,7 +91,7 @@ class OpenVINO(Format):
             openvino.save_model(to_openvino(graph), path, compress_to_fp16=False)
         return [path, path.with_suffix(".bin")]
 
-    def open(self, file: Path) -> Runner:
+    def open(self, file: Path) -> GraphRunner:
         from model.quiet_openvino import openvino
 
         # Left to itself OpenVINO computes in bf16 on a CPU that has units for it.

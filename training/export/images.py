@@ -26,13 +26,10 @@ MOST = 48  # of a modality: enough to tell a wrong graph, and seconds for a larg
 def parity_images(folder: Path | None, config: CMTConfig) -> dict[Modality, Tensor]:
     """Up to `MOST` images of each modality, preprocessed: N×3×H×W, spread evenly over the folder.
 
-    Args:
-        folder: crops with a `manifest.csv` as in `examples/` (columns file and modality), or in
-            the `folder` layout (`rgb/<person>/…`, `ir/<person>/…`). None: `examples/` itself.
-
-    Raises:
-        DatasetError: there is no folder, it is in neither form, it has too few images of a
-            modality, or one cannot be decoded.
+    folder: crops with a `manifest.csv` as in `examples/` (columns file and modality), or in
+        the `folder` layout (`rgb/<person>/…`, `ir/<person>/…`). None: `examples/` itself.
+    Raises DatasetError where there is no folder, it is in neither form, it has too few images of a
+    modality, or one cannot be decoded.
     """
     if folder is None:
         folder = EXAMPLES

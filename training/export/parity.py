@@ -13,7 +13,7 @@ from torch.nn import functional
 from model import CMT, Modality, Modulation
 from model.config import MODALITIES
 from model.graphs import MODULATION, embedding_name
-from training.export.formats import Runner
+from training.export.formats import GraphRunner
 
 # The runtimes add the same fp32 numbers in another order: a millionth of the largest entry for the
 # demo checkpoint. bf16, a wrong operator or one wrong weight tensor change thousandths and more.
@@ -29,10 +29,9 @@ TOP = 10
 class OutputParity:
     """One output of a graph at one batch size, over all images.
 
-    Attributes:
-        max_error: largest absolute difference.
-        relative_error: the same as a share of the largest absolute entry.
-        min_cosine: lowest cosine of one image's output with PyTorch's.
+    max_error: largest absolute difference.
+    relative_error: the same as a share of the largest absolute entry.
+    min_cosine: lowest cosine of one image's output with PyTorch's.
     """
 
     graph: str
@@ -44,7 +43,8 @@ class OutputParity:
 
     @property
     def passed(self) -> bool:
-        # Said so that NaN does not pass.
+        """Whether the output is PyTorch's but for rounding."""
+        # Written so that NaN does not pass.
         return self.relative_error <= MOST_ERROR and self.min_cosine >= LEAST_COSINE
 
 
@@ -52,10 +52,9 @@ class OutputParity:
 class RankingParity:
     """Infrared queries in a visible gallery, modulated, everything but the distance exported.
 
-    Attributes:
-        same_top10: share of the queries whose ten nearest are PyTorch's, in PyTorch's order.
-        largest_swap: how far PyTorch's own distances along the exported top-10 are from those
-            along its own, as a share of the latter; above 0 only where images changed places.
+    same_top10: share of the queries whose ten nearest are PyTorch's, in PyTorch's order.
+    largest_swap: how far PyTorch's own distances along the exported top-10 are from those
+        along its own, as a share of the latter; above 0 only where images changed places.
     """
 
     batch: int
@@ -66,6 +65,7 @@ class RankingParity:
 
     @property
     def passed(self) -> bool:
+        """Whether only images at practically the same distance changed places."""
         return self.largest_swap <= MOST_SWAPPED
 
 
@@ -79,6 +79,7 @@ class Parity:
 
     @property
     def passed(self) -> bool:
+        """Whether all checks have passed."""
         return all(o.passed for o in self.outputs) and all(r.passed for r in self.rankings)
 
     def problem(self) -> str:
@@ -120,9 +121,9 @@ def reference(model: CMT, images: Mapping[Modality, Tensor]) -> Reference:
     return Reference(embeddings, model.modulation(everything))
 
 
-def compare(
+def check_parity(
     name: str,
-    runners: Mapping[str, Runner],
+    runners: Mapping[str, GraphRunner],
     model: CMT,
     images: Mapping[Modality, Tensor],
     expected: Reference,
@@ -136,7 +137,7 @@ def compare(
             (embeddings[modality],) = _run(runners[graph], images[modality], batch)
             pair = embeddings[modality], expected.embeddings[modality]
             outputs.append(_output_parity(graph, "embedding", batch, *pair))
-        # PyTorch's embeddings, so that each graph answers for itself; its own when ranking.
+        # Of PyTorch's embeddings, so that each graph is judged alone; of its own when ranking.
         given = torch.cat([expected.embeddings[modality] for modality in MODALITIES])
         parameters = zip(
             Modulation._fields,
@@ -150,7 +151,7 @@ def compare(
     return Parity(name, outputs, rankings)
 
 
-def _run(runner: Runner, inputs: Tensor, batch: int) -> list[Tensor]:
+def _run(runner: GraphRunner, inputs: Tensor, batch: int) -> list[Tensor]:
     results = [runner(part.contiguous().numpy()) for part in torch.split(inputs, batch)]
     return [torch.cat([torch.from_numpy(a) for a in parts]) for parts in zip(*results, strict=True)]
 

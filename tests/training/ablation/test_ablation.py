@@ -17,12 +17,12 @@ from training.ablation.cells import (
     AblationData,
     AblationError,
     Budget,
-    Runner,
+    CellRunner,
     Start,
     changed_model,
     read_data,
 )
-from training.ablation.paired import SeedSpread, compare
+from training.ablation.paired import SeedSpread, compare_paired
 from training.ablation.results import (
     CellResult,
     RankingResult,
@@ -219,11 +219,11 @@ def test_a_cell_stopped_in_the_middle_ends_as_an_undisturbed_one(
     start = Start(checkpoint=ablation / "run" / "pretrain" / CHECKPOINT_FILE)
     cells = table3_cells(recipe(), start, [0])[:1]
     # The first look lets the cell begin, each further one a step: two of its four.
-    assert Runner(data(), tmp_path, budget=_Looks(3), save_every=1).run(cells) == []
+    assert CellRunner(data(), tmp_path, budget=_Looks(3), save_every=1).run(cells) == []
     last = (tmp_path / "base-seed0" / METRICS_FILE).read_text().splitlines()[-1]
     assert json.loads(last)["step"] == 2
     assert not (tmp_path / "base-seed0" / "result.json").exists()
-    (result,) = Runner(data(), tmp_path).run(cells)
+    (result,) = CellRunner(data(), tmp_path).run(cells)
     undisturbed = result_of(ablation, "base-seed0")
     assert result.fingerprint == undisturbed.fingerprint
     assert result.searches == undisturbed.searches
@@ -280,7 +280,7 @@ def test_a_damaged_result_is_named(ablation: Path, tmp_path: Path) -> None:
     (tmp_path / "base-seed0").mkdir()
     (tmp_path / "base-seed0" / "result.json").write_text("{")
     with pytest.raises(AblationError, match=r"result\.json is damaged .* remove its folder"):
-        Runner(data(), tmp_path).run(cells)
+        CellRunner(data(), tmp_path).run(cells)
 
 
 def test_the_lambda_sweep_plots_what_it_measured(ablation: Path) -> None:
@@ -379,7 +379,7 @@ def ranking(*precisions: float) -> RankingResult:
 
 
 def test_a_paired_comparison_by_hand() -> None:
-    found = compare(
+    found = compare_paired(
         "one − other",
         [ranking(0.5, 1.0, 0.2), ranking(0.7, 0.8, 0.4)],
         [ranking(0.4, 0.9, 0.2), ranking(0.5, 0.8, 0.1)],

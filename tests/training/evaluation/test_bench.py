@@ -1,4 +1,4 @@
-"""`cmt bench evaluate` on a small problem: both sides agree, and a disagreement is caught."""
+"""`cmt bench evaluate` on small data: both sides agree, and a disagreement is caught."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 
 from model.cli import main
 from training.evaluation.bench import (
-    Problem,
+    ProtocolData,
     gallery_distances,
     loop,
-    random_problem,
+    random_data,
     require_equal,
     vectorised,
     vectorised_distances,
@@ -19,12 +19,12 @@ from training.evaluation.bench import (
 
 
 @pytest.fixture(scope="module")
-def problem() -> Problem:
-    return random_problem(queries=70, identities=12, parts=2, dim=4)
+def data() -> ProtocolData:
+    return random_data(queries=70, identities=12, parts=2, dim=4)
 
 
-def test_a_problem_has_the_proportions_of_the_real_set() -> None:
-    real = random_problem(queries=200, identities=96, parts=1, dim=2)
+def test_the_data_have_the_proportions_of_the_real_set() -> None:
+    real = random_data(queries=200, identities=96, parts=1, dim=2)
     assert {gallery.size for gallery in real.galleries} == {301}
     for gallery in real.galleries:
         cells = set(zip(real.pool_ids[gallery], real.pool_cameras[gallery], strict=True))
@@ -33,22 +33,22 @@ def test_a_problem_has_the_proportions_of_the_real_set() -> None:
 
 
 def test_both_sides_give_the_same_figures_from_features_and_from_distances(
-    problem: Problem,
+    data: ProtocolData,
 ) -> None:
-    ours = vectorised(problem, vectorised_distances(problem))
-    require_equal(ours, loop(problem, None))
-    given = [gallery_distances(problem, gallery) for gallery in problem.galleries]
-    require_equal(vectorised(problem, given), loop(problem, given))
+    ours = vectorised(data, vectorised_distances(data))
+    require_equal(ours, loop(data, None))
+    given = [gallery_distances(data, gallery) for gallery in data.galleries]
+    require_equal(vectorised(data, given), loop(data, given))
     assert len(ours) == 10
     assert len({metrics.mean_ap for metrics in ours}) == 10
 
 
-def test_figures_that_differ_stop_the_benchmark(problem: Problem) -> None:
-    distances = vectorised_distances(problem)
-    theirs = loop(problem, distances)
+def test_figures_that_differ_stop_the_benchmark(data: ProtocolData) -> None:
+    distances = vectorised_distances(data)
+    theirs = loop(data, distances)
     distances[3] = np.roll(distances[3], 1, axis=1)
     with pytest.raises(ValueError, match="trial 4: figures of the two sides differ"):
-        require_equal(vectorised(problem, distances), theirs)
+        require_equal(vectorised(data, distances), theirs)
 
 
 def test_the_command_writes_both_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,15 +14,15 @@ from PIL import Image, ImageColor
 from model import CMT, CheckpointInfo, load_checkpoint, modulate, save_checkpoint
 from model.cli import main
 from tests.paths import MINI
-from training.cli import DEFAULT_RECIPES
 from training.datasets import LAYOUTS, DatasetError, DatasetName
 from training.evaluation import protocol_splits, rank_metrics
 from training.evaluation.embedding import embed_samples
 from training.evaluation.figures import BORDER, CAPTION, RIGHT, THUMBNAIL, write_sheets
-from training.evaluation.module_diagnostics import CompensationVitality
+from training.evaluation.module_diagnostics import CompensationDiagnostics
 from training.evaluation.published import published_rows
 from training.evaluation.report import Evaluation, score_model, summarise
 from training.recipe import load_recipe
+from training.run import DEFAULT_RECIPES
 
 
 def test_regdb_and_folder_search_everything_in_both_directions(
@@ -64,7 +64,7 @@ def test_one_modality_is_refused(folder_root: Path) -> None:
         protocol_splits(DatasetName.FOLDER, visible)
 
 
-def compensated(evaluation: Evaluation) -> CompensationVitality:
+def compensated(evaluation: Evaluation) -> CompensationDiagnostics:
     """What it says of compensated infrared features."""
     assert evaluation.compensation is not None
     figures = evaluation.compensation["ir"]

@@ -27,13 +27,13 @@ from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.embedding import embed_samples
 from training.evaluation.module_diagnostics import (
     bootstrap_interval,
-    compensation_vitality,
+    diagnose_compensation,
     gamma_beta_figures,
     top_changes,
 )
 from training.evaluation.report import Evaluation, SplitEvaluation
 from training.evaluation.sysu import seeded_galleries
-from training.evaluation.tables import vitality_lines
+from training.evaluation.tables import module_lines
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_modules_that_are_switched_off_are_not_reported(
         assert split.modulation is None
         assert split.modulated == split.unmodulated
     assert base.metric == "cosine"
-    assert vitality_lines(base) == []
+    assert module_lines(base) == []
 
 
 def test_the_network_goes_back_to_training(tiny_config: CMTConfig, samples: list[Sample]) -> None:
@@ -203,7 +203,7 @@ def test_compensation_by_hand() -> None:
     samples = [person(*p) for p in people]
     features = torch.tensor([-1.0, 1.0, 10.0, 50.0, 50.0, 50.0, 50.0]).view(-1, 1, 1)
     compensated = torch.tensor([9.0, 9.0, 9.0, 1.0, 9.0, 2.0, 0.0]).view(-1, 1, 1)
-    figures = compensation_vitality(samples, features, compensated, "rgb")
+    figures = diagnose_compensation(samples, features, compensated, "rgb")
     # Judged are 1 → 0 (right), 9 → 10 (right), 2 → 0 (wrong); mean 4, variance (9 + 25 + 4) / 3.
     assert figures is not None
     assert figures.images == 3
@@ -215,7 +215,7 @@ def test_compensation_by_hand() -> None:
 def test_constant_compensation_is_exposed() -> None:
     samples = [person(p, m) for p in (1, 2) for m in ("rgb", "ir")]
     features = torch.arange(4.0).view(4, 1, 1)
-    figures = compensation_vitality(samples, features, torch.ones(4, 2, 3)[:, :1, :1], "rgb")
+    figures = diagnose_compensation(samples, features, torch.ones(4, 2, 3)[:, :1, :1], "rgb")
     assert figures is not None
     assert figures.variance_to_mean == 0.0
     assert figures.rank_1 == figures.chance == 0.5
@@ -223,7 +223,7 @@ def test_constant_compensation_is_exposed() -> None:
 
 def test_compensation_without_common_identities_is_not_judged() -> None:
     samples = [person(1, "rgb"), person(2, "ir")]
-    assert compensation_vitality(samples, torch.ones(2, 1, 1), torch.ones(2, 1, 1), "rgb") is None
+    assert diagnose_compensation(samples, torch.ones(2, 1, 1), torch.ones(2, 1, 1), "rgb") is None
 
 
 def arguments(checkpoint: Path, root: Path = MINI, ids: str = "val_id.txt") -> list[str]:
@@ -257,7 +257,7 @@ def test_the_command_prints_and_writes_what_the_library_computes(
         assert f"CMT ECCV-22 {half}" in words
     assert words.index("published Zero-Padding") < words.index("measured ours, modulated")
     assert words.count("is not the published test set") == 2
-    for line in vitality_lines(expected):
+    for line in module_lines(expected):
         assert line in printed
 
 

@@ -20,7 +20,7 @@ from model import CMT, Modulation, load_checkpoint, preprocess, save_checkpoint
 from model.cli import main
 from model.graphs import Graph
 from tests.paths import ROOT
-from training.export.cli import write_export
+from training.export.export import write_export
 from training.export.folder import ExportError, check_output
 from training.export.formats import OPSET, Onnx, OpenVINO
 from training.export.images import LEAST, parity_images

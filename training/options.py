@@ -1,0 +1,55 @@
+"""Options that several commands of this package share, and the checks of what they are given."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+Root = Annotated[Path, typer.Option(help="Folder of the dataset.")]
+Trial = Annotated[int, typer.Option(help="RegDB: which of the ten splits.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
+FiguresFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+T = TypeVar("T")
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises BadParameter for a picture that could not be written after minutes of computing."""
+    if path is not None and path.suffix not in PICTURE_SUFFIXES:
+        raise typer.BadParameter(f"{path} ends in none of {', '.join(PICTURE_SUFFIXES)}")
+
+
+def fields_as_options(command: Callable[[T], None]) -> Callable[..., None]:
+    """Decorate a command whose one parameter is a dataclass: each of its fields is an option.
+
+    Typer reads options from a function's parameters and knows no groups of them. Commands that
+    have many options in common inherit them from one dataclass instead.
+    """
+    (asked,) = inspect.signature(command, eval_str=True).parameters.values()
+    types = get_type_hints(asked.annotation, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=types[field.name],
+        )
+        for field in fields(asked.annotation)
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(asked.annotation(**given))
+
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return run
