@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError
 
 from service.auth.keys import KeyFile, KeyFileError
 from service.auth.rate_limit import checked_rate
-from service.gallery.index.recall_index import IndexKind
+from service.gallery.records import IndexKind
 from service.kit.urls import is_loopback, without_password
 
 

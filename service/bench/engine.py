@@ -17,8 +17,9 @@ from service.gallery.index.features import Features
 from service.gallery.index.inner_products import Best, exhaustive
 from service.gallery.index.maintenance import INDEX_LEAST
 from service.gallery.index.recall import recall
-from service.gallery.index.recall_index import KINDS, NPROBE_SHARE, IndexKind, RecallIndex
+from service.gallery.index.recall_index import KINDS, NPROBE_SHARE, RecallIndex
 from service.gallery.index.segment import Segment, build_index
+from service.gallery.records import IndexKind
 
 _BLOCK = 16_384
 _NPROBE_SHARES = (0.05, NPROBE_SHARE, 0.2)  # of all lists

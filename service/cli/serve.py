@@ -38,7 +38,6 @@ def serve(
     Example: cmt serve --checkpoint model.safetensors --data-dir data
     """
     from service.observability.logs import configure_logs
-    from service.server import run
     from service.settings import load_settings
 
     settings = load_settings(
@@ -52,4 +51,6 @@ def serve(
         api_keys_file=api_keys_file,
     )
     configure_logs(settings.log_format, settings.log_level)
+    from service.server import run  # loads torch, once the settings are known to be right
+
     run(settings)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from service.gallery.gallery import DEFAULT_CANDIDATES, Gallery
-    from service.gallery.index.recall_index import IndexKind
     from service.gallery.index.shard import Counters, Statistics
     from service.gallery.records import (
         AuditEntry,
         AuditPage,
         Filters,
         Hit,
+        IndexKind,
         Item,
         ItemUpdate,
         ModelVersion,
@@ -36,7 +36,7 @@ _HOMES = {
     "Filters": "service.gallery.records",
     "Gallery": "service.gallery.gallery",
     "Hit": "service.gallery.records",
-    "IndexKind": "service.gallery.index.recall_index",
+    "IndexKind": "service.gallery.records",
     "Item": "service.gallery.records",
     "ItemUpdate": "service.gallery.records",
     "ModelVersion": "service.gallery.records",

@@ -17,9 +17,9 @@ from model import CheckpointInfo
 from service.errors import DatabaseUnavailable, ServiceError
 from service.gallery.feed import Position, Stored, Witness
 from service.gallery.index import snapshot
-from service.gallery.index.recall_index import IndexKind
 from service.gallery.index.shard import Shard
 from service.gallery.index.snapshot import Restored, SnapshotInvalid
+from service.gallery.records import IndexKind
 from service.gallery.storage.store import Store
 from service.gallery.storage.streaming import View
 

@@ -25,11 +25,11 @@ from service.errors import (
 from service.gallery.backup.backup import Backup, Backups
 from service.gallery.backup.temporary_copy import remove_leftovers
 from service.gallery.follower import Follower, read_snapshot
-from service.gallery.index.recall_index import IndexKind
 from service.gallery.index.shard import Counters, Statistics
 from service.gallery.records import (
     AuditPage,
     Filters,
+    IndexKind,
     Item,
     ItemUpdate,
     ModelVersion,

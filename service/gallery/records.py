@@ -9,6 +9,9 @@ from typing import Any, Final, Literal, NamedTuple
 
 from service.images.decode import Crop, Modality, ModalitySource
 
+IndexKind = Literal["SQfp16", "Flat", "SQ8", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "HNSW"]
+"""Of the recall stage: a scan of the features as they are, or a kind of FAISS index."""
+
 
 class RequestKey(NamedTuple):
     """A client's Idempotency-Key, with the SHA-256 of what it enrolls under it."""

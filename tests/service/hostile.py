@@ -54,7 +54,8 @@ def assert_is_data(answer: httpx.Response) -> None:
     assert answer.request.url.path.endswith("/image") or answer.headers["content-type"] == kind
     assert answer.headers["x-content-type-options"] == "nosniff"
     policy = answer.headers["content-security-policy"]
-    assert policy.startswith("default-src 'none'") and "sandbox" in policy
+    assert policy.startswith("default-src 'none'")
+    assert "sandbox" in policy
     assert "set-cookie" not in answer.headers
 
 

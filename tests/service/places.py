@@ -38,7 +38,7 @@ class Place(NamedTuple):
     def tables(self) -> dict[str, list[Any]]:
         """Every row of every table that a backup carries."""
         store = Store(self.folder, INFO.fingerprint, SIZE, self.url)
-        with closing(store), store._database.reading() as connection:
+        with closing(store), store.database.reading() as connection:
             return {
                 table.name: list(
                     connection.execute(select(table).order_by(*table.primary_key.columns))

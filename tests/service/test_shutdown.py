@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
-import socket
 import threading
 import time
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
+from socket import create_connection, socket
 
 import httpx
 import pytest
 
+from service.client import Client
+from tests.service.conftest import Serve
 from tests.service.processes import (
     ServiceProcess,
     assert_no_defect,
@@ -21,51 +25,41 @@ from tests.service.processes import (
     wait_for,
 )
 
-LINGER = 1.5
-TIMEOUT = 20
-
-
-@dataclass
-class Call:
-    """One enrollment that was tried. status: None where there was no answer."""
-
-    began: float
-    ended: float
-    status: int | None = None
-    item: str = ""
+NEVER = 3600  # seconds
 
 
 class Caller(threading.Thread):
     """Enrolls one crop after the other until there is nobody to enroll it."""
 
-    def __init__(self, url: str, image: bytes) -> None:
+    def __init__(self, service: ServiceProcess, image: bytes) -> None:
         super().__init__()
-        self.calls: list[Call] = []
-        self._url, self._image = url, image
+        self.answers: list[httpx.Response] = []
+        self._service, self._image = service, image
 
     def run(self) -> None:
-        with httpx.Client(base_url=self._url, trust_env=False, timeout=60) as http:
-            while not self.calls or self.calls[-1].status is not None:
-                began = time.monotonic()
-                try:
-                    answer = http.post("/gallery", files={"image": self._image})
-                except httpx.TransportError:
-                    self.calls.append(Call(began, time.monotonic()))
-                    return
-                item = answer.json()["id"] if answer.status_code == 201 else ""
-                self.calls.append(Call(began, time.monotonic(), answer.status_code, item))
-                if answer.status_code == 503:
-                    assert answer.json()["code"] == "shutting_down"
-                    assert int(answer.headers["retry-after"]) > 0
-                    time.sleep(0.05)
+        with self._service.client() as http:
+            try:
+                while True:
+                    self.answers.append(http.post("/gallery", files={"image": self._image}))
+                    if not self.answers[-1].is_success:
+                        time.sleep(0.05)
+            except httpx.TransportError:
+                return
 
 
-def stalled(service: ServiceProcess, http: httpx.Client, image: bytes) -> socket.socket:
-    """An upload that is in flight and does not go on."""
-    connection = socket.create_connection(service.address, timeout=60)
-    connection.sendall(multipart("/gallery", [image])[:-100])
-    wait_for(lambda: gauge(http, "cmt_uploads_receiving") == 1, "it is not received")
-    return connection
+@contextmanager
+def stalled(service: ServiceProcess, http: httpx.Client, request: bytes) -> Iterator[socket]:
+    """A connection with an upload that is in flight, all but its last byte."""
+    before = gauge(http, "cmt_uploads_receiving")
+    with create_connection(service.address, timeout=60) as connection:
+        connection.sendall(request[:-1])
+        wait_for(lambda: gauge(http, "cmt_uploads_receiving") > before, "it is not received")
+        yield connection
+
+
+def assert_refused(answer: httpx.Response) -> None:
+    assert (answer.status_code, answer.json()["code"]) == (503, "shutting_down")
+    assert int(answer.headers["retry-after"]) > 0
 
 
 def is_closing(http: httpx.Client) -> bool:
@@ -84,57 +78,76 @@ def assert_gone(processes: list[int]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_under_load_what_is_in_flight_finishes_and_what_comes_is_refused(
-    number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
+    number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path], serve: Serve
 ) -> None:
     service = ServiceProcess(
-        tmp_path,
-        tiny_checkpoint,
-        shutdown_timeout=TIMEOUT,
-        shutdown_linger=LINGER,
-        batch_wait=0.3,  # so that there is always something in flight
-        decode_processes=2,
+        tmp_path, tiny_checkpoint, shutdown_timeout=NEVER, shutdown_linger=1, decode_processes=2
     )
     image = visible[0].read_bytes()
+    request = multipart("/gallery", [image])
     with service, service.client() as http:
         children = service.children()
-        callers = [Caller(service.url, image) for _ in range(6)]
+        callers = [Caller(service, image) for _ in range(6)]
         for caller in callers:
             caller.start()
-        wait_for(lambda: sum(len(c.calls) for c in callers) > 12, "nothing is enrolled", 60)
-        signalled = time.monotonic()
-        service.send(number)
-        wait_for(lambda: is_closing(http), "it does not say that it closes")
-        assert http.get("/livez").status_code == 200
-        for refused in (http.get("/gallery"), http.post("/query", files={"image": image})):
-            assert (refused.status_code, refused.json()["code"]) == (503, "shutting_down")
-            assert int(refused.headers["retry-after"]) > 0
+        wait_for(lambda: all(len(one.answers) > 2 for one in callers), "nothing is enrolled")
+        with stalled(service, http, request) as in_flight:
+            service.send(number)
+            wait_for(lambda: is_closing(http), "it does not say that it closes")
+            assert http.get("/livez").status_code == 200
+            assert_refused(http.get("/gallery"))
+            assert_refused(http.post("/query", files={"image": image}))
+            # As long as something is in flight, nobody meets a closed door.
+            wait_for(lambda: not any(c.answers[-1].is_success for c in callers), "it lets them in")
+            in_flight.sendall(request[-1:])
+            answer = HTTPResponse(in_flight)
+            answer.begin()
+            assert answer.status == 201
         assert service.ended() == 0
-        assert time.monotonic() - signalled < TIMEOUT
         for caller in callers:
             caller.join(60)
-    calls = [call for caller in callers for call in caller.calls]
-    assert {call.status for call in calls} == {201, 503, None}
-    # Nobody met a closed door before the time to linger was over, and the work was finished.
-    assert all(c.began > signalled + 0.9 * LINGER for c in calls if c.status is None)
-    assert any(c.began < signalled < c.ended and c.status == 201 for c in calls)
+    acknowledged = 1
+    for caller in callers:
+        enrolled = [*itertools.takewhile(lambda one: one.status_code == 201, caller.answers)]
+        for refused in caller.answers[len(enrolled) :]:
+            assert_refused(refused)
+        acknowledged += len(enrolled)
     assert_no_defect(service)
     assert_gone(children)
-    acknowledged = {call.item for call in calls if call.status == 201}
-    with ServiceProcess(tmp_path, tiny_checkpoint) as again, again.client() as http:
-        items = http.get("/gallery", params={"limit": 1000}).json()["items"]
-    assert len(items) == len(acknowledged)
-    assert {item["id"] for item in items} == acknowledged
+    with serve(tmp_path) as url, Client(url) as client:
+        items = client.list(limit=1000).items
+    assert len(items) == acknowledged
+    known = {one.json()["id"] for c in callers for one in c.answers if one.is_success}
+    assert known < {item.id for item in items}
+
+
+def test_with_nothing_in_flight_it_lingers_and_ends_at_a_second_ctrl_c(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    service = ServiceProcess(
+        tmp_path, tiny_checkpoint, shutdown_timeout=NEVER, shutdown_linger=NEVER
+    )
+    with service, service.client() as http:
+        service.send(signal.SIGINT)
+        wait_for(lambda: is_closing(http), "it does not say that it closes")
+        time.sleep(0.5)  # it looks whether it may end more often than that
+        assert_refused(http.get("/gallery"))
+        service.send(signal.SIGINT)
+        service.ended()
+    assert "Traceback" not in service.text()
 
 
 def test_a_request_that_takes_too_long_does_not_hold_the_end(
     tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
 ) -> None:
-    service = ServiceProcess(tmp_path, tiny_checkpoint, shutdown_timeout=1, shutdown_linger=0)
+    service = ServiceProcess(
+        tmp_path, tiny_checkpoint, shutdown_timeout=1, shutdown_linger=0, body_timeout=NEVER
+    )
     with service, service.client() as http:
         children = service.children()
-        with closing(stalled(service, http, visible[0].read_bytes())):
+        with stalled(service, http, multipart("/gallery", [visible[0].read_bytes()])):
             service.send(signal.SIGTERM)
-            assert service.ended(15) == 0
+            assert service.ended() == 0
     assert "Traceback" not in service.text()
     assert not [one for one in service.log() if "exception" in one]
     assert_gone(children)
@@ -143,13 +156,13 @@ def test_a_request_that_takes_too_long_does_not_hold_the_end(
 def test_a_second_ctrl_c_ends_it_at_once(
     tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
 ) -> None:
-    service = ServiceProcess(tmp_path, tiny_checkpoint, shutdown_timeout=300)
+    service = ServiceProcess(tmp_path, tiny_checkpoint, shutdown_timeout=NEVER, body_timeout=NEVER)
     with service, service.client() as http:
         children = service.children()
-        with closing(stalled(service, http, visible[0].read_bytes())):
+        with stalled(service, http, multipart("/gallery", [visible[0].read_bytes()])):
             service.send(signal.SIGINT)
             wait_for(lambda: is_closing(http), "it does not say that it closes")
             service.send(signal.SIGINT)
-            service.ended(15)
+            service.ended()
     assert "Traceback" not in service.text()
     assert_gone(children)

@@ -10,8 +10,9 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from service.gallery.index.recall_index import IndexKind, choose_kind
+from service.gallery.index.recall_index import choose_kind
 from service.gallery.index.segment import Segment, Stopped, build_index, extend_index
+from service.gallery.records import IndexKind
 
 log = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ largest inner products are the smallest *modulated* distances.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
 from service.gallery.index.chunks import selecting
+from service.gallery.records import IndexKind
 from service.kit.shared_lock import SharedLock
 
-IndexKind = Literal["SQfp16", "Flat", "SQ8", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "HNSW"]
 KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
 
 # From so many items on a CPU, an inverted file serves; below, the scan of all rows does.

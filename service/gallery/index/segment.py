@@ -15,7 +15,8 @@ from model import CMTConfig
 from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features
-from service.gallery.index.recall_index import IndexKind, RecallIndex, training_rows
+from service.gallery.index.recall_index import RecallIndex, training_rows
+from service.gallery.records import IndexKind
 
 _BLOCK_ROWS = 4096
 

@@ -15,9 +15,9 @@ from model import CMTConfig
 from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
 from service.gallery.index.maintenance import Maintenance
-from service.gallery.index.recall_index import IndexKind
 from service.gallery.index.searcher import Counters, Scored, Searcher, SearchRequest
 from service.gallery.index.segment import Segment
+from service.gallery.records import IndexKind
 
 __all__ = ["Counters", "Frozen", "Scored", "SearchRequest", "Shard", "Statistics"]
 

@@ -8,9 +8,8 @@ import random
 import re
 import socket
 import stat
-import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from service.gallery.backup.restore import restore
 from service.gallery.storage.store import Store
 from tests.service.conftest import Serve
 from tests.service.gallery.storage.test_disk_full import Disk, disk  # noqa: F401 - fixture
+from tests.service.processes import wait_for
 from tests.service.stores import crop, rows
 
 BIG = 24  # crops of 1 MB: more than the sockets between two processes hold
@@ -71,11 +71,7 @@ def open_copies() -> list[str]:
 
 
 def wait_until_free() -> None:
-    for _ in range(200):
-        if not open_copies():
-            return
-        time.sleep(0.05)
-    raise AssertionError(open_copies())
+    wait_for(lambda: not open_copies(), "a copy stays open")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -107,7 +103,8 @@ def test_what_a_client_downloads_can_be_served(
                 await other.backup(second)
 
         asyncio.run(again())
-        assert not temporary(tmp_path / "data") and not open_copies()
+        assert not temporary(tmp_path / "data")
+        assert not open_copies()
     assert stat.S_IMODE(first.stat().st_mode) == stat.S_IMODE(second.stat().st_mode) == 0o600
     assert peek(first).counts["items"] == peek(second).counts["items"] == len(visible)
     restore(second, tmp_path / "restored")
@@ -118,7 +115,8 @@ def test_what_a_client_downloads_can_be_served(
         )
         assert again_enrolled == expected[0].items[0]
         actions = [entry.action for entry in client.audit().entries]
-        assert actions.count("backup") == 3 and "restore" in actions
+        assert actions.count("backup") == 3
+        assert "restore" in actions
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "data", "first.zip", "restored", "second.zip",
     ]  # fmt: skip
@@ -188,21 +186,25 @@ def test_a_client_that_vanishes_leaves_nothing(big: tuple[str, Path], tmp_path: 
         http.stream("POST", "/admin/backup") as response,
     ):
         next(response.iter_bytes(1000))
-        assert len(open_copies()) == 1 and not temporary(folder)
+        assert len(open_copies()) == 1
+        assert not temporary(folder)
     wait_until_free()
     # One that is gone before the answer begins.
     with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as raw:
         raw.sendall(b"POST /admin/backup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
-    time.sleep(0.2)
-    for _ in range(100):
-        wait_until_free()
+
+    def backed_up() -> bool:
         with Client(url) as client:
             try:
                 client.backup(tmp_path / "whole.zip")
-                break
-            except ServiceProblem as busy:
-                assert busy.code == "backup_running"
-                time.sleep(0.1)
+            except ServiceProblem as problem:
+                if problem.code != "backup_running":
+                    raise
+                return False
+        return True
+
+    wait_for(backed_up, "the backup of who is gone does not end")
+    wait_until_free()
     assert peek(tmp_path / "whole.zip").counts["items"] == BIG
     assert not temporary(folder)
 
@@ -211,14 +213,14 @@ def test_a_client_that_does_not_read_is_given_up(
     big: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, folder = big
-    monkeypatch.setattr(download, "_PATIENCE", 0.5)
-    with (
-        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
-        http.stream("POST", "/admin/backup") as response,
-    ):
-        blocks = response.iter_bytes(1000)
-        next(blocks)
-        wait_until_free()
+    with ExitStack() as stack:
+        http = stack.enter_context(httpx.Client(base_url=url, trust_env=False, timeout=60))
+        with monkeypatch.context() as impatience:
+            impatience.setattr(download, "_PATIENCE", 0.5)
+            response = stack.enter_context(http.stream("POST", "/admin/backup"))
+            blocks = response.iter_bytes(1000)
+            next(blocks)
+            wait_until_free()
         with Client(url) as client:
             client.backup(tmp_path / "whole.zip")
         with pytest.raises(httpx.RemoteProtocolError):
@@ -236,7 +238,8 @@ def test_a_full_disk_is_507_and_queries_go_on(
         with pytest.raises(ServiceProblem, match="free some") as full:
             client.backup(file)
         assert (full.value.status, full.value.code) == (507, "storage_full")
-        assert not temporary(disk.data) and not list(file.parent.iterdir())
+        assert not temporary(disk.data)
+        assert not list(file.parent.iterdir())
         assert client.query(visible[0], top_k=1).results[0].item == item
         disk.free()
         client.backup(file)
@@ -274,30 +277,41 @@ def test_cmt_backup_and_restore(
         with Client(url) as client:
             items = [client.enroll(file) for file in visible[:3]]
         status, out, _ = run(capsys, "backup", online, "--url", url)
-        assert status == 0 and f"Wrote {online}: 3 items, " in out
+        assert status == 0
+        assert f"Wrote {online}: 3 items, " in out
         status, _, err = run(capsys, "backup", offline, "--data-dir", data)
-        assert status == 1 and "is in use by another process" in err
+        assert status == 1
+        assert "is in use by another process" in err
         status, _, err = run(capsys, "backup", online, "--url", url)
-        assert status == 2 and "--force" in err and len(err.splitlines()) == 1
+        assert status == 2
+        assert "--force" in err
+        assert len(err.splitlines()) == 1
         assert run(capsys, "backup", online, "--url", url, "--force")[0] == 0
         status, _, err = run(capsys, "restore", online, "--data-dir", data)
-        assert status == 1 and "is in use by another process" in err
+        assert status == 1
+        assert "is in use by another process" in err
     status, out, err = run(capsys, "backup", offline, "--data-dir", data)
     assert status == 0, err
     assert stat.S_IMODE(offline.stat().st_mode) == stat.S_IMODE(online.stat().st_mode) == 0o600
     status, _, err = run(capsys, "backup", tmp_path / "no.zip", "--data-dir", tmp_path / "typo")
-    assert status == 1 and "there is no gallery at" in err and not (tmp_path / "typo").exists()
+    assert status == 1
+    assert "there is no gallery at" in err
+    assert not (tmp_path / "typo").exists()
     assert run(capsys, "backup", tmp_path / "no.zip", "--temp-dir", tmp_path)[0] == 2
     status, _, err = run(capsys, "restore", offline, "--data-dir", data)
-    assert status == 1 and "give a new data folder" in err and len(err.splitlines()) == 1
+    assert status == 1
+    assert "give a new data folder" in err
+    assert len(err.splitlines()) == 1
     for number, file in enumerate((online, offline)):
         fresh = tmp_path / f"fresh-{number}"
         status, out, _ = run(capsys, "restore", file, "--data-dir", fresh)
-        assert status == 0 and "Restored 3 items of 20" in out
+        assert status == 0
+        assert "Restored 3 items of 20" in out
         with serve(fresh) as url, Client(url) as client:
             assert client.list().items == items
     status, _, err = run(capsys, "restore", visible[0], "--data-dir", tmp_path / "other")
-    assert status == 1 and "is no backup" in err
+    assert status == 1
+    assert "is no backup" in err
 
 
 def test_cmt_restores_into_another_database(
@@ -324,4 +338,5 @@ def test_cmt_restores_into_another_database(
 @pytest.mark.parametrize("command", ["backup", "restore"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, command, "--help")
-    assert status == 0 and f"Example: cmt {command}" in " ".join(out.split())
+    assert status == 0
+    assert f"Example: cmt {command}" in " ".join(out.split())

@@ -180,7 +180,8 @@ def test_the_client_sends_batches(url: str, visible: list[Path]) -> None:
     with Client(url) as client:
         answers = client.enroll_batch(visible[:2], [BatchItem(person_id="c"), BatchItem()])
         assert [one.status for one in answers] == [201, 201]
-        assert answers[0].item is not None and answers[0].item.person_id == "c"
+        assert answers[0].item is not None
+        assert answers[0].item.person_id == "c"
 
 
 def test_one_image_that_is_too_large_fails_alone(
@@ -225,7 +226,8 @@ def test_an_empty_label_is_none(http: httpx.Client, visible: list[Path]) -> None
     path = f"/gallery/{one['item']['id']}"
     http.patch(path, json={"person_id": "somebody"})
     assert http.patch(path, json={"person_id": ""}).json()["person_id"] is None
-    for value in ({}, [], 0, False):
+    no_text: tuple[object, ...] = ({}, [], 0, False)
+    for value in no_text:
         assert http.patch(path, json={"person_id": value}).status_code == 422
 
 

@@ -28,6 +28,7 @@ FORM = "multipart/form-data"
 PHASES = {"examples", "coverage", "fuzzing", "stateful"}
 # Not for this service: no time is promised, and there are no owners of single items.
 UNUSED = {"max_response_time", "object_level_authorization"}
+AnyCase = schemathesis.Case[Any]
 _METADATA: TypeAdapter[dict[str, Any]] = TypeAdapter(MetadataObject)
 
 
@@ -122,7 +123,7 @@ def outcome(guarded: httpx.Client, visible: list[Path], infrared: list[Path]) ->
     return outcome
 
 
-def sensible(_context: schemathesis.HookContext, case: schemathesis.Case) -> schemathesis.Case:
+def sensible(_context: schemathesis.HookContext, case: AnyCase) -> AnyCase:
     """A case that the schema allows, made to be what only the descriptions demand: a cursor that
     was given out, a box inside of the image, JSON in a text field, a checkpoint that is there."""
     if case.meta is None or case.meta.generation.mode is not GenerationMode.POSITIVE:
@@ -132,12 +133,13 @@ def sensible(_context: schemathesis.HookContext, case: schemathesis.Case) -> sch
     body = case.body
     if not isinstance(body, dict):
         return case
-    images = body["image"] if isinstance(body.get("image"), list) else [None]
+    images = body.get("image")
+    count = len(images) if isinstance(images, list) else 1
     if body.get("box"):
-        body["box"] = "1,2,16,32" if len(images) == 1 else ""
+        body["box"] = "1,2,16,32" if count == 1 else ""
     if body.get("items"):
         labels = {"person_id": "batch", "box": "0,0,20,40", "metadata": {"text": body["items"]}}
-        body["items"] = json.dumps([portable(labels, "metadata")] * len(images))
+        body["items"] = json.dumps([portable(labels, "metadata")] * count)
     if body.get("checkpoint"):
         body["checkpoint"] = "present.safetensors"
     if isinstance(body.get("metadata"), dict):
@@ -160,7 +162,7 @@ def portable(labels: dict[str, Any], name: str) -> dict[str, Any]:
 def seen_on_the_wire(
     _context: schemathesis.HookContext,
     failure: Failure,
-    case: schemathesis.Case,
+    case: AnyCase,
     _response: schemathesis.Response,
 ) -> bool:
     """Whether a violation that was accepted could be told from what is allowed.
@@ -170,7 +172,8 @@ def seen_on_the_wire(
     """
     if not isinstance(failure, AcceptedNegativeData) or case.media_type != FORM:
         return True
-    assert case.meta is not None and isinstance(case.body, dict)
+    assert case.meta is not None
+    assert isinstance(case.body, dict)
     place = f"{case.meta.phase.data.location} {case.meta.phase.data.description}"
     kind_of_value = "/type" in place or "violates `type`" in place
     empty = any(f"/properties/{name}" in place for name, v in case.body.items() if v == "")

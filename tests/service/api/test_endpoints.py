@@ -61,7 +61,7 @@ def test_item_says_what_was_enrolled(http: httpx.Client, visible: list[Path]) ->
         "2026-03-01T13:05:00+00:00"
     )
     assert datetime.fromisoformat(item["enrolled_at"]).tzinfo is not None
-    assert item["modality"], item["modality_source"] == ("rgb", "detected")
+    assert (item["modality"], item["modality_source"]) == ("rgb", "detected")
     assert item["metadata"] == {"note": "né <b>", "n": [1, 2.5, None]}
     assert item["model"] == http.get("/model").json()["fingerprint"]
     path = f"/gallery/{item['id']}"
@@ -137,7 +137,8 @@ def test_query_ranks_and_explains(
     assert "timings_ms" not in plain
     assert "parts" not in plain["results"][0]
     exhaustive = ask(http, infrared[0], exhaustive="true")
-    assert exhaustive["exhaustive"] and exhaustive["results"][0]["recall_rank"] is None
+    assert exhaustive["exhaustive"]
+    assert exhaustive["results"][0]["recall_rank"] is None
     assert [r["item"]["id"] for r in exhaustive["results"]] == [
         r["item"]["id"] for r in plain["results"]
     ]
@@ -161,7 +162,8 @@ def test_filters_apply_before_the_shortlist(
     assert answer["searched"] == 4
     assert answer["results"][0]["item"]["camera_id"] == "cam1"
     without = ask(http, infrared[0], exclude_camera_id=["cam0", "cam1"])
-    assert without["searched"] == 0 and without["results"] == []
+    assert without["searched"] == 0
+    assert without["results"] == []
     assert ask(http, infrared[0], gallery_modality="ir")["searched"] == 0
     people = [enrolled[2]["person_id"], enrolled[5]["person_id"]]
     answer = ask(http, infrared[0], person_id=people)
@@ -256,12 +258,14 @@ def test_recall_and_rescoring_both_run_on_a_default_query(
 
     async def scenario() -> None:
         async with app.router.lifespan_context(app) as state:
+            assert state is not None
+            given = dict(state)
 
             async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
-                scope["state"] = dict(state)
+                scope["state"] = given
                 await app(scope, receive, send)
 
-            counters = state["resources"].gallery.counters
+            counters = given["resources"].gallery.counters
             transport = httpx.ASGITransport(with_state)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
                 for file in visible[:3]:
@@ -308,7 +312,8 @@ def test_docs_need_nothing_from_elsewhere(http: httpx.Client) -> None:
     for link in links:
         if link != "data:,":
             answer = http.get(f"/{link}")
-            assert answer.status_code == 200 and len(answer.content) > 50
+            assert answer.status_code == 200
+            assert len(answer.content) > 50
     assert http.get("/docs/nothing.js").json()["code"] == "route_not_found"
 
 
@@ -337,6 +342,6 @@ def test_every_route_has_a_scope() -> None:
         for router in (admin.router, backup.router, gallery.router, operate.router, query.router)
         for route in router.routes
         if isinstance(route, APIRoute)
-        for method in route.methods
+        for method in route.methods or ()
     }
     assert routes | {("GET", "/openapi.json")} == set(ROUTE_SCOPES)

@@ -14,6 +14,7 @@ import torch
 from model import CMT, Calibration, save_checkpoint, store_calibration
 from model.calibration import CalibrationFacts, CalibrationMap, IsotonicCurve, LogisticCurve
 from model.cli import main
+from model.config import Modality
 from service.client import Client
 from tests.service.conftest import Serve
 
@@ -43,7 +44,8 @@ def checkpoint(tiny_model: CMT, tmp_path_factory: pytest.TempPathFactory) -> Pat
     )
     size = tiny_model.config.parts, tiny_model.config.dim
     noise = torch.randn(2, 30, *size, generator=torch.Generator().manual_seed(1))
-    references = dict(zip(("rgb", "ir"), map(tiny_model.ranked_form, noise), strict=True))
+    modalities: tuple[Modality, ...] = ("rgb", "ir")
+    references = dict(zip(modalities, map(tiny_model.ranked_form, noise), strict=True))
     path = tmp_path_factory.mktemp("calibrated") / "tiny.safetensors"
     fingerprint = save_checkpoint(path, tiny_model).fingerprint
     people = CalibrationFacts(prior=0.5, dataset="sysu", identities=(3, 5), maps=maps)
@@ -158,7 +160,8 @@ def test_the_command_line_and_the_contact_sheet_show_it(
     printed = capsys.readouterr().out
     assert main(["query", str(infrared[0]), "--url", url, "--json"]) == 0
     best = json.loads(capsys.readouterr().out)["results"][0]
-    assert "same" in printed and f" {best['similarity']:.3f} " in printed
+    assert "same" in printed
+    assert f" {best['similarity']:.3f} " in printed
     assert "…" not in printed
     assert f"similarity {best['similarity']:.3f}" in sheet.read_text()
     assert main(["query", str(visible[0]), "--url", url, "--html", str(sheet)]) == 0

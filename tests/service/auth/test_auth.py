@@ -127,7 +127,8 @@ def test_the_file_holds_no_key_and_is_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
     assert [key.name for key in file.read()] == ["desk"]
     found = Keyring(file.path).find(token)
-    assert found is not None and found.scopes == {"query", "enroll"}
+    assert found is not None
+    assert found.scopes == {"query", "enroll"}
     with pytest.raises(KeyFileError, match="cmt keys list"):
         file.revoke("nothing")
 

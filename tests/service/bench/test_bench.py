@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -59,14 +58,14 @@ def statistics(measured: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def people() -> Iterator[CropFeatures]:
+def people() -> CropFeatures:
     """2,000 persons who differ in four directions, five crops of each modality; P 2, D 6."""
     generator = torch.Generator().manual_seed(1)
     persons = torch.arange(2000).repeat_interleave(5)
     b = torch.randn(2000, 4, generator=generator) @ mixing(4, 24)
     noise = [torch.randn(10_000, 12, generator=generator) @ mixing(12, 12) for _ in range(2)]
     both = [b[persons][:, 12 * m : 12 * (m + 1)] + m + noise[m] for m in range(2)]
-    yield CropFeatures(
+    return CropFeatures(
         torch.cat(both).view(-1, 2, 6).half(),
         persons.repeat(2),
         torch.arange(20_000) >= 10_000,

@@ -72,7 +72,8 @@ def test_enroll_can_be_run_again(
     client: Client, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, _ = run(capsys, "enroll", folder, "--camera-id", "gate")
-    assert status == 0 and "4 of 4 files are enrolled" in out
+    assert status == 0
+    assert "4 of 4 files are enrolled" in out
     assert client.list(camera_id=["gate"]).total == 4
     # Interrupted and started again, with one file more: nothing is enrolled twice.
     shutil.copy(sorted((folder / "0").iterdir())[0], folder / "another.jpg")
@@ -88,7 +89,9 @@ def test_enroll_tells_which_files_failed(
     status, out, err = run(capsys, "enroll", folder, missing)
     assert status == 1
     assert "4 of 6 files are enrolled" in out
-    assert "broken.png" in out and "missing.jpg" in out and "No such file" in out
+    assert "broken.png" in out
+    assert "missing.jpg" in out
+    assert "No such file" in out
     assert "Traceback" not in out + err
     assert client.list().total == 4
 
@@ -105,7 +108,8 @@ def test_enroll_by_manifest(
     assert labels == {("p0", "given"), ("p1", "given")}
     manifest.write_text("path\nx")
     status, _, err = run(capsys, "enroll", folder, "--manifest", manifest)
-    assert status == 1 and "it needs the columns" in err
+    assert status == 1
+    assert "it needs the columns" in err
 
 
 def test_query_prints_a_table_json_and_a_sheet(
@@ -118,13 +122,18 @@ def test_query_prints_a_table_json_and_a_sheet(
     sheet = tmp_path / "sheet.html"
     status, out, _ = run(capsys, "query", infrared[0], "--html", sheet)
     assert status == 0
-    assert hostile in out and "3 items searched" in out and "ir (detected)" in out
+    assert hostile in out
+    assert "3 items searched" in out
+    assert "ir (detected)" in out
     page = sheet.read_text()
-    assert page.count("<img") == 4 and "<script" not in page
-    assert "&lt;script&gt;" in page and "http" not in page.replace("http-equiv", "")
+    assert page.count("<img") == 4
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "http" not in page.replace("http-equiv", "")
     status, out, _ = run(capsys, "query", infrared[0], infrared[1], "--json", "--top-k", 2)
     answer = json.loads(out)
-    assert answer["query"]["images"] == 2 and len(answer["results"]) == 2
+    assert answer["query"]["images"] == 2
+    assert len(answer["results"]) == 2
     _, out, _ = run(
         capsys,
         "query",
@@ -135,7 +144,8 @@ def test_query_prints_a_table_json_and_a_sheet(
         "--no-modulation",
         "--exhaustive",
     )
-    assert json.loads(out)["results"] == [] and json.loads(out)["exhaustive"]
+    assert json.loads(out)["results"] == []
+    assert json.loads(out)["exhaustive"]
 
 
 def test_gallery_list_show_delete(
@@ -143,7 +153,10 @@ def test_gallery_list_show_delete(
 ) -> None:
     items = [client.enroll(file, person_id=file.parent.name) for file in visible[:3]]
     status, out, _ = run(capsys, "gallery", "list", "--limit", 2)
-    assert status == 0 and items[1].id in out and items[2].id not in out and "2 of 3" in out
+    assert status == 0
+    assert items[1].id in out
+    assert items[2].id not in out
+    assert "2 of 3" in out
     _, out, _ = run(capsys, "gallery", "list", "--json", "--person-id", items[2].person_id)
     assert [json.loads(line)["id"] for line in out.splitlines()] == [items[2].id]
     crop = tmp_path / "crop.jpg"
@@ -154,7 +167,9 @@ def test_gallery_list_show_delete(
     assert run(capsys, "gallery", "delete", "--person-id", items[1].person_id, "--yes")[0] == 0
     assert [item.id for item in client.list().items] == [items[2].id]
     status, _, err = run(capsys, "gallery", "show", items[0].id)
-    assert status == 1 and err.startswith("Error: no item has the id") and "Traceback" not in err
+    assert status == 1
+    assert err.startswith("Error: no item has the id")
+    assert "Traceback" not in err
     assert run(capsys, "gallery", "delete", "--yes")[0] == 2
 
 
@@ -163,23 +178,31 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, token, _ = run(
         capsys, "keys", "create", "--file", file, "--name", "gate", "--scope", "enroll"
     )
-    assert status == 0 and token.startswith("cmt_") and len(token.split()) == 1
+    assert status == 0
+    assert token.startswith("cmt_")
+    assert len(token.split()) == 1
     _, out, _ = run(capsys, "keys", "list", "--file", file, "--json")
     [key] = json.loads(out)
     assert (key["name"], key["scopes"]) == ("gate", ["enroll"])
     _, out, _ = run(capsys, "keys", "list", "--file", file)
-    assert key["id"] in out and token.strip() not in out
+    assert key["id"] in out
+    assert token.strip() not in out
     assert run(capsys, "keys", "revoke", "--file", file, key["id"])[0] == 0
     status, _, err = run(capsys, "keys", "revoke", "--file", file, key["id"])
-    assert status == 1 and "cmt keys list" in err
+    assert status == 1
+    assert "cmt keys list" in err
     assert run(capsys, "keys", "create", "--file", file, "--scope", "root")[0] == 2
 
 
 def test_doctor(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "doctor", "--checkpoint", tiny_checkpoint, "--data-dir", tmp_path)
-    assert status == 0 and "faiss" in out and "resnet18" in out
+    assert status == 0
+    assert "faiss" in out
+    assert "resnet18" in out
     status, out, _ = run(capsys, "doctor", "--checkpoint", tmp_path / "none.safetensors")
-    assert status == 1 and "wrong" in out and "no checkpoint at" in out
+    assert status == 1
+    assert "wrong" in out
+    assert "no checkpoint at" in out
 
 
 @pytest.mark.parametrize(
@@ -242,14 +265,17 @@ def test_serve_ends_cleanly(tiny_checkpoint: Path, tmp_path: Path, visible: list
     second = Server(*options)
     _, err = second.process.communicate(timeout=60)
     assert second.process.returncode == 1
-    assert "Traceback" not in err and err.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("Error: ")
     assert str(tmp_path) in err.splitlines()[-1]
     status, err = server.end(signal.SIGTERM)
-    assert status == 0 and "Traceback" not in err
+    assert status == 0
+    assert "Traceback" not in err
     again = Server(*options)
     assert again.wait_until_ready().get(item.id) == item
     status, err = again.end(signal.SIGINT)
-    assert status == 0 and "Traceback" not in err
+    assert status == 0
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -280,7 +306,8 @@ def test_serve_on_a_port_in_use(
     port = url.rsplit(":", 1)[1]
     arguments = ["--checkpoint", tiny_checkpoint, "--data-dir", tmp_path, "--port", port]
     status, _, err = run(capsys, "serve", *arguments)
-    assert status == 1 and "choose another with --port" in err
+    assert status == 1
+    assert "choose another with --port" in err
     assert not list(tmp_path.iterdir())  # told before anything is loaded or made
 
 

@@ -39,7 +39,8 @@ def test_every_verb(url: str, visible: list[Path], infrared: list[Path]) -> None
         assert (rest.items, rest.next_cursor) == ([other], None)
         answer = client.query([infrared[0], infrared[1]], explain=True, debug=True, top_k=1)
         assert answer.query.images == 2
-        assert len(answer.results) == 1 and answer.timings_ms is not None
+        assert len(answer.results) == 1
+        assert answer.timings_ms is not None
         assert answer.model == client.model().fingerprint == item.model
         assert client.query(infrared[0], person_id=["2"]).results[0].item == other
         data, media_type = client.image(other.id)

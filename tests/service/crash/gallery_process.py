@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subject import (
+
+from model import CheckpointInfo, CMTConfig
+from service.errors import DatabaseUnavailable
+from service.gallery import Filters, Gallery, Item, NewItem
+from service.images.decode import decode
+from tests.service.crash.subject import (
     CONTEXT,
     STARTING_SECONDS,
     TOGETHER,
@@ -21,11 +26,6 @@ from subject import (
     crop_bytes,
     die_at_write,
 )
-
-from model import CheckpointInfo, CMTConfig
-from service.errors import DatabaseUnavailable
-from service.gallery import Filters, Gallery, Item, NewItem
-from service.images.decode import decode
 
 INFO = CheckpointInfo("a" * 64, CMTConfig(parts=2, dim=16, heads=2))
 

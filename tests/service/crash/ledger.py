@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import threading
 from collections import defaultdict
+from collections.abc import Container
 from dataclasses import dataclass, field
 
-from subject import ProcessGone, Session, crop_bytes
+from tests.service.crash.subject import ProcessGone, Session, crop_bytes
 
 AT_ZERO = 0.02  # a crop's own distance: its features in fp16 against those of the query in fp32
 SAMPLE = 20  # items of earlier rounds that every round looks at again
@@ -87,7 +88,7 @@ class Ledger:
         self.verified += len(chosen)
         self._fresh.clear()
 
-    def _settle(self, doubt: Doubt, ids_of_keys: dict[int, str], listed: set[str]) -> None:
+    def _settle(self, doubt: Doubt, ids_of_keys: dict[int, str], listed: Container[str]) -> None:
         """A call that was cut off happened wholly or not at all."""
         present = [key for key in doubt.keys if key in ids_of_keys]
         assert len(present) in (0, len(doubt.keys)), f"half of an enrollment is there: {doubt}"

@@ -1,6 +1,6 @@
 """Kill a gallery at random moments, again and again, and hold it to what it acknowledged.
 
-    python tests/service/crash/run.py --rounds 100 --json crash.json
+    python -m tests.service.crash.run --rounds 100 --json crash.json
 
 After every kill the gallery is opened again: each acknowledged item is there exactly once, with
 its bytes and its features; no acknowledged delete is back; a call that was cut off happened
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from gallery_process import GalleryProcess
-from ledger import Ledger, Worker
-from service_process import ServiceProcess
-from subject import TOGETHER, ProcessGone, Session, Subject
 
 from model.machine import machine
+from tests.service.crash.gallery_process import GalleryProcess
+from tests.service.crash.ledger import Ledger, Worker
+from tests.service.crash.service_process import ServiceProcess
+from tests.service.crash.subject import TOGETHER, ProcessGone, Session, Subject
 
 MOMENTS = {"opening": 2, "working": 4, "in a transaction": 4, "closing": 2}  # with their weights
 MOST_WRITES = 60  # how late a process kills itself in a transaction
@@ -104,7 +104,8 @@ class CrashTest:
             sessions = self._subject.sessions()
         except ProcessGone:  # its first writes are those of opening
             code = self._subject.ended()
-            assert dies is not None and code < 0, f"no start, exit code {code}"
+            assert dies is not None, f"no start, exit code {code}"
+            assert code < 0, f"no start, exit code {code}"
             self._report.hits["opening"] += 1
             return
         self._ledger.verify(sessions[0], dice, everything=False)

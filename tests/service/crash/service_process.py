@@ -5,10 +5,14 @@ from __future__ import annotations
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
-from subject import (
+
+from service.server import run
+from service.settings import load_settings
+from tests.service.crash.subject import (
     CONTEXT,
     STARTING_SECONDS,
     TOGETHER,
@@ -20,16 +24,13 @@ from subject import (
     die_at_write,
 )
 
-from service.server import run
-from service.settings import load_settings
-
 
 class ServiceProcess(Subject):
     """A service on a data folder, with the network of one checkpoint."""
 
     def __init__(self, data_dir: Path, database_url: str | None, checkpoint: Path) -> None:
         super().__init__()
-        self._options = {
+        self._options: dict[str, Any] = {
             "data_dir": data_dir,
             "database_url": database_url,
             "checkpoint": checkpoint,
@@ -53,7 +54,8 @@ class ServiceProcess(Subject):
                 sessions[0].ready()
                 return [*sessions]
             except ProcessGone:
-                assert self._process is not None and time.monotonic() < deadline
+                assert self._process is not None
+                assert time.monotonic() < deadline
                 if not self._process.is_alive():
                     raise
                 time.sleep(0.02)
@@ -110,16 +112,16 @@ class _HttpSession:
     def image(self, item_id: str) -> bytes:
         return self._call("GET", f"/gallery/{item_id}/image").content
 
-    def _call(self, method: str, path: str, **content: object) -> httpx.Response:
+    def _call(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
-            answer = self._http.request(method, path, **content)  # type: ignore[arg-type]
+            answer = self._http.request(method, path, **content)
         except httpx.TransportError as error:
             raise ProcessGone from error
         answer.raise_for_status()
         return answer
 
 
-def _serve(options: dict[str, object], dies_at_write: int | None) -> None:
+def _serve(options: dict[str, Any], dies_at_write: int | None) -> None:
     torch.set_num_threads(1)
     if dies_at_write is not None:
         die_at_write(dies_at_write)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parent / "run.py"
+from tests.paths import ROOT
 
 
 @pytest.mark.parametrize(("subject", "rounds"), [("gallery", 5), ("service", 3)])
@@ -17,9 +17,11 @@ def test_what_was_acknowledged_survives_kills(
     subject: str, rounds: int, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "crash.json"
-    options = ["--subject", subject, "--checkpoint", str(tiny_checkpoint), "--json", str(file)]
+    options = ["--rounds", str(rounds), "--seed", "4", "--subject", subject]
+    options += ["--checkpoint", str(tiny_checkpoint), "--json", str(file)]
     result = subprocess.run(
-        [sys.executable, str(RUN), "--rounds", str(rounds), "--seed", "4", *options],
+        [sys.executable, "-m", "tests.service.crash.run", *options],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

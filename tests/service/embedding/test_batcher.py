@@ -39,7 +39,7 @@ class Network:
 
     def __call__(self, crops: Sequence[Crop], *, beside: bool) -> Tensor:
         self.beside.append(beside)
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         if len(crops) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if any(one.width == self.bad for one in crops):
@@ -55,12 +55,18 @@ def run(network: Network, work: Callable[[EmbeddingBatcher], Any], **options: An
         queue = EmbeddingBatcher(network, **{"max_batch": 8, "max_wait": 0.0, **options})
         runners = [asyncio.create_task(queue.run()) for _ in range(options.get("streams", 1))]
         try:
-            return await asyncio.wait_for(work(queue), 20)
+            return await asyncio.wait_for(work(queue), 60)
         finally:
             for running in runners:
                 running.cancel()
 
     return asyncio.run(both())
+
+
+async def until(probe: Callable[[], bool]) -> None:
+    """Let the others on until it is so; `run` bounds the wait."""
+    while not probe():
+        await asyncio.sleep(0.001)
 
 
 async def embed(
@@ -76,24 +82,36 @@ def test_everybody_gets_their_own_features_in_batches_that_are_full() -> None:
     async def work(queue: EmbeddingBatcher) -> None:
         found = await embed(queue, range(20))
         assert [float(one.features) for one in found] == list(range(20))
-        assert all(one.waited >= 0 and one.took > 0 for one in found)
+        assert all(one.waited >= 0 for one in found)
+        assert all(one.took > 0 for one in found)
 
     run(network, work)
     assert network.sizes == [8, 8, 4]
 
 
 def test_a_lone_crop_does_not_wait_and_a_wait_gathers_company() -> None:
+    for_ever = 3600.0
+
     async def one_after_another(queue: EmbeddingBatcher, present: int) -> None:
         with queue.in_flight(present):
-            first = asyncio.create_task(queue.embed(crop(1), query=True))
-            await asyncio.sleep(0.05)
-            await asyncio.gather(first, queue.embed(crop(2), query=True))
+            for number in (1, 2):
+                await queue.embed(crop(number), query=True)
 
-    for present, max_wait, sizes in ((1, 5.0, [1, 1]), (2, 0.0, [1, 1]), (2, 5.0, [2])):
+    for present, max_wait in ((1, for_ever), (2, 0.0)):
         network = Network()
         work = partial(one_after_another, present=present)
         run(network, work, max_wait=max_wait, max_batch=2)
-        assert network.sizes == sizes
+        assert network.sizes == [1, 1]
+
+    async def in_company(queue: EmbeddingBatcher) -> None:
+        with queue.in_flight(2):
+            first = asyncio.create_task(queue.embed(crop(1), query=True))
+            await until(lambda: len(queue) == 1)
+            await asyncio.gather(first, queue.embed(crop(2), query=True))
+
+    network = Network()
+    run(network, in_company, max_wait=for_ever, max_batch=2)
+    assert network.sizes == [2]
 
 
 def test_what_waits_is_shared_out_among_the_streams() -> None:
@@ -115,15 +133,16 @@ def test_a_lone_crop_has_the_device_and_one_that_comes_meanwhile_a_stream() -> N
             await embed(queue, [0])
         network.go.clear()
         first = asyncio.create_task(embed(queue, [1]))
-        await asyncio.sleep(0.05)
+        await until(lambda: len(network.beside) == 2)
         others = [asyncio.create_task(embed(queue, [n])) for n in (2, 3)]
-        await asyncio.sleep(0.05)
+        await until(lambda: len(network.beside) == 3)
         assert len(queue) == 0  # the other stream takes both, for there is no third
         network.go.set()
         await asyncio.gather(first, *others)
 
     run(network, work, streams=2)
-    assert network.sizes[0] == 1 and sorted(network.sizes[1:]) == [1, 2]
+    assert network.sizes[0] == 1
+    assert sorted(network.sizes[1:]) == [1, 2]
     assert network.beside == [True, False, True]
 
 
@@ -138,12 +157,11 @@ def test_queries_and_enrollments_share_a_batch() -> None:
 
         network.go.clear()
         blocking = asyncio.create_task(noted(0, True))
-        await asyncio.sleep(0.05)  # under way: the others come together meanwhile
+        await until(lambda: len(network.beside) == 1)  # the others come together meanwhile
         bulk = [asyncio.create_task(noted(100 + n, False)) for n in range(12)]
-        await asyncio.sleep(0.01)
+        await until(lambda: len(queue) == 12)
         asked = [asyncio.create_task(noted(n, True)) for n in range(1, 4)]
-        await asyncio.sleep(0.01)
-        assert len(queue) == 15
+        await until(lambda: len(queue) == 15)
         network.go.set()
         await asyncio.gather(blocking, *bulk, *asked)
 
@@ -201,13 +219,12 @@ def test_the_cancelled_leave_the_queue() -> None:
     async def work(queue: EmbeddingBatcher) -> None:
         network.go.clear()
         first = asyncio.create_task(queue.embed(crop(0), query=True))
-        await asyncio.sleep(0.05)
+        await until(lambda: len(network.beside) == 1)
         others = [asyncio.create_task(queue.embed(crop(n), query=True)) for n in (1, 2, 3)]
-        await asyncio.sleep(0.01)
+        await until(lambda: len(queue) == 3)
         others[1].cancel()
         first.cancel()  # under way already: nobody waits for it any longer
-        await asyncio.sleep(0.01)
-        assert len(queue) == 2
+        await until(lambda: len(queue) == 2)
         network.go.set()
         done = await asyncio.gather(first, *others, return_exceptions=True)
         cancelled = [isinstance(one, asyncio.CancelledError) for one in done]

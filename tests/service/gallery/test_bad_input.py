@@ -93,25 +93,25 @@ def test_features_without_a_finite_fp16_value_are_refused(
 
 @pytest.mark.parametrize("exhaustive", [False, True])
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "sentence"),
     [
-        {"x": torch.ones(PARTS, DIM // 2)},
-        {"x": torch.ones(PARTS + 1, DIM)},
-        {"x": torch.ones(1, PARTS, DIM)},
-        {"x": torch.full((PARTS, DIM), NAN)},
-        {"modulation": Modulation(torch.ones(1, 3), torch.ones(1, 3))},
-        {"modulation": Modulation(torch.full((1, DIM), INF), torch.ones(1, DIM))},
-        {"top_k": 0},
-        {"top_k": -1},
-        {"group_by": "camera_id"},
+        ({"x": torch.ones(PARTS, DIM // 2)}, "shape"),
+        ({"x": torch.ones(PARTS + 1, DIM)}, "shape"),
+        ({"x": torch.ones(1, PARTS, DIM)}, "shape"),
+        ({"x": torch.full((PARTS, DIM), NAN)}, "not finite"),
+        ({"modulation": Modulation(torch.ones(1, 3), torch.ones(1, 3))}, "shapes"),
+        ({"modulation": Modulation(torch.full((1, DIM), INF), torch.ones(1, DIM))}, "not finite"),
+        ({"top_k": 0}, "at least 1"),
+        ({"top_k": -1}, "at least 1"),
+        ({"group_by": "camera_id"}, "grouped by person_id"),
     ],
     ids=["D", "P", "batch", "NaN", "short γ", "infinite γ", "top_k 0", "top_k −1", "group_by"],
 )
 def test_searches_that_mean_nothing_are_refused(
-    gallery: Gallery, arguments: dict[str, Any], exhaustive: bool
+    gallery: Gallery, arguments: dict[str, Any], sentence: str, exhaustive: bool
 ) -> None:
     usual = {"x": features(1)[0], "modulation": None, "top_k": 1}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=sentence):
         gallery.search(**{**usual, **arguments}, exhaustive=exhaustive)
 
 

@@ -97,7 +97,8 @@ def test_an_item_keeps_all_it_was_given(gallery: Gallery, tmp_path: Path) -> Non
     assert (item.modality, item.modality_source, item.bit_depth) == ("rgb", "detected", 8)
     assert (item.width, item.height, item.sha256) == (16, 32, picture.sha256)
     assert item.model == INFO.fingerprint
-    assert item.id[14] == "7" and item.id[19] in "89ab"
+    assert item.id[14] == "7"
+    assert item.id[19] in "89ab"
     again = reopened(gallery, tmp_path)
     assert again.get(item.id) == item
     assert again.image(item.id) == (picture.data, "image/bmp")
@@ -313,7 +314,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_every_connection_is_durable_and_erases(gallery: Gallery) -> None:
-    with gallery._store._database.engine.connect() as connection:
+    with gallery._store.database.engine.connect() as connection:
         values = [
             connection.execute(text(f"PRAGMA {name}")).scalar_one()
             for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
@@ -322,7 +323,7 @@ def test_every_connection_is_durable_and_erases(gallery: Gallery) -> None:
 
 
 def test_migrations_end_at_the_tables(gallery: Gallery) -> None:
-    with gallery._store._database.engine.connect() as connection:
+    with gallery._store.database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema) == []
 
 
@@ -368,7 +369,7 @@ def test_a_full_disk_refuses_enrollment_and_loses_nothing(tmp_path: Path) -> Non
     gallery = Gallery.open(tmp_path, INFO)
     y = features(400)
     kept = gallery.add(new(50), y[:50])
-    engine = gallery._store._database.engine
+    engine = gallery._store.database.engine
     pages = [0]
 
     def limit(connection: sqlite3.Connection, *_: object) -> None:
@@ -532,7 +533,7 @@ def test_what_a_crash_left_of_erased_items_is_cut_at_the_next_start(tmp_path: Pa
     mark = b"zq-marker-person"
     opened = Gallery.open(folder, INFO)
     opened.add(new(1, person_id=mark.decode()), features(1))
-    database = opened._store._database
+    database = opened._store.database
     assert database.truncate_log()  # the row is in the file by now
     database.copying = True  # as during a backup, when the log cannot be cut
     assert opened.delete_where(mark.decode()) == 1

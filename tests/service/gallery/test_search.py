@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import CheckpointInfo, CMTConfig, Modulation
-from service.gallery import Filters, Gallery, NewItem
+from service.gallery import Filters, Gallery, NewItem, SearchResult
 from service.images.decode import Crop, decode
 
 COUNT, PARTS, DIM = 300, 6, 16
@@ -94,8 +95,8 @@ def ids(gallery: Gallery) -> list[str]:
     return [item.id for item in gallery.list(Filters(), 1000).items]
 
 
-def found(result: object, ids: list[str]) -> list[int]:
-    return [ids.index(hit.item.id) for hit in result.hits]  # type: ignore[attr-defined]
+def found(result: SearchResult, ids: list[str]) -> list[int]:
+    return [ids.index(hit.item.id) for hit in result.hits]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -115,6 +116,7 @@ def test_ranking_is_that_of_the_plain_loops(
     assert found(result, ids) == order.tolist()
     for hit, place in zip(result.hits, order, strict=True):
         assert hit.distance == pytest.approx(distances[place], rel=1e-6)
+        assert hit.parts is not None
         assert hit.parts == pytest.approx(parts[place].tolist(), rel=1e-5)
         assert sum(hit.parts) == pytest.approx(hit.distance**2, rel=1e-6)
     assert [hit.rank for hit in result.hits] == list(range(1, 21))
@@ -189,7 +191,7 @@ def test_recall_ranks_number_the_shortlist(gallery: Gallery) -> None:
     assert sorted(hit.recall_rank or 0 for hit in result.hits) == list(range(1, 41))
 
 
-FILTERS: dict[str, tuple[Filters, object]] = {
+FILTERS: dict[str, tuple[Filters, Callable[[NewItem], bool]]] = {
     "person": (Filters(person_id=("p3",)), lambda n: n.person_id == "p3"),
     "persons": (Filters(person_id=("p3", "p5", "x")), lambda n: n.person_id in ("p3", "p5")),
     "camera": (Filters(camera_id=("c1",)), lambda n: n.camera_id == "c1"),
@@ -231,14 +233,14 @@ def test_filters_come_before_the_shortlist(
 ) -> None:
     """With a shortlist of 10, every matching item still comes back when asked for."""
     filters, matches = FILTERS[name]
-    allowed = [i for i, new in enumerate(new_items()) if matches(new)]  # type: ignore[operator]
+    allowed = [i for i, new in enumerate(new_items()) if matches(new)]
     x, modulation = query()
     distances = plain_parts(x, features(), modulation).sum(1)
     expected = sorted(allowed, key=lambda place: distances[place])
-    options = {"filters": filters, "exhaustive": exhaustive, "candidates": 10}
-    few = gallery.search(x, modulation, top_k=5, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"filters": filters, "exhaustive": exhaustive, "candidates": 10}
+    few = gallery.search(x, modulation, top_k=5, **options)
     assert found(few, ids) == expected[:5]
-    everything = gallery.search(x, modulation, top_k=COUNT, **options)  # type: ignore[arg-type]
+    everything = gallery.search(x, modulation, top_k=COUNT, **options)
     assert found(everything, ids) == expected
     assert everything.searched == len(allowed)
     assert gallery.list(filters, 1000).total == len(allowed)
@@ -291,8 +293,11 @@ def test_both_stages_run_on_every_default_query(gallery: Gallery) -> None:
 
 def test_an_empty_gallery_answers_with_nothing(tmp_path: Path) -> None:
     gallery = Gallery.open(tmp_path, info())
-    for options in ({}, {"exhaustive": True}, {"group_by": "person_id"}, {"explain": True}):
-        result = gallery.search(*query(), top_k=5, **options)  # type: ignore[arg-type]
+    several: list[dict[str, Any]] = [
+        {}, {"exhaustive": True}, {"group_by": "person_id"}, {"explain": True}
+    ]  # fmt: skip
+    for options in several:
+        result = gallery.search(*query(), top_k=5, **options)
         assert (result.hits, result.searched, result.candidates) == ([], 0, 0)
     gallery.close()
 

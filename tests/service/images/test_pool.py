@@ -7,10 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,14 @@ from model.preprocess import resize
 from service.errors import ImageTooLarge, ImageUndecodable, ServiceError
 from service.images import Decoders
 from service.images.decode import Box, ImageLimits, Picture, decode
+from tests.service.processes import wait_for
 
 SIZE = (96, 48)
 
 
 @pytest.fixture(scope="module")
 def decoders() -> Iterator[Decoders]:
-    pool = Decoders(2, ImageLimits(max_pixels=5_000_000), seconds=20)
+    pool = Decoders(2, ImageLimits(max_pixels=5_000_000), seconds=60)
     yield pool
     pool.close()
 
@@ -83,24 +83,19 @@ def test_a_process_that_dies_in_the_middle_fails_no_other_image(
     decoders: Decoders, visible: list[Path]
 ) -> None:
     pictures = [Picture(file.read_bytes()) for file in visible] * 20
-    stop = threading.Event()
-
-    def killer() -> None:
-        while not stop.wait(0.05):
-            for process in decoders.processes[:1]:
-                os.kill(process, signal.SIGKILL)
-
-    killing = threading.Thread(target=killer)
-    killing.start()
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            outcomes = list(pool.map(lambda one: _outcome(decoders, one), pictures))
-    finally:
-        stop.set()
-        killing.join()
+    outcomes: list[str] = []
+    kills = 0
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(_outcome, decoders, picture) for picture in pictures]
+        for number, one in enumerate(running):
+            if number % 8 == 0:  # while others are decoded
+                with suppress(ProcessLookupError):
+                    os.kill(decoders.processes[0], signal.SIGKILL)
+                kills += 1
+            outcomes.append(one.result())
     # One that was hit twice in a row is told to be at fault; all others are decoded.
     assert set(outcomes) <= {"rgb", "image_undecodable"}
-    assert outcomes.count("rgb") >= 0.8 * len(outcomes)
+    assert 2 * outcomes.count("image_undecodable") <= kills
     assert decoders.decode(pictures[0], *SIZE).modality == "rgb"
 
 
@@ -116,27 +111,34 @@ def test_an_image_that_takes_too_long_is_refused_and_the_next_one_decoded() -> N
     slow, small = io.BytesIO(), io.BytesIO()
     Image.fromarray(pixels).save(slow, "JPEG", quality=100, progressive=True)  # half a second
     Image.new("RGB", (16, 32)).save(small, "BMP")
-    pool = Decoders(1, ImageLimits(max_bytes=50_000_000), seconds=0.2)
-    try:
+    with closing(Decoders(1, ImageLimits(max_bytes=50_000_000), seconds=0.2)) as pool:
+
+        def decodes_the_small_one() -> bool:
+            with suppress(ImageUndecodable):  # on a busy machine even that may take too long
+                return pool.decode(Picture(small.getvalue()), *SIZE).width == 16
+            return False
+
         with pytest.raises(ImageUndecodable, match=r"takes longer than 0\.2 seconds"):
             pool.decode(Picture(slow.getvalue()), *SIZE)
-        assert pool.decode(Picture(small.getvalue()), *SIZE).width == 16
-    finally:
-        pool.close()
+        wait_for(decodes_the_small_one, "nothing is decoded any longer")
 
 
 def test_a_process_that_is_stopped_is_killed() -> None:
-    pool = Decoders(1, ImageLimits(), seconds=0.5)
-    try:
-        picture = Picture(noise(64, 128))
-        pool.decode(picture, *SIZE)
+    picture = Picture(noise(64, 128))
+    with closing(Decoders(1, ImageLimits(), seconds=0.5)) as pool:
+
+        def decodes() -> bool:
+            with suppress(ImageUndecodable):  # on a busy machine even that may take too long
+                return pool.decode(picture, *SIZE).width == 64
+            return False
+
+        wait_for(decodes, "nothing is decoded")
         [process] = pool.processes
         os.kill(process, signal.SIGSTOP)
         with pytest.raises(ImageUndecodable):
             pool.decode(picture, *SIZE)
-        assert pool.decode(picture, *SIZE).width == 64
-    finally:
-        pool.close()
+        assert process not in pool.processes
+        wait_for(decodes, "nothing is decoded any longer")
 
 
 def test_limits_reach_the_processes(decoders: Decoders) -> None:
@@ -158,7 +160,7 @@ def test_processes_end_with_the_one_that_started_them() -> None:
     assert len(children) == 2
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < deadline, "decoding processes outlive the service"
-        time.sleep(0.05)
+    wait_for(
+        lambda: not any(Path(f"/proc/{child}").exists() for child in children),
+        "decoding processes outlive the service",
+    )

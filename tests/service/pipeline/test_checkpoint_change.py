@@ -64,7 +64,7 @@ def test_a_retired_queue_embeds_what_waits_and_ends(crop: Crop) -> None:
         waiting = [asyncio.create_task(queue.embed(crop, query=True)) for _ in range(5)]
         await asyncio.sleep(0)
         queue.retire()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await queue.run()
         features: list[Tensor] = [(await one).features for one in waiting]
         assert len(features) == 5
@@ -80,7 +80,7 @@ def test_a_queue_that_is_empty_ends_when_it_is_retired() -> None:
         running = [asyncio.create_task(queue.run()) for _ in range(2)]
         await asyncio.sleep(0.05)
         queue.retire()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.gather(*running)
 
     asyncio.run(scenario())

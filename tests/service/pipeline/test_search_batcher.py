@@ -56,7 +56,7 @@ class Watched:
     ) -> Sequence[SearchResult]:
         self.batches.append(len(queries))
         if any(query.options.exhaustive for query in queries):
-            assert self.hold.wait(30)
+            assert self.hold.wait(60)
         return self._gallery.search_all(queries, model=model)
 
 
@@ -100,7 +100,8 @@ def test_those_that_wait_are_ranked_together_as_each_would_be_alone(
     assert max(watched.batches) > 20
     for job, outcome in zip(jobs, outcomes, strict=True):
         (alone,) = ranked(watched, embedder, [job])
-        assert isinstance(outcome, Ranking) and isinstance(alone, Ranking)
+        assert isinstance(outcome, Ranking)
+        assert isinstance(alone, Ranking)
         hits, lone = outcome.result.hits, alone.result.hits
         assert [hit.item.id for hit in hits] == [hit.item.id for hit in lone]
         # γ and β of a batch round otherwise than those of one.
@@ -115,7 +116,8 @@ def test_one_that_fails_fails_alone(watched: Watched, embedder: Embedder, featur
     broken[0, 0] = torch.nan
     jobs = [(broken if i == 3 else features[i], Search(modulation=False)) for i in range(8)]
     outcomes = ranked(watched, embedder, jobs)
-    assert isinstance(outcomes[3], ValueError) and "not finite" in str(outcomes[3])
+    assert isinstance(outcomes[3], ValueError)
+    assert "not finite" in str(outcomes[3])
     assert [best(outcomes[i]) for i in (0, 1, 7)] == ["p0", "p1", "p7"]
 
 
@@ -130,7 +132,7 @@ def test_exhaustive_queries_hold_up_no_others(
         waiting = asyncio.create_task(batcher.rank(slow))
         for i in range(5):
             quick = EmbeddedQuery(embedder, features[i : i + 1], "ir", Search(modulation=False))
-            assert best(await asyncio.wait_for(batcher.rank(quick), 30)) == f"p{i}"
+            assert best(await asyncio.wait_for(batcher.rank(quick), 60)) == f"p{i}"
         assert not waiting.done()
         watched.hold.set()
         assert best(await waiting) == "p0"
@@ -175,7 +177,7 @@ def test_where_its_thread_is_gone_a_query_fails_and_does_not_wait_for_ever(
         batcher = SearchBatcher(watched)  # type: ignore[arg-type]
         batcher.close()
         await asyncio.wait_for(
-            batcher.rank(EmbeddedQuery(embedder, features[:1], "ir", Search())), 10
+            batcher.rank(EmbeddedQuery(embedder, features[:1], "ir", Search())), 60
         )
 
     with pytest.raises(RuntimeError, match="shutdown"):

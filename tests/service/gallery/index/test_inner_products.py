@@ -58,14 +58,16 @@ def reference(x: Tensor, y: Tensor, modulation: Modulation) -> npt.NDArray[np.fl
 
 
 def order_of(distances: npt.NDArray[np.float64], count: int) -> list[int]:
-    return (np.argsort(distances, kind="stable")[:count] + 1).tolist()
+    order: list[int] = (np.argsort(distances, kind="stable")[:count] + 1).tolist()
+    return order
 
 
 def found(
     shard: Shard, x: Tensor, modulation: Modulation, count: int, *, exhaustive: bool = True
 ) -> list[int]:
     (scored,) = shard.search([SearchRequest(x, modulation, count, count, exhaustive)])
-    return scored.numbers.tolist()  # type: ignore[no-any-return]
+    numbers: list[int] = scored.numbers.tolist()
+    return numbers
 
 
 @pytest.fixture(params=["scan", "product"])
@@ -208,7 +210,9 @@ def test_growing_features_keep_every_row_and_one_chunk_more() -> None:
         features.add(blocks[-1])
     rows = np.concatenate(blocks)
     lifted = lift(torch.from_numpy(rows).double().view(-1, PARTS, DIM))
-    y_norm, s_norm = (float(part.norm(dim=1).max()) for part in lifted.split(PARTS * DIM, dim=1))
+    y_norm, s_norm = (
+        float(part.norm(dim=1).max()) for part in torch.split(lifted, PARTS * DIM, dim=1)
+    )
     assert y_norm <= features.norms.y <= 1.01 * y_norm
     assert s_norm <= features.norms.s <= 1.01 * s_norm
     assert len(features) == len(rows) == sum(sizes)

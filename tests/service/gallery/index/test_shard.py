@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +22,13 @@ from service.gallery.index.columns import Columns
 from service.gallery.index.recall_index import (
     IVF_FROM,
     KINDS,
-    IndexKind,
     RecallIndex,
     choose_kind,
     index_bytes,
 )
+from service.gallery.index.segment import build_index
 from service.gallery.index.shard import Scored, SearchRequest, Shard
-from service.gallery.records import Filters
+from service.gallery.records import Filters, IndexKind
 from service.gallery.times import microseconds
 
 PARTS, DIM, COUNT = 3, 16, 3000
@@ -148,12 +149,11 @@ def test_rows_that_the_index_lacks_are_found_too(kind: IndexKind) -> None:
 def test_a_scan_serves_until_the_index_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     built, go = threading.Event(), threading.Event()
 
-    def slow(*arguments: object) -> RecallIndex:
+    def slow(*arguments: Any) -> RecallIndex:
         built.set()
-        assert go.wait(30)
-        return original(*arguments)  # type: ignore[arg-type]
+        assert go.wait(60)
+        return build_index(*arguments)
 
-    original = maintenance.build_index
     monkeypatch.setattr(maintenance, "build_index", slow)
     y = features()
     shard = Shard(CONFIG, "cpu", "IVF-Flat")
@@ -315,7 +315,9 @@ def test_columns_find_numbers_in_any_order() -> None:
     columns = Columns()
     block = stored(features(6))
     for numbers in ([5, 9, 12], [20, 7, 30]):
-        columns.add(Stored(numbers, *["abc"] * 2, ["rgb"] * 3, [None] * 3, block.features[:3]))  # type: ignore[arg-type]
+        columns.add(
+            Stored(numbers, [*"abc"], [*"abc"], ["rgb"] * 3, [None] * 3, block.features[:3])
+        )
         assert columns.mark_deleted([numbers[1], 999]) == [numbers[1]]
         assert columns.mark_deleted([numbers[1]]) == []
     assert columns.alive_count == 4

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from model import CMTConfig, Modulation
 from service.gallery.feed import Position, Stored, Witness
-from service.gallery.index import snapshot
-from service.gallery.index.recall_index import IndexKind
 from service.gallery.index.shard import Scored, SearchRequest, Shard
 from service.gallery.index.snapshot import MANIFEST, SnapshotInvalid, load, save
-from service.gallery.records import Filters
+from service.gallery.records import Filters, IndexKind
 
 PARTS, DIM, COUNT = 3, 16, 2000
 CONFIG = CMTConfig(input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2)
@@ -239,8 +237,8 @@ def test_a_crash_while_saving_leaves_the_old_one(
             raise KeyboardInterrupt
         original(descriptor)
 
-    monkeypatch.setattr(snapshot.os, "fsync", dies)
-    monkeypatch.setattr(snapshot.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(os, "fsync", dies)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     try:
         save(shard.freeze(), copy, fingerprint=MODEL, position=POSITION, witness=WITNESS)
         whole = True

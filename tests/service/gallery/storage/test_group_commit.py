@@ -7,12 +7,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event, text
 
 from service.errors import DatabaseUnavailable, IdempotencyConflict, ServiceError, StorageFull
 from service.gallery.records import RequestKey
@@ -31,7 +32,7 @@ class _Gate:
         self.commits = 0
         self.held = threading.Event()
         self.opened = threading.Event()
-        event.listen(store._database.engine, "commit", self._on_commit)
+        event.listen(store.database.engine, "commit", self._on_commit)
 
     def _on_commit(self, connection: object) -> None:
         self.commits += 1
@@ -41,7 +42,7 @@ class _Gate:
 
 
 def _together(
-    store: Store, gate: _Gate, calls: list[Callable[[], object]]
+    store: Store, gate: _Gate, calls: Sequence[Callable[[], object]]
 ) -> list[BaseException | None]:
     """Run the first call up to its commit and the others behind it → what each raised."""
     with ThreadPoolExecutor(len(calls)) as pool:
@@ -56,7 +57,7 @@ def _together(
 
 def test_calls_that_wait_share_one_commit(store: Store) -> None:
     gate = _Gate(store)
-    calls = [lambda i=i: store.add(new(2), rows(2, seed=i)) for i in range(12)]
+    calls = [partial(store.add, new(2), rows(2, seed=i)) for i in range(12)]
     assert _together(store, gate, calls) == [None] * 12
     assert gate.commits == 2
     stored = [tuple(row[-1]) for row in all_of(store).values()]
@@ -74,8 +75,7 @@ def test_a_lone_call_commits_alone(store: Store) -> None:
 def test_one_call_fails_alone(store: Store) -> None:
     gate = _Gate(store)
     key = RequestKey("key", "c" * 64)
-    calls = [lambda request=r: store.add(new(2, request=request), rows(2)) for r in [None, key]]
-    calls += [lambda: store.add(new(2), rows(2))] * 2
+    calls = [partial(store.add, new(2, request=r), rows(2)) for r in (None, key, None, None)]
     first, twice, *rest = _together(store, gate, calls)
     assert isinstance(twice, IdempotencyConflict)  # two items of one call under one key
     assert [first, *rest] == [None] * 3
@@ -90,8 +90,8 @@ def test_a_failed_commit_fails_everybody(store: Store) -> None:
         if gate.commits == 2:
             raise _cut_off(store)
 
-    event.listen(store._database.engine, "commit", cut)
-    calls = [lambda i=i: store.add(new(2), rows(2, seed=i)) for i in range(5)]
+    event.listen(store.database.engine, "commit", cut)
+    calls = [partial(store.add, new(2), rows(2, seed=i)) for i in range(5)]
     first, *others = _together(store, gate, calls)
     assert first is None
     assert all(isinstance(error, DatabaseUnavailable) for error in others)
@@ -100,7 +100,7 @@ def test_a_failed_commit_fails_everybody(store: Store) -> None:
 
 
 def _cut_off(store: Store) -> Exception:
-    error: Exception = store._database.engine.dialect.loaded_dbapi.OperationalError("cut off")
+    error: Exception = store.database.engine.dialect.loaded_dbapi.OperationalError("cut off")
     return error
 
 
@@ -109,11 +109,11 @@ def test_a_full_disk_fails_its_transaction_whole(tmp_path: Path) -> None:
     gate = _Gate(store)
     pages = [1 << 20]
     event.listen(
-        store._database.engine,
+        store.database.engine,
         "checkout",
         lambda connection, *_: connection.execute(f"PRAGMA max_page_count = {pages[0]}"),
     )
-    with store._database.engine.connect() as connection:
+    with store.database.engine.connect() as connection:
         used = connection.execute(text("PRAGMA page_count")).scalar_one()
 
     def first() -> object:
@@ -136,14 +136,14 @@ def test_a_connection_cut_in_a_shared_transaction_fails_all_in_it(
     gate = _Gate(store)
 
     def cut() -> None:
-        def work(connection: object) -> None:
-            pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()  # type: ignore[attr-defined]
+        def work(connection: Connection) -> None:
+            pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
             postgres.execute(f"SELECT pg_terminate_backend({pid}, 5000)")
-            connection.exec_driver_sql("SELECT 1")  # type: ignore[attr-defined]
+            connection.exec_driver_sql("SELECT 1")
 
         store._commits.run(work)
 
-    add = lambda: store.add(new(2), rows(2))  # noqa: E731
+    add = partial(store.add, new(2), rows(2))
     first, *shared = _together(store, gate, [add, add, cut, add])
     assert first is None
     assert all(isinstance(error, ServiceError) and error.status == 503 for error in shared)
@@ -176,7 +176,8 @@ def test_add_returns_after_the_log_is_synced(tmp_path: Path) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
     assert os.read(child.stdout.fileno(), 4) == b"open"
     entry = child.stdin.fileno()
     calls = list(writes_and_syncs(child.pid, lambda: os.write(entry, b"!")))
@@ -184,7 +185,9 @@ def test_add_returns_after_the_log_is_synced(tmp_path: Path) -> None:
     ours = [name for name, file in calls if file == log]
     assert "pwrite64" in ours
     assert ours[-1] in ("fdatasync", "fsync"), ours
-    assert calls[-1][0] == "write" and calls[-1][1].startswith("pipe:")  # "added", after it all
+    last, file = calls[-1]  # "added", after it all
+    assert last == "write"
+    assert file.startswith("pipe:")
     child.stdin.close()
     child.stdout.close()
 
@@ -192,7 +195,7 @@ def test_add_returns_after_the_log_is_synced(tmp_path: Path) -> None:
 def test_sqlite_syncs_every_commit_of_every_connection(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     store = Store(tmp_path / "data", MODEL, SIZE, f"sqlite:///{tmp_path / 'own.sqlite3'}")
-    with store._database.reading() as connection:
+    with store.database.reading() as connection:
         values = [
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
@@ -208,7 +211,7 @@ def test_postgresql_never_answers_before_the_disk(
     name = postgres_url.partition("?")[0].rpartition("/")[2]
     postgres.execute(f"ALTER DATABASE {name} SET synchronous_commit = {given}")
     store = Store(tmp_path, MODEL, SIZE, postgres_url)
-    for transaction in (store._database.writing, store._database.reading):
+    for transaction in (store.database.writing, store.database.reading):
         with transaction() as connection:
             assert connection.exec_driver_sql("SHOW synchronous_commit").scalar_one() == used
     store.close()

@@ -32,12 +32,12 @@ from tests.service.stores import MODEL, SIZE, OpenStore, all_of, crop, new, rows
 
 def everything(store: Store, table: object) -> str:
     """All that a table holds, as text."""
-    with store._database.reading() as connection:
+    with store.database.reading() as connection:
         return repr(connection.execute(select(table)).all())  # type: ignore[call-overload]
 
 
 def test_the_tables_are_those_of_the_migrations(store: Store) -> None:
-    with store._database.reading() as connection:
+    with store.database.reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema) == []
 
 
@@ -164,11 +164,11 @@ def test_a_person_renamed_by_an_update_leaves_no_byte(tmp_path: Path) -> None:
 
 def test_pseudonyms_need_the_key_and_stay_the_same(open_store: OpenStore, tmp_path: Path) -> None:
     store = open_store()
-    assert (tmp_path / KEY_FILE).exists() == store._database.sqlite
+    assert (tmp_path / KEY_FILE).exists() == store.database.sqlite
     pseudonym = store.audit.pseudonym("p")
     assert pseudonym != store.audit.pseudonym("q")
     assert open_store().audit.pseudonym("p") == pseudonym
-    if store._database.sqlite:
+    if store.database.sqlite:
         assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
         (tmp_path / KEY_FILE).unlink()
         assert open_store().audit.pseudonym("p") != pseudonym
@@ -239,7 +239,7 @@ def test_a_file_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     store = Store(tmp_path, MODEL, SIZE)
-    with store._database.engine.connect() as connection:  # what root meets on a read-only mount
+    with store.database.engine.connect() as connection:  # what root meets on a read-only mount
         connection.exec_driver_sql("PRAGMA query_only = ON")
     with pytest.raises(StorageUnwritable, match="cannot be written"):
         store.add(new(1), rows(1))
@@ -273,12 +273,14 @@ def test_a_transaction_cut_in_the_middle_is_unavailable(
 ) -> None:
     store = Store(tmp_path, MODEL, SIZE, postgres_url)
     store.add(new(2), rows(2))
-    with (
-        pytest.raises(DatabaseUnavailable, match="does not answer"),
-        store._database.reading() as connection,
-    ):
-        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
-        postgres.execute(f"SELECT pg_terminate_backend({pid}, 5000)")
-        connection.exec_driver_sql("SELECT 1")
+
+    def read_while_cut() -> None:
+        with store.database.reading() as connection:
+            pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+            postgres.execute(f"SELECT pg_terminate_backend({pid}, 5000)")
+            connection.exec_driver_sql("SELECT 1")
+
+    with pytest.raises(DatabaseUnavailable, match="does not answer"):
+        read_while_cut()
     assert store.count() == 2
     store.close()

@@ -54,7 +54,7 @@ def test_an_empty_store_streams_nothing(store: Store) -> None:
 @pytest.mark.parametrize("size", [0, SIZE * 2 - 2, SIZE * 2 + 2])
 def test_features_of_another_length_are_damage(store: Store, size: int) -> None:
     numbers = [n for n, _ in store.add(new(70), rows(70))]
-    with store._database.writing() as connection:
+    with store.database.writing() as connection:
         wrong = features.c.number == numbers[66]
         connection.execute(update(features).where(wrong).values(data=b"x" * size))
     with pytest.raises(GalleryDamaged, match=f"row {numbers[66]} do not have 24 bytes"):

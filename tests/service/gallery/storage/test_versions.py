@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +150,7 @@ def test_a_dropped_version_is_gone_and_the_rest_is_not(
 
 def test_unknown_versions_are_a_sentence(store: Store) -> None:
     versions = store.versions
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: versions.get(THIRD),
         lambda: versions.activate(THIRD),
         lambda: versions.retire(THIRD),
