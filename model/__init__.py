@@ -1,8 +1,8 @@
 """What a CMT checkpoint is and computes: no HTTP, no SQL, no optimiser.
 
-What needs torch is imported when it is first asked for, so that `cmt --help` answers at once.
-`preprocess` is the exception: its module has the same name, which a late import would leave in
-its place, so that module imports without torch instead.
+Names that need torch are imported on first use, so that `cmt --help` answers at once. `preprocess`
+is the exception: a late import would leave the module of that name in place of the function, so
+that module itself imports without torch.
 """
 
 from importlib import import_module

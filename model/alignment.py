@@ -111,9 +111,9 @@ class CompensationDecoder(nn.Module):
         self.feed_forward = nn.ModuleList(FeedForward(config) for _ in range(blocks))
 
     def start_at_zero(self) -> None:
-        """Make F̂ = 0 for every image, to be trained away from there (literal (4) only).
+        """Make F̂ = 0 for every image, where training then starts (literal equation (4) only).
 
-        A network that is given this module later then computes what it computed without it.
+        A network to which this module is added then computes the same as before.
         """
         if self.literal:
             last = self.cross_attention[-1]
@@ -138,8 +138,8 @@ class CompensationDecoder(nn.Module):
 class ModalityAlignment(nn.Module):
     """Encoder, the two sets of learned modality prototypes, and the decoder: F → F̂.
 
-    features F: B×P×D; is_ir: one flag, or B flags. An RGB image is answered with its compensated
-    IR features F̂^I (prototypes P^I), an IR image with F̂^R (prototypes P^R).
+    features F: B×P×D; is_ir: one flag, or B flags. An RGB image gets its compensated IR features
+    F̂^I (from prototypes P^I), an IR image F̂^R (from prototypes P^R).
     """
 
     def __init__(self, config: CMTConfig) -> None:

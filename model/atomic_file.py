@@ -1,4 +1,4 @@
-"""A file that is there wholly or not at all, whatever ends the process that writes it.
+"""Atomic file replacement: a file is complete or absent, however its writer ends.
 
 Here because checkpoints, training runs and the service all replace files; it imports no torch.
 """
@@ -19,10 +19,10 @@ SHARED = 0o666
 
 @contextmanager
 def whole_file(path: Path, mode: int = PRIVATE) -> Iterator[BinaryIO]:
-    """Write to PATH.partial; at the end it is synced and takes the place of `path`.
+    """Write to PATH.partial, which is synced and replaces `path` at the end.
 
-    One writer at a time: two for the same path have to agree by a lock. The partial file is
-    removed where the context raises. Raises OSError.
+    One writer at a time: callers that may write to the same path must hold a lock. The partial
+    file is removed where the context raises. Raises OSError.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -39,15 +39,15 @@ def whole_file(path: Path, mode: int = PRIVATE) -> Iterator[BinaryIO]:
                 raise
         sync_folder(path.parent)
     except OSError as error:
-        if error.filename is None:  # a write that failed does not say where
+        if error.filename is None:  # a failed write does not name the file
             error.filename = str(path)
         raise
 
 
 def write_whole(path: Path, content: str | bytes, mode: int = SHARED) -> None:
-    """Replace `path` by `content` (text in UTF-8), wholly or not at all. Raises OSError.
+    """Replace `path` by `content` (text in UTF-8), completely or not at all. Raises OSError.
 
-    What is no regular file, such as /dev/stdout or a named pipe, is written to as it is.
+    A path that is no regular file, such as /dev/stdout or a named pipe, is written to directly.
     """
     data = content.encode() if isinstance(content, str) else content
     target = path.resolve()  # the file that a symbolic link names is replaced, not the link

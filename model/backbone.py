@@ -57,7 +57,7 @@ class Stem(nn.Module):
 class TwoStreamResNet(nn.Module):
     """B×3×H×W and each image's modality → feature map B×C×H/16×W/16.
 
-    Built of torchvision's blocks; at width 1 its parameters have torchvision's names, once per
+    Built from torchvision's blocks; at width 1 its parameters have torchvision's names, once per
     modality for the stem and layer1.
     """
 
@@ -78,12 +78,12 @@ class TwoStreamResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor, is_ir: Tensor | bool) -> Tensor:
-        """`is_ir`: one flag for the batch, or a boolean tensor of B flags."""
+        """Images → feature map. is_ir: one flag for the batch, or a boolean tensor of B flags."""
         if isinstance(is_ir, bool):
             low = self.stems["ir" if is_ir else "rgb"](images)
         else:
             streams = self.stems["rgb"](images[~is_ir]), self.stems["ir"](images[is_ir])
-            # Concatenate, then put every image back into its place of the batch.
+            # Concatenate, then put every image back into its place in the batch.
             order = torch.cat([(~is_ir).nonzero(), is_ir.nonzero()]).flatten().argsort()
             low = torch.cat(streams)[order]
         return self.layer4(self.layer3(self.layer2(low)))  # type: ignore[no-any-return]
@@ -94,7 +94,7 @@ class TwoStreamResNet(nn.Module):
         weights: "imagenet" fetches torchvision's default weights (needs a network); a path is a
             local `.pth` (read without unpickling code) or `.safetensors` state dict of the same
             torchvision network.
-        Raises ValueError with the remedy when the weights are not of this network.
+        Raises ValueError with the remedy where the weights are not of this network.
         """
         if self.width != 1.0:
             raise ValueError(

@@ -31,6 +31,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Median, least and most of the values, one for each round."""
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
@@ -47,7 +48,7 @@ class Comparison:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """One call on the clock; a GPU's queue is waited for."""
+    """Time one call in seconds, until the GPU's queue is empty too."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -62,10 +63,10 @@ def compare(
     *,
     theirs_times: float = 1.0,
 ) -> Comparison:
-    """Both sides in turn, so that a busy machine slows both. Call each once before, to warm up.
+    """Time both sides in turn, so that a busy machine slows both; call each once before.
 
-    A short call is repeated within a round. theirs_times: how often their call would have to run to
-    do the work of ours.
+    rounds: how often each side is measured; a short call is repeated within a round. theirs_times:
+    how often their call would have to run to do the work of ours.
     """
     mine, yours = [], []
     for _ in range(rounds):
@@ -76,10 +77,10 @@ def compare(
 
 
 def _repeated(call: Callable[[], object]) -> float:
-    """Mean seconds of a call, of as many as fill `_ROUND`.
+    """Mean seconds of a call, over as many as fill `_ROUND`.
 
-    The first counts only where it is the only one: threads of the other side, which wait for work a
-    while, are in its way.
+    The first counts only where it is the only one: threads of the other side still wait for work
+    for a while and slow it down.
     """
     taken = [seconds(call)]
     while sum(taken) < _ROUND:

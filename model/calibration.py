@@ -43,7 +43,7 @@ Normalisation = Literal["raw", "ratio", "log-ratio", "z-score"]
 NORMALISATIONS: tuple[Normalisation, ...] = ("raw", "ratio", "log-ratio", "z-score")
 FloatArray = npt.NDArray[np.float64]
 
-_SMALLEST = 1e-12  # distances are divided by and logarithms taken of no less than this
+_SMALLEST = 1e-12  # lower bound of divisors and of the arguments of logarithms
 
 
 class _Record(BaseModel):
@@ -88,7 +88,7 @@ class IsotonicCurve(_Record):
 
 
 class Candidate(_Record):
-    """A normalisation and curve that were compared, with the cross-fitted log loss [nats a pair]."""
+    """A normalisation and curve that were compared; log_loss [nats a pair] is cross-fitted."""
 
     normalisation: Normalisation
     method: Literal["logistic", "isotonic"]
@@ -114,7 +114,7 @@ class CalibrationMap(_Record):
 
     log_loss [nats a pair] and expected_calibration_error are cross-fitted over people, pairs
     weighted to the prior; a constant answer would have the log loss `log_loss_of_prior`.
-    positives, negatives: pairs of one person and of two. identities: people with positives.
+    positives, negatives: pairs of one person and of two people. identities: people with positives.
     """
 
     query: Modality
@@ -135,7 +135,7 @@ class CalibrationMap(_Record):
 class CalibrationFacts(_Record):
     """The part of a calibration that is JSON.
 
-    prior: share of pairs of one person that the probabilities assume. dataset, identities: the
+    prior: the share of same-person pairs that the probabilities assume. dataset, identities: the
     held-out people it was fitted on.
     """
 
@@ -150,7 +150,7 @@ class Calibration:
     """How a checkpoint's distances become probabilities.
 
     facts: curves and how they were fitted. references: per modality R×P×D embeddings, fp16.
-    metric: the checkpoint's, in which all distances are.
+    metric: the checkpoint's, used for all distances.
     """
 
     facts: CalibrationFacts
@@ -225,7 +225,7 @@ class Calibration:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """All facts as JSON but the knots of isotonic curves and the list of identities."""
+        """All facts as JSON, without the knots of isotonic curves and the list of identities."""
         facts = self.facts.model_dump(
             mode="json",
             exclude={"maps": {"__all__": {"curve": {"scores", "probabilities"}}}},

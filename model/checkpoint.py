@@ -39,7 +39,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself.
+    """A checkpoint's metadata.
 
     fingerprint: SHA-256 (hex) over weights and configuration. training: facts of the run
     (dataset, identities, command, seed, evaluation). calibration: distance → probability, None
@@ -65,7 +65,7 @@ def save_checkpoint(
 
     dtype: of matrices and kernels, fp16 halves the file; vectors (norms, biases) stay fp32, since
     running variances do not fit fp16's range.
-    Raises CheckpointError when a weight is not finite (in `dtype`).
+    Raises CheckpointError where a weight is not finite (in `dtype`).
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
@@ -146,7 +146,7 @@ def load_checkpoint(
 
 
 def _checked(path: Path) -> tuple[dict[str, str], dict[str, Tensor], CheckpointInfo]:
-    """A file's metadata, the network's tensors, and the info; CheckpointError where damaged."""
+    """A file's metadata, tensors and info. Raises CheckpointError where it is damaged."""
     metadata, tensors = _read(path)
     references = {m: tensors.pop(name) for m, name in _REFERENCES.items() if name in tensors}
     if metadata.get("format") != FORMAT:

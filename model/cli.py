@@ -52,7 +52,7 @@ class CommandGroup(TyperGroup):
             self.commands[entry_point.name] = RegisteredCommand(entry_point)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names for help and completion; only now are the summaries worth reading."""
+        """Names for help and completion; only these need the summaries, which are read here."""
         for command in self.commands.values():
             if isinstance(command, RegisteredCommand):
                 command.help = _summary(command.entry_point)
@@ -138,7 +138,7 @@ def _one_line(text: str) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """What went wrong, in one line; a bug (not a message meant for people) also says its kind."""
+    """What went wrong, in one line; a bug (no message written for users) also names its type."""
     from pydantic import ValidationError
 
     if isinstance(error, ModuleNotFoundError):

@@ -1,4 +1,4 @@
-"""The Cross-Modality Transformer put together (CMT, ECCV 2022)."""
+"""The whole network: the Cross-Modality Transformer (CMT, ECCV 2022)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model.parts import PartFeatures
 class CMTOutput(NamedTuple):
     """What the network computes for B images, all B×P×D.
 
-    features F, raw part features; compensated F̂, those of the modality that the image lacks (None
+    features F, raw part features; compensated F̂, those of the image's missing modality (None
     without modality alignment); complete R or I = F + F̂ (5); embedding, the form that is ranked.
     """
 
@@ -30,7 +30,7 @@ class CMTOutput(NamedTuple):
     embedding: Tensor
 
     def float(self) -> CMTOutput:
-        """All of them in fp32, whatever autocast left them in."""
+        """Convert all to fp32, whatever dtype autocast gave them."""
         compensated = None if self.compensated is None else self.compensated.float()
         return CMTOutput(
             self.features.float(), compensated, self.complete.float(), self.embedding.float()
@@ -68,10 +68,12 @@ class CMT(nn.Module):
         *,
         detached_compensation: bool = False,
     ) -> CMTOutput:
-        """images: B×3×H×W, normalised; modality: one for all, or B of them.
+        """Compute all representations of B images.
 
-        H may differ from the configuration's (training in stages), if the parts divide H/16.
-        detached_compensation: what F̂ is trained for does not change F, which it is made of.
+        images: B×3×H×W, normalised; H may differ from the configuration's (training in stages), if
+        the parts divide H/16. modality: one for all, or B of them. detached_compensation: gradients
+        of F̂ stop at F, from which it is computed. Raises ValueError for another modality than
+        "rgb" and "ir", or another number of them.
         """
         is_ir = self._is_ir(images, modality)
         features = self.parts(self.backbone(images, is_ir))
@@ -90,7 +92,7 @@ class CMT(nn.Module):
     def embed(self, images: Tensor, modality: Modality | Sequence[Modality]) -> Tensor:
         """B×3×H×W → B×P×D in fp32: the complete representation, as it is stored and ranked.
 
-        Raises ValueError when the images are not of the configuration's size (see `preprocess`).
+        Raises ValueError where the images are not of the configuration's size (see `preprocess`).
         """
         expected = (3, self.config.input_height, self.config.input_width)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:

@@ -23,7 +23,7 @@ MODULATION = "modulation"
 
 @dataclass(frozen=True)
 class Graph:
-    """A module of one input and one output or more, in eval mode, with the names of both.
+    """A module with one input and one or more outputs, in eval mode, and the names of both.
 
     example: an input of batch size 2 (a size of 1 would be taken for a constant). outputs: name →
     shape of one item; the batch comes before it, as in the input.

@@ -1,4 +1,4 @@
-"""Facts of the machine that a measured figure was taken on."""
+"""The machine on which a figure was measured."""
 
 from __future__ import annotations
 

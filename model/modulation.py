@@ -130,7 +130,7 @@ def part_distances(
     block = block or max(1, _BLOCK_NUMBERS // max(1, x.numel()))
     return torch.cat(
         [
-            # By way of fp32: from fp16 to float64 at once takes three times as long.
+            # Via fp32: converting fp16 to float64 directly takes three times as long.
             torch.addcmul(offset, _widen(rows)[None].to(x.dtype), gamma).square().sum(-1)
             for rows in torch.split(y, block)
         ],

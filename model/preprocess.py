@@ -20,7 +20,7 @@ STD = (0.229, 0.224, 0.225)
 
 def resize(image: Image.Image, height: int, width: int) -> np.ndarray:
     """A PIL image → uint8 array height×width×3; gray (IR) images are replicated to 3 channels."""
-    if image.mode != "RGB":  # Pillow copies what is as wanted already, here and below
+    if image.mode != "RGB":  # Pillow copies an image that already fits, here and below
         image = image.convert("RGB")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -1,7 +1,7 @@
-"""OpenVINO as we import it: without its reports of use to its makers.
+"""OpenVINO without its telemetry. Import `openvino` from here only.
 
-Its converter sends them through the package `openvino_telemetry`, unasked and from processes of
-their own, and does without where that cannot be imported. Import `openvino` from here only.
+Its converter reports usage through the package `openvino_telemetry`, unasked and from separate
+processes, and works without it where it cannot be imported.
 """
 
 from __future__ import annotations

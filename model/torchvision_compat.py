@@ -1,6 +1,6 @@
 """`import torchvision` on a CPU-only PyTorch.
 
-PyPI's torchvision wheel is linked against CUDA. Beside a CPU-only torch its extension does not
+PyPI's torchvision wheel is linked against CUDA. With a CPU-only torch its extension does not
 load, and its Python side then fails with "operator torchvision::nms does not exist" while it
 registers fake kernels for two operators. Declaring their schemas first lets `models` and
 `transforms` import; they use neither. Where the extension loads, the real operators stay.
@@ -18,12 +18,15 @@ _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-# torch.library forgets definitions when the Library object goes: it lives as long as the module.
+# torch.library drops definitions with their Library object: keep it as long as the module.
 _library: torch.library.Library | None = None
 
 
 def extension_loads() -> bool:
-    """Whether torchvision's compiled extension can be loaded beside the installed torch."""
+    """Whether torchvision's compiled extension loads with the installed torch.
+
+    Raises ImportError where torchvision is not installed.
+    """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         raise ImportError(
@@ -40,9 +43,10 @@ def extension_loads() -> bool:
 
 
 def prepare() -> bool:
-    """Make `import torchvision` work; returns whether the operator schemas had to be declared.
+    """Make `import torchvision` work → whether the operator schemas had to be declared.
 
-    Does nothing where torch has CUDA or where torchvision's own extension loads.
+    Does nothing where torch has CUDA or where torchvision's own extension loads. Raises ImportError
+    where torchvision is not installed.
     """
     global _library
     if _library is not None:

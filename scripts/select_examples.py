@@ -55,7 +55,7 @@ def pick_queries(
 
 
 def copy_crops(samples: list[Sample], folder: Path) -> list[Path]:
-    """Copy images, unchanged, into an emptied folder under names that tell person and camera."""
+    """Copy images, unchanged, into an emptied folder, with person and camera in their names."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -77,6 +77,7 @@ def credits_of(readme: Path) -> str:
 
 
 def main() -> None:
+    """Write the crops, their manifest.csv and CREDITS.md, and print how many there are."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,0 +1,1 @@
+"""The HTTP service, its gallery, its client and its commands."""

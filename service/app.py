@@ -1,4 +1,4 @@
-"""create_app(): the HTTP service. Resources are made in its lifespan, handed down, closed there."""
+"""create_app(): the HTTP service. Resources are opened in its lifespan and closed there."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             opened = await to_thread.run_sync(resources.__enter__)
         except Exception as error:
-            app.state.failure = error  # for whoever runs the server: see service.server
+            app.state.failure = error  # `service.server` raises it: see `run`
             raise
         try:
             async with create_task_group() as group:
                 group.start_soon(opened.pipeline.run)
                 await opened.pipeline.self_check.first()
-                # What is there by now stays: the collector need not look at it again and again.
+                # These objects stay: spare the garbage collector from scanning them repeatedly.
                 gc.collect()
                 gc.freeze()
                 yield State(resources=opened)

@@ -1,6 +1,6 @@
 """Every error a client can meet: one base class, each with its status, stable code and title.
 
-The handler in `service.app` turns all of them into `application/problem+json` (RFC 9457). The
+`service.http.exception_handlers` turns all of them into `application/problem+json` (RFC 9457). The
 detail is one sentence that names the remedy.
 """
 
@@ -236,7 +236,7 @@ class RateLimited(ServiceError):
     status, code, title = 429, "rate_limited", "Rate limit reached"
 
 
-# 499, which is nginx's and goes to nobody
+# 499: nginx's code for a client that is gone; it is logged, never sent
 
 
 class ClientGone(ServiceError):
@@ -339,7 +339,7 @@ class StorageFull(ServiceError):
 
 
 def error_of(code: str, detail: str) -> ServiceError:
-    """The error of this code, as another process told it."""
+    """The error of this code, as another process reported it."""
     for kind in ServiceError.__subclasses__():
         if kind.code == code:
             return kind(detail)

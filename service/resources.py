@@ -1,4 +1,4 @@
-"""What one service process holds open, made in order and closed in the reverse."""
+"""What one service process holds open, opened in order and closed in reverse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resources:
-    """Handed to every request."""
+    """What every request may use."""
 
     settings: Settings
     keyring: Keyring
@@ -72,7 +72,7 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
             embedder.device,
             embedder.precision,
         )
-        del embedder  # it is the pipeline's, which lets it go when another one takes over
+        del embedder  # the pipeline owns it, and releases it when another one takes over
         yield Resources(
             settings=settings,
             keyring=Keyring(settings.api_keys_file),
@@ -114,8 +114,7 @@ def _decoders(settings: Settings) -> Decoders:
 
 
 def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: Pipeline) -> None:
-    """The checkpoint's name, and gauges."""
-    metrics.use(pipeline.engine.embedder)
+    """Register gauges."""
     metrics.watch(
         "cmt_gallery_items", "Items that queries search.", lambda: gallery.statistics.items
     )

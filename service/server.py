@@ -34,7 +34,10 @@ class ServerError(Exception):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound before anything is loaded, so that a port in use is told at once."""
+    """Bind a socket before anything is loaded, so that a port in use is reported at once.
+
+    Raises ServerError.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -68,8 +71,8 @@ def run(settings: Settings) -> None:
     bound = bind(settings.host, settings.port)
     app, server = _make(settings)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    # uvicorn raises the signal that ended it once more: let it find a handler that does nothing,
-    # so that an orderly end is exit status 0.
+    # uvicorn raises the signal that ended it again: a handler that does nothing lets an orderly end
+    # have exit status 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     log.info("settings: %s", json.dumps(settings.redacted()))
@@ -82,7 +85,7 @@ def run(settings: Settings) -> None:
 
 @contextmanager
 def running(settings: Settings) -> Iterator[str]:
-    """Serve from a thread of its own → the URL, once requests are answered."""
+    """Serve from another thread → the URL, once requests are answered. Raises as `run`."""
     bound = bind(settings.host, settings.port)
     app, server = _make(settings)
     ended = threading.Event()
@@ -113,7 +116,7 @@ def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
     config = uvicorn.Config(
         app,
         http=timed_protocol(settings.header_timeout, settings.body_timeout),
-        # There are none, and uvicorn would log the query string of who asks for one.
+        # There are no WebSockets, and uvicorn would log the query string of a request for one.
         ws="none",
         # The access log would hold query strings, and with them names of persons.
         access_log=False,
@@ -130,7 +133,7 @@ def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
 class _Server(uvicorn.Server):
     """After a signal new requests are answered with 503 while those in flight finish.
 
-    It goes on listening until nothing is in flight and `shutdown_linger` is over, so that a
+    It keeps listening until nothing is in flight and `shutdown_linger` is over, so that a load
     balancer sees the 503 before connections are refused. A second Ctrl-C ends it at once.
     """
 
@@ -154,11 +157,11 @@ class _Server(uvicorn.Server):
             idle = self._drain.in_flight == 0 and passed >= self._settings.shutdown_linger
             self.should_exit = idle or passed >= self._settings.shutdown_timeout
             if self.should_exit:
-                # What is still in flight has had its time.
+                # Requests still in flight have run out of time.
                 self.config.timeout_graceful_shutdown = 1
         return await super().on_tick(counter)
 
 
 def _no_startup_traceback(record: logging.LogRecord) -> bool:
-    """uvicorn logs why a start failed as a traceback; whoever runs it gets the exception itself."""
+    """Drop uvicorn's traceback of a failed start: `run` raises the exception itself."""
     return not record.getMessage().startswith("Traceback ")

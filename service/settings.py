@@ -1,5 +1,8 @@
-"""Every setting of the service: an environment variable CMT_<NAME>, a key of one optional TOML
-file, or an option of `cmt serve`; the option wins over the environment, that over the file."""
+"""Every setting of the service.
+
+Each is an environment variable CMT_<NAME>, a key of one optional TOML file, or an option of `cmt
+serve`; the option wins over the environment, and the environment over the file.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """What one service process is given. Sizes are in bytes, times in seconds."""
+    """The settings of one service process. Sizes are in bytes, times in seconds."""
 
     model_config = SettingsConfigDict(env_prefix="CMT_", extra="forbid", frozen=True)
 
     checkpoint: Path
     """One .safetensors file that `cmt train` wrote."""
     data_dir: Path
-    """Database, index and caches; made where it is missing, locked while the service runs."""
+    """Database, index and caches; created if missing, locked while the service runs."""
     database_url: str | None = None
     """SQLAlchemy URL of another database than the SQLite file in `data_dir`."""
 
@@ -49,7 +52,7 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     runtime: Literal["auto", "torch", "openvino"] = "auto"
     candidates: int = Field(default=256, ge=1, le=100_000)
-    """Shortlist size of the recall stage where a query does not say."""
+    """Shortlist size of the recall stage where a query does not set it."""
     index: IndexKind | None = None
     """Kind of the recall index; without one, what measures best for the gallery's size."""
 
@@ -76,12 +79,12 @@ class Settings(BaseSettings):
     max_batch: int | None = Field(default=None, ge=1, le=1024)
     """Images embedded at once; without it 8 on each stream of a CPU and 32 on a GPU."""
     batch_wait: float = Field(default=0.005, ge=0, le=1)
-    """How long an image waits for others to be embedded with, while others are under way."""
+    """How long an image waits for others to be embedded with, while others are in progress."""
 
     retention_days: float | None = Field(default=None, gt=0, le=36_500)
     """Items enrolled longer ago are deleted; without it none is."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses or networks of reverse proxies whose X-Forwarded-For and -Proto are believed."""
+    """Addresses or networks of reverse proxies whose X-Forwarded-For and -Proto are trusted."""
     shutdown_timeout: int = Field(default=30, ge=0)
     """How long requests in flight may take to finish after SIGTERM."""
     shutdown_linger: float = Field(default=1.0, ge=0)

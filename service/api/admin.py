@@ -1,4 +1,4 @@
-"""What administrators do: embed the gallery again, drop old features, read the audit log."""
+"""For administrators: embed the gallery again, drop old features, read the audit log."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _PATIENCE = 60.0  # seconds that a client may take for a block, of about 1 MB
 
 
 class BackupDownload(StreamingResponse):
-    """The blocks of a backup, which is closed whatever becomes of the client."""
+    """A backup's blocks as a response, which closes the backup however it ends."""
 
     media_type = "application/zip"
 
@@ -46,7 +46,7 @@ class BackupDownload(StreamingResponse):
 
         try:
             await super().stream_response(send_in_time)
-        except TimeoutError:  # the server then ends the connection of an answer without its end
+        except TimeoutError:  # the server closes the connection, since the answer is incomplete
             log.warning("a client took too long to receive a backup; it is given up")
 
 

@@ -1,4 +1,4 @@
-"""What endpoints share: the process's resources, who asks, and answers as JSON."""
+"""What endpoints share: the process's resources, the caller's name, and answers as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.resources import Resources
 
 
 async def actor(request: Request) -> str:
-    """Who asks, for the audit log, as `authorise` found."""
+    """The caller, for the audit log, as `authorise` identified it."""
     return cast(str, request.state.actor)
 
 
@@ -20,11 +20,11 @@ ActorDep = Annotated[str, Depends(actor)]
 
 
 def resources(request: Request) -> Resources:
-    """What the application's lifespan opened."""
+    """The resources that the application's lifespan opened."""
     return cast(Resources, request.state.resources)
 
 
-# Dependencies are coroutines, which run where they are; FastAPI takes others to a thread.
+# Dependencies are coroutines, which run on the event loop; FastAPI runs others in a thread.
 async def _resources(request: Request) -> Resources:
     return resources(request)
 
@@ -33,7 +33,10 @@ ResourcesDep = Annotated[Resources, Depends(_resources)]
 
 
 async def no_query_parameters(request: Request) -> None:
-    """Refuse a query string where the route takes none: a misspelt filter must not pass."""
+    """Refuse a query string where the route takes none: a misspelt filter must not pass.
+
+    Raises RequestValidationError.
+    """
     names = sorted(set(request.query_params))
     if names:
         raise RequestValidationError(
@@ -47,7 +50,7 @@ NO_QUERY = Depends(no_query_parameters)
 def json_response(body: BaseModel, status: int = 200, **headers: str) -> Response:
     """A model as JSON, without the fields that were not set.
 
-    An endpoint's model is written once: FastAPI would validate it a second time.
+    FastAPI would validate a returned model a second time.
     """
     return Response(
         body.model_dump_json(exclude_unset=True),

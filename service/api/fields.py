@@ -1,4 +1,4 @@
-"""Kinds of values that clients send as text: labels, times, boxes, metadata."""
+"""Types of values that clients send as text: labels, times, boxes, metadata."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ _BOX = re.compile(r"\d{1,6},\d{1,6},\d{1,6},\d{1,6}", re.ASCII)
 
 
 def plain_text(value: str) -> str:
-    """No control characters (NUL among them) and no half of a surrogate pair: no database and no
-    JSON takes them all."""
+    """Return `value` if every database and JSON reader takes it.
+
+    Raises ValueError for control characters (NUL among them) and half of a surrogate pair.
+    """
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
         raise ValueError("must not hold control characters")
     return value
@@ -31,7 +33,7 @@ def plain_text(value: str) -> str:
 
 def _timestamp(value: Any) -> Any:
     """RFC 3339 text → an aware datetime in UTC."""
-    if isinstance(value, datetime):  # from Python
+    if isinstance(value, datetime):  # given by Python code, not by a client
         return value
     if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
         raise ValueError("must be a time with an offset, such as 2026-03-01T14:05:00+01:00")
@@ -51,7 +53,7 @@ def _box(value: Any) -> Any:
 
 
 def _metadata(value: Any) -> Any:
-    """JSON text, or what came from some → an object that every database and JSON reader takes."""
+    """JSON text, or a value parsed from it → an object that every database and reader takes."""
     if isinstance(value, str):
         value = _parsed(value)
     if not isinstance(value, dict):
@@ -106,9 +108,9 @@ def _is_whole(text: str) -> bool:
     return True
 
 
-_PLAIN = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}  # `plain_text`, for the document
+_PLAIN = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}  # `plain_text`, for OpenAPI
 Label = Annotated[str, Field(max_length=128, json_schema_extra=_PLAIN), AfterValidator(plain_text)]
-# In JSON; in a form an empty field counts as not given anyway.
+# For JSON bodies; in a form an empty field counts as not given anyway.
 OptionalLabel = Annotated[
     Label | None, BeforeValidator(lambda value: None if value == "" else value)
 ]

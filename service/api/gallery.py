@@ -61,8 +61,8 @@ async def _canonical(
     request: Request,
     item_id: Annotated[str, Path(alias="id", json_schema_extra={"format": "uuid"})],
 ) -> str:
-    """The id as it is stored. What is no UUID is the id of no item. Raises ItemNotFound."""
-    if request.url.path == "/gallery/batch":  # no id: a route that takes another method
+    """The id as it is stored. Raises ItemNotFound where it is no UUID."""
+    if request.url.path == "/gallery/batch":  # not an id, but a route that takes another method
         raise HTTPException(405)
     try:
         return str(UUID(item_id))
@@ -197,7 +197,7 @@ async def list_items(
 
 
 async def _one_person(request: Request) -> None:
-    """Refuse several: FastAPI would take the last one and pass over the others."""
+    """Refuse several: FastAPI would take the last one and ignore the others."""
     if len(request.query_params.getlist("person_id")) > 1:
         raise invalid_field("person_id", "must be given once")
 

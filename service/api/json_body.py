@@ -1,6 +1,6 @@
-"""JSON bodies: read after the key is known, bounded in size and time, parsed once.
+"""JSON bodies: read after the key is checked, bounded in size and time, parsed once.
 
-The framework reads a body parameter before anything else of a request, however long it is.
+FastAPI reads a body parameter before it runs any dependency, however long the body is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ M = TypeVar("M", bound=BaseModel)
 
 MAX_BYTES = 64 * 1024
 
-# What an endpoint with a JSON body may answer because of it.
+# Errors that an endpoint may answer because of its JSON body.
 JSON_ERRORS = (BodyTimeout, BodyTooLarge, ContentTypeUnsupported)
 
 
 def json_of(model: type[M]) -> Callable[[Request], Awaitable[M]]:
-    """A dependency: the body as `model`. Raises ServiceError or RequestValidationError."""
+    """A dependency that gives the body as `model`.
+
+    It raises BodyTimeout, BodyTooLarge, ContentTypeUnsupported or RequestValidationError.
+    """
 
     async def read(request: Request) -> M:
         with in_time(request):
@@ -41,6 +44,6 @@ def json_of(model: type[M]) -> Callable[[Request], Awaitable[M]]:
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of an endpoint with such a body."""
+    """`openapi_extra` of an endpoint whose body `json_of` reads."""
     content = {"application/json": {"schema": model.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}

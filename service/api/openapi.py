@@ -1,4 +1,4 @@
-"""The OpenAPI document: what the framework cannot say of forms, errors and scopes by itself."""
+"""The OpenAPI document: what FastAPI cannot derive about forms, errors and scopes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGE_PART = {
     "description": "JPEG, PNG, WebP, BMP or TIFF, 8- or 16-bit: a person crop.",
 }
 
-# What every endpoint may answer.
+# Errors that every endpoint may answer.
 _EVERYWHERE: tuple[type[ServiceError], ...] = (
     errors.Unauthorized,
     errors.OriginRefused,
@@ -44,7 +44,7 @@ _EVERYWHERE: tuple[type[ServiceError], ...] = (
 
 
 def openapi_document(app: FastAPI, keys: bool) -> dict[str, Any]:
-    """The OpenAPI document; keys: whether the routes that are not open need one."""
+    """The OpenAPI document. keys: whether routes that are not open need an API key."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,
@@ -80,7 +80,7 @@ def _description() -> str:
 
 
 def documented(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI `responses` of an endpoint that may raise `kinds`, and what every one may raise."""
+    """OpenAPI `responses` of an endpoint that may raise `kinds`, and what all may raise."""
     every: set[type[ServiceError]] = {*kinds, *_EVERYWHERE}
     responses: dict[int | str, dict[str, Any]] = {}
     for status in sorted({kind.status for kind in every}):
@@ -117,7 +117,7 @@ def form_body(model: type[FormModel], image: dict[str, Any]) -> dict[str, Any]:
 
 
 def _form_field(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a field in a form: there is no null there, an empty text stands for it."""
+    """The schema of a field in a form, which has no null: an empty text stands for it."""
     if "anyOf" in schema:
         kind = next(kind for kind in schema.pop("anyOf") if kind != {"type": "null"})
         schema = {**kind, **schema}

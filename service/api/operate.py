@@ -51,7 +51,7 @@ async def readyz(state: ResourcesDep) -> Health:
     try:
         await state.pipeline.stored(state.gallery.check)
     except (errors.StorageUnwritable, errors.DatabaseUnavailable) as error:
-        log.warning("not ready: %s", error.detail)  # with paths and hosts, which are not for all
+        log.warning("not ready: %s", error.detail)  # its paths and hosts are not for clients
         failing = (
             "the data folder or the database cannot be written"
             if isinstance(error, errors.StorageUnwritable)

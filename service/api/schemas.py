@@ -388,6 +388,6 @@ class BatchAnswer(BaseModel):
 
 
 def form_errors(error: ValidationError) -> list[dict[str, Any]]:
-    """Errors of a form as the framework reports its own: located in the body."""
+    """Errors of a form in FastAPI's own form: located in the body."""
     details: list[ErrorDetails] = error.errors(include_input=False, include_context=False)
     return [{**detail, "loc": ("body", *detail["loc"])} for detail in details]

@@ -48,7 +48,7 @@ MAX_FIELDS = 256
 MAX_FIELD_BYTES = 64 * 1024
 FORM_OVERHEAD_BYTES = 1024 * 1024  # small text fields and the headers of the parts
 
-# What an endpoint that takes an upload may answer, besides what its images may be refused for.
+# Errors that an endpoint with an upload may answer, besides those of its images.
 UPLOAD_ERRORS = (
     FormMalformed,
     BodyTimeout,
@@ -62,7 +62,7 @@ UPLOAD_ERRORS = (
     RuntimeUnavailable,
 )
 
-# What its images may be refused for.
+# Errors of its images.
 IMAGE_ERRORS = (
     ImageEmpty,
     ImageMultiFrame,
@@ -79,7 +79,7 @@ IMAGE_ERRORS = (
 class Upload:
     """A parsed multipart body: its images' bytes, in order, and its text fields.
 
-    refused: by place, images that are too large; their bytes were let go.
+    refused: by place, images that are too large; their bytes are dropped.
     """
 
     images: list[bytes]
@@ -109,10 +109,13 @@ async def read_upload(
 ) -> AsyncIterator[Upload]:
     """Read a multipart body with 1 to `max_images` parts named `image`, bounded in size and time.
 
-    Holds a place (`service.http.admission`) while the caller works on it, so that what waits is
-    bounded. It lies in memory, of which admission bounds how much. What the caller does is
-    cancelled once the client is gone.
-    max_bytes: of all images, if that is less than the sum of their limits.
+    The body is held in memory. `service.http.admission` bounds how many uploads wait and their
+    bytes: the upload has a place there while the caller works on it. The caller's work is cancelled
+    once the client is gone.
+
+    max_bytes: of all images, if that is less than the sum of their limits. Raises FormMalformed,
+    BodyTimeout, BodyTooLarge, ContentTypeUnsupported, Overloaded, ClientGone, and
+    RequestValidationError for a part of the wrong kind.
     """
     state = resources(request)
     limit = state.settings.max_image_bytes
@@ -134,7 +137,7 @@ async def read_upload(
 
 @asynccontextmanager
 async def _while_connected(request: Request) -> AsyncIterator[None]:
-    """Cancel the block when the client goes: nobody waits for its answer. Raises ClientGone."""
+    """Cancel the block once the client has disconnected. Raises ClientGone."""
     task = asyncio.current_task()
     assert task is not None
     gone = False
@@ -149,7 +152,7 @@ async def _while_connected(request: Request) -> AsyncIterator[None]:
     watching = asyncio.create_task(watch())
     try:
         yield
-        if gone:  # in the very moment when the block was done
+        if gone:  # at the moment when the block finished
             await asyncio.sleep(0)
     except asyncio.CancelledError:
         if gone and task.uncancel() == 0:
@@ -167,7 +170,7 @@ async def _parse(
     parser = MultiPartParser(
         request.headers,
         bounded(request, max_bytes, body.grow),
-        max_files=max_images + 1,  # one too many is told as that, not as a broken form
+        max_files=max_images + 1,  # one too many is reported as such, not as a malformed form
         max_fields=MAX_FIELDS,
         max_part_size=max_field_bytes,
     )
@@ -180,15 +183,15 @@ async def _parse(
 
 
 def is_utf8_of(request: Request, media_type: bytes) -> bool:
-    """Whether the body is said to be of this media type, in UTF-8."""
-    told, options = parse_options_header(request.headers.get("content-type", ""))
+    """Whether the Content-Type is this media type, in UTF-8."""
+    declared, options = parse_options_header(request.headers.get("content-type", ""))
     charset = options.get(b"charset", b"utf-8").lower()
-    return told == media_type and charset in (b"utf-8", b"utf8")
+    return declared == media_type and charset in (b"utf-8", b"utf8")
 
 
 @contextmanager
 def in_time(request: Request) -> Iterator[None]:
-    """Around reading a body. Raises BodyTimeout or ClientGone where it does not arrive whole."""
+    """Bound the time to read a body. Raises BodyTimeout or ClientGone where it is incomplete."""
     try:
         with anyio.fail_after(resources(request).settings.body_timeout):
             yield
@@ -201,7 +204,10 @@ def in_time(request: Request) -> Iterator[None]:
 async def bounded(
     request: Request, max_bytes: int, admit: Callable[[int], None] = lambda count: None
 ) -> AsyncGenerator[bytes, None]:
-    """The body's chunks, as long as they stay within `max_bytes` and are admitted."""
+    """The body's chunks. Raises BodyTooLarge beyond `max_bytes`.
+
+    admit: called with the size of each chunk; may raise.
+    """
     too_large = BodyTooLarge(
         f"the body may have {max_bytes:,} bytes; send less at once",
         headers={"Connection": "close"},
@@ -256,6 +262,7 @@ async def _sort(form: FormData, max_image_bytes: int) -> Upload:
 
 
 def invalid_field(name: str, message: str) -> RequestValidationError:
+    """The error of one field of a form, for the caller to raise."""
     return RequestValidationError([{"type": "value_error", "loc": ("body", name), "msg": message}])
 
 

@@ -13,7 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from service.auth.keys import Scope
 from service.errors import OriginRefused, ScopeMissing, Unauthorized
 
-# The one table of who may do what; None is open to all. A route that is not in it is refused.
+# The only table of who may do what; None is open to all. A route that is not in it is refused.
 ROUTE_SCOPES: Mapping[tuple[str, str], Scope | None] = {
     ("POST", "/gallery"): "enroll",
     ("POST", "/gallery/batch"): "enroll",
@@ -52,8 +52,7 @@ async def authorise(
     """Let the request through, or raise Unauthorized, ScopeMissing, OriginRefused or RateLimited.
 
     Runs before any body is read. Closed by default: a route missing from ROUTE_SCOPES is refused.
-    `request.state.actor` says from here on who asks: `key:ID`, or the address where there are no
-    keys.
+    Sets `request.state.actor` to the caller: `key:ID`, or `address:IP` where there are no keys.
     """
     route = (request.method, request.scope["route"].path)
     if route in ROUTE_SCOPES and ROUTE_SCOPES[route] is None:
@@ -81,8 +80,8 @@ async def authorise(
 def _refuse_other_sites(request: Request) -> None:
     """Keep a page from the web, open in this machine's browser, away from a service without keys.
 
-    Such a page reaches loopback by a plain form (it then sends its Origin) or by a name of its own
-    that it lets point to 127.0.0.1 (the Host is then that name).
+    Such a page reaches loopback by a plain form (it then sends its Origin) or by a domain of its
+    own that resolves to 127.0.0.1 (the Host is then that domain).
     """
     host = request.headers.get("host", "")
     if not _is_local_name(host):

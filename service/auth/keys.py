@@ -26,11 +26,11 @@ Scope = Literal["query", "enroll", "admin"]
 
 
 class KeyFileError(Exception):
-    """A file of keys that is missing or cannot be understood."""
+    """A file of keys that is missing or unreadable; the message says the remedy."""
 
 
 class Key(BaseModel):
-    """One key as it is stored; the key itself is shown once, when it is made."""
+    """One key as it is stored. The key itself is shown only once, when it is created."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +40,7 @@ class Key(BaseModel):
     sha256: str
     created_at: datetime
     rate: str | None = None
-    """Requests that it may make, such as 50/second; None: what the service's setting says."""
+    """Requests that it may make, such as 50/second; None: the setting `rate_limit` applies."""
 
 
 class _Keys(BaseModel):
@@ -73,7 +73,7 @@ class KeyFile:
     def create(
         self, name: str, scopes: Sequence[Scope], rate: str | None = None
     ) -> tuple[Key, str]:
-        """Add a key → (what is stored, the key itself). The file is made where it is missing.
+        """Add a key → (what is stored, the key itself). The file is created if it is missing.
 
         rate: requests that it may make, such as 50/second. Raises KeyFileError for one that is no
         rate.
@@ -109,7 +109,7 @@ class KeyFile:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer at a time: else a revoked key could come back with another's change."""
+        """One writer at a time: otherwise a concurrent change could restore a revoked key."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -129,13 +129,13 @@ class Keyring:
 
     @property
     def open(self) -> bool:
-        """No file of keys is configured: everyone on this machine may do everything."""
+        """Whether no file of keys is configured: everyone on this machine may do everything."""
         return self._file is None
 
     def find(self, token: str) -> Key | None:
         """The key that `token` is, compared in constant time with every key. None if unknown.
 
-        Raises KeysUnreadable when the file went missing or is damaged: nobody is let in then.
+        Raises KeysUnreadable where the file is missing or damaged: every key is refused then.
         """
         digest, found = _digest(token), None
         for key in self._current():

@@ -13,7 +13,7 @@ from service.errors import RateLimited
 
 
 def checked_rate(text: str) -> str:
-    """A rate such as 50/second as it is. Raises ValueError, one sentence."""
+    """Return `text` if it is a rate such as 50/second. Raises ValueError, one sentence, if not."""
     try:
         parse(text)
     except ValueError as error:
@@ -25,9 +25,9 @@ def checked_rate(text: str) -> str:
 
 
 class Rates:
-    """Counts the requests of each key. Thread-safe. default: for keys without a rate of their own.
+    """Counts the requests of each key. Thread-safe.
 
-    None does not limit.
+    default: for keys without a rate of their own; None does not limit them.
     """
 
     def __init__(self, default: str | None) -> None:
@@ -35,7 +35,7 @@ class Rates:
         self._windows = MovingWindowRateLimiter(MemoryStorage())
 
     def count(self, who: str, rate: str | None = None) -> None:
-        """Count a request. Raises RateLimited, saying when the next one may come."""
+        """Count a request. Raises RateLimited, with the seconds until the next one is allowed."""
         chosen = rate or self._default
         if chosen is None:
             return

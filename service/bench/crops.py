@@ -27,7 +27,7 @@ _BATCH = 32
 
 
 class BenchmarkDataError(Exception):
-    """A benchmark's data cannot be had; the message says the remedy."""
+    """A benchmark's data is not available; the message says the remedy."""
 
 
 class CropFeatures(NamedTuple):
@@ -52,12 +52,12 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def decoded(files: Sequence[Path]) -> list[Crop]:
-    """The pictures in some files."""
+    """Decode image files. Raises ServiceError."""
     return [decode(file.read_bytes()) for file in files]
 
 
 def crop_files(roots: Sequence[Path]) -> list[Path]:
-    """`camC/PPPP/*.jpg` of every root, ordered by root and person."""
+    """`camC/PPPP/*.jpg` of every root, by root and person. Raises BenchmarkDataError for none."""
     files = [file for root in roots for file in root.glob("cam[1-6]/*/*.jpg")]
     if not files:
         raise BenchmarkDataError(
@@ -67,7 +67,7 @@ def crop_files(roots: Sequence[Path]) -> list[Path]:
 
 
 def embedded(roots: Sequence[Path], embedder: Embedder, cache: Path | None) -> CropFeatures:
-    """Features of all crops. cache: a file to keep them in; one of other crops is written anew.
+    """Features of all crops. cache: a file to keep them in; one of other crops is overwritten.
 
     Persons of two roots are different ones, whatever their numbers. Raises BenchmarkDataError.
     """
@@ -106,7 +106,7 @@ def person_numbers(files: Sequence[Path]) -> list[int]:
 
 
 def modality_of(file: Path) -> Modality:
-    """By the camera's folder."""
+    """The modality of a crop, by its camera's folder."""
     return _MODALITIES[file.parents[1].name]
 
 

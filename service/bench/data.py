@@ -1,4 +1,4 @@
-"""What the benchmarks search: features, queries, and the γ, β that a checkpoint makes of them."""
+"""What the benchmarks search: features, queries, and the γ, β that a checkpoint generates."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Source:
 
     @classmethod
     def load(cls, statistics: Path, checkpoint: Path) -> Source:
-        """Raises BenchmarkDataError where the statistics are not of this checkpoint."""
+        """Read both. Raises BenchmarkDataError where the statistics are not of this checkpoint."""
         population = Population.load(statistics)
         network, info = load_checkpoint(checkpoint)
         if info.fingerprint != population.fingerprint:
@@ -68,8 +68,8 @@ class Source:
     def sample_wide(self, count: int, queries: int, dim: int) -> Data:
         """The same with `dim` channels, a multiple of the checkpoint's D.
 
-        For sizes of which there is no checkpoint: dim/D independent draws side by side, each scaled
-        so that the norm stays, and their γ and β side by side. Raises BenchmarkDataError.
+        For sizes without a checkpoint: dim/D independent draws side by side, each scaled so that
+        the norm stays, and their γ and β side by side. Raises BenchmarkDataError.
         """
         copies, rest = divmod(dim, self.population.dim)
         if rest or copies < 1:

@@ -78,7 +78,7 @@ def embed(
 
 @torch.inference_mode()
 def _plain(model: CMT, crops: Sequence[Crop]) -> Tensor:
-    """What somebody writes first: one batch through the module, as it is."""
+    """The obvious implementation: one batch through the module as it is."""
     images = torch.stack([preprocess(crop.image, model.config) for crop in crops])
     device = next(model.parameters()).device
     features: Tensor = model.embed(images.to(device), [crop.modality for crop in crops])

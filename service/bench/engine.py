@@ -1,4 +1,4 @@
-"""The service's search over one gallery of features: what benchmarks know of it."""
+"""The service's search over one gallery of features, as benchmarks use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from service.gallery.records import IndexKind
 
 _BLOCK = 16_384
 _NPROBE_SHARES = (0.05, NPROBE_SHARE, 0.2)  # of all lists
-GRAPH_LIMIT = 100_000  # building HNSW over more takes hours on two cores
+GRAPH_LIMIT = 100_000  # building HNSW over more rows takes hours on two cores
 
 Positions = npt.NDArray[np.int64]
 # A projected query and the shortlist's length → positions, nearest first.
@@ -33,8 +33,8 @@ Recall = Callable[[Tensor, int], Positions]
 class Index(NamedTuple):
     """A recall index under one setting ("" if it has none).
 
-    nested: a shorter shortlist is the beginning of a longer one. Not where the lists that are
-    looked at may hold too few for the longer one, which is then found by a scan of all rows.
+    nested: a shorter shortlist is the beginning of a longer one. Not so where the probed lists may
+    hold too few for the longer one, which is then found by a scan of all rows.
     """
 
     kind: str
@@ -75,7 +75,7 @@ class Engine:
         ]
 
     def scored(self, x: Tensor, modulation: Modulation, top: int) -> list[Positions]:
-        """As `exhaustive`, but by the closed form alone: as exact as its product rounds."""
+        """As `exhaustive`, but by the closed form alone, with the rounding error of its product."""
         x, modulation = x.double(), Modulation(*(p.double() for p in modulation))
         w, _ = project(x, modulation)
         best, _ = exhaustive(self._features, w, top, [self._all] * len(x), exact=False)

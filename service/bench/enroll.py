@@ -75,7 +75,7 @@ def enroll(
         with running(serving) as url, Client(url) as client:
 
             def sides(fresh: Path) -> dict[str, Callable[[], object]]:
-                """What runs in a round, on files that no round before has enrolled."""
+                """What runs in a round, on files that no earlier round has enrolled."""
                 copies = _copies(images, count, fresh)
                 return {
                     _ALONE: lambda: [embedder.embed(crops) for crops in batches],
@@ -139,7 +139,7 @@ def _send(client: Client, files: Sequence[Path]) -> None:
 
 
 def _copies(images: Path, count: int, folder: Path) -> list[Path]:
-    """`count` files of the images, as often as they are needed: a path is enrolled only once."""
+    """Copy the images to `count` files, repeating them: a path is enrolled only once."""
     found = image_files(images)
     folder.mkdir()
     return [

@@ -1,4 +1,4 @@
-"""Measure the features that other benchmarks sample, and how alike samples are."""
+"""Measure the features that other benchmarks sample, and how similar samples are to them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def features(
 
 
 def likeness(data: Data) -> dict[str, float]:
-    """What a search sees of its data, as numbers: means over the queries."""
+    """Statistics of a search over this data, as means over the queries."""
     plain = modulated_distance(
         data.queries, data.gallery, Modulation.identity(len(data.queries), data.gallery.shape[2])
     )

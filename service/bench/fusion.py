@@ -26,7 +26,7 @@ from service.bench.ranking import Ranking, ranked
 from service.embedding.embedder import Embedder
 from service.pipeline.search_batcher import fuse
 
-_BESIDE = ((2, 3), (3, 2))  # two cameras of SYSU-MM01 that stand at the same place
+_BESIDE = ((2, 3), (3, 2))  # two cameras of SYSU-MM01 at the same place
 _DIRECTIONS = {"infrared → visible": True, "visible → infrared": False}
 
 Positions = npt.NDArray[np.int64]
@@ -171,7 +171,7 @@ def _one_of_each(crops: _Crops, pool: Positions, generator: np.random.Generator)
 def _some_of_each(
     crops: _Crops, pool: Positions, count: int, generator: np.random.Generator
 ) -> Positions:
-    """`count` crops of the pool for each person who has so many: persons×count."""
+    """`count` crops of the pool for each person who has at least that many: persons×count."""
     shuffled = generator.permutation(pool)
     own = [shuffled[crops.persons[shuffled] == person] for person in np.unique(crops.persons[pool])]
     chosen = [positions[:count] for positions in own if len(positions) >= count]

@@ -1,4 +1,4 @@
-"""What a benchmark embeds with: a checkpoint, or a backbone of the paper's size, untrained."""
+"""The network of a benchmark: a checkpoint, or an untrained backbone of the paper's size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NetworkOption = Annotated[
 
 
 def named(checkpoint: Path, network: Backbone | None) -> dict[str, str]:
-    """The one of the two options that counts, as settings of a result."""
+    """The option that applies, as settings of a result."""
     return {"network": network} if network else {"checkpoint": str(checkpoint)}
 
 

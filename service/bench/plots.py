@@ -1,4 +1,4 @@
-"""Pictures of benchmark results."""
+"""Plots of benchmark results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CURVE = ("index", "setting")
 
 
 def draw_recall(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """recall@10 over milliseconds per query: a column per gallery, a row per modulation."""
+    """Draw recall@10 over ms per query: one column per gallery, one row per modulation."""
     galleries = list(dict.fromkeys((r["features"], r["N"]) for r in results))
     modulations = list(dict.fromkeys(r["modulation"] for r in results))
     figure, axes = plt.subplots(
@@ -53,7 +53,7 @@ def draw_recall(results: Sequence[dict[str, Any]], path: Path) -> None:
             if column == 0:
                 axis.set_ylabel(f"recall@10\n{modulation}")
     lines: dict[str, Any] = {}
-    for axis in axes.flat:  # some galleries have curves that others lack
+    for axis in axes.flat:  # some galleries have curves that others do not have
         handles, labels = axis.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
@@ -61,7 +61,7 @@ def draw_recall(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_scale(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Milliseconds and memory over N, both logarithmic, with a line of proportional growth."""
+    """Draw milliseconds and memory over N on log scales, with a line of proportional growth."""
     figure, (times, memory) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     ways = list(results[0]["seconds"])
     for place, way in enumerate(ways):
@@ -83,13 +83,13 @@ def draw_scale(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_serve(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Latency (p50 a line, p99 a dotted one) and requests a second, over the number of clients."""
+    """Draw latency (p50 solid, p99 dotted) and requests per second over the number of clients."""
     figure, (latency, rate) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     loads = [r for r in results if "clients" in r]
     for place, (side, route) in enumerate(dict.fromkeys((r["side"], r["route"]) for r in loads)):
         chosen = [r for r in loads if (r["side"], r["route"]) == (side, route)]
         clients = [r["clients"] for r in chosen]
-        again = place // len(_COLORS)  # the colors have been used so often before
+        again = place // len(_COLORS)  # how often all colors were used before
         style = {
             "color": _COLORS[place % len(_COLORS)],
             "marker": _MARKERS[(place + again) % len(_MARKERS)],
@@ -147,7 +147,7 @@ def _draw_growth(
     color: str,
     marker: str,
 ) -> None:
-    """Measured points filled, computed ones hollow, and growth in proportion to the largest N."""
+    """Draw measured points filled, computed ones hollow, and growth in proportion to N."""
     sizes = [r["N"] for r in results]
     measured = [i for i, r in enumerate(results) if not r["computed"]]
     last = measured[-1]
@@ -181,7 +181,7 @@ def _curve(result: dict[str, Any]) -> str:
 
 
 def _styles(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """Of each curve: a color for the kind of index, a line and marker for its setting."""
+    """The style of each curve: color by kind of index, line and marker by its setting."""
     kinds, settings = (list(dict.fromkeys(r[name] for r in results)) for name in _CURVE)
     return {
         _curve(r): {

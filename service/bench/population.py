@@ -6,16 +6,16 @@ modality m (visible, infrared) has the features, P·D numbers,
     y_kmj = μ_m + b_km + e_kmj,   Cov(b_k,visible; b_k,infrared) = B,   e_kmj ~ N(0, W_m).
 
 W_m is the covariance within persons, pooled over them. B, of 2·P·D numbers, is the covariance
-between persons: that of the persons' mean features, less what the noise of so few crops adds to
-them (W_m / n). It is joint, so that a sampled person's infrared crops are as near to their visible
-ones as real ones are. Each covariance is kept as its leading directions F and, beside them, the
-variance that they leave of every single number: FFᵀ + diag(r), positive whatever the estimate was,
-small in a file, and sampled with as many numbers a row as it has directions and features.
+between persons: that of the persons' mean features, minus what the noise of n crops adds to them
+(W_m / n). It is joint, so that a sampled person's infrared crops are as near to their visible ones
+as real ones are. Each covariance is kept as its leading directions F and the variance r of every
+single number that they do not explain: FFᵀ + diag(r), positive semidefinite whatever the estimate
+was, small in a file, and sampled with as many numbers per row as it has directions and features.
 
 A new person's coordinates in B's directions are cos θ·u + sin θ·v, where u and v are those of two
 of the measured persons, whitened, and θ is uniform from 0 to 30°. Their covariance is B again, but
-their distribution stays nearer to the real one: with normal ones people are far too easy to tell
-apart, and γ, β too different. What is left of that, `cmt bench features` measures.
+their distribution stays nearer to the real one: with normal coordinates people are far too easy to
+tell apart, and γ, β too different. `cmt bench features` measures how much of that is left.
 Samples are scaled to unit norm where the checkpoint does that, and rounded to fp16, as the service
 stores them.
 """
@@ -37,27 +37,27 @@ from model import CMT
 from service.bench.crops import BenchmarkDataError, CropFeatures
 
 CROPS_PER_PERSON = 4
-_PERSONS = 8192  # sampled at once
+_PERSONS = 8192  # sampled in one block
 _WIDEST_ANGLE = math.radians(30)  # between a sampled person and the measured one behind it
 _FORMAT = "cmt-population-1"
 
 
 class Covariance(NamedTuple):
-    """FFᵀ + diag(rest) over S numbers: factor S×K, rest S."""
+    """A covariance FFᵀ + diag(rest) over S numbers: factor F S×K, rest S."""
 
     factor: Tensor
     rest: Tensor
 
     @classmethod
     def nearest(cls, matrix: Tensor, rank: int) -> Covariance:
-        """The `rank` leading directions of S×S `matrix`, and the variances that they leave."""
+        """Keep the `rank` leading directions of S×S `matrix`, and the variances beyond them."""
         values, vectors = torch.linalg.eigh(matrix)
         factor = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
         rest = matrix.diagonal() - factor.square().sum(1)
         return cls(factor.float(), rest.clamp(min=0).float())
 
     def of(self, coordinates: Tensor, generator: torch.Generator) -> Tensor:
-        """N×K coordinates, white → N×S draws of mean 0 and this covariance."""
+        """Whitened coordinates N×K → N×S draws of mean 0 and this covariance."""
         drawn = torch.randn(len(coordinates), len(self.rest), generator=generator)
         return drawn.mul_(self.rest.sqrt()).addmm_(coordinates, self.factor.T)
 
@@ -80,7 +80,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Population:
-    """What was measured on crops. Pairs are (visible, infrared).
+    """Means and covariances measured on crops. Pairs are (visible, infrared).
 
     fingerprint: of the checkpoint that embedded them. crops: how many. people: the measured
     persons' coordinates in the directions of `between`, K×R, of mean 0 and covariance 1.
@@ -129,7 +129,7 @@ class Population:
         )
 
     def sample(self, count: int, queries: int, network: CMT, *, seed: int = 0) -> Sample:
-        """`count` visible crops, four a person, and infrared crops of `queries` of the persons.
+        """Draw `count` visible crops, four per person, and infrared crops of `queries` persons.
 
         Whose crops the queries are does not depend on the seed.
         """
@@ -154,7 +154,7 @@ class Population:
     def _people(
         self, count: int, generator: torch.Generator
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The first one's number, and the persons' true visible and infrared features."""
+        """Blocks of B persons: the first one's number, mean features per modality, B×(P·D)."""
         for start in range(0, count, _PERSONS):
             block = min(_PERSONS, count - start)
             first, second = torch.randint(len(self.people), (2, block), generator=generator)
@@ -250,7 +250,7 @@ def _moments(crops: CropFeatures, chosen: Tensor) -> _Moments:
 
 
 def _white(coordinates: Tensor) -> Tensor:
-    """The nearest K×R numbers of covariance 1: no direction larger than another."""
+    """The nearest K×R coordinates of covariance 1: all directions have equal variance."""
     u, _, vt = torch.linalg.svd(coordinates, full_matrices=False)
     white: Tensor = u @ vt * (len(coordinates) - 1) ** 0.5
     return white.float()

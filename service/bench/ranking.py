@@ -11,7 +11,7 @@ import numpy.typing as npt
 class Ranking(NamedTuple):
     """Means over the queries that have a match, in [0, 1].
 
-    mean_inp: of matches / rank of the last match (Ye et al., TPAMI 2021).
+    mean_inp: mean of (number of matches) / (rank of the last match) (Ye et al., TPAMI 2021).
     """
 
     rank_1: float
@@ -24,9 +24,10 @@ def ranked(
     matches: npt.NDArray[np.bool_],
     counts: npt.NDArray[np.bool_],
 ) -> Ranking:
-    """All Q×N: distances, which items show the query's person, which of them count at all.
+    """Rank-1, mAP and mINP of Q queries against N items.
 
-    Items at equal distance keep their order. At least one query must have a match that counts.
+    All Q×N: distances; matches, which items show the query's person; counts, which items count at
+    all. Items at equal distance keep their order. At least one query must have a match that counts.
     """
     scores = []
     for q in np.flatnonzero((matches & counts).any(axis=1)):

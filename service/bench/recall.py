@@ -1,4 +1,4 @@
-"""Two stages against everything: recall@10 and latency by shortlist length and kind of index."""
+"""Two stages against exhaustive search: recall@10 and latency by shortlist length and index."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _galleries(
     checkpoint: Path,
     cache: Path | None,
 ) -> Iterator[tuple[str, Data]]:
-    """What is searched, one at a time, with the name of how its features came about."""
+    """What is searched, one at a time, with how its features were made."""
     if roots:
         crops = embedded(roots, Embedder(checkpoint), cache)
         yield "unmodified", unmodified(crops, _UNMODIFIED, queries, source.network)

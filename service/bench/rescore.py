@@ -33,7 +33,7 @@ Search = Callable[[Tensor, Modulation, int], list[Positions]]
 
 
 class Way(NamedTuple):
-    """A way to compute x Q×P×D, y N×P×D → Q×N squared distances, so many gallery rows at once."""
+    """A way to compute squared distances: x Q×P×D, y N×P×D → Q×N, `rows` gallery rows at once."""
 
     name: str
     squared: Callable[[Tensor, Tensor, Modulation], Tensor]
@@ -80,7 +80,7 @@ def rescore(
         engine = Engine(data.gallery, device)
         y = data.gallery.to(device).float()
         queries_of, modulation_of = data.queries, data.modulation
-        del data  # widened: the narrow copy may go
+        del data  # frees the fp16 copy: `y` is fp32
         for batch in batches:
             x = queries_of[:batch]
             modulation = Modulation(*(p[:batch] for p in modulation_of))
@@ -147,7 +147,7 @@ def _measure(
 
 
 def _ways_of_the_paper() -> list[Way]:
-    """What somebody may write: all at once, in blocks that stay in the caches, or compiled."""
+    """Obvious implementations: all at once, in blocks that stay in the caches, or compiled."""
     ways = [
         Way("eager", modulated_distances, 100_000),  # more does not fit, and is no faster
         Way("eager, blocks of 512", modulated_distances, 512),

@@ -126,7 +126,7 @@ def _measure(source: Source, count: int, dim: int, shortlist: int, rounds: int) 
 
 
 def _computed(largest: dict[str, Any], count: int) -> dict[str, Any]:
-    """What `count` rows would take if time and memory go on in proportion."""
+    """What `count` rows would take if time and memory grow in proportion."""
     factor = count / largest["N"]
     return {
         "N": count,
@@ -145,7 +145,7 @@ def _milliseconds(spread: Spread) -> Spread:
 
 
 def _resident_bytes() -> int:
-    """What the process holds in memory now, without what it has freed and the allocator keeps."""
+    """Memory of the process in bytes, without what it has freed and the allocator keeps."""
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc has it
         ctypes.CDLL(None).malloc_trim(0)

@@ -43,6 +43,14 @@ def serve(
             help="Queries also with this max_batch and batch_wait, such as 8:0.005.",
         ),
     ] = None,
+    overload: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Queries also with so many places (max_pending): by as many clients, and by ten "
+            "times as many, most of whom are refused.",
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Draw latency and throughput here.")] = None,
@@ -69,6 +77,7 @@ def serve(
         **{"clients": clients, "seconds": seconds, "rounds": rounds},
         **({"against": " --against ".join(against)} if against else {}),
         **({"batching": " --batching ".join(map(str, batching))} if batching else {}),
+        **({} if overload is None else {"overload": overload}),
         **{"device": device, "runtime": runtime},
     }
     with (
@@ -79,7 +88,9 @@ def serve(
         trials = Trials(Path(folder), path, embedder, queries, crops)
         trials.fill(gallery)
         for _ in range(rounds):
-            trials.round(numbers(clients), seconds, list(against or Rival), batching or ())
+            trials.round(
+                numbers(clients), seconds, list(against or Rival), batching or (), overload
+            )
         results = trials.results()
     publish("serve", settings, _COLUMNS, list(_rows(results)), results, json)
     for line in _overhead(results):

@@ -23,7 +23,7 @@ from service.bench.data import CHECKPOINT, STATISTICS, Checkpoint, Data, Source,
 from service.gallery import Gallery, NewItem
 from service.images.decode import decode
 
-_FLAT_FILE = "bench-features.f16"  # N×(P·D) fp16, beside the gallery's own files
+_FLAT_FILE = "bench-features.f16"  # N×(P·D) fp16, next to the gallery's own files
 _SNAPSHOT = "index"  # where a gallery keeps its snapshot
 _BLOCK = 1000  # items of one transaction while the store is filled
 
@@ -191,7 +191,7 @@ class _Bench:
             gallery.close()
 
     def _settle(self, cold: bool) -> None:
-        """Everything on the disk; cold: and the folder's files out of memory.
+        """Sync the folder's files to disk; cold: also drop them from the page cache.
 
         The pages of a PostgreSQL server's files are not touched.
         """

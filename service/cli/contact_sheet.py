@@ -1,4 +1,4 @@
-"""A contact sheet: queries and their answers as one HTML page that needs nothing else."""
+"""A contact sheet: queries and their answers as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ class SheetImage:
 
 @dataclass(frozen=True)
 class Match:
-    """One result. similarities: of its parts, from head to feet. right: is it the person sought?
-    None where nobody knows."""
+    """One result.
+
+    similarities: of its parts, from head to feet. right: whether it shows the person searched for,
+    None where that is not known.
+    """
 
     result: Result
     picture: SheetImage
@@ -63,9 +66,10 @@ def part_similarities(results: Sequence[Result]) -> list[list[float]]:
 def matches(
     client: Client, answer: QueryAnswer, show: int, person_id: str | None = None
 ) -> list[Match]:
-    """The first `show` results of `answer` with their crops; person_id: who was sought, if known.
+    """The first `show` results of `answer` with their crops.
 
-    Similarities are relative to all results of the answer.
+    person_id: the person searched for, if known. Similarities are relative to all results of the
+    answer.
     """
     similarities = part_similarities(answer.results)
     return [

@@ -33,7 +33,7 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Example:
-    """A query of the examples, with who it shows."""
+    """A query of the examples, and the person it shows."""
 
     file: Path
     person_id: str

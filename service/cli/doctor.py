@@ -152,9 +152,9 @@ def _database(url: str) -> str:
             server = engine.dialect.server_version_info or ()
         engine.dispose()
     except SQLAlchemyError as error:
-        told = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise Trouble(
-            f"the database does not answer: {told}; check the URL and the server"
+            f"the database does not answer: {reason}; check the URL and the server"
         ) from error
     return f"{shown}: {engine.dialect.name} {'.'.join(map(str, server))}"
 

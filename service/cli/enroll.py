@@ -53,7 +53,7 @@ def enroll(
 
 
 def send_with_progress(client: Client, entries: list[Entry], console: Console) -> list[Failure]:
-    """Enroll `entries` while a bar shows how far that is → what failed."""
+    """Enroll `entries` under a progress bar → the files that failed."""
     bar = Progress(
         TextColumn("Enrolling"),
         BarColumn(),
@@ -67,7 +67,7 @@ def send_with_progress(client: Client, entries: list[Entry], console: Console) -
 
 
 def report(console: Console, files: int, failures: list[Failure]) -> None:
-    """What happened, and why to each file that failed."""
+    """Print how many files are enrolled, and why each of the others failed."""
     console.print(f"{files - len(failures)} of {files} files are enrolled.")
     for failure in failures:
         console.print(f"{failure.file}: {failure.reason}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`cmt gallery`: look at what is enrolled, take it out, and delete it."""
+"""`cmt gallery`: list, show, export and delete what is enrolled."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def export(
 
 
 def _fetch(client: Client, item_id: str, folder: Path) -> str:
-    """Write an item's crop into `folder`, whole or not at all → the file's name."""
+    """Write an item's crop into `folder`, completely or not at all → the file's name."""
     data, media_type = client.image(item_id)
     file = folder / f"{item_id}.{media_type.removeprefix('image/')}"
     write_whole(file, data)

@@ -12,14 +12,14 @@ from service.client import DEFAULT_URL, Client
 
 
 class Modality(StrEnum):
-    """Kinds of camera, where several may be chosen: Typer takes no list of a Literal."""
+    """Modalities, where several may be chosen: Typer takes no list of a Literal."""
 
     RGB = "rgb"
     IR = "ir"
 
 
 class KeyScope(StrEnum):
-    """`service.auth.keys.Scope`, for the same reason."""
+    """`service.auth.keys.Scope` as an enumeration, for the same reason."""
 
     QUERY = "query"
     ENROLL = "enroll"

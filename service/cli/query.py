@@ -95,7 +95,7 @@ def result_table(answer: QueryAnswer, show: int) -> Table:
     """The first `show` results, one line each."""
     calibrated = any(result.similarity is not None for result in answer.results)
     same = ["same"] if calibrated else []
-    # Short heads: with an id in full, a terminal of 80 columns has no more room.
+    # Short headings: beside a full id, a terminal of 80 columns has no more space.
     table = Table("#", "person", "camera", "dist.", *same, "parts", "unmod.", **PLAIN)
     table.add_column("id", no_wrap=True)  # or it could not be copied into the next command
     similarities = part_similarities(answer.results)

@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.cli.options import DEFAULT_URL, ApiKey, Client, Url
 
-_EVERY = 1.0  # seconds between two looks at how far it is
+_EVERY = 1.0  # seconds between two requests for its progress
 
 
 class ReembedFailed(Exception):  # noqa: N818 (what happened)
-    """It did not come to its end; the message says why."""
+    """Re-embedding did not finish; the message says why."""
 
 
 def reembed(

@@ -16,13 +16,13 @@ from service.client.client import Client
 from service.client.requests import ServiceProblem
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-_SENDERS = 2  # one is on its way while the service embeds the other
+_SENDERS = 2  # one request is sent while the service embeds the other's images
 _BATCH = 64  # files of one request
 _BATCH_BYTES = 64_000_000
 
 
 class EnrollmentError(Exception):
-    """What to enroll cannot be read; the message says the remedy."""
+    """Nothing to enroll, or an unreadable manifest; the message says the remedy."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def send(
 ) -> list[Failure]:
     """Enroll `entries` in requests of many each → what failed, by file.
 
-    progress: told how many more are done. Interrupted by Ctrl-C, it leaves what is sent enrolled.
+    progress: called with how many more are done. After Ctrl-C, what was sent stays enrolled.
     Raises Unreachable, and ServiceProblem for a key that may not enroll.
     """
     failures: list[Failure] = []
@@ -116,7 +116,7 @@ def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     for entry in entries:
         try:
             more = entry.file.stat().st_size
-        except OSError:  # told when it is read
+        except OSError:  # reported when it is read
             more = 0
         if batch and (len(batch) == _BATCH or size + more > _BATCH_BYTES):
             yield batch

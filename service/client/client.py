@@ -64,7 +64,7 @@ class Client:
             headers=calls.authorization(api_key),
             timeout=timeout,
             transport=transport,
-            # A proxy that the environment names is for other machines than this one.
+            # A proxy from the environment is for other machines, not for this one.
             trust_env=not is_loopback(httpx.URL(url).host),
         )
 
@@ -182,7 +182,7 @@ class Client:
         return calls.parsed(self._send(call), AuditRecords)
 
     def backup(self, file: Path) -> None:
-        """POST /admin/backup → a file that is there wholly or not at all, for its owner only."""
+        """POST /admin/backup → a file, complete or absent, that only its owner may read."""
         response = self._send(calls.BACKUP, stream=True)
         with closing(response), calls.receiving(response.url):
             if not response.is_success:
@@ -229,7 +229,7 @@ class AsyncClient:
             headers=calls.authorization(api_key),
             timeout=timeout,
             transport=transport,
-            # A proxy that the environment names is for other machines than this one.
+            # A proxy from the environment is for other machines, not for this one.
             trust_env=not is_loopback(httpx.URL(url).host),
         )
 
@@ -347,7 +347,7 @@ class AsyncClient:
         return calls.parsed(await self._send(call), AuditRecords)
 
     async def backup(self, file: Path) -> None:
-        """POST /admin/backup → a file that is there wholly or not at all, for its owner only."""
+        """POST /admin/backup → a file, complete or absent, that only its owner may read."""
         response = await self._send(calls.BACKUP, stream=True)
         async with aclosing(response):
             with calls.receiving(response.url):

@@ -67,8 +67,8 @@ def enroll_batch(images: Sequence[ImageSource], items: Sequence[BatchItem] | Non
     """POST /gallery/batch."""
     data = {}
     if items is not None:
-        told = [item.model_dump(mode="json", exclude_unset=True) for item in items]
-        data["items"] = json.dumps(told)
+        labels = [item.model_dump(mode="json", exclude_unset=True) for item in items]
+        data["items"] = json.dumps(labels)
     return Call("POST", "/gallery/batch", data=data, files=[_file(image) for image in images])
 
 
@@ -129,8 +129,8 @@ def _file(image: ImageSource) -> tuple[str, tuple[str, bytes]]:
 def wait_before_retry(response: httpx.Response, attempt: int, retries: int) -> float | None:
     """Seconds until the next attempt; None where the answer stands.
 
-    What the server says and up to half as long again, so that those who were refused together do
-    not come back together.
+    The server's Retry-After plus up to half of it at random, so that clients which were refused
+    together do not retry together.
     """
     if response.status_code not in (429, 503) or attempt >= retries:
         return None
@@ -142,7 +142,7 @@ def wait_before_retry(response: httpx.Response, attempt: int, retries: int) -> f
 
 
 def checked(response: httpx.Response) -> httpx.Response:
-    """A successful response as it is. Raises ServiceProblem for any other."""
+    """Return a successful response. Raises ServiceProblem for any other."""
     if response.is_success:
         return response
     try:
@@ -159,7 +159,7 @@ def checked(response: httpx.Response) -> httpx.Response:
 
 
 def parsed(response: httpx.Response, model: type[M]) -> M:
-    """The body as `model`. Raises ServiceProblem, or Unreachable where it is something else."""
+    """The body as `model`. Raises ServiceProblem, or Unreachable where it is no `model`."""
     try:
         return model.model_validate_json(checked(response).content)
     except ValidationError as error:
@@ -170,7 +170,7 @@ def parsed(response: httpx.Response, model: type[M]) -> M:
 
 
 def unreachable(url: httpx.URL, error: httpx.TransportError) -> Unreachable:
-    """A connection that failed, as a sentence."""
+    """The error for a connection that failed."""
     return Unreachable(
         f"no answer from {url} ({error or type(error).__name__}); start the service with "
         "`cmt serve`, or give its address with --url"
@@ -179,7 +179,7 @@ def unreachable(url: httpx.URL, error: httpx.TransportError) -> Unreachable:
 
 @contextmanager
 def receiving(url: httpx.URL) -> Iterator[None]:
-    """Raises Unreachable where an answer ends before it is whole."""
+    """Receive an answer in this context. Raises Unreachable where it ends too early."""
     try:
         yield
     except httpx.TransportError as error:

@@ -1,1 +1,1 @@
-"""Crops in, part features out: the network in its runtime, and the batches it works in."""
+"""Crops to part features: the network in its runtime, and its micro-batches."""

@@ -1,8 +1,8 @@
 """Crops of all requests wait here and are embedded together: dynamic micro-batches.
 
-A batch is what has come while the ones before it were embedded, up to `max_batch`, half of it
+A batch is what has arrived while the previous ones were embedded, up to `max_batch`, half of it
 queries and half enrollments where both wait. A crop that makes a batch fail fails alone: the batch
-is halved until that crop is by itself. Memory that runs out halves the batches that follow too.
+is halved until that crop is by itself. Running out of memory halves the following batches too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Embed(Protocol):
-    """B crops → B×P×D; beside: on one of the device's streams, as `Embedder.embed` says it."""
+    """B crops → B×P×D. beside: on one of the device's streams, as in `Embedder.embed`."""
 
     def __call__(self, crops: Sequence[Crop], /, *, beside: bool) -> Tensor: ...
 
@@ -57,11 +57,12 @@ class _WaitingCrop:
 
 
 class EmbeddingBatcher:
-    """Used on one event loop; `run` must run meanwhile, as often as batches may be under way.
+    """Embeds the crops of all requests in batches. Used on one event loop.
 
-    max_batch: crops at once. max_wait: seconds that the first of a batch waits for others, if any
-    are `in_flight`. streams: of the device, among which what waits is shared out; a crop whose
-    picture is the only one present has all of them. observe: told the size of every batch.
+    `run` must be running, once for each batch that may be embedded at the same time. max_batch:
+    crops at once. max_wait: seconds that the first of a batch waits for others, if any are
+    `in_flight`. streams: of the device, among which the waiting crops are divided; a crop whose
+    picture is the only one in flight has all of them. observe: called with the size of every batch.
     """
 
     def __init__(
@@ -89,29 +90,29 @@ class EmbeddingBatcher:
         return len(self._queries) + len(self._enrollments)
 
     async def embed(self, crop: Crop, *, query: bool) -> Embedded:
-        """Wait for the features of a crop. Cancelled, it leaves the queue.
+        """Wait for the features of a crop. If cancelled, the crop leaves the queue.
 
         Raises EmbeddingFailed, MemoryExhausted, or ModelVersionConflict after `retire`.
         """
         if self._retired:
             raise ModelVersionConflict("another checkpoint is in use by now; try again")
         waiting = _WaitingCrop(crop, asyncio.get_running_loop().create_future())
-        line = self._queries if query else self._enrollments
-        line.append(waiting)
+        queue = self._queries if query else self._enrollments
+        queue.append(waiting)
         self._arrived.set()
         try:
             return await waiting.done
         except asyncio.CancelledError:
-            with suppress(ValueError):  # it may be under way already
-                line.remove(waiting)
+            with suppress(ValueError):  # it may be in a batch already
+                queue.remove(waiting)
             raise
 
     @contextmanager
     def in_flight(self, pictures: int = 1) -> Iterator[None]:
-        """Around all that is done for pictures whose crops come here, until they are answered.
+        """Count pictures from decoding to the answer, not only while their crops wait here.
 
-        Whoever is busy elsewhere now came or comes again like others: that others are present is
-        the best guess at whether more crops will be here in a moment.
+        A request that is busy elsewhere will send a crop, or its client may soon send another
+        request: that others are in flight is the best guess at whether more crops arrive soon.
         """
         self._in_flight += pictures
         try:
@@ -120,12 +121,12 @@ class EmbeddingBatcher:
             self._in_flight -= pictures
 
     def retire(self) -> None:
-        """Take nothing more; `run` ends when what waits is embedded."""
+        """Accept no more crops; `run` ends once the waiting ones are embedded."""
         self._retired = True
         self._arrived.set()
 
     async def run(self) -> None:
-        """Embed what comes, until cancelled or retired."""
+        """Embed batch after batch, until cancelled or retired."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "embed") as thread:
             while len(self) or not self._retired:
@@ -153,14 +154,17 @@ class EmbeddingBatcher:
         return self._in_flight > 1 or len(self) > 1
 
     async def _wait_for_batch(self) -> None:
-        """Until somebody waits, and a batch is full or its first one has waited long enough; or
-        until nobody will come."""
+        """Return when a batch is due, or when retired with nothing waiting.
+
+        It is due when it is full, when its first crop has waited long enough, or when no other
+        crop is expected.
+        """
         while not len(self):
             if self._retired:
                 return
             self._arrived.clear()
             await self._arrived.wait()
-        first = min(line[0].since for line in (self._queries, self._enrollments) if line)
+        first = min(queue[0].since for queue in (self._queries, self._enrollments) if queue)
         while 0 < len(self) < self.limit and self._others():
             left = first + self._max_wait - time.perf_counter()
             if left <= 0:
@@ -170,17 +174,17 @@ class EmbeddingBatcher:
                 await asyncio.wait_for(self._arrived.wait(), left)
 
     def _take(self) -> list[_WaitingCrop]:
-        """The next batch: of both lines in turn, each in the order of arrival.
+        """The next batch, from both queues in turn, each in the order of arrival.
 
-        It is the share of one of the streams that are free.
+        It is one free stream's share of what waits.
         """
         share = math.ceil(len(self) / max(1, self._streams - self._busy))
         most = min(self.limit, share)
         batch: list[_WaitingCrop] = []
         while len(batch) < most and len(self):
-            for line in (self._queries, self._enrollments):
-                if line and len(batch) < most:
-                    waiting = line.popleft()
+            for queue in (self._queries, self._enrollments):
+                if queue and len(batch) < most:
+                    waiting = queue.popleft()
                     if not waiting.done.done():
                         batch.append(waiting)
         return batch
@@ -211,7 +215,7 @@ class EmbeddingBatcher:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the machine had no memory left, as PyTorch and OpenVINO say it."""
+    """Whether a device or the machine ran out of memory, as PyTorch and OpenVINO report it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()

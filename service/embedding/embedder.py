@@ -30,27 +30,29 @@ Runtime = Literal["auto", "torch", "openvino"]
 # What bf16 must reach against fp32 to be used: see Embedder._agreement.
 AGREEMENT = 0.998
 ERROR_SHARE = 0.1
-_BATCH = 32  # longer lists are cut: no gain on a CPU, bounded memory on a GPU
+_BATCH = 32  # longer lists are split: no gain on a CPU, bounded memory on a GPU
 _MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
 
 
 class Backend(Protocol):
     """Pixels B×H×W×3 (uint8) of one modality → B×P×D fp32.
 
-    Called, it uses the whole device. streams: so many calls of `beside` compute at once, each on
-    its share of the device.
+    A call uses the whole device. streams: how many calls of `beside` compute at once, each on its
+    share of the device.
     """
 
     streams: int
 
     def __call__(self, pixels: Tensor, modality: Modality, /) -> Tensor: ...
-    def beside(self, pixels: Tensor, modality: Modality, /) -> Tensor: ...
+    def beside(self, pixels: Tensor, modality: Modality, /) -> Tensor:
+        """The same on one of the `streams`, at the same time as other calls."""
+        ...
 
 
 class Embedder:
     """One checkpoint on one device. Thread-safe.
 
-    info: what the checkpoint says of itself. device: "cpu" or "cuda". runtime: "torch" or
+    info: the checkpoint's metadata. device: "cpu" or "cuda". runtime: "torch" or
     "openvino". precision: the number type and why it was chosen. backend: the network alone;
     `embed` gives it at most 32 crops at once.
     Raises CheckpointError (the file) or RuntimeUnavailable (device or runtime), one sentence.
@@ -72,7 +74,7 @@ class Embedder:
     def embed(self, crops: Sequence[Crop], *, beside: bool = False) -> Tensor:
         """B crops of any modality → B×P×D, fp32 on the CPU, in their order.
 
-        beside: leave the device's other `backend.streams` to others who embed meanwhile.
+        beside: use one of `backend.streams`, and leave the others to concurrent calls.
         """
         config = self.info.config
         run = self.backend.beside if beside else self.backend
@@ -91,7 +93,7 @@ class Embedder:
         return Modulation(*(p.float().cpu() for p in self._model.modulation(x.to(self.device))))
 
     def close(self) -> None:
-        """Let the network and its memory go."""
+        """Release the network and its memory."""
         del self.backend, self._model
 
     def _choose(
@@ -171,7 +173,7 @@ class TorchBackend:
         self._device, self._precision = device, precision
 
     def __call__(self, pixels: Tensor, modality: Modality) -> Tensor:
-        # Of pixels in this order the memory is that of channels last.
+        # Permuted pixels keep their memory order, which is channels last.
         images = normalise(pixels.to(self._device).permute(0, 3, 1, 2))
         autocast = (
             torch.autocast(self._device, self._precision.dtype)

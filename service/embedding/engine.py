@@ -1,4 +1,4 @@
-"""The network in use: a checkpoint, the runtime it runs in, and the queue before it."""
+"""The network in use: an embedder, and the batcher in front of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from service.settings import Settings
 
 _CUDA_RUNNERS = 2  # one batch is made ready while the device works on another
 # For each stream of a CPU. ResNet-50, 32 clients (`cmt bench serve`): 26 queries a second one by
-# one, 36 in batches of 8, 37 in batches of 16, for whose end a crop waits twice as long.
+# one, 36 in batches of 8, 37 in batches of 16, which take twice as long to finish.
 _BATCH = {"cpu": 8, "cuda": 32}
 
 
 class EmbeddingEngine:
-    """An embedder and its queue. observe: told the size of every batch."""
+    """An embedder and its batcher. observe: called with the size of every batch."""
 
     def __init__(
         self, embedder: Embedder, settings: Settings, observe: Callable[[int], None]
@@ -37,7 +37,7 @@ class EmbeddingEngine:
         return self.embedder.info.fingerprint
 
     async def run(self) -> None:
-        """Embed what comes, until cancelled."""
+        """Embed batch after batch, until cancelled or retired."""
         cuda = self.embedder.device == "cuda"
         async with create_task_group() as group:
             for _ in range(_CUDA_RUNNERS if cuda else self.embedder.backend.streams):

@@ -1,8 +1,9 @@
 """The network on OpenVINO (CPU): one graph per modality, converted from torch and kept on disk.
 
-Each graph is compiled twice. One computes an image on all cores, which is soonest done. The other
-computes several batches side by side, each on its share of the cores, which then need not wait for
-all others at the end of every layer: more images a second, most where something else runs too.
+Each graph is compiled twice. One computes an image on all cores, with the lowest latency. The other
+computes several batches at the same time, each on its share of the cores, which then need not wait
+for all others at the end of every layer: more images a second, most of all where something else
+runs too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from model.graphs import embedding_graph, to_openvino
 from model.preprocess import MEAN, STD
 from model.quiet_openvino import openvino
 
-_MOST_STREAMS = 8  # more batches at once than this interpreter could make ready
+_MOST_STREAMS = 8  # the interpreter could not prepare more batches at once
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -55,17 +56,17 @@ class OpenVINOBackend:
 
     @property
     def precision(self) -> str:
-        """What the graphs compute in, as OpenVINO says: "f32", "bf16", …"""
+        """The number type of the graphs, as OpenVINO reports it: "f32", "bf16", …"""
         return str(self._whole["rgb"].get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
     def __call__(self, pixels: Tensor, modality: Modality) -> Tensor:
-        """On all cores."""
+        """On all cores: an image by all of them, a batch in one part for each stream."""
         if len(pixels) == 1:
             return self._computed(self._whole, [pixels], modality)
         return self._computed(self._shared, pixels.tensor_split(self.streams), modality)
 
     def beside(self, pixels: Tensor, modality: Modality) -> Tensor:
-        """The same on one stream, beside other calls."""
+        """The same on one stream, at the same time as other calls."""
         return self._computed(self._shared, [pixels], modality)
 
     def _computed(
@@ -74,10 +75,10 @@ class OpenVINOBackend:
         parts: Sequence[Tensor],
         modality: Modality,
     ) -> Tensor:
-        """The parts side by side."""
+        """Compute the parts at the same time."""
         parts = [part for part in parts if len(part)]
         requests = self._own.requests(graphs[modality], len(parts))
-        with ExitStack() as under_way:  # none is left computing, whichever fails
+        with ExitStack() as under_way:  # waits for all, whichever fails
             for request, part in zip(requests, parts, strict=True):
                 request.start_async([np.ascontiguousarray(part.numpy())], share_inputs=True)
                 under_way.callback(request.wait)
@@ -97,7 +98,7 @@ class OpenVINOBackend:
         self._cache.mkdir(parents=True, exist_ok=True)
         digest.unlink(missing_ok=True)
         openvino.save_model(graph, xml, compress_to_fp16=False)
-        # The digest comes last: what a crash leaves behind does not match it.
+        # The digest is written last: files that a crash left incomplete have no matching one.
         write_whole(digest, _digest(xml, weights))
         return core.read_model(xml)
 
@@ -116,7 +117,7 @@ class _Own(threading.local):
 
 
 def _of_pixels(graph: openvino.Model) -> openvino.Model:
-    """Let the graph itself do what `model.preprocess.normalise` does, on the core that goes on."""
+    """Add `model.preprocess.normalise` to the graph, so that the core of each image does it."""
     steps = openvino.preprocess.PrePostProcessor(graph)
     pixels = steps.input()
     pixels.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))

@@ -1,6 +1,6 @@
 """The gallery: enroll crops with their features, find them again by modulated distance.
 
-Its parts are imported when they are first asked for: the index needs no SQL, the settings no FAISS.
+Its parts are imported on first use: the index needs no SQL, the settings no FAISS.
 """
 
 from importlib import import_module

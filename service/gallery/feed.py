@@ -1,4 +1,4 @@
-"""What the store tells the memory that follows it: blocks of items, and what changed since."""
+"""What the store gives to caches: blocks of items, and what changed since."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Witness(NamedTuple):
     """What a store holds at a position, so that another store's position is not taken for it.
 
     item: id of the item there, None once it is deleted. change: moment of the change there.
-    version: when the model version was made known; one that is dropped and made anew is another.
+    version: when the model version was registered; one that is registered again differs.
     """
 
     item: str | None
@@ -50,7 +50,7 @@ class Changes:
     """What happened after a position to items up to it.
 
     deleted: row numbers. updated: items with new labels, as they are now, and any whose features
-    were added late: a cache replaces those it has and adds those it lacks.
+    were added late: a cache replaces those it has and adds the others.
     """
 
     deleted: list[int]

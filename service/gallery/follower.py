@@ -1,7 +1,7 @@
 """One model version in memory: a shard that follows the store, and its snapshot on disk.
 
-Everything comes into the shard by this one way, whether this process wrote it or another, so that
-the position it stands at is known exactly.
+Everything enters the shard this way, whether this process wrote it or another, so that its position
+is known exactly.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 
 # Fewer items are read from the store as fast as from a snapshot.
 _SNAPSHOT_LEAST = 10_000
-_SNAPSHOT_GROWTH = 0.05  # a snapshot is written again when so much has been added
+_SNAPSHOT_GROWTH = 0.05  # a snapshot is written again when this share has been added
 _SNAPSHOT_SECONDS = 60.0  # between two attempts, at least
-_SNAPSHOT_REST = 20  # or so many times as long as the last one took
+_SNAPSHOT_REST = 20  # or this many times as long as the last one took
 
 
 def read_snapshot(folder: Path, info: CheckpointInfo, device: str) -> Restored | None:
-    """What a start can go on from, without asking the store; `folder`: of the data."""
+    """Read the snapshot in the data folder `folder`, without the store; None if none is usable."""
     try:
         return snapshot.load(
             folder / snapshot.FOLDER, info.config, device, fingerprint=info.fingerprint
@@ -46,7 +46,7 @@ def read_snapshot(folder: Path, info: CheckpointInfo, device: str) -> Restored |
 class Follower:
     """The shard of one checkpoint's features, kept in step with `store`. Thread-safe.
 
-    folder: of the data; the snapshot lies in its `index` folder. kind: forces a kind of index.
+    folder: the data folder; the snapshot is in its `index` folder. kind: forces a kind of index.
     restored: what `read_snapshot` gave for the same checkpoint and device.
     """
 
@@ -65,7 +65,7 @@ class Follower:
         self._behind = False  # a write of ours is committed and not yet searchable
         self._saved_items: int | None = None  # in the snapshot on disk
         self._next_save = time.monotonic() + _SNAPSHOT_SECONDS
-        self._snapshot_stale = False  # one is on disk that must not be
+        self._snapshot_stale = False  # one is on disk that must be removed
         self._erasures = 0
         self.shard, self.position = Shard(info.config, device, kind), Position(0, 0)
         if restored is not None:
@@ -79,16 +79,20 @@ class Follower:
             raise
 
     def close(self) -> None:
+        """Stop the shard's background work; the store stays open."""
         self.shard.close()
 
     def with_version(self, store: Store, info: CheckpointInfo) -> Follower:
-        """One of another version, `store` as seen with it."""
+        """A follower of another version. store: as seen with that version."""
         folder = self._folder.parent
         restored = read_snapshot(folder, info, self._device)
         return Follower(store, info, folder, self._device, self._kind, restored)
 
     def follow(self) -> None:
-        """Take in what was committed since. Raises DatabaseUnavailable and its kin."""
+        """Take over what was committed since the last call.
+
+        Raises DatabaseUnavailable, GalleryDamaged or StorageUnwritable; the next call tries again.
+        """
         with self._following:
             self._behind = False  # before the view: what is committed after it sets it again
             try:
@@ -100,11 +104,11 @@ class Follower:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Follow what is written in this context; if that fails now, the next search does it."""
+        """Follow what is written in this context; if that fails, the next search tries again."""
         try:
             yield
         except DatabaseUnavailable:
-            self._behind = True  # where only its answer was lost, the commit has happened
+            self._behind = True  # the commit may have happened and only its answer be lost
             raise
         self._behind = True
         try:
@@ -113,12 +117,12 @@ class Follower:
             log.warning("the index could not follow the store: %s", error.detail)
 
     def catch_up(self) -> None:
-        """What has to be done before a search."""
+        """Follow this process's own writes if that failed before. Call it before a search."""
         if self._behind:
             self.follow()
 
     def maintain(self) -> None:
-        """From time to time, in the background: what failed before, and a new snapshot."""
+        """Retry what failed, and renew the snapshot. Called regularly in the background."""
         if self._behind or self.store.shared:
             self.follow()
         if not self._counted:
@@ -135,7 +139,7 @@ class Follower:
             return view.count(), len(self.shard)
 
     def _count(self) -> None:
-        """Tell of items that no search finds, once after a start."""
+        """Log items that no search finds, once after a start."""
         stored, searchable = self.counts()
         awaiting = self.store.versions.count_missing(self.info.fingerprint)
         self._counted = True
@@ -164,7 +168,7 @@ class Follower:
             self._next_save = ended + max(_SNAPSHOT_SECONDS, _SNAPSHOT_REST * (ended - started))
 
     def _snapshot_due(self) -> bool:
-        """Whether a start would gain by a new snapshot, and the last attempt is some time ago."""
+        """Whether a new snapshot would speed up a start, and the last attempt is some time ago."""
         items = len(self.shard)
         if items < _SNAPSHOT_LEAST or time.monotonic() < self._next_save:
             return False
@@ -196,7 +200,7 @@ class Follower:
         return True
 
     def _complete(self, witness: Witness | None) -> None:
-        """Follow the store to its end; a snapshot that does not lead there is given up."""
+        """Follow the store to its end; a snapshot that does not fit the store is discarded."""
         with self.store.view() as view:
             if witness is not None and not self._leads_to(view, witness):
                 log.warning("the snapshot of the index does not fit the store; it is built anew")
@@ -207,7 +211,7 @@ class Follower:
             self._follow(view)
 
     def _leads_to(self, view: View, witness: Witness) -> bool:
-        """Not where the snapshot is of another database, or of one that a backup has replaced."""
+        """False where the snapshot is of another database, or of one that a backup has replaced."""
         now = view.witness(self.position)
         if (now.change, now.version) != (witness.change, witness.version):
             return False
@@ -227,7 +231,7 @@ class Follower:
             self._erasures += 1
             self._saved_items = None
             self._remove_snapshot()
-        # The position goes along with every block: should the next one fail, none comes twice.
+        # The position advances with every block: if the next one fails, none is added twice.
         for stored in view.stream(self.position.item):
             self.shard.add(stored)
             self.position = Position(stored.numbers[-1], newest.change)
@@ -246,7 +250,7 @@ class Follower:
         )
 
     def _remove_snapshot(self) -> None:
-        """What was erased must not be left in a file; `maintain` tries again what fails here."""
+        """Leave nothing that was erased in a file; `maintain` retries where this fails."""
         try:
             snapshot.remove(self._folder)
             self._snapshot_stale = False

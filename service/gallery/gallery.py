@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 DEFAULT_CANDIDATES = 256
 # How long another process's changes may stay unseen, where several share a PostgreSQL database.
 SYNC_SECONDS = 1.0
-_EXPIRED_AT_ONCE = 500  # so that enrollments get their turn
+_EXPIRED_AT_ONCE = 500  # items per transaction, so that enrollments wait briefly
 _TRIES = 8  # switches tried again because another process enrolled in between
 
 
@@ -143,12 +143,12 @@ class Gallery:
         return self._store.count()
 
     def close(self) -> None:
-        """Close the store and give the folder free. A second call does nothing."""
+        """Close the store and release the folder. A second call does nothing."""
         if self._closing.is_set():
             return
         self._closing.set()
         self._keeper.join()
-        with self._reembedding, self._enrolling.alone():  # what is under way ends first
+        with self._reembedding, self._enrolling.alone():  # operations in progress end first
             self._current.close()
         self._backing_up.close()
         self._current.store.close()
@@ -179,7 +179,7 @@ class Gallery:
         return [item for _, item in added]
 
     def get(self, item_id: str) -> Item:
-        """Raises ItemNotFound."""
+        """The item with this id. Raises ItemNotFound."""
         return self._store.get(item_id)
 
     def enrolled_by(self, request: RequestKey) -> Item | None:
@@ -222,7 +222,7 @@ class Gallery:
         return gone
 
     def record(self, *acts: Act) -> None:
-        """Write acts that the gallery does not see by itself into the audit log, durably."""
+        """Write acts that the gallery cannot see itself into the audit log, durably."""
         self._store.audit.append(*acts)
 
     def audit(self, limit: int, cursor: str | None = None) -> AuditPage:
@@ -281,13 +281,13 @@ class Gallery:
     ) -> None:
         """Embed every item with another checkpoint, then search with that one.
 
-        Until the switch, all goes on with the features there are; the switch takes as long as it
-        takes to embed what was enrolled in the last moment. The old features stay in the store
+        Until the switch, searches and enrollments use the old features; the switch takes as long as
+        it takes to embed what was enrolled at the last moment. The old features stay in the store
         until `drop_version`. embed: the new checkpoint's, B crops → B×P×D. decode: of stored crops.
         switched: called when the new features are in use. stop: set it, and ReembeddingStopped is
-        raised soon; the same call later goes on where this one was. Raises ModelVersionConflict
-        while another one runs, GalleryDamaged where a crop cannot be embedded or the check of a
-        sample fails: the old features then stay in use.
+        raised soon; the same call later continues from there. Raises ModelVersionConflict while
+        another one runs, GalleryDamaged where a crop cannot be embedded or the check of a sample
+        fails: the old features then stay in use.
         """
         if not self._reembedding.acquire(blocking=False):
             raise ModelVersionConflict(
@@ -340,26 +340,29 @@ class Gallery:
     def backup(self, target: Path | BinaryIO, *, actor: str = "system") -> None:
         """Write all that is stored at one moment into a file that `restore` takes.
 
-        Enrollments, searches and deletions go on. A path is there wholly or not at all, readable
-        by its owner only. Raises BackupRunning while another one is taken, StorageFull and
-        StorageUnwritable, also for the temporary copy that lies in the data folder meanwhile.
+        Enrollments, searches and deletions continue. A file at a path is complete or absent, and
+        readable by its owner only. Raises BackupRunning while another one is taken, StorageFull
+        and StorageUnwritable, also for the temporary copy in the data folder.
         """
         self._backups.write(target, actor=actor)
 
     def begin_backup(self, *, actor: str = "system") -> Backup:
-        """The same for a caller who takes the blocks and closes it. Raises as `backup`."""
+        """The same for a caller that reads the blocks and closes it. Raises as `backup`."""
         return self._backups.begin(actor=actor)
 
     def save_index(self) -> bool:
-        """Write the index's snapshot for the next start, as the background does from time to time.
+        """Write the index's snapshot for the next start, as background work does regularly.
 
         False: the disk refused, or something was erased meanwhile.
         """
         return self._follower.save()
 
     def check(self) -> None:
-        """Raise IndexOutOfStep, ModelVersionConflict, StorageUnwritable or DatabaseUnavailable,
-        naming what fails."""
+        """Check index, model version and data folder.
+
+        Raises IndexOutOfStep, ModelVersionConflict, StorageUnwritable or DatabaseUnavailable,
+        naming what fails.
+        """
         stored, searchable = self._follower.counts()
         if stored != searchable:
             raise IndexOutOfStep(
@@ -383,7 +386,7 @@ class Gallery:
 
     @contextmanager
     def _changing(self) -> Iterator[Store]:
-        """The store, for a change that the version in use follows: none is switched meanwhile."""
+        """The store, for a change that the version in use follows; no switch happens meanwhile."""
         with self._enrolling.shared():
             follower = self._follower
             with follower.writing():
@@ -409,7 +412,7 @@ class Gallery:
             raise DatabaseUnavailable("the gallery is closed; open it again")
 
     def _of(self, model: str | None) -> Follower:
-        """The version in use. ModelVersionConflict: `model` names another."""
+        """The version in use. Raises ModelVersionConflict where `model` names another."""
         follower = self._follower
         if model not in (None, follower.info.fingerprint):
             raise ModelVersionConflict(
@@ -420,7 +423,7 @@ class Gallery:
 
     def _switch(self, follower: Follower, work: Reembedding, actor: str) -> Follower:
         """Use `follower` from now on → the one that was in use."""
-        work.fill()  # most of what came while the new index was built, before anybody waits
+        work.fill()  # most of what came while the new index was built, before writers wait
         with self._enrolling.alone():
             with follower.writing():
                 for attempt in range(_TRIES):
@@ -435,7 +438,7 @@ class Gallery:
             return old
 
     def _keep(self) -> None:
-        """In the background: other processes' changes, and a snapshot now and then."""
+        """Background work: follow other processes' changes, and renew the snapshot."""
         failing = False
         while not self._closing.wait(SYNC_SECONDS):
             try:
@@ -448,5 +451,5 @@ class Gallery:
                 failing = True
             except ServiceError as error:
                 log.warning("%s", error.detail)
-            except Exception:  # the next round goes on
+            except Exception:  # the next round tries again
                 log.exception("background work on the gallery failed")

@@ -22,7 +22,7 @@ class RequestKey(NamedTuple):
 
 @dataclass(frozen=True)
 class NewItem:
-    """A crop to enroll, with what its sender knows of it. captured_at needs an offset."""
+    """A crop to enroll, with its labels. captured_at needs a UTC offset."""
 
     crop: Crop
     person_id: str | None = None
@@ -83,7 +83,7 @@ VersionState = Literal["building", "active", "retired"]
 class ModelVersion:
     """A checkpoint's features in the gallery.
 
-    configuration: the checkpoint's, None where a gallery of an older release did not say.
+    configuration: the checkpoint's, None where a gallery of an older release did not store it.
     embedded: how many items have features of it.
     """
 
@@ -140,7 +140,7 @@ class Filters:
     captured_to: datetime | None = None
 
     def described(self) -> dict[str, Any]:
-        """What is filtered by, as JSON has it, but for the persons, whom a log must not name."""
+        """The filters as JSON, without the persons, whom a log must not name."""
         return {
             name: value.isoformat() if isinstance(value, datetime) else value
             for name, value in vars(self).items()
@@ -177,7 +177,11 @@ class Hit:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """searched: items that passed the filters. candidates: how many of them were rescored."""
+    """The answer to one query.
+
+    hits: nearest first. searched: items that passed the filters. candidates: how many of them were
+    rescored. timings_ms: of recall, rescore and fetch.
+    """
 
     hits: list[Hit]
     searched: int

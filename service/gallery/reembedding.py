@@ -1,9 +1,9 @@
 """From one checkpoint's features to another's, in the background, while the first one is searched.
 
-    stored crops → embed → features of the new version, beside the old ones; until none is missing
+    stored crops → embed → features of the new version, next to the old ones, until none is missing
     a sample embedded a second time → counts → activate, in one transaction
 
-What is done is in the store: a process that dies goes on where it was.
+Finished work is in the store: after a crash it continues from there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SAME = 0.99
 
 
 class ReembeddingStopped(Exception):  # noqa: N818
-    """It was asked to stop; the next one goes on from there."""
+    """Re-embedding was asked to stop; the next run continues from there."""
 
 
 def decode_here(picture: Picture, height: int, width: int) -> Crop:
@@ -73,7 +73,7 @@ class Reembedding:
         self._stopping = stopping
 
     def fill(self) -> None:
-        """Embed every item that lacks features. Items enrolled meanwhile come too.
+        """Embed every item without features, also those enrolled meanwhile.
 
         Raises ReembeddingStopped, and GalleryDamaged for a crop that cannot be embedded.
         """
@@ -106,7 +106,7 @@ class Reembedding:
             )
 
     def _embedded(self, crops: Sequence[StoredCrop]) -> npt.NDArray[np.float16]:
-        """N×(P·D)."""
+        """Decode and embed stored crops → N×(P·D). Raises GalleryDamaged."""
         size = self._info.config.input_height, self._info.config.input_width
         pictures = []
         for crop in crops:

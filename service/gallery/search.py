@@ -1,4 +1,4 @@
-"""Searches answered: what the shard found, grouped, cut, and read from the store."""
+"""Answers of searches: what the shard found, grouped, cut, and read from the store."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Options:
     max_distance: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError."""
+        """Raise ValueError for a length below 1 or another grouping."""
         if self.top_k < 1 or (self.candidates is not None and self.candidates < 1):
             raise ValueError("top_k and candidates must be at least 1")
         if self.group_by not in (None, "person_id"):
@@ -59,8 +59,8 @@ class Query:
 def answers(follower: Follower, queries: Sequence[Query], candidates: int) -> list[SearchResult]:
     """Rank what `follower` has in memory, and read the best from its store: one for each query.
 
-    candidates: of queries that do not say. Raises ModelVersionConflict where its version went out
-    of use meanwhile.
+    candidates: for queries that do not set it. Raises ModelVersionConflict where its version was
+    retired meanwhile.
     """
     results: dict[int, SearchResult] = {}
     waiting = list(range(len(queries)))
@@ -76,7 +76,7 @@ def answers(follower: Follower, queries: Sequence[Query], candidates: int) -> li
         fetch_ms = 1e3 * (time.perf_counter() - started)
         incomplete = []
         for i, one in zip(waiting, found, strict=True):
-            # An item may go between search and fetch; the next search knows of it.
+            # An item may be deleted between search and fetch; the next search knows of it.
             if attempt < _TRIES - 1 and any(number not in items for number in one.numbers):
                 incomplete.append(i)
             else:
@@ -97,7 +97,7 @@ class _Chosen:
     numbers: list[int]
 
     def result(self, items: Mapping[int, Item], fetch_ms: float) -> SearchResult:
-        """With those items that are there."""
+        """The answer, with those items that still exist."""
         scored = self.scored
         found = [
             (place, items[number])
@@ -120,8 +120,10 @@ class _Chosen:
 
 
 def _out_of_use(follower: Follower, items: Iterable[Item]) -> bool:
-    """Whether the items are another version's by now. One that is being built finds such items too,
-    by its own features: they are its own once it is in use."""
+    """Whether the items belong to another version by now, and this one is retired.
+
+    A version that is still being built also finds items of the one in use, by its own features.
+    """
     mine = follower.info.fingerprint
     if all(item.model == mine for item in items):
         return False
@@ -156,7 +158,7 @@ def _sought(query: Query, shortlist: int) -> SearchRequest:
     return SearchRequest(
         query.x,
         query.modulation or Modulation.identity(1, query.x.shape[1]),
-        # Grouped, how many are needed shows when they are scored.
+        # Grouped, how many are needed is known only when they are scored.
         count=options.top_k if options.group_by is None else shortlist,
         shortlist=shortlist,
         exhaustive=options.exhaustive,

@@ -9,12 +9,15 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 def microseconds(moment: datetime) -> int:
-    """Since 1970 UTC. ValueError: a time without offset, whose moment nobody knows."""
+    """Microseconds since 1970 UTC.
+
+    Raises ValueError for a time without offset, because its moment is unknown.
+    """
     if moment.tzinfo is None:
         raise ValueError("a time needs an offset, as in 2026-01-31T12:00:00+01:00")
     return (moment - _EPOCH) // _MICROSECOND
 
 
 def moment_of(since_epoch: int) -> datetime:
-    """The time that `microseconds` turned into a number."""
+    """The time in UTC, the inverse of `microseconds`."""
     return _EPOCH + since_epoch * _MICROSECOND

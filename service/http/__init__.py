@@ -1,1 +1,1 @@
-"""What stands around the endpoints: bounds, time limits, middleware, problem documents."""
+"""What surrounds the endpoints: admission, time limits, middleware, problem documents."""

@@ -1,4 +1,4 @@
-"""How much may be in the service at once: uploads, and the bytes of their bodies."""
+"""Bounds on the uploads in the service at the same time, and on the bytes of their bodies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from service.errors import Overloaded
 
 
 class Admission:
-    """Bounds on what is received and worked on; beyond them a request is refused at once.
+    """Bounds on what is received and worked on; beyond them a request is refused immediately.
 
-    receiving: uploads whose body arrives, so that slow clients cannot hold the others up.
+    receiving: uploads whose body is arriving, so that slow clients cannot hold up the others.
     working: uploads whose body has arrived. bytes: of all these bodies. Used on one event loop.
     """
 
@@ -21,7 +21,7 @@ class Admission:
 
     @contextmanager
     def receive(self) -> Iterator[Body]:
-        """A place to read a body in. Raises Overloaded."""
+        """Admit one upload, whose body is read in this context. Raises Overloaded."""
         self._refuse_where(self.receiving >= self._receiving or self.working >= self._working)
         self.receiving += 1
         body = Body(self)
@@ -50,7 +50,7 @@ class Admission:
 
 
 class Body:
-    """One body that is admitted."""
+    """The body of one admitted upload."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -58,12 +58,12 @@ class Body:
         self.arrived = False
 
     def grow(self, count: int) -> None:
-        """So many bytes more have come. Raises Overloaded."""
+        """Count `count` more bytes that have arrived. Raises Overloaded."""
         self._admission._take(count)
         self.held += count
 
     def arrive(self) -> None:
-        """It is whole. Raises Overloaded where too many others are worked on already."""
+        """Mark the body as complete. Raises Overloaded where too many others are worked on."""
         self._admission._arrive()
         self.arrived = True
 

@@ -1,4 +1,4 @@
-"""The HTTP protocol of one connection, which ends it where the client keeps it waiting."""
+"""The HTTP protocol of one connection, which closes it where the client is too slow."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Awaited = Literal["headers", "body"]
 class TimedProtocol(H11Protocol):
     """uvicorn's protocol, with time limits in seconds.
 
-    header_timeout: from a connection's first byte, or from its being opened, to the end of a
-    request's headers. body_timeout: for what is left of a body once it was answered, and for a
-    client that does not read its answer. Between requests uvicorn's own timeout counts; how long a
-    body may take that is read is the application's affair.
+    header_timeout: from a request's first byte, or from opening the connection, to the end of its
+    headers. body_timeout: for what is left of a body once it was answered, and for a client
+    that does not read its answer. Between requests uvicorn's own timeout applies; `service.api`
+    limits the time of a body that it reads.
     """
 
     def __init__(
@@ -74,12 +74,14 @@ class TimedProtocol(H11Protocol):
         self._watch_if_closing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP like every other error, unless an answer has begun: uvicorn
-        answers in plain text, and fails where one has begun."""
+        """Answer malformed HTTP with a problem document, unless an answer has begun.
+
+        uvicorn answers in plain text, and fails where an answer has begun.
+        """
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             for event in _malformed_request():
                 self.transport.write(self.conn.send(event))
-        if self.cycle is not None:  # what it still sends has nowhere to go
+        if self.cycle is not None:  # what it still sends is discarded
             self.cycle.disconnected = True
         self.transport.close()
         self._watch_if_closing()
@@ -87,7 +89,7 @@ class TimedProtocol(H11Protocol):
     # --- waiting for the client to send ---
 
     def _await(self, what: Awaited | None) -> None:
-        """Begin to wait for what the client has to send, unless that has begun before."""
+        """Start the time limit for what the client has to send, unless it runs already."""
         if what == self._awaited:
             return
         if self._deadline is not None:
@@ -104,7 +106,7 @@ class TimedProtocol(H11Protocol):
     # --- waiting for the client to read ---
 
     def _watch_if_closing(self) -> None:
-        """A connection that is closed still waits for its client to read what was answered."""
+        """Watch a closing connection: it still waits for its client to read the answer."""
         if self.transport.is_closing() and self._reading is None:
             self._watch(self.transport.get_write_buffer_size())
 
@@ -113,7 +115,7 @@ class TimedProtocol(H11Protocol):
         self._reading = self.loop.call_later(self._timeouts["body"], self._look, unread)
 
     def _look(self, before: int) -> None:
-        """End it where the client has read nothing since the last look."""
+        """Abort the connection where the client has read nothing since the last check."""
         unread = self.transport.get_write_buffer_size()
         if unread < before:
             self._watch(unread)
@@ -127,12 +129,12 @@ class TimedProtocol(H11Protocol):
 
 
 def timed_protocol(header_timeout: float, body_timeout: float) -> Any:
-    """What uvicorn makes the protocol of a connection with: `TimedProtocol` with these limits."""
+    """The protocol class for uvicorn: `TimedProtocol` with these limits in seconds."""
     return partial(TimedProtocol, header_timeout=header_timeout, body_timeout=body_timeout)
 
 
 def _malformed_request() -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
-    """The answer to what is no HTTP, as a problem document like all others."""
+    """The answer to malformed HTTP: a problem document, as for every other error."""
     error = RequestMalformed("this is no request of HTTP/1.1; check what sends it")
     content = problem_of(error, "").model_dump_json(exclude={"errors"}).encode()
     headers = {

@@ -1,4 +1,4 @@
-"""Every error as `application/problem+json` (RFC 9457), the framework's own included."""
+"""Every error as `application/problem+json` (RFC 9457), including FastAPI's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers that turn every exception of a request into a problem."""
+    """Register the handlers that turn every exception of a request into a problem document."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -33,7 +33,7 @@ def catalogue() -> list[type[ServiceError]]:
 
 _TOLD = 5  # fields that the sentence names; `errors` has them all
 
-# The framework's own errors, by their status.
+# FastAPI's own errors, by their status.
 _HTTP_ERRORS: Mapping[int, tuple[type[ServiceError], str]] = {
     404: (errors.RouteNotFound, "there is nothing at this path; /docs lists the routes"),
     405: (errors.MethodNotAllowed, "this path does not take that method; see /docs"),
@@ -65,7 +65,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(path: str) -> list[str]:
-    """What this path takes; the framework names only the methods of one of its routes."""
+    """The methods that this path takes; FastAPI names only those of one of its routes."""
     literally = [method for method, route in ROUTE_SCOPES if route == path]
     return sorted(
         literally
@@ -74,7 +74,7 @@ def _methods(path: str) -> list[str]:
 
 
 def defect(request: Request) -> JSONResponse:
-    """The answer where the code failed: the client learns nothing of the inside."""
+    """The answer to a defect in the code, which says nothing about internals."""
     return response(
         request, errors.InternalError("the service met a defect; its log has the details")
     )
@@ -83,7 +83,7 @@ def defect(request: Request) -> JSONResponse:
 def problem_of(
     error: ServiceError, instance: str, fields: list[FieldProblem] | None = None
 ) -> Problem:
-    """An error as RFC 9457 writes it. instance: where it happened."""
+    """An error as an RFC 9457 document. instance: the path where it happened."""
     return Problem(
         type="about:blank",
         title=error.title,
@@ -98,7 +98,7 @@ def problem_of(
 def response(
     request: Request, error: ServiceError, fields: list[FieldProblem] | None = None
 ) -> JSONResponse:
-    """An error as the client gets it, counted."""
+    """An error as the client gets it, counted in the metrics."""
     resources = getattr(request.state, "resources", None)
     if resources is not None:
         resources.metrics.rejections.labels(error.code).inc()
@@ -108,7 +108,7 @@ def response(
 def answer(
     error: ServiceError, instance: str, fields: list[FieldProblem] | None = None
 ) -> JSONResponse:
-    """An error as the client gets it."""
+    """An error as the client gets it. instance: the path where it happened."""
     problem = problem_of(error, instance, fields)
     return JSONResponse(
         problem.model_dump(exclude=set() if fields else {"errors"}),
@@ -119,7 +119,7 @@ def answer(
 
 
 def _field_problems(raw: Iterable[Any]) -> Iterable[FieldProblem]:
-    """Which field, and what is wrong with it; never the value, which may be personal."""
+    """Which fields are wrong and why; never their values, which may be personal data."""
     for error in raw:
         # loc is ("body" | "query" | "path" | "header", field, …)
         name = ".".join(str(part) for part in error["loc"][1:]) or str(error["loc"][0])

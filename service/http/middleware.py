@@ -1,5 +1,8 @@
-"""What every request goes through, outermost first: `RequestLogMiddleware`, `SecurityHeaders`,
-`DrainMiddleware`."""
+"""The middleware of every request.
+
+Outermost first: `RequestLogMiddleware`, `SecurityHeaders`, `DrainMiddleware`, and `CrossOrigin`
+where other origins are allowed.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,14 @@ from service.observability.tracing import Tracing
 log = get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Asked all the time by machines; a service that shuts down goes on answering them.
+# Polled by monitoring; a service that shuts down still answers them.
 _PROBES = frozenset({"/livez", "/readyz", "/metrics"})
-# A client may send any word; only these become labels and lines of the log.
+# A client may send any method; only these become labels and log entries.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class RequestLogMiddleware:
-    """A request's id, log line, metrics and span; and an answer where the code has a defect.
+    """A request's id, log line, metrics and span, and the answer where the code raises.
 
     The id is the client's X-Request-ID if it is a plain one. The log line names the route, never
     the path or query, which may name persons.
@@ -74,7 +77,7 @@ class RequestLogMiddleware:
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if scope["method"] in _METHODS else "any"
         counted = method if route != "none" else "any"
-        # 499, as nginx says it: the client was gone before there was an answer.
+        # 499, nginx's code: the client was gone before there was an answer.
         status = status or 499
         self._metrics.requests.labels(counted, route, status).inc()
         self._metrics.request_seconds.labels(counted, route).observe(seconds)
@@ -97,7 +100,7 @@ class RequestLogMiddleware:
 class SecurityHeaders:
     """Nothing this service answers may be framed, sniffed, cached or load from elsewhere."""
 
-    # The page of the documentation runs its own scripts; everything else runs nothing.
+    # The documentation page runs its own scripts; everything else runs none.
     PAGE = (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -123,7 +126,7 @@ class SecurityHeaders:
 
 
 class CrossOrigin(CORSMiddleware):
-    """Which pages of other origins may call the service; a refusal is a problem like all others."""
+    """Which other origins' pages may call the service; a refusal is a problem document."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         answer = super().preflight_response(request_headers)
@@ -138,7 +141,7 @@ class CrossOrigin(CORSMiddleware):
 
 
 class DrainState:
-    """How many requests are in flight, and whether new ones are let in."""
+    """Counts for a shutdown. in_flight: requests being worked on. closing: new ones are refused."""
 
     def __init__(self) -> None:
         self.in_flight = 0
@@ -169,7 +172,7 @@ class DrainMiddleware:
         try:
             await self.app(scope, receive, noted)
         except asyncio.CancelledError:
-            # The server cancels what has had its time, and would log this as a defect.
+            # The server cancels requests that ran out of time, and would log this as a defect.
             if not self._drain.closing:
                 raise
             if not answered:

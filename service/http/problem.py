@@ -1,4 +1,4 @@
-"""A problem document, as RFC 9457 writes it: the body of every error."""
+"""The problem document of RFC 9457: the body of every error."""
 
 from __future__ import annotations
 

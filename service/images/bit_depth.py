@@ -52,7 +52,10 @@ def is_wide_gray(image: Image.Image) -> bool:
 
 
 def narrow_gray(image: Image.Image) -> Image.Image:
-    """A loaded one-channel image of over 8 bits → mode L. ValueError: a value is not finite."""
+    """A loaded one-channel image of over 8 bits → mode L.
+
+    Raises ValueError where a value is not finite.
+    """
     values = np.asarray(image)
     values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
     if (
@@ -65,7 +68,7 @@ def narrow_gray(image: Image.Image) -> Image.Image:
 
 
 def low_byte_reader(image: Image.Image) -> bool:
-    """Make an opened, not yet loaded 16-bit colour image load its low bytes; False: it cannot."""
+    """Make an opened, not yet loaded 16-bit colour image load its low bytes → whether it can."""
     other = _OTHER_BYTE_ORDER.get(_raw_mode(image))
     if other is None:
         return False
@@ -87,7 +90,10 @@ def narrow_colour(high: Image.Image, low: Image.Image) -> Image.Image:
 
 
 def to_8_bit(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The policy above: integers or floats of any shape → uint8. ValueError: not finite."""
+    """The policy above: integers or floats of any shape → uint8.
+
+    Raises ValueError where a value is not finite.
+    """
     if not np.isfinite(values).all():
         raise ValueError("the image holds values that are not finite")
     low, high = (float(p) for p in np.percentile(values, (0.1, 99.9)))

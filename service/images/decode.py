@@ -102,7 +102,7 @@ class ImageLimits(NamedTuple):
     min_height: int = 32
 
 
-# Of a crop that was taken in once: the limits of today may be others.
+# Of a crop that is stored already: the limits may have changed since.
 STORED_LIMITS = ImageLimits(max_bytes=1 << 40, max_pixels=1 << 40)
 
 
@@ -188,7 +188,7 @@ def has_chroma(image: Image.Image) -> bool:
 
 
 def _kind(data: bytes) -> str:
-    """The format by its first bytes; the sender's file name and media type are not believed."""
+    """The format by its first bytes; the client's file name and media type are not trusted."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -1,4 +1,4 @@
-"""The processes that decode, and the service's end of their pipes."""
+"""The decoding processes, and the service's end of their pipes."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Decoders:
     def decode(
         self, picture: Picture, height: int, width: int, limits: ImageLimits | None = None
     ) -> Crop:
-        """Decode one upload, waiting for a free process. limits: others than the usual ones.
+        """Decode one upload, waiting for a free process.
 
         height, width: of the network's input. The crop's picture has that size, so that what waits
-        for the network is small however large the upload was. Raises ServiceError of status 413,
-        415 or 422; RuntimeUnavailable where no process starts.
+        for the network is small however large the upload was. limits: instead of the pool's. Raises
+        ServiceError of status 413, 415 or 422; RuntimeUnavailable where no process starts.
         """
         order = Order(
             modality=picture.modality,
@@ -93,7 +93,7 @@ class Decoders:
                         f"the image takes longer than {self._seconds:g} seconds to decode; save it "
                         "again as JPEG or PNG"
                     ) from death
-                # Somebody may have killed it for another reason: the image gets a second try.
+                # It may have been killed for another reason: the image gets a second try.
                 if last:
                     raise ImageUndecodable(
                         "the image makes its decoder fail: it is damaged or of a variant that is "
@@ -111,18 +111,18 @@ class _Died(Exception):  # noqa: N818 (what happened, not whose error)
 
 
 class _Worker:
-    """One process and its pipe; whoever took it from the idle ones is alone with it."""
+    """One process and its pipe, used only by the thread that took it from the idle ones."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection
 
     def start(self) -> None:
-        """Raises RuntimeUnavailable."""
+        """Start the process. Raises RuntimeUnavailable."""
         self._pipe, theirs = Pipe()
         command = [sys.executable, "-m", "service.images.worker", str(theirs.fileno())]
-        # One thread is enough for NumPy there; each more would map memory of its own. The session
-        # is another one so that Ctrl-C is the service's alone, which then ends the process.
+        # One thread is enough for NumPy there; each more would map memory of its own. It is a new
+        # session, so that Ctrl-C reaches only the service, which then ends the process.
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         try:
             self.process = subprocess.Popen(
@@ -142,7 +142,7 @@ class _Worker:
             theirs.close()
 
     def ask(self, order: Order, data: bytes) -> tuple[dict[str, Any], bytes, bytes]:
-        """Raises _Died."""
+        """Decode one image → facts, pixels and the bytes to store. Raises _Died."""
         if self.process is None or self.process.poll() is not None:
             self.kill()
             self.start()

@@ -1,8 +1,8 @@
-"""What the service and its decoding processes say to each other.
+"""The messages between the service and its decoding processes.
 
 For every image a process is sent an `Order` as JSON and the image's bytes. It answers with a JSON
 object (`FACTS` of the crop, or `code` and `detail` of an error), the pixels and the bytes to store:
-nothing that the service would have to unpickle, whatever a codec was made to do.
+nothing that the service would have to unpickle, even from a process that an image has taken over.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ FACTS = ("modality", "modality_source", "width", "height", "bit_depth", "sha256"
 
 @dataclass(frozen=True)
 class Order:
-    """How to decode one image. height, width: of the picture to answer. seconds: it may take.
+    """How to decode one image.
 
-    sha256: of the image's bytes, which is not computed a second time.
+    height, width: of the picture to answer. seconds: how long it may take. sha256: of the image's
+    bytes, so that it is not computed a second time.
     """
 
     modality: ModalityChoice

@@ -18,7 +18,7 @@ from service.errors import ServiceError
 from service.images.decode import Box, Crop, ImageLimits, decode
 from service.images.protocol import FACTS, Order
 
-# What decoding may ask for beside the libraries. 20 million pixels of 16 bits need a tenth of it.
+# What decoding may use beyond the libraries. 20 million pixels of 16 bits need a tenth of it.
 _MEMORY = 2 << 30
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             order, data = Order(**json.loads(pipe.recv_bytes())), pipe.recv_bytes()
-            # Unhandled, the alarm ends the process, even inside of a codec that never returns.
+            # Unhandled, the alarm ends the process, even inside a codec that never returns.
             signal.setitimer(signal.ITIMER_REAL, order.seconds)
             answer = _work(order, data)
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -50,7 +50,7 @@ def _work(order: Order, data: bytes) -> Sequence[bytes]:
     except ServiceError as error:
         return [json.dumps({"code": error.code, "detail": error.detail}).encode(), b"", b""]
     pixels = resize(crop.image, order.height, order.width)
-    # Without a box what is stored are the bytes that were sent, which the service has.
+    # Without a box the uploaded bytes are stored, which the service has.
     stored = b"" if order.box is None else crop.data
     return [json.dumps(_facts(crop)).encode(), pixels.tobytes(), stored]
 

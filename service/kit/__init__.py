@@ -1,1 +1,1 @@
-"""Small tools that know nothing of the rest."""
+"""Small tools that depend on nothing else in the service."""

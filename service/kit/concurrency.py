@@ -1,4 +1,4 @@
-"""Run coroutines side by side, with their first error as it is; and calls in threads."""
+"""Run coroutines concurrently, raising their first error itself; and run calls in threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 
 async def gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The results in order. The first error cancels the others and is raised, not in a group."""
+    """Run all → their results in order.
+
+    The first error cancels the others and is raised itself, not in an ExceptionGroup.
+    """
     calls = list(calls)
     if len(calls) == 1:
         return [await calls[0]]
@@ -33,9 +36,10 @@ async def gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
 
 
 async def in_thread(threads: Executor, call: Callable[[], T]) -> T:
-    """Run a call in one of `threads`, with our context variables.
+    """Run a call in one of `threads`, with the caller's context variables.
 
-    Cancelled, a call that has not begun never does; one that has ends by itself, unheard.
+    If cancelled, a call that has not begun never runs; one that has begun runs to its end, and its
+    result is discarded.
     """
     context = copy_context()
     return await asyncio.get_running_loop().run_in_executor(threads, context.run, call)

@@ -1,4 +1,4 @@
-"""A lock that readers share."""
+"""A readers-writer lock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class SharedLock:
-    """Many readers or one writer; a waiting writer lets no new reader in."""
+    """Many readers or one writer; while a writer waits, new readers wait behind it."""
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
@@ -17,6 +17,7 @@ class SharedLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
+        """Hold the lock as a reader."""
         with self._turn, self._idle:
             self._readers += 1
         try:
@@ -28,6 +29,7 @@ class SharedLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
+        """Hold the lock as the only one."""
         with self._turn:
             with self._idle:
                 self._idle.wait_for(lambda: self._readers == 0)

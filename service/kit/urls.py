@@ -1,18 +1,18 @@
-"""What an address says: whether it is this machine's, and how people may see it."""
+"""Addresses: whether one is this machine's, and how one may be shown."""
 
 from __future__ import annotations
 
 import ipaddress
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the thin client asks `is_loopback` and loads no SQLAlchemy
+if TYPE_CHECKING:  # `service.client` calls `is_loopback` and must not load SQLAlchemy
     from sqlalchemy import URL
 
 
 def without_password(address: URL) -> str:
-    """An address as people may see it. libpq takes a password among the parameters too."""
-    told = {name: value for name, value in address.query.items() if "pass" not in name.lower()}
-    return address.set(query=told).render_as_string(hide_password=True)
+    """An address as logs may show it. libpq takes a password among the parameters too."""
+    shown = {name: value for name, value in address.query.items() if "pass" not in name.lower()}
+    return address.set(query=shown).render_as_string(hide_password=True)
 
 
 def is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from structlog.types import Processor
 
 Format = Literal["auto", "json", "console"]
 
-# They say at every request or migration what is of no use to whoever runs the service.
+# They log lines at every request or migration that are of no use to operators.
 _NOISY = ("alembic", "httpx", "httpcore")
 
 
@@ -24,7 +24,7 @@ _EVERY: list[Processor] = [
     structlog.stdlib.add_logger_name,
     structlog.processors.TimeStamper(fmt="iso", utc=True),
 ]
-# Always by way of `logging`: whoever embeds the service decides where its lines go.
+# Always through `logging`: a program that embeds the service decides where its lines go.
 structlog.configure(
     processors=[
         structlog.stdlib.filter_by_level,
@@ -41,7 +41,7 @@ get_logger = structlog.stdlib.get_logger
 def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> None:
     """Send all logs of this process to `stream`, by default standard error.
 
-    "auto": for people on a terminal, else JSON.
+    "auto": readable lines on a terminal, otherwise JSON.
     """
     stream = stream or sys.stderr
     readable = format == "console" or (format == "auto" and stream.isatty())

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. Every name starts with `cmt_`; docs/deployment.md lists them.
+"""What Prometheus reads at /metrics. Every name starts with `cmt_`; docs/operations.md lists them.
 
 Labels are routes, stages, status and codes: never a person, a camera, an id or a key.
 """
@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-
-from service.embedding.embedder import Embedder
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
 
@@ -62,25 +60,19 @@ class Metrics:
         self._model = Info("cmt_model", "The checkpoint in use.", registry=registry)
 
     def stage(self, name: str, seconds: float) -> None:
-        """Note how long one request was in a stage."""
+        """Record how long one request was in a stage."""
         self._stages.labels(name).observe(seconds)
 
     def batch(self, size: int) -> None:
-        """Note that so many images were embedded at once."""
+        """Record how many images were embedded at once."""
         self._batch_size.observe(size)
 
-    def use(self, embedder: Embedder) -> None:
-        """Say which checkpoint is in use, and how."""
-        self._model.info(
-            {
-                "fingerprint": embedder.info.fingerprint,
-                "device": embedder.device,
-                "runtime": embedder.runtime,
-            }
-        )
+    def use(self, *, fingerprint: str, device: str, runtime: str) -> None:
+        """Set which checkpoint is in use, on which device and runtime."""
+        self._model.info({"fingerprint": fingerprint, "device": device, "runtime": runtime})
 
     def watch(self, name: str, description: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when it is asked for."""
+        """Add a gauge whose value is read at every scrape."""
         Gauge(name, description, registry=self._registry).set_function(value)
 
     def render(self) -> bytes:

@@ -9,7 +9,10 @@ from typing import Any
 
 
 class Tracing:
-    """No endpoint: does nothing. Needs the extra `otel` otherwise, which settings have checked."""
+    """Sends spans to an OTLP endpoint; does nothing without one.
+
+    Needs the extra `otel` with an endpoint, which `Settings` checks.
+    """
 
     def __init__(self, endpoint: str | None) -> None:
         self._provider: Any = None
@@ -26,7 +29,10 @@ class Tracing:
 
     @contextmanager
     def request(self, name: str, headers: Mapping[str, str]) -> Iterator[Any]:
-        """The span of a request, child of the one that its `traceparent` names; None without."""
+        """The span of a request, a child of the one that its `traceparent` names.
+
+        None where no endpoint is set.
+        """
         if self._provider is None:
             yield None
             return
@@ -38,13 +44,13 @@ class Tracing:
             yield span
 
     def stage(self, name: str, seconds: float) -> None:
-        """A stage of the present request that ends now."""
+        """Record a stage of the current request that ends now and took `seconds`."""
         if self._provider is not None:
             end = time.time_ns()
             span = self._tracer.start_span(name, start_time=end - int(1e9 * seconds))
             span.end(end)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()

@@ -1,1 +1,1 @@
-"""The way of a query and of an enrollment through the stages."""
+"""The path of a query and of an enrollment through the stages, and background work."""

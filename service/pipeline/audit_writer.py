@@ -1,4 +1,4 @@
-"""What people do with the service, on its way into the gallery's audit log."""
+"""Entries of requests on their way into the gallery's audit log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.kit.concurrency import in_thread
 
 log = logging.getLogger(__name__)
 
-_KEPT = 100_000  # entries that wait for a disk or database that takes them again
+_KEPT = 100_000  # entries that wait while the disk or database takes none
 
 
 class AuditWriter:
@@ -29,7 +29,7 @@ class AuditWriter:
         self._waiting: deque[Act] = deque()
 
     async def note(self, act: Act) -> None:
-        """Log an act: on the disk when this returns, if the disk takes it."""
+        """Log an act: on the disk when this returns, if it can be written."""
         self._waiting.append(act)
         await self.flush()
 
@@ -45,7 +45,7 @@ class AuditWriter:
 
     def _flush(self) -> None:
         acts = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        if not acts:  # the call before took them along
+        if not acts:  # the previous call wrote them too
             return
         try:
             self._gallery.record(*acts)

@@ -1,4 +1,4 @@
-"""Trying again where something else changed the gallery in the middle of a request."""
+"""Retries where something else changed the gallery in the middle of a request."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ WAIT = 0.1  # seconds between two tries
 
 
 async def retried(attempt: Callable[[], Awaitable[T]]) -> T:
-    """What `attempt` returns, tried again while the checkpoint is being changed under it, or
-    another request enrolls with the same key.
+    """Run `attempt` → its result, retried on a conflict with something concurrent.
 
-    Raises the ModelVersionConflict or IdempotencyConflict of the last of `TRIES` tries.
+    That is a change of the checkpoint, or another request that enrolls with the same key. Raises
+    the ModelVersionConflict or IdempotencyConflict of the last of `TRIES` tries.
     """
     for _ in range(TRIES - 1):
         try:

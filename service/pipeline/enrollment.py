@@ -21,13 +21,13 @@ from service.kit.concurrency import gathered
 from service.pipeline.conflicts import retried
 from service.pipeline.pipeline import Embedding, Pipeline
 
-# Of one batch, so many are decoded or wait for the network at once: others get their turn.
+# Images of one batch that are decoded or wait for the network at once; others get their turn.
 _WINDOW = 32
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What the sender of a crop knows of it."""
+    """A crop's labels, as its sender gives them."""
 
     person_id: str | None = None
     camera_id: str | None = None
@@ -55,7 +55,7 @@ class Enrollment:
         return RequestKey(self.key, digest.hexdigest())
 
     def item(self, embedding: Embedding, request: RequestKey | None) -> NewItem:
-        """What the gallery takes."""
+        """The item to add to the gallery."""
         return NewItem(
             embedding.crop,
             person_id=self.labels.person_id,
@@ -68,7 +68,7 @@ class Enrollment:
 
 @dataclass(frozen=True)
 class Enrolled:
-    """new: false where the same key and content had enrolled the item before."""
+    """An enrolled item. new: False where the same key and content had enrolled it before."""
 
     item: Item
     new: bool
@@ -80,8 +80,9 @@ Outcome = Enrolled | ServiceError
 async def enroll(pipeline: Pipeline, wanted: Sequence[Enrollment]) -> list[Outcome]:
     """Decode and embed crops, and store those that can be in one transaction.
 
-    An image that is refused, and a key that stands for other content, fail alone. What fails as a
-    whole raises: StorageFull, DatabaseUnavailable and the like; then nothing is stored.
+    An image that is refused, and a key that stands for other content, fail alone. Raises the error
+    of the transaction (StorageFull, StorageUnwritable, DatabaseUnavailable, ModelVersionConflict);
+    nothing is stored then.
     """
     return await _Batch(pipeline, wanted).run()
 
@@ -96,7 +97,7 @@ class _Batch:
 
     async def run(self) -> list[Outcome]:
         if any(one.key is not None for one in self._wanted):
-            # Of all the images' bytes, so not on the event loop.
+            # This hashes the bytes of all images, so not on the event loop.
             self._requests = await self._pipeline.stored(self._all_requests)
         self._find_repeats()
         await self._find_enrolled()
@@ -118,7 +119,7 @@ class _Batch:
         return [p for p in everyone if p not in self._outcomes and p not in self._same]
 
     def _find_repeats(self) -> None:
-        """Keys that the batch itself has twice."""
+        """Find keys that occur twice in the batch itself."""
         first: dict[str, int] = {}
         for place, request in enumerate(self._requests):
             if request is None:
@@ -134,7 +135,7 @@ class _Batch:
                 )
 
     async def _find_enrolled(self) -> None:
-        """What was enrolled before under the same keys."""
+        """Find items that were enrolled earlier under the same keys."""
         keyed = [(place, request) for place in self._open() if (request := self._requests[place])]
         if keyed:
             self._outcomes |= await self._pipeline.stored(partial(self._lookup, keyed))

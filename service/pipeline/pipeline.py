@@ -1,4 +1,4 @@
-"""The way of an enrollment and of a query, off the event loop: every step is bounded.
+"""The path of an enrollment and of a query, off the event loop: every step is bounded.
 
 bytes → decoding process → batcher → engine → y → gallery.add                            (enroll)
 bytes → decoding process → batcher → engine → x, γ, β → gallery.search → ranked items    (query)
@@ -48,9 +48,10 @@ _EXPIRE_EVERY = 600.0  # seconds
 
 @dataclass(frozen=True)
 class Answer:
-    """A ranking (`ranking.Ranking`), and what its query was taken for.
+    """A ranking (`search_batcher.Ranking`), and the modality that its query was taken for.
 
-    model: fingerprint of the checkpoint. timings_ms: decode, queue, embed, total too.
+    model: fingerprint of the checkpoint. timings_ms: of decode, queue, embed, recall, rescore,
+    fetch, and total.
     """
 
     result: SearchResult
@@ -79,9 +80,9 @@ class _Decoded(NamedTuple):
 
 
 class Pipeline:
-    """Runs queries, and what enrollments share with them. Its parts belong to whoever made it.
+    """Runs queries, and what enrollments share with them.
 
-    engine: the one in use; see `switch`.
+    engine: the one in use; see `switch`. The caller closes gallery and decoders.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Pipeline:
         self.gallery = gallery
         self._decoders, self._settings = decoders, settings
         self._metrics, self._tracing = metrics, tracing
-        self.engine = EmbeddingEngine(embedder, settings, metrics.batch)
+        self.engine = self._engine_of(embedder)
         self._background: TaskGroup | None = None
         self._decoding = ThreadPoolExecutor(settings.decode_processes, "decode")
         self._searches = SearchBatcher(gallery)
@@ -105,7 +106,7 @@ class Pipeline:
         self.self_check = SelfCheck(partial(self.embedded, query=True))
 
     async def run(self) -> None:
-        """What goes on in the background, until cancelled."""
+        """Run the background work: embedding, self-check, retention. Until cancelled."""
         async with create_task_group() as group:
             self._background = group
             group.start_soon(self.engine.run)
@@ -115,31 +116,39 @@ class Pipeline:
     def switch(self, embedder: Embedder) -> None:
         """Embed with another checkpoint from now on; call it when the gallery has switched.
 
-        What waits before the previous engine is still embedded there, found to be of the wrong
-        checkpoint by the gallery, and embedded once more. Then the old one is let go.
+        Crops that wait for the previous engine are still embedded there, refused by the gallery as
+        those of another checkpoint, and embedded again. Then the previous engine is released.
         """
         assert self._background is not None
         self.engine.batcher.retire()
-        gc.unfreeze()  # with all else that `service.app` froze, the old one would stay
-        engine = EmbeddingEngine(embedder, self._settings, self._metrics.batch)
+        gc.unfreeze()  # otherwise the previous engine, which `service.app` froze, would stay
+        engine = self._engine_of(embedder)
         self._background.start_soon(engine.run)
         self.engine = engine
-        self._metrics.use(embedder)
+
+    def _engine_of(self, embedder: Embedder) -> EmbeddingEngine:
+        """An engine for the checkpoint that is used from now on, which the metrics name."""
+        self._metrics.use(
+            fingerprint=embedder.info.fingerprint,
+            device=embedder.device,
+            runtime=embedder.runtime,
+        )
+        return EmbeddingEngine(embedder, self._settings, self._metrics.batch)
 
     def note(self, stage: str, seconds: float) -> None:
-        """A stage of the present request has ended."""
+        """Record that a stage of the current request has ended, after `seconds`."""
         self._metrics.stage(stage, seconds)
         self._tracing.stage(stage, seconds)
 
     def close(self) -> None:
-        """End the threads, when nothing is under way any longer."""
+        """End the threads, once nothing is in progress."""
         for threads in (self._decoding, self._storing):
             threads.shutdown(cancel_futures=True)
         self._searches.close()
         self.audit_writer.close()
 
     async def stored(self, call: Callable[[], T]) -> T:
-        """Run a call to the gallery that reads or changes it."""
+        """Run a call to the gallery that reads or changes it, in a thread."""
         return await in_thread(self._storing, call)
 
     def decode_stored(self, picture: Picture, height: int, width: int) -> Crop:
@@ -158,8 +167,8 @@ class Pipeline:
     async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
         """Rank the gallery for one person seen in 1 to 16 pictures, which are fused.
 
-        actor: who asks, for the audit log, which is on the disk before the answer is given. Raises
-        ServiceError.
+        actor: the caller, for the audit log, which is on the disk before the answer is given.
+        Raises ServiceError.
         """
         with self.engine.batcher.in_flight(len(pictures)):
             return await self._query(pictures, search, actor)
@@ -241,7 +250,7 @@ class Pipeline:
         )
 
     async def _expire(self) -> None:
-        """Delete what is older than the settings let it grow."""
+        """Delete items that are older than `retention_days`."""
         days = self._settings.retention_days
         while days is not None:
             before = datetime.now(UTC) - timedelta(days=days)
@@ -255,7 +264,7 @@ class Pipeline:
 
 
 def _described(search: Search) -> dict[str, Any]:
-    """What the audit log says of a search, but for the persons it is for."""
+    """What the audit log says about a search, without the persons it is for."""
     return {
         "top_k": search.top_k,
         "exhaustive": search.exhaustive,

@@ -1,4 +1,4 @@
-"""Embedding the gallery again while the service goes on, and the switch to the other checkpoint."""
+"""Embedding the gallery again while the service runs, and the switch to the other checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Status:
-    """How far it is. checkpoint: fingerprint that is embedded with. detail: why it failed."""
+    """Progress of a run.
+
+    checkpoint: fingerprint of the one that embeds. done of total items have its features. detail:
+    why it failed or stopped.
+    """
 
     state: Literal["idle", "running", "done", "failed"] = "idle"
     checkpoint: str | None = None
@@ -32,7 +36,10 @@ class Status:
 
 
 class ReembeddingJob:
-    """One at a time. What is done is in the gallery: after a restart it goes on from there."""
+    """Embeds the gallery again in a thread, one run at a time.
+
+    Finished work is in the gallery: a run after a restart continues from there.
+    """
 
     def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
         self._pipeline, self._settings = pipeline, settings
@@ -42,9 +49,10 @@ class ReembeddingJob:
         self.status = Status()
 
     async def start(self, name: str | None, actor: str) -> Status:
-        """Begin, with the checkpoint `name` beside the one in use, or with the one in use.
+        """Begin a run with the checkpoint file `name` beside the one in use, or with that one.
 
-        Raises ModelVersionConflict while one runs, CheckpointUnusable for a file that is none.
+        Raises ModelVersionConflict while another runs, CheckpointUnusable for a file that is no
+        checkpoint.
         """
         if not self._running.acquire(blocking=False):
             raise ModelVersionConflict(
@@ -67,7 +75,7 @@ class ReembeddingJob:
         return self.status
 
     def close(self) -> None:
-        """Stop what runs, and wait for it."""
+        """Stop a run, and wait for its end."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

@@ -1,8 +1,8 @@
 """Queries of all requests wait here for the gallery, and are ranked together.
 
-A batch is what has come while the one before it was ranked: rows, tables and the store are read
-once for all of it. Queries that look at every item have a thread of their own, so that those that
-need not never wait for them.
+A batch is what has arrived while the previous one was ranked: rows, tables and the store are read
+once for all of it. Exhaustive queries have a thread of their own, so that the others never wait for
+them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ _TOGETHER = 32  # queries at most, so that the first of them need not wait for t
 
 @dataclass(frozen=True)
 class Search(Options):
-    """How to rank; without modulation by the plain distance."""
+    """How to rank. modulation: False ranks by the unmodulated distance."""
 
     modulation: bool = True
 
 
 class Ranking(NamedTuple):
-    """similarities: of each hit, the probability that it shows the person of the query; None where
-    the checkpoint is not calibrated for this query and gallery modality."""
+    """A ranking with its similarities.
+
+    similarities: for each hit the probability that it shows the person of the query; None where the
+    checkpoint is not calibrated for this query and gallery modality.
+    """
 
     result: SearchResult
     similarities: list[float | None]
@@ -44,7 +47,10 @@ class Ranking(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbeddedQuery:
-    """One person: features K×P×D of K images by `embedder`. modality: theirs, or "mixed"."""
+    """A query for one person: features K×P×D of K images by `embedder`.
+
+    modality: of all images, or "mixed".
+    """
 
     embedder: Embedder
     features: Tensor
@@ -86,7 +92,7 @@ class _Line:
             outcomes: Sequence[Ranking | Exception]
             try:
                 outcomes = await in_thread(self._thread, work)
-            except Exception as error:  # the thread's, not of a search
+            except Exception as error:  # of the thread pool, not of a search
                 outcomes = [error] * len(batch)
             for one, outcome in zip(batch, outcomes, strict=True):
                 if one.done.done():
@@ -109,13 +115,13 @@ class SearchBatcher:
         return await (self._long if search.exhaustive else self._short).rank(query)
 
     def close(self) -> None:
-        """End the threads, when nothing is under way any longer."""
+        """End the threads, once nothing is in progress."""
         self._short.close()
         self._long.close()
 
 
 def _outcomes(gallery: Gallery, batch: Sequence[EmbeddedQuery]) -> list[Ranking | Exception]:
-    """Each one's ranking, or what went wrong with it alone."""
+    """Each query's ranking, or its own error."""
     outcomes: dict[int, Ranking | Exception] = {}
     embedders = {id(query.embedder): query.embedder for query in batch}
     for embedder in embedders.values():  # two while the checkpoint is being changed
@@ -137,8 +143,11 @@ def _ranked_apart(
 
 
 def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[EmbeddedQuery]) -> list[Ranking]:
-    """Curves are fitted on queries of one image; a query of several is judged by the same ones, one
-    of both modalities by none."""
+    """Rank the queries of one embedder together.
+
+    Calibration curves are fitted on queries of one image; a query of several images uses the same
+    ones, a query of both modalities none.
+    """
     info = embedder.info
     x = torch.stack([fuse(s.features, normalise=info.config.normalise_test) for s in batch])
     gamma, beta = embedder.modulation(x)

@@ -1,4 +1,4 @@
-"""Whether decoding and embedding work: a built-in image goes the whole way every few seconds."""
+"""Whether decoding and embedding work: a built-in image passes through both regularly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from service.images.decode import Picture
 
 log = logging.getLogger(__name__)
 
-EVERY = 5.0
-# Behind a full queue an image may take this long; then something hangs.
+EVERY = 5.0  # seconds between two checks
+# Seconds that an image may take behind a full queue; after that something hangs.
 _LATE = 60.0
 
 
 class SelfCheck:
-    """embed: decodes and embeds a picture as a query's. Used on one event loop."""
+    """Embeds a built-in image regularly. Used on one event loop.
+
+    embed: decodes and embeds a picture as that of a query.
+    """
 
     def __init__(self, embed: Callable[[Picture], Awaitable[object]]) -> None:
         self._embed = embed
@@ -32,18 +35,18 @@ class SelfCheck:
         self._trouble: str | None = "no image has been embedded yet"
 
     async def first(self) -> None:
-        """Wait for the first image, which warms the network up, however that ends."""
+        """Wait for the first image, which also warms up the network, whether it fails or not."""
         await self._started.wait()
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Embed the image every `EVERY` seconds until cancelled."""
         while True:
             await self.beat()
             self._started.set()
             await anyio.sleep(EVERY)
 
     async def beat(self) -> None:
-        """Embed the built-in image once, and note how that went."""
+        """Embed the built-in image once, and keep the result for `check`."""
         try:
             await self._embed(self._picture)
             trouble = None
@@ -56,7 +59,7 @@ class SelfCheck:
         self._trouble = trouble
 
     def check(self) -> None:
-        """Raise NotReady unless the last image came through, and not long ago."""
+        """Raise NotReady unless the last image was embedded, and not long ago."""
         if self._trouble is not None:
             raise NotReady(f"images cannot be embedded: {self._trouble}")
         assert self._beat is not None

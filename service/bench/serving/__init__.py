@@ -1,1 +1,1 @@
-"""What `cmt bench serve` is made of: a load generator, the other servers, and its arithmetic."""
+"""Parts of `cmt bench serve`: a load generator, the other servers, and the arithmetic."""

@@ -1,6 +1,6 @@
-"""The same in LitServe, with its dynamic batching.
+"""The naive server's embedding route in LitServe, with its dynamic batching.
 
-Decoding, as its users write it, is in the process that embeds. It is started as
+Decoding is in the process that embeds, as LitServe's users write it. It is started as
 `python -m service.bench.serving.batching CHECKPOINT DEVICE RUNTIME PORT`.
 """
 
@@ -18,8 +18,8 @@ from service.embedding.embedder import Embedder
 from service.images.decode import Crop
 
 MAX_BATCH = 32
-# LitServe waits so long for others before every batch, also with one client. Of 1 and 5 ms
-# this served one client faster and 32 about equally: those wait during the batch before anyway.
+# LitServe waits this long for others before every batch, even with one client. Of 1 and 5 ms this
+# served one client faster and 32 about equally: those wait during the previous batch anyway.
 BATCH_TIMEOUT = 0.001
 
 

@@ -1,7 +1,7 @@
-"""A load generator in a process of its own: uploads over connections that stay open.
+"""A load generator in a process of its own: uploads over persistent connections.
 
-Every client has one connection and one request in flight. Nothing here but asyncio's streams: a
-generator that computes little takes little from the server beside it, and says how much.
+Every client has one connection and one request in flight. Only asyncio's streams are used: a
+generator that computes little takes little CPU time from the server, and it reports how much.
 
 It is started as `python -m service.bench.serving.load`, with a `Job` as JSON on standard input; the
 `Load` comes out as JSON.
@@ -21,8 +21,8 @@ from pathlib import Path
 
 HOST = "127.0.0.1"
 WARM_UP = 0.5  # of the measured time, before it
-_PAUSE = 0.05  # seconds after a failure, so that a server that refuses is not stormed
-_PATIENCE = 120.0  # seconds beyond its time until a generator that does not end is given up
+_PAUSE = 0.05  # seconds after a failure, so that a server that refuses is not flooded
+_PATIENCE = 120.0  # seconds beyond its time until a generator that does not end is killed
 _BOUNDARY = "cmt-bench-boundary"
 
 
@@ -47,7 +47,7 @@ class Load:
 
     latencies: seconds of every request that succeeded, from its first byte to the answer's last.
     errors: how many requests failed, by status ("connection" where there was none). cpu_seconds:
-    what the generator itself took of the machine's cores meanwhile.
+    what the generator itself used in that time.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -82,7 +82,7 @@ def measure(port: int, path: str, files: Sequence[Path], clients: int, seconds: 
 
 
 async def generate(job: Job) -> Load:
-    """Send, and count what ends within the measured time."""
+    """Send requests, and count those that end within the measured time."""
     run = _Run(job)
     async with asyncio.TaskGroup() as clients:
         for _ in range(job.clients):
@@ -99,7 +99,7 @@ async def generate(job: Job) -> Load:
 
 
 class _Run:
-    """What the clients share. measuring: whether what ends now counts."""
+    """What the clients share. measuring: whether a request that ends now counts."""
 
     def __init__(self, job: Job) -> None:
         self._port = job.port

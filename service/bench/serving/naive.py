@@ -1,4 +1,4 @@
-"""What somebody writes first: FastAPI, Pillow, the model called for each request, PyTorch to rank.
+"""The obvious server: FastAPI, Pillow, the model called for each request, PyTorch to rank.
 
 It runs the service's own Embedder, in the same runtime, and does strictly less than the service:
 no limits, no checks, no detection of the modality, no batches, nothing stored. What it ranks are
@@ -23,7 +23,7 @@ from service.bench.serving.load import HOST
 from service.embedding.embedder import Embedder
 from service.images.decode import Crop
 
-_TOP = 20  # as many as the service answers unasked
+_TOP = 20  # as many as the service answers by default
 
 
 def create_app(embedder: Embedder, gallery: int) -> FastAPI:
@@ -50,7 +50,7 @@ def create_app(embedder: Embedder, gallery: int) -> FastAPI:
 
 
 def plain_crop(file: IO[Any]) -> Crop:
-    """An upload as it is, taken for infrared: what the network needs, and nothing found out."""
+    """An upload, assumed to be infrared: only what the network needs, without detection."""
     image = Image.open(file).convert("RGB")
     return Crop(
         image=image,

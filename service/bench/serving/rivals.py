@@ -47,13 +47,18 @@ class Route:
 
 @dataclass(frozen=True)
 class Server:
-    """command: starts it, once the port is added. routes: measured in their order. settings: of
-    the service, by name, beside the command's."""
+    """A server to be measured.
+
+    command: starts it, once the port is appended. routes: measured in this order. settings: of the
+    service, by name, in addition to the command's.
+    clients: numbers of clients of its own, in place of those that are asked for.
+    """
 
     side: str
     command: tuple[str, ...]
     routes: tuple[Route, ...]
     settings: Mapping[str, object] = field(default_factory=dict)
+    clients: tuple[int, ...] = ()
 
 
 class Batching(NamedTuple):
@@ -99,11 +104,27 @@ def batching(ours: Server, how: Batching) -> Server:
     return replace(ours, side=side, routes=ours.routes[:1], settings=how._asdict())
 
 
+def overload(ours: Server, places: int) -> Server:
+    """The service's queries with as many clients as it has places, and with ten times as many.
+
+    places: `max_pending` of the service; who finds none is refused with 429.
+    """
+    return replace(
+        ours,
+        side=f"ours, max_pending {places}",
+        routes=ours.routes[:1],
+        settings={"max_pending": places},
+        clients=(places, 10 * places),
+    )
+
+
 def rival(
     kind: Rival, checkpoint: Path, embedder: Embedder, queries: Sequence[Path], gallery: int
 ) -> Server:
-    """A server that embeds, on the same device and runtime; the naive one also ranks `gallery` rows
-    as the paper does."""
+    """A server that embeds, on the same device and runtime.
+
+    The naive one also ranks `gallery` rows as the paper does.
+    """
     python, options = (sys.executable, "-m"), (str(checkpoint), embedder.device, embedder.runtime)
     embed, rank = (Route(f"POST {path}", path, queries) for path in ("/embed", "/rank"))
     if kind is Rival.LITSERVE:
@@ -121,13 +142,13 @@ def is_installed(kind: Rival) -> bool:
 def started(server: Server, log: Path) -> Iterator[int]:
     """Run a server → its port, once it has answered a first request. Raises ServerError.
 
-    log: what it writes goes here. At the end its whole process group is gone.
+    log: file for its output. At the end its whole process group is killed.
     """
     port = _free_port()
     environment = {name: v for name, v in os.environ.items() if not name.startswith("CMT_")}
     environment |= {f"CMT_{name.upper()}": str(v) for name, v in server.settings.items()}
-    # Without this OpenVINO reports its use to its makers, each event by a new process. Where these
-    # are spawned, as in LitServe's worker, they keep the cores busy for half a minute.
+    # Without this OpenVINO sends telemetry, each event from a new process. Where these are spawned,
+    # as in LitServe's worker, they keep the cores busy for half a minute.
     environment["CI"] = "true"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -153,7 +174,7 @@ def started(server: Server, log: Path) -> Iterator[int]:
 def _wait_for_answer(
     process: subprocess.Popen[bytes], server: Server, port: int, log: Path
 ) -> None:
-    """Until the first route answers its first file with success."""
+    """Wait until the first route answers its first file with success. Raises ServerError."""
     route = server.routes[0]
     image = route.files[0].read_bytes()
     until = time.monotonic() + _START

@@ -24,6 +24,7 @@ from service.bench.serving.rivals import (
     Rival,
     batching,
     is_installed,
+    overload,
     rival,
     service,
     started,
@@ -43,7 +44,7 @@ Key = tuple[str, str, int]  # side, route, clients
 class Trials:
     """A filled data folder, and what all rounds on it measured.
 
-    folder: an empty one, of which the service's data folders are made. queries, crops: folders.
+    folder: an empty one, in which the service's data folders are made. queries, crops: folders.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Trials:
         duration: float,
         against: Sequence[Rival],
         batchings: Sequence[Batching] = (),
+        places: int | None = None,
     ) -> None:
         """All sides once; the service on a fresh copy of the filled folder."""
         self._measure_bare(duration)
@@ -86,6 +88,8 @@ class Trials:
         ours = service(self._checkpoint, embedder, data_dir, self._queries, self._crops)
         # `ours` comes after the others of its kind: its enrollments make the gallery grow.
         servers = [*(batching(ours, how) for how in batchings), ours]
+        if places is not None:
+            servers.insert(0, overload(ours, places))
         servers += [
             rival(kind, self._checkpoint, embedder, self._queries, self._gallery)
             for kind in against
@@ -94,7 +98,7 @@ class Trials:
         for server in servers:
             with started(server, self._folder / "log") as port:
                 for route in server.routes:
-                    for count in clients:
+                    for count in server.clients or clients:
                         load = measure(port, route.path, route.files, count, duration)
                         key = server.side, route.name, count
                         self._loads.setdefault(key, []).append(load)
@@ -140,7 +144,7 @@ class Trials:
             rates.append(batch * calls / taken)
 
     def _ask_for_stages(self, port: int) -> None:
-        """What the service says itself of single queries; its precision too."""
+        """Collect the service's own timings of single queries, and its precision."""
         with Client(f"http://{HOST}:{port}") as client:
             self._precision = client.model().precision
             for file in islice(cycle(self._queries), _DEBUGGED):

@@ -1,1 +1,1 @@
-"""A gallery as one file, and back: of SQLite and PostgreSQL, while writes go on."""
+"""Back up a gallery to one file while it is written to, and restore it; either database."""

@@ -1,11 +1,11 @@
 """The file of a backup: a ZIP archive, the same for either database.
 
     gallery.sqlite3    the tables (without `secrets`) as a compact SQLite database
-    audit.key          what makes the audit log's pseudonyms
-    manifest.json      `Manifest`: the last one, for it has the SHA-256 of the others
+    audit.key          the key of the audit log's pseudonyms
+    manifest.json      `Manifest`, which comes last because it has the SHA-256 of the others
 
 Nothing is compressed: crops are already, and features do not shrink. So a backup is written and
-read as a stream, and any ZIP program can look into it.
+read as a stream, and any ZIP program can open it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from service.gallery.storage.database import FILE_NAME
 MANIFEST = "manifest.json"
 VERSION = 1
 _BLOCK = 1 << 20
-_MOST_MANIFEST = 1 << 20  # bytes, so that no file that is something else fills the memory
-# What the module zipfile raises for bytes that are not as they should be.
+_MOST_MANIFEST = 1 << 20  # bytes, so that a file of another kind cannot fill the memory
+# What the module zipfile raises for damaged bytes.
 _DAMAGE = (BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 
 
 class Member(BaseModel):
-    """One of the other files."""
+    """Size in bytes and SHA-256 of one of the other files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,8 +47,11 @@ class Member(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a backup says of itself. revision: of the tables. active: fingerprint of the model
-    version in use, None where there never was one. counts: rows of each table."""
+    """A backup's description of itself.
+
+    revision: of the tables. active: fingerprint of the model version in use, None where there never
+    was one. counts: rows of each table. members: the other files, by name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,7 +65,7 @@ class Manifest(BaseModel):
 
 
 def packed(manifest: Manifest, database: BinaryIO, key: bytes) -> Iterator[bytes]:
-    """The archive in blocks of about 1 MB; `manifest` gets its members here."""
+    """The archive in blocks of about 1 MB; `manifest` is completed with its members."""
     outlet = _Outlet()
     members: dict[str, Member] = {}
     with ZipFile(outlet, "w", ZIP_STORED) as archive:
@@ -81,7 +84,7 @@ def packed(manifest: Manifest, database: BinaryIO, key: bytes) -> Iterator[bytes
 
 
 def unpack(backup: Path, folder: Path) -> Manifest:
-    """Check a backup and lay its database and key into `folder`, synced.
+    """Check a backup and write its database and key to `folder`, synced → its manifest.
 
     Raises BackupInvalid, and OSError where `folder` cannot be written.
     """
@@ -99,7 +102,7 @@ def unpack(backup: Path, folder: Path) -> Manifest:
 
 
 def peek(backup: Path) -> Manifest:
-    """What a backup says of itself; its other members are not looked at. Raises BackupInvalid."""
+    """A backup's manifest; its other members are not checked. Raises BackupInvalid."""
     with _opened(backup) as archive:
         return _manifest(backup, archive)
 
@@ -126,12 +129,12 @@ def described(database: Path, created_at: datetime) -> Manifest:
 
 
 def read_only(database: Path) -> sqlite3.Connection:
-    """A connection that makes no file beside the database."""
+    """A connection that creates no file next to the database."""
     return sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)
 
 
 class _Outlet(io.RawIOBase):
-    """Takes what `ZipFile` writes, until somebody fetches it."""
+    """Buffers what `ZipFile` writes, until `take`."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -152,7 +155,7 @@ class _Outlet(io.RawIOBase):
 
 def _entry(name: str, manifest: Manifest) -> ZipInfo:
     entry = ZipInfo(name, manifest.created_at.timetuple()[:6])
-    entry.external_attr = 0o600 << 16  # whoever unpacks it gets private files
+    entry.external_attr = 0o600 << 16  # unpacked files are private
     return entry
 
 

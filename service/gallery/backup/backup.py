@@ -1,8 +1,8 @@
 """Backups while the gallery is written to: one state of the database, in one file.
 
-What is taken is the same on both databases: a compact SQLite file, so that a backup of one can be
+The copy is the same on both databases: a compact SQLite file, so that a backup of one can be
 restored into the other. SQLite writes it from one state without its free pages (VACUUM INTO);
-from PostgreSQL all rows are read in one transaction that sees one state. Nothing of what was erased
+from PostgreSQL all rows are read in one transaction that sees one state. Nothing that was erased
 before is in it.
 """
 
@@ -29,13 +29,13 @@ from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.group_commit import GroupCommit
 from service.kit.urls import without_password
 
-_STEPS = 10_000  # of SQLite's machine, between two looks at whether to stop
+_STEPS = 10_000  # of SQLite's virtual machine, between two checks whether to stop
 
 
 class Backup:
     """One state of a gallery, to be read once, as blocks of about 1 MB, and then closed.
 
-    The copy behind it has no name in any folder: it ends with the process at the latest.
+    Its copy is an unlinked file, which disappears with the process at the latest.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Backup:
 
     @property
     def name(self) -> str:
-        """For a file that holds it, such as cmt-backup-20261126T170000Z.zip."""
+        """A file name for it, such as cmt-backup-20261126T170000Z.zip."""
         return f"cmt-backup-{self._manifest.created_at:%Y%m%dT%H%M%SZ}.zip"
 
     def __iter__(self) -> Iterator[bytes]:
@@ -62,7 +62,7 @@ class Backup:
 class Backups:
     """Takes backups of one gallery, one at a time. Thread-safe.
 
-    folder: of the data, where the temporary copy goes unless another one is given.
+    folder: the data folder, where the temporary copy goes unless another one is given.
     """
 
     def __init__(self, database: Database, audit: Audit, folder: Path) -> None:
@@ -74,9 +74,9 @@ class Backups:
     def begin(self, *, actor: str = "system", folder: Path | None = None) -> Backup:
         """Copy the gallery's present state, which takes a while → the backup, to be closed.
 
-        Enrollments go on meanwhile. The audit log has an entry before anything is read. Raises
+        Enrollments continue meanwhile. The audit log has an entry before anything is read. Raises
         BackupRunning, StorageFull and StorageUnwritable (where the copy goes: `folder`),
-        GalleryDamaged, DatabaseUnavailable; nothing is left then.
+        GalleryDamaged, DatabaseUnavailable; no file is left behind then.
         """
         if not self._one.acquire(blocking=False):
             raise BackupRunning("a backup is being taken already; wait until that one is done")
@@ -87,7 +87,7 @@ class Backups:
                 created_at = datetime.now(UTC)
                 self._copy_to(place)
                 manifest = described(place / FILE_NAME, created_at)
-                database = (place / FILE_NAME).open("rb")  # which outlives its name
+                database = (place / FILE_NAME).open("rb")  # readable after the file is unlinked
                 return Backup(manifest, database, key, self._one.release)
         except BaseException:
             self._one.release()
@@ -96,8 +96,11 @@ class Backups:
     def write(
         self, target: Path | BinaryIO, *, actor: str = "system", folder: Path | None = None
     ) -> None:
-        """Write a backup to an open file, or to a path: wholly or not at all, readable by its
-        owner only, in place of a file that is there. Raises as `begin`."""
+        """Write a backup to an open file or to a path. Raises as `begin`.
+
+        A file at a path is complete or absent, readable by its owner only, and replaces an older
+        one.
+        """
         with closing(self.begin(actor=actor, folder=folder)) as backup:
             if not isinstance(target, Path):
                 for block in backup:
@@ -111,7 +114,7 @@ class Backups:
                 raise refusal(error, target.parent) from error
 
     def close(self) -> None:
-        """Stop what is being copied; a backup that has begun can still be read."""
+        """Stop a copy in progress; a backup that `begin` has returned can still be read."""
         self._closing.set()
         with self._copying:
             pass
@@ -134,7 +137,7 @@ class Backups:
             if self._closing.is_set():
                 raise closed from error
             if primary_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN):
-                raise  # it is about the copy
+                raise  # the copy failed, not the gallery
             raise self._database.explained(error) from error
         finally:
             self._database.copying = False

@@ -1,7 +1,7 @@
 """The tables' rows from a PostgreSQL database into the SQLite file of a backup, and back.
 
-Never more than some rows are in memory. Row numbers stay as they are, and so does what is the
-last one ever given, so that the number of a deleted row is not used again.
+Only a few rows are in memory at a time. Row numbers are kept, and so is the last one ever given, so
+that the number of a deleted row is not used again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _ROWS, _ROWS_WITH_BYTES = 1000, 16
 def to_file(source: Connection, folder: Path, stopped: Callable[[], bool]) -> None:
     """Write everything that the transaction `source` sees into a new SQLite database in `folder`.
 
-    stopped: asked all along; once it says so, DatabaseUnavailable is raised.
+    stopped: called before every block of rows. Raises DatabaseUnavailable once it returns True.
     """
     Database(folder).close()  # makes the tables
     with closing(sqlite3.connect(folder / FILE_NAME, isolation_level=None)) as target:
-        target.execute("PRAGMA journal_mode = DELETE")  # this file alone has to be all of it
-        target.execute("PRAGMA synchronous = OFF")  # it is synced as a part of the backup
+        target.execute("PRAGMA journal_mode = DELETE")  # this file alone must be complete
+        target.execute("PRAGMA synchronous = OFF")  # it is synced as part of the backup
         target.execute("BEGIN")
         for table in _carried():
             marks = ", ".join("?" for _ in table.columns)
@@ -62,13 +62,13 @@ def from_file(file: Path, key: bytes, target: Connection) -> None:
         if (column := table.autoincrement_column) is not None:
             number = last.get(table.name, 0)
             sequence = func.pg_get_serial_sequence(table.name, column.name)
-            # The last value must be 1 at least; False: even that has not been given yet.
+            # The last value must be at least 1; False: not even that has been given yet.
             target.execute(select(func.setval(sequence, max(number, 1), number > 0)))
     target.execute(insert(secrets).values(name=KEY_NAME, data=key))
 
 
 def _carried() -> list[Table]:
-    """Tables in an order that foreign keys allow; keys travel as files."""
+    """Tables in an order that foreign keys allow; keys are members of their own."""
     return [table for table in schema.sorted_tables if table is not secrets]
 
 
@@ -90,7 +90,7 @@ def _rows(
 
 
 def _last_number(source: Connection, table: Table) -> int:
-    """The last one that was ever given, also to a row that is deleted; 0 if none was."""
+    """The last row number ever given, even to a row deleted since; 0 if none was."""
     column = table.autoincrement_column
     assert column is not None
     sequence = source.execute(

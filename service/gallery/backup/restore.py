@@ -1,8 +1,8 @@
-"""A backup back into a gallery: an empty one, all or nothing.
+"""Restore a backup into an empty gallery, completely or not at all.
 
 The whole backup is checked in a temporary folder before anything is changed. An SQLite database is
-then renamed into its place; a PostgreSQL database is filled in one transaction. Whoever is killed
-on the way leaves an empty gallery.
+then renamed into its place; a PostgreSQL database is filled in one transaction. A process that is
+killed before that leaves an empty gallery.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def restore(
 ) -> Manifest:
     """Fill an empty gallery with a backup's rows, keys and numbers → the backup's manifest.
 
-    folder: of the data, made where it is missing. url: as `CMT_DATABASE_URL`; without it the
-    gallery becomes the SQLite database in `folder`. The audit log gets an entry more. The folder of
-    the database needs as much space as the backup has; on PostgreSQL the data folder does.
+    folder: the data folder, created if missing. url: as `CMT_DATABASE_URL`; without it the gallery
+    becomes the SQLite database in `folder`. The audit log gets one more entry. The folder of the
+    database needs as much space as the backup has; on PostgreSQL the data folder does.
 
     Raises BackupInvalid, GalleryNotEmpty, GalleryLocked (a service has the folder open),
     StorageFull, StorageUnwritable, DatabaseUnavailable, GalleryVersion.
@@ -81,14 +81,14 @@ def _to_server(backup: Path, folder: Path, url: str | None, actor: str) -> Manif
 
 
 def _checked(backup: Path, place: Path, actor: str) -> Manifest:
-    """Lay what a backup holds into `place`, checked, with the newest tables and an audit entry."""
+    """Unpack a backup into `place`, checked, with the newest tables and an audit entry."""
     manifest = unpack(backup, place)
     try:
         with closing(Database(place)) as database:
             with database.writing() as connection:
                 details = {"created_at": manifest.created_at.isoformat()}
                 write(connection, [Act(actor, "restore", details=details)])
-            database.truncate_log()  # the file alone is all of it now
+            database.truncate_log()  # now the file alone is complete
     except GalleryVersion as error:
         raise BackupInvalid(
             f"{backup} was written by a newer release, with tables of revision "
@@ -98,7 +98,7 @@ def _checked(backup: Path, place: Path, actor: str) -> Manifest:
 
 
 def _place_key(source: Path, target: Path) -> None:
-    """Before the database: one without its key would get another, and other pseudonyms."""
+    """Write the key before the database, which would otherwise get a new one and new pseudonyms."""
     key = source.read_bytes()
     if not target.exists():
         with whole_file(target) as file:

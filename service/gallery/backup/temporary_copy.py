@@ -1,4 +1,4 @@
-"""Temporary copies of a gallery. They hold personal data: private, and gone in every case."""
+"""Temporary copies of a gallery. They hold personal data: private, and always removed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PREFIX = ".cmt-copy-"
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A new folder inside of `folder`, for its owner only, removed in the end.
+    """A new private folder inside `folder`, removed at the end.
 
-    What the disk refuses in this context is raised as StorageFull or StorageUnwritable.
+    An OSError or sqlite3.Error in this context is raised as StorageFull or StorageUnwritable.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder.resolve()) as place:
@@ -35,7 +35,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def refusal(error: OSError | sqlite3.Error, folder: Path) -> ServiceError:
-    """Why a file in `folder` could not be written."""
+    """The error for a file in `folder` that could not be written."""
     full = (
         error.errno in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, OSError)
@@ -50,5 +50,5 @@ def refusal(error: OSError | sqlite3.Error, folder: Path) -> ServiceError:
 
 
 def primary_code(error: sqlite3.Error) -> int:
-    """SQLite's result code, without what extends it; 0 for an error of Python's module."""
+    """SQLite's primary result code; 0 for an error of Python's module."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 # On a CPU a chunk is a thread's share of a scan and should stay in the last cache; on a GPU it is
-# one product. Both are what a gallery may hold unused.
+# one product. Up to one chunk of a gallery's memory may be unused.
 CHUNK_ROWS = {"cpu": 8192, "cuda": 65_536}
 _LARGEST = 65_504.0  # of fp16
 # Its Python form takes an array and keeps it alive, which its stub does not know.
 _Bitmap: Any = faiss.IDSelectorBitmap
-_HEADROOM = 16  # later rows of a chunk may have s so many times as large as its first
+_HEADROOM = 16  # s of later rows in a chunk may be this many times as large as of its first
 
 
 def scale_for(largest: float) -> float:
@@ -52,7 +52,7 @@ class Chunk:
         self.z = torch.from_numpy(codes.view(np.float16).reshape(self.capacity, width))
 
     def takes(self, largest: float) -> bool:
-        """Whether there is room for a row more, and for s up to `largest`."""
+        """Whether there is space for another row, and its s up to `largest` fits fp16."""
         return self.count < self.capacity and largest * self.scale <= _LARGEST
 
     def append(self, y: Tensor, s: Tensor) -> None:
@@ -73,7 +73,7 @@ class Chunk:
         """Best `count` inner products of each query with the allowed rows, by FAISS, on a CPU.
 
         w: Q×(P+1)D as `projected` gives it. → scores and rows of the gallery, Q×count; row −1
-        where fewer are allowed. Every query is computed by itself: a batch changes no answer.
+        where fewer are allowed. Every query is computed separately: a batch changes no answer.
         """
         count = min(count, self.capacity)
         scores, rows = self._scanner.search(w, count, params=selecting(allowed))

@@ -1,4 +1,4 @@
-"""What filters and grouping need of every item, as arrays: a filter is a mask, not a query."""
+"""The labels of all items as arrays, for filters and grouping: a filter is a mask, not a query."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Codes:
         self._texts = list(texts)
 
     def encode(self, values: Sequence[str | None]) -> npt.NDArray[np.int64]:
+        """N strings → N codes; new strings get new ones."""
         for value in dict.fromkeys(values):
             if value is not None and value not in self._codes:
                 self._texts.append(value)
@@ -33,9 +34,11 @@ class Codes:
         return np.array([code(value, _NO_CODE) for value in values], np.int64)
 
     def known(self, values: Sequence[str]) -> list[int]:
+        """The codes of those strings that have one."""
         return [self._codes[v] for v in values if v in self._codes]
 
     def decode(self, codes: npt.NDArray[np.int64]) -> list[str | None]:
+        """N codes → N strings, the inverse of `encode`."""
         return [None if code == _NO_CODE else self._texts[code] for code in codes.tolist()]
 
     def strings(self, used: npt.NDArray[np.int64]) -> list[str | None]:
@@ -49,7 +52,7 @@ class Columns:
     """Row numbers, labels and times of items by position; a deleted one stays, no longer alive.
 
     Positions count additions from 0, as those of `Features` and `RecallIndex` do. One thread
-    changes at a time; `frozen` may be called beside it.
+    changes at a time; `frozen` may be called concurrently.
     """
 
     def __init__(self) -> None:
@@ -80,9 +83,11 @@ class Columns:
 
     @property
     def bytes(self) -> int:
+        """Memory held, unused rows included."""
         return self._table.nbytes + self._alive.nbytes
 
     def add(self, stored: Stored) -> None:
+        """Append the labels of a block of items."""
         rows = np.array(
             [
                 stored.numbers,
@@ -111,7 +116,10 @@ class Columns:
         cameras: Sequence[str | None] | None = None,
         captured: Sequence[int | None] | None = None,
     ) -> None:
-        """Give items other labels, one for each number; None leaves them. Unknown numbers pass."""
+        """Give items new labels, one for each number; None leaves them as they are.
+
+        captured: microseconds since 1970 UTC. Unknown numbers are ignored.
+        """
         changes = [
             (1, None if persons is None else self._persons.encode(persons)),
             (2, None if cameras is None else self._cameras.encode(cameras)),
@@ -135,9 +143,9 @@ class Columns:
         return places[np.isin(mine[places], wanted)]
 
     def frozen(self) -> Columns:
-        """As it is now, for a reader: later additions and deletions do not show."""
+        """A view for a reader: later additions and deletions do not show."""
         copy = self._sibling()
-        # The count first: what is read after it holds at least so many rows.
+        # The count first: what is read after it holds at least that many rows.
         copy._count = self._count
         copy._table = self._table
         copy._alive = self._alive[: copy._count].copy()
@@ -146,11 +154,11 @@ class Columns:
         return copy
 
     def extend(self, other: Columns, positions: npt.NDArray[np.int64]) -> None:
-        """Append rows of another."""
+        """Append the rows of another one at these positions."""
         self._append(self._coded(other, positions), other._alive[positions])
 
     def align(self, other: Columns, numbers: Sequence[int]) -> None:
-        """Take over what `other` now says of these items, where both have them."""
+        """Copy what `other` now has of these items, where both have them."""
         mine, theirs = self.positions(numbers), other.positions(numbers)
         theirs = theirs[np.isin(other.numbers[theirs], self.numbers[mine])]
         mine = mine[np.argsort(self.numbers[mine])]
@@ -162,8 +170,8 @@ class Columns:
     def dump(self) -> tuple[npt.NDArray[np.int64], dict[str, list[str | None]]]:
         """The table, and the strings of its codes, for a file.
 
-        A deleted item has ~number, and −1 in all else; a string that no living item has is None:
-        what was deleted is not written anywhere.
+        A deleted item has ~number, and −1 in all other fields; a string that no living item has is
+        None: nothing that was deleted is written.
         """
         table = np.where(self.alive, self._table[:, : self._count], _NO_CODE)
         table[0] = np.where(self.alive, self.numbers, ~self.numbers)
@@ -176,7 +184,7 @@ class Columns:
 
     @classmethod
     def restored(cls, table: npt.NDArray[np.int64], texts: dict[str, list[str | None]]) -> Columns:
-        """Take `dump` back, its table flat and writable."""
+        """Rebuild from what `dump` gave, its table flat and writable."""
         columns = cls()
         columns._persons, columns._cameras, columns._modalities = (
             Codes(texts[name]) for name in _FIELDS[1:4]
@@ -194,7 +202,7 @@ class Columns:
         return copy
 
     def _coded(self, other: Columns, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Rows of another in codes of this one, which knows no label but those of its rows."""
+        """Rows of another in codes of this one, which learns only the labels of these rows."""
         rows = other._table[:, positions].copy()
         mine = self._persons, self._cameras, self._modalities
         theirs = other._persons, other._cameras, other._modalities
@@ -241,8 +249,8 @@ class Columns:
 def _among(column: npt.NDArray[np.int64], codes: Sequence[int]) -> npt.NDArray[np.bool_]:
     """Which rows have one of these codes.
 
-    Of a copy: labels may be changed meanwhile, and NumPy reads a row twice, to look it up in a
-    table for which the first value was small enough.
+    Of a copy: labels may change meanwhile, and NumPy reads a row twice, the second time as an index
+    into a table whose size the first value was checked against.
     """
     found: npt.NDArray[np.bool_] = np.isin(column.copy(), codes)
     return found

@@ -1,4 +1,4 @@
-"""The nearest of a whole gallery, proven: scores round, so the best-scored are computed again."""
+"""The nearest of a gallery, proven: scores are rounded, so the best rows are computed again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from model import Modulation
 from service.gallery.index.features import Features
 from service.gallery.index.inner_products import Best, rounding_bound
 
-_MARGIN = 1.1  # times the bound that the first rows computed reach below the last one wanted
-_GROW = 4  # times as many rows are computed again while the proof lacks some
+_MARGIN = 1.1  # the first rows computed score down to this many bounds below the last one wanted
+_GROW = 4  # this many times as many rows are computed while the proof fails
 
 
 class Nearest(NamedTuple):
@@ -29,7 +29,7 @@ class Nearest(NamedTuple):
 
 
 def _first_take(best: Best, count: int, bound: float) -> int:
-    """So many rows that the proof should hold, if the `count`-th best score is about right."""
+    """How many rows to compute first: enough for the proof if the `count`-th score is close."""
     if count >= len(best.scores):
         return count
     near = best.scores >= best.scores[count - 1] - _MARGIN * bound
@@ -50,12 +50,11 @@ def nearest_of(
     """Compute the distances of the best-scored rows until the `count` nearest are certain.
 
     x: one query, P×D, with γ, β (1×D), in float64. projected: its w and c, as `project` gives
-    them. best: of `searched` rows, the best first; exact:
-    their scores come from fp32, not bf16. A row that was not computed scored at most as the last
-    one that was, so its D² is at least c − score − bound. Where `best` is too short for the proof
-    all its rows are computed.
+    them. best: of `searched` rows, the best first. exact: their scores come from fp32, not bf16. A
+    row that was not computed scored at most as much as the last one that was, so its D² is at least
+    c − score − bound. Where `best` is too short for the proof, all its rows are computed.
     """
-    if features.metric == "cosine":  # whose rows are all that can be as near
+    if features.metric == "cosine":  # `best` has every row that can be among the nearest
         distances, parts = features.rescore(x, modulation, best.positions)
         return Nearest(best, distances, parts, proven=True)
     w, c = projected

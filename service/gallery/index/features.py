@@ -1,6 +1,7 @@
 """The features on the device: their memory, and exact modulated distances of a few of them.
 
-What ranks is y as it is stored (fp16). The lifted vectors of `chunks` hold it unchanged, beside s.
+Items are ranked by y as it is stored (fp16). The lifted vectors of `chunks` hold it unchanged,
+beside s.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from service.gallery.index.chunks import Chunk, scale_for
 
 # Rows that are widened at once: on a CPU they should stay in its caches.
 BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
-# Rows that are collected from their chunks at once; a search per chunk for each few costs most.
+# Rows that are collected from their chunks at once; for fewer, finding their chunks costs most.
 _GATHER_ROWS = 65_536
 _NORM_MARGIN = 1 + 2.0**-10
 _SERIAL_NUMBERS = 32_767  # torch shares out element-wise work of more numbers than this
 
 
 class Norms(NamedTuple):
-    """Not less than those of any row: ‖y‖, ‖s‖, and the error of s in fp16, ‖s̃ − s‖."""
+    """Upper bounds over all rows: ‖y‖, ‖s‖, and the error of s in fp16, ‖s̃ − s‖."""
 
     y: float = 0.0
     s: float = 0.0
@@ -79,20 +80,20 @@ class Features:
             start = end
 
     def truncate(self, count: int) -> None:
-        """Forget rows from position `count` on, which nobody has read."""
+        """Drop the rows from position `count` on, which nobody has read."""
         self.chunks = tuple(chunk for chunk in self.chunks if chunk.first < count)
         for chunk in self.chunks:
             chunk.count = min(chunk.count, count - chunk.first)
         self._count = count
 
     def adopt(self, chunks: Sequence[Chunk], norms: Norms) -> None:
-        """Take filled chunks, as a snapshot has them, into empty features."""
+        """Put filled chunks, read from a snapshot, into empty features."""
         for chunk in chunks:
             chunk.first, self._count = self._count, self._count + chunk.count
         self.chunks, self.norms = tuple(chunks), norms
 
     def new_chunk(self, scale: float) -> Chunk:
-        """An empty chunk of our shape, for `adopt`."""
+        """An empty chunk of this shape, for `adopt`."""
         return Chunk(0, self.width, scale, self.device)
 
     def stored(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
@@ -101,7 +102,7 @@ class Features:
         return rows
 
     def lifted(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Their lifted vectors in fp32, N×(P+1)D, unscaled."""
+        """Lifted vectors of the rows at these positions, which ascend: N×(P+1)D, fp32, unscaled."""
         y = self._gather(positions).cpu().reshape(-1, self.parts, self.dim)
         vectors: npt.NDArray[np.float32] = lift(y).numpy()
         return vectors
@@ -136,8 +137,8 @@ class Features:
     def score_all(self, x: Tensor, modulation: Modulation) -> npt.NDArray[np.floating]:
         """One query (P×D) against every row: N numbers that rank like the distance.
 
-        Euclidean: D² = c − ⟨w, z⟩ in fp32, whose last digits cancel. Cosine: 1 − cosine in
-        float64. `nearest` is several times as fast where only the best are wanted.
+        Euclidean: D² = c − ⟨w, z⟩ in fp32, whose last digits cancel. Cosine: 1 − cosine in float64.
+        `inner_products.exhaustive` is several times as fast where only the best are wanted.
         """
         x = x.to(self.device)[None].double()
         modulation = Modulation(*(p.to(self.device).double() for p in modulation))
@@ -146,7 +147,7 @@ class Features:
         scores = torch.empty(self._count, dtype=torch.float64 if cosine else torch.float32)
         step = BLOCK_ROWS[self.device.type]
         for chunk in self.chunks:
-            filled = min(chunk.count, len(scores) - chunk.first)  # others may be added meanwhile
+            filled = min(chunk.count, len(scores) - chunk.first)  # more may be added meanwhile
             for start in range(0, filled, step):
                 end = min(start + step, filled)
                 y = chunk.z[start:end, : self.parts * self.dim].reshape(-1, self.parts, self.dim)
@@ -159,7 +160,7 @@ class Features:
         return numbers
 
     def _open(self, largest: float) -> Chunk:
-        """A chunk with room for rows whose s goes up to `largest`; a new one where needed."""
+        """A chunk that takes rows whose s goes up to `largest`; a new one where needed."""
         if not self.chunks or not self.chunks[-1].takes(largest):
             chunk = Chunk(self._count, self.width, scale_for(largest), self.device)
             self.chunks = (*self.chunks, chunk)

@@ -31,9 +31,9 @@ from service.gallery.index.features import BLOCK_ROWS, Features
 
 Mask = npt.NDArray[np.bool_]
 
-# Up to so many queries a CPU scans, for more it multiplies.
+# A CPU scans for up to this many queries and multiplies for more.
 _SCAN_QUERIES = 4
-_SERIAL_CHUNKS = 2  # for so few a service waits longer for its threads than they save it
+_SERIAL_CHUNKS = 2  # for so few, waiting for threads takes longer than they save
 SLACK, _SLACK_BF16 = 64, 1024
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
 _LOW = 2.0**11  # the low half of a number in two fp16: its distance in scale from the high half
@@ -46,6 +46,7 @@ class Best(NamedTuple):
     scores: npt.NDArray[np.float32]
 
     def first(self, count: int) -> Best:
+        """The first `count` of them."""
         return Best(self.positions[:count], self.scores[:count])
 
 
@@ -117,7 +118,7 @@ def exhaustive(
 ) -> tuple[list[Best], bool]:
     """Candidates for the `count` best by the faster way, and whether it was exact to fp32.
 
-    They are some more than `count`, so that rounding seldom keeps a caller from proving that the
+    They are a few more than `count`, so that rounding rarely keeps a caller from proving that the
     best are among them. exact: not in bf16.
     """
     if len(w) <= _SCAN_QUERIES and features.device.type == "cpu":
@@ -132,8 +133,8 @@ def rounding_bound(features: Features, w: Tensor, *, exact: bool) -> float:
 
     With A ≥ Σ|w_i z_i| by Cauchy–Schwarz for y and s apart: an fp32 sum of n products in any order
     errs by n·u/(1 − n·u)·A, u = 2⁻²⁴ (Higham, Accuracy and Stability, §3.1), w and s as given to it
-    by a few u·A more. To it comes what s lost in fp16, ‖γ⊙γ‖·max‖s̃ − s‖, measured when rows were
-    added. A GPU's units cut off where a CPU rounds: 4 times. bf16 rounds w, z and the sum.
+    by a few u·A more. Added to it is what s lost in fp16, ‖γ⊙γ‖·max‖s̃ − s‖, measured when rows
+    were added. A GPU's units truncate where a CPU rounds: 4 times. bf16 rounds w, z and the sum.
     """
     norms = features.norms
     y, s = float(w[: -features.dim].norm()), float(w[-features.dim :].norm())
@@ -147,7 +148,7 @@ def rounding_bound(features: Features, w: Tensor, *, exact: bool) -> float:
 
 
 def product_dtype(device: torch.device, exact: bool) -> torch.dtype:
-    """What blocks are multiplied in: fp16 on a GPU, on a CPU fp32 or, where faster, bf16."""
+    """The dtype of products of blocks: fp16 on a GPU, on a CPU fp32 or, where faster, bf16."""
     if device.type != "cpu":
         return torch.float16
     return torch.float32 if exact else choose_precision("cpu").dtype
@@ -173,7 +174,7 @@ _EMPTY = Best(np.empty(0, np.int64), np.empty(0, np.float32))
 def _product(queries: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     """Q×Z fp32 by B×Z fp16 → Q×B fp32."""
     if dtype != torch.float16:
-        # By way of fp32: from fp16 to bf16 at once takes four times as long on a CPU.
+        # Via fp32: from fp16 to bf16 at once takes four times as long on a CPU.
         return (queries.to(dtype) @ z.float().to(dtype).T).float()
     both, size = halves(queries)
     high, low = torch.mm(both, z.T, out_dtype=torch.float32).chunk(2)
@@ -199,7 +200,7 @@ def _scan_chunk(
 
 
 def merged(parts: Sequence[Best], count: int) -> Best:
-    """The best of several, at equal scores the earlier row first."""
+    """The best `count` of several, at equal scores the earlier row first; rows −1 are dropped."""
     if not parts:
         return _EMPTY
     positions = np.concatenate([part.positions for part in parts])
@@ -210,7 +211,7 @@ def merged(parts: Sequence[Best], count: int) -> Best:
 
 
 def sharing(allowed: Sequence[Mask]) -> Iterator[list[int]]:
-    """Queries with the very same mask, together."""
+    """Groups of queries that share one mask object."""
     groups: dict[int, list[int]] = {}
     for query, mask in enumerate(allowed):
         groups.setdefault(id(mask), []).append(query)
@@ -219,7 +220,7 @@ def sharing(allowed: Sequence[Mask]) -> Iterator[list[int]]:
 
 @cache
 def _threads() -> ThreadPoolExecutor | None:
-    """FAISS shares out queries, not rows: for one query, threads of ours take a chunk each."""
+    """FAISS parallelises over queries, not rows: for one query, our threads take a chunk each."""
     count = faiss.omp_get_max_threads()
     if count == 1:
         return None

@@ -1,4 +1,4 @@
-"""A shard's background work: compaction and index building, while searches and changes go on."""
+"""A shard's background work: compaction and index building, while searches and changes continue."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from service.gallery.records import IndexKind
 
 log = logging.getLogger(__name__)
 
-# Deleted rows stay as tombstones until they are a fifth of the rest, then all is rebuilt.
+# Deleted rows stay as tombstones until they are a fifth of the rest; then all is rebuilt.
 _TOMBSTONE_SHARE = 0.2
 _TOMBSTONE_LEAST = 256
-# An index takes in later rows when they are a tenth of its own; until then they are scanned.
+# Later rows are added to an index when they are a tenth of its own; until then they are scanned.
 _TAIL_SHARE = 0.1
 _TAIL_LEAST = 1024
-# An index of lists is trained anew when the gallery has grown so much.
+# An index of lists is trained again when the gallery has grown this many times.
 _RETRAIN_GROWTH = 4
-INDEX_LEAST = 1000  # fewer rows train nothing
-_CATCH_UP_ROWS = 1024  # that come during a compaction and are copied while changes wait
+INDEX_LEAST = 1000  # fewer rows are too few to train on
+_CATCH_UP_ROWS = 1024  # added during a compaction, and copied while changes wait
 
 
 class Maintenance:
-    """Holds the segment members and swaps them. `changing` is held by whoever changes them.
+    """Holds the segment and replaces it. Callers that change the segment hold `changing`.
 
     A thread runs while there is work and ends with it. kind: None lets `choose_kind` choose.
     """
@@ -58,11 +58,12 @@ class Maintenance:
             self._worker.start()
 
     def wait(self) -> None:
-        """Until no work is left."""
+        """Wait until no work is left."""
         while (worker := self._worker) is not None:
             worker.join()
 
     def close(self) -> None:
+        """Stop the background thread, abandoning its work, and wait for its end."""
         with self.changing:
             self._closing = True
         self.wait()
@@ -80,14 +81,14 @@ class Maintenance:
             except Stopped:
                 pass
             except Exception:
-                # The service goes on by scanning; what failed is tried again after a restart.
+                # The service continues by scanning; what failed is tried again after a restart.
                 log.exception("background work on the gallery's index failed; all rows are scanned")
                 self._failed = True
             finally:
                 self._touched = None
 
     def _due(self) -> str | None:
-        """ "compact", a kind of index to build or extend, or None."""
+        """The next work: "compact", a kind of index to build or extend, or None."""
         segment = self.segment
         columns, index = segment.columns, segment.index
         dead = len(columns) - columns.alive_count
@@ -110,7 +111,7 @@ class Maintenance:
         if self._kind is not None:
             return self._kind
         if segment.index is not None:
-            return segment.index.kind  # a gallery at the threshold does not go to and fro
+            return segment.index.kind  # a gallery at the threshold does not switch back and forth
         return choose_kind(count, features.device.type, free_memory(), features.width)
 
     def _outgrown(self, segment: Segment) -> bool:
@@ -165,7 +166,7 @@ class Maintenance:
 
 
 def free_memory() -> int:
-    """Bytes that the machine can still give; much where it does not say."""
+    """Available memory of the machine in bytes; 2⁶² where it is not known."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))

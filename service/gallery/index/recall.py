@@ -1,4 +1,4 @@
-"""The first stage: a shortlist in modulated space, whole whatever is filtered away."""
+"""The first stage: a shortlist in modulated space, of full length whatever is filtered out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from service.gallery.index.features import Features
 from service.gallery.index.inner_products import Best, Mask, merged, scan, sharing
 from service.gallery.index.recall_index import RecallIndex
 
-# A filter that leaves less of the gallery than this is scanned: an inverted file's or graph's
-# neighbourhoods hold too few of what is allowed, and the scan skips what is not.
+# Below this share of the gallery, what a filter leaves is scanned: an inverted file's or graph's
+# neighbourhoods hold too few allowed rows, and the scan skips the others.
 _SELECTIVE = 0.1
-_SHORTLISTS = 8  # or fewer rows than so many shortlists
+_SHORTLISTS = 8  # or fewer rows than this many shortlists
 
 
 def recall(
     features: Features, index: RecallIndex | None, w: Tensor, count: int, allowed: Sequence[Mask]
 ) -> list[Best]:
-    """Up to `count` candidates of each of Q queries, best first: `count` where so many are allowed.
+    """`count` candidates of each of Q queries, best first; all rows where fewer are allowed.
 
     w: Q×(P+1)D float64, on the CPU. allowed: one mask per query. index: of the first rows; the
     later ones are scanned. None: all are.

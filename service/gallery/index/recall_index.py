@@ -19,9 +19,9 @@ from service.kit.shared_lock import SharedLock
 
 KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
 
-# From so many items on a CPU, an inverted file serves; below, the scan of all rows does.
+# From this many items on, a CPU uses an inverted file; below, it scans all rows.
 IVF_FROM = 200_000
-# More memory than this share of what is free is never asked for.
+# An index takes at most this share of the free memory.
 MEMORY_SHARE = 0.5
 NPROBE_SHARE = 0.1  # of all lists
 TRAINING_PER_LIST = 40  # FAISS's own advice is 39 at least
@@ -44,7 +44,7 @@ def choose_kind(count: int, device: str, free_bytes: int, width: int) -> IndexKi
         SQ8              17.6   1.00      31.6   1.00      153    1.00      896
         IVF-Flat, 10%    4.2    0.978     7.5    1.00      29.0   0.998     3,592
         IVF-SQ8, 10%     3.2    0.978     4.7    1.00      18.3   0.998     904 (of its lists
-        IVF-PQ, 10%      2.1    0.802     2.7    0.668     6.9    0.538     120  looked at)
+        IVF-PQ, 10%      2.1    0.802     2.7    0.668     6.9    0.538     120  searched)
         HNSW             2.7    0.988                                       3,856
 
     So the scan of what is in memory anyway serves as long as it takes some 25 ms, and an inverted
@@ -60,7 +60,7 @@ def choose_kind(count: int, device: str, free_bytes: int, width: int) -> IndexKi
 
 
 def index_bytes(kind: IndexKind, count: int, width: int) -> int:
-    """Memory of an index beside the features', nearly."""
+    """Approximate memory of an index in bytes, in addition to the features'."""
     per_item = {
         "SQfp16": 0,
         "Flat": 4 * width,
@@ -100,7 +100,10 @@ class RecallIndex:
 
     @classmethod
     def read(cls, path: str, size: int, kind: IndexKind, count: int) -> RecallIndex:
-        """What `write` wrote for the same arguments. On a damaged file FAISS may crash: check."""
+        """Read what `write` wrote for the same arguments.
+
+        FAISS may crash on a damaged file: the caller checks it first.
+        """
         index = cls(size, kind, count)
         index._faiss = faiss.read_index(path)
         return index
@@ -109,7 +112,7 @@ class RecallIndex:
         return int(self._faiss.ntotal)
 
     def write(self, path: str) -> int:
-        """→ how many vectors are in the file."""
+        """Write the index to a file → how many vectors it has. Raises RuntimeError (FAISS's)."""
         with self._lock.shared():
             faiss.write_index(self._faiss, path)
             count: int = self._faiss.ntotal
@@ -121,7 +124,7 @@ class RecallIndex:
             self._faiss.train(np.ascontiguousarray(lifted))
 
     def add(self, lifted: npt.NDArray[np.float32]) -> None:
-        """lifted: N×(P+1)D, as `model.lift` gives it."""
+        """Append vectors. lifted: N×(P+1)D, as `model.lift` gives it."""
         with self._lock.alone():
             self._faiss.add(np.ascontiguousarray(lifted))
 
@@ -130,9 +133,9 @@ class RecallIndex:
     ) -> npt.NDArray[np.int64]:
         """The best positions for one projected query ((P+1)D numbers), nearest first.
 
-        allowed: one flag per position; the others are passed over *before* the shortlist is made.
+        allowed: one flag per position; the others are skipped *before* the shortlist is made.
         Fewer than `count` come back where fewer are allowed, and from inverted files and graphs
-        where the parts that are looked at hold fewer.
+        where the parts that are searched hold fewer.
         """
         positions: npt.NDArray[np.int64] = self.search_batch(projected[None], count, allowed)[1][0]
         return positions[positions >= 0]
@@ -160,7 +163,7 @@ class RecallIndex:
 
 
 def _lists(count: int) -> int:
-    """Twice the root, and never so many that a list could not be learnt."""
+    """Twice the root of `count`, but few enough that every list can be trained."""
     return max(1, min(round(2 * math.sqrt(count)), count // TRAINING_PER_LIST))
 
 

@@ -1,6 +1,6 @@
 """Queries through both stages; those of one call run as one.
 
-A search holds no lock: it sees the rows there were when its batch began.
+A search holds no lock: it sees the rows that were there when its batch began.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from service.gallery.index.recall import recall
 from service.gallery.index.segment import Segment
 from service.gallery.records import Filters
 
-# Where the bound on rounding says that an exhaustive search may have lost one, it searches again in
-# fp32 for so many times as many.
+# Where the bound on rounding says that an exhaustive search may have lost a row, it is repeated in
+# fp32 for this many times as many rows.
 _WIDEN_SHORTLIST = 8
-# A product of larger numbers could leave fp32.
+# A product of larger numbers could overflow fp32.
 _LARGEST = 1e9
 
 
@@ -34,7 +34,7 @@ _LARGEST = 1e9
 class SearchRequest:
     """What one query wants: the `count` nearest to x (P×D) under γ, β (1×D).
 
-    shortlist: how many the recall stage hands on, at least `count`. exhaustive: of all rows, proven
+    shortlist: how many the recall stage finds, at least `count`. exhaustive: of all rows, proven
     against rounding, else of those that recall finds. explain: with unmodulated ranks too.
     """
 
@@ -49,8 +49,11 @@ class SearchRequest:
 
 @dataclass(frozen=True)
 class Scored:
-    """The nearest, N rows. groups: equal where person_id is equal. candidates: how many rows the
-    answer was chosen from. recall_ms, rescore_ms: the first is of the whole batch."""
+    """The nearest, N rows, nearest first.
+
+    numbers: row numbers. groups: equal where person_id is equal. parts: squared distances, N×P.
+    candidates: how many rows the answer was chosen from. recall_ms: of the whole batch.
+    """
 
     numbers: npt.NDArray[np.int64]
     groups: npt.NDArray[np.int64]
@@ -221,7 +224,7 @@ class Searcher:
         segment = seen[0].segment
         w = torch.stack([query.w for query in queries])
         masks = [found.allowed for found in seen]
-        shortlist = queries[0].request.shortlist  # theirs all
+        shortlist = queries[0].request.shortlist  # the same for all of them
         best = recall(segment.features, segment.index, w, shortlist, masks)
         self._count(recall_calls=len(queries), recall_batches=1, largest_batch=len(queries))
         approximate = segment.index is not None
@@ -265,7 +268,7 @@ class Searcher:
     def _computed(self, query: _Query, found: _Found, exhaustive: bool) -> Nearest:
         """Exact distances of what was found: as many as prove the nearest that are wanted.
 
-        Of an index whose scores are approximate all; and all where unmodulated ranks are wanted,
+        All of them where an index's scores are approximate, or where unmodulated ranks are wanted,
         which are places among the whole shortlist.
         """
         self._count(rescore_calls=1)
@@ -311,7 +314,7 @@ def _by_cosine(found: _Found, query: _Query) -> Best:
     near = scores[positions]
     if query.request.count < len(positions):
         last = np.partition(near, query.request.count - 1)[query.request.count - 1]
-        # float64 rounds a little otherwise in another block.
+        # float64 may round slightly differently in another block.
         positions = positions[near <= last + 1e-12]
     return Best(positions, -scores[positions].astype(np.float32))
 

@@ -1,6 +1,6 @@
 """What a shard holds in memory: members that share positions, and the work that keeps them small.
 
-All here is called by one thread at a time, except where others may read beside it.
+Everything here is called by one thread at a time; others may read concurrently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Stop = Callable[[], bool]
 
 
 class Stopped(Exception):  # noqa: N818
-    """The shard closes; the work is given up."""
+    """The shard is closing; the work is abandoned."""
 
 
 @dataclass
@@ -37,10 +37,12 @@ class Segment:
 
     @classmethod
     def empty(cls, config: CMTConfig, device: str) -> Segment:
+        """A segment without rows, for features of this configuration."""
         return cls(Features(config.parts, config.dim, config.metric, device), Columns())
 
     def add(self, stored: Stored) -> None:
-        # The columns last: they say how many rows a reader sees.
+        """Append a block of items, all or none."""
+        # The columns last: they determine how many rows a reader sees.
         try:
             self.features.add(stored.features)
             self.columns.add(stored)
@@ -49,13 +51,13 @@ class Segment:
             raise
 
     def extend(self, other: Segment, positions: npt.NDArray[np.int64]) -> None:
-        """Append rows of another one that this was forked from."""
+        """Append rows of the segment that this one was forked from."""
         for block in _blocks(positions):
             self.features.add(other.features.stored(block))
             self.columns.extend(other.columns, block)
 
     def fork(self) -> Segment:
-        """An empty one of the same shape."""
+        """An empty segment of the same shape."""
         mine = self.features
         device = str(mine.device)
         features = Features(mine.parts, mine.dim, mine.metric, device)
@@ -63,7 +65,7 @@ class Segment:
 
 
 def build_index(segment: Segment, kind: IndexKind, stop: Stop) -> RecallIndex:
-    """An index of all rows there are at the start, trained on a sample. Raises Stopped."""
+    """An index of all rows present at the start, trained on a sample. Raises Stopped."""
     features, count = segment.features, len(segment.columns)
     index = RecallIndex(features.width, kind, count)
     wanted = training_rows(kind, count)
@@ -75,7 +77,10 @@ def build_index(segment: Segment, kind: IndexKind, stop: Stop) -> RecallIndex:
 
 
 def extend_index(index: RecallIndex, features: Features, count: int, stop: Stop) -> None:
-    """Add the rows that an index lacks, up to `count`, while it is searched. Raises Stopped."""
+    """Add the rows up to `count` that an index does not have, while it is searched.
+
+    Raises Stopped.
+    """
     for block in _blocks(np.arange(len(index), count)):
         if stop():
             raise Stopped

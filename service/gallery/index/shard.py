@@ -1,7 +1,7 @@
 """A gallery in memory: features, recall index and filter columns, searched as one.
 
 The shard is a cache of the store and knows no SQL: it answers with row numbers. Searches hold no
-lock: they see the rows there were when they began. Those of one call run as one.
+lock: they see the rows that were there when they began. Those of one call run as one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ __all__ = ["Counters", "Frozen", "Scored", "SearchRequest", "Shard", "Statistics
 
 @dataclass(frozen=True)
 class Statistics:
-    """index: the kind that serves recall. indexed: rows in it; the others are scanned."""
+    """Sizes of a shard.
+
+    items, tombstones: rows alive and deleted. index: the kind that serves recall. indexed: rows in
+    it; the others are scanned. rebuilds: how often rows or index were rebuilt since the start.
+    """
 
     items: int
     tombstones: int
@@ -57,20 +61,20 @@ class Shard:
         return self._maintenance.segment.columns.alive_count
 
     def load(self, blocks: Iterable[Stored]) -> None:
-        """Add many items; searches see each block when it is in."""
+        """Add many items; searches see each block as soon as it is added."""
         for stored in blocks:
             self.add(stored)
 
     def add(self, stored: Stored) -> None:
-        """The next search finds them."""
+        """Add items, which the next search finds."""
         with self._maintenance.changing:
             self._maintenance.segment.add(stored)
             self._maintenance.wake()
 
     def mark_deleted(self, numbers: Sequence[int]) -> list[int]:
-        """Take items out of every later search → those that were here.
+        """Take items out of every later search → the numbers of those that were here.
 
-        Their memory is given back in the background.
+        Their memory is freed in the background.
         """
         with self._maintenance.changing:
             deleted = self._maintenance.segment.columns.mark_deleted(numbers)
@@ -93,7 +97,7 @@ class Shard:
         cameras: Sequence[str | None] | None = None,
         captured: Sequence[int | None] | None = None,
     ) -> None:
-        """New labels, one for each number; None leaves that label of all of them as it is."""
+        """Give items new labels, one for each number; None leaves that label of all as it is."""
         with self._maintenance.changing:
             self._maintenance.segment.columns.update(
                 numbers, persons=persons, cameras=cameras, captured=captured
@@ -106,15 +110,16 @@ class Shard:
 
     @property
     def counters(self) -> Counters:
+        """How often each stage of the search ran."""
         return self._searcher.counters
 
     def freeze(self) -> Frozen:
-        """The shard as it is now. Whoever needs a store position with it holds changes off."""
+        """The shard as it is now. A caller that needs its store position prevents changes."""
         segment = self._maintenance.segment
         return Frozen(segment, segment.columns.frozen())
 
     def restore(self, segment: Segment) -> None:
-        """Take what `snapshot.load` read into an empty shard."""
+        """Fill an empty shard with what `snapshot.load` read. Raises ValueError for any other."""
         if len(self._maintenance.segment.columns):
             raise ValueError("only an empty shard can be restored")
         with self._maintenance.changing:
@@ -122,6 +127,7 @@ class Shard:
             self._maintenance.wake()
 
     def statistics(self) -> Statistics:
+        """Its sizes, and the kind of its index."""
         segment = self._maintenance.segment
         index, columns = segment.index, segment.columns
         return Statistics(
@@ -135,9 +141,9 @@ class Shard:
         )
 
     def wait(self) -> None:
-        """Until the background has nothing left to do."""
+        """Wait until no background work is left."""
         self._maintenance.wait()
 
     def close(self) -> None:
-        """Stop background work, giving up what is under way."""
+        """Stop background work, abandoning what is in progress."""
         self._maintenance.close()

@@ -7,7 +7,7 @@
     index/<random>/faiss           the FAISS index, where one is built and nothing in it is deleted
 
 The manifest names its folder and is replaced last, so that a crash leaves the old one valid. It is
-a cache like the shard: whatever is wrong with it, the store has all.
+a cache like the shard: whatever is wrong with it, the store has everything.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ FORMAT = 2
 FOLDER = "index"  # in the data folder
 MANIFEST = "MANIFEST"
 _THREADS = 8  # that read and check at once: most wait for the disk, or for memory to be mapped
-# Bytes that are checked while they are still in the caches. CRC-32 finds every flipped bit, if not
-# ill will; a GB takes one core of an AMD EPYC 0.15 s, which hides behind the disk.
+# Bytes that are checked while they are still in the caches. CRC-32 finds every flipped bit, but not
+# tampering; a GB takes one core of an AMD EPYC 0.15 s, which hides behind the disk.
 _PIECE = 1 << 18
 
 
@@ -51,7 +51,10 @@ class SnapshotInvalid(Exception):  # noqa: N818
 
 
 class Restored(NamedTuple):
-    """segment: for `Shard.restore`. The others as `save` was given them."""
+    """A snapshot as `load` read it.
+
+    segment: for `Shard.restore`. position, witness: as they were given to `save`.
+    """
 
     segment: Segment
     position: Position
@@ -102,7 +105,7 @@ def save(
 
 
 def load(folder: Path, config: CMTConfig, device: str, *, fingerprint: str) -> Restored:
-    """What `save` wrote. Raises SnapshotInvalid."""
+    """Read what `save` wrote for the same checkpoint and device. Raises SnapshotInvalid."""
     try:
         manifest = _manifest(folder, device, fingerprint)
         segment = _read_all(manifest, folder / manifest["folder"], config, device)
@@ -112,7 +115,7 @@ def load(folder: Path, config: CMTConfig, device: str, *, fingerprint: str) -> R
 
 
 def remove(folder: Path) -> None:
-    """Leave nothing of a snapshot, nor of one that is being written, which then fails."""
+    """Remove a snapshot, and one that is being written, which then fails. Raises OSError."""
     (folder / MANIFEST).unlink(missing_ok=True)
     if folder.is_dir():
         for own in folder.iterdir():
@@ -147,14 +150,14 @@ def _write_all(frozen: Frozen, own: Path) -> dict[str, Any]:
 def _write_index(frozen: Frozen, own: Path, files: list[_File]) -> dict[str, Any] | None:
     index, columns = frozen.segment.index, frozen.columns
     if index is None or not columns.alive[: len(index)].all():
-        return None  # it cannot forget a deleted row: it is built anew after loading
+        return None  # it cannot remove a deleted row: it is built again after loading
     path = own / "faiss"
     try:
         written = index.write(str(path))
-    except RuntimeError as error:  # FAISS's word for a full disk or a folder that is gone
+    except RuntimeError as error:  # FAISS's error for a full disk or a missing folder
         raise OSError(str(error)) from error
     if written > len(columns):
-        path.unlink()  # it took in rows that came after this moment
+        path.unlink()  # it has rows that were added after this moment
         return None
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -212,7 +215,7 @@ def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: st
 
 
 def _read_chunk(own: Path, file: _File, features: Features, *, rows: int, scale: float) -> Chunk:
-    """Straight into the chunk's memory."""
+    """Read a file directly into the memory of a new chunk."""
     chunk = features.new_chunk(scale)
     on_device = features.device.type != "cpu"
     place = torch.empty_like(chunk.z[:rows], device="cpu") if on_device else chunk.z[:rows]

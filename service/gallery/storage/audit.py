@@ -1,4 +1,4 @@
-"""The audit log: who did what to the gallery. It grows and is never changed."""
+"""The audit log: who did what to the gallery. Entries are only added, never changed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KEY_BYTES = 32
 
 
 class Act(NamedTuple):
-    """What an entry says, but for its number and moment. details must name no person.
+    """An entry without its number and moment. details must not name a person.
 
     persons: labels that `Audit.append` writes as pseudonyms among the details.
     """
@@ -43,10 +43,11 @@ class Act(NamedTuple):
 
 
 class Audit:
-    """The log of one gallery. Persons appear only under a pseudonym, which a key of its own makes:
+    """The log of one gallery. Thread-safe.
 
-    a file of the data folder beside SQLite, a row of the database on PostgreSQL, where replicas
-    have to agree. Without the key nobody can try out names. Thread-safe.
+    Persons appear only under a pseudonym, made with the log's own key: a file of the data folder
+    with SQLite, a row of the database on PostgreSQL, where replicas must use the same one. Without
+    the key nobody can try out names.
     """
 
     def __init__(self, database: Database, commits: GroupCommit, folder: Path) -> None:
@@ -55,8 +56,8 @@ class Audit:
 
     def append(self, *acts: Act) -> None:
         """Log acts: on the disk when this returns."""
-        told = [self._without_names(act) for act in acts]
-        self._commits.run(lambda connection: write(connection, told))
+        entries = [self._without_names(act) for act in acts]
+        self._commits.run(lambda connection: write(connection, entries))
 
     def page(self, limit: int, cursor: str | None = None) -> AuditPage:
         """Entries, newest first. Raises CursorInvalid."""
@@ -86,11 +87,14 @@ class Audit:
         return act._replace(details={**(act.details or {}), "persons": pseudonyms}, persons=())
 
     def pseudonym(self, person_id: str) -> str:
-        """HMAC-SHA256 of a person's label: equal labels, equal pseudonyms."""
+        """HMAC-SHA256 of a person's label in hexadecimal: equal labels, equal pseudonyms."""
         return hmac.digest(self.load_key(), person_id.encode(), "sha256").hex()
 
     def load_key(self) -> bytes:
-        """The key of pseudonyms, made when a gallery is opened first."""
+        """The key of pseudonyms, created when a gallery is first opened.
+
+        Raises StorageFull or StorageUnwritable.
+        """
         if self._key is None:
             self._key = self._file_key() if self._database.sqlite else self._shared_key()
         return self._key
@@ -142,7 +146,7 @@ def write(connection: Connection, acts: Iterable[Act]) -> None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """A file that is there wholly or not at all, for its owner only; one there already stays."""
+    """Create a private file, complete or absent; an existing one stays."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", buffering=0) as file:
         file.write(data)
         os.fsync(file.fileno())

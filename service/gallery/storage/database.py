@@ -47,8 +47,7 @@ class Database:
     """Transactions on the SQLite file of a data folder, or on `url`. Thread-safe.
 
     url: `sqlite:///FILE` or `postgresql+psycopg://…`. An SQLite file outside of the data folder
-    is locked as that folder is: whoever holds a data folder holds the lock of its own file.
-    migrate: to the newest tables, as `migrate` does later.
+    is locked like that folder, whose lock covers a file inside it. migrate: call `migrate` at once.
     Raises DatabaseUnavailable, GalleryLocked, GalleryVersion, GalleryDamaged, StorageUnwritable.
     """
 
@@ -83,7 +82,7 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Close every connection and give the file free."""
+        """Close every connection and release the file."""
         self.engine.dispose()
         if self._lock is not None:
             self._lock.release()
@@ -96,16 +95,16 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction of the only writer; what it wrote is on the disk when it ends."""
+        """A transaction of the only writer; its writes are on the disk when it ends."""
         with self._reported(), self._writer.begin() as connection:
             yield connection
 
     def truncate_log(self) -> bool:
-        """Cut SQLite's log, which still holds erased pages. False: readers kept it open."""
+        """Truncate SQLite's log, which still holds erased pages. False: readers kept it open."""
         if not self.sqlite:
             return True
         self.wal_pending = True
-        if self.copying:  # waiting for that reader would let every writer wait
+        if self.copying:  # waiting for that reader would block every writer
             return False
         with self._reported():
             connection = self.engine.raw_connection()  # outside of any transaction
@@ -160,7 +159,7 @@ class Database:
             raise explained from error
 
     def explained(self, error: Exception) -> Exception:
-        """An error of the database as one of the service's; any other as it is."""
+        """An error of the database as one of the service's; any other unchanged."""
         # The driver's own errors come from where its cursor is used without SQLAlchemy.
         if not isinstance(error, (SQLAlchemyError, self.engine.dialect.loaded_dbapi.Error)):
             return error
@@ -196,7 +195,7 @@ class Database:
 
 
 def address_of(folder: Path, url: str | None) -> URL:
-    """Where the database of a gallery is. DatabaseUnavailable: a URL of another kind."""
+    """The URL of a gallery's database. Raises DatabaseUnavailable for a URL of another kind."""
     if url is None:
         return URL.create("sqlite", database=str(folder / FILE_NAME))
     try:
@@ -222,7 +221,7 @@ def _sqlite_engine(address: URL) -> Engine:
         # Python's module would begin transactions by its own rules: never before a SELECT.
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode = WAL")  # readers go on while a writer commits
+        cursor.execute("PRAGMA journal_mode = WAL")  # readers continue while a writer commits
         cursor.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
         cursor.execute("PRAGMA secure_delete = ON")  # deleted pages are overwritten with zeros
         cursor.execute("PRAGMA foreign_keys = ON")
@@ -238,8 +237,8 @@ def _sqlite_engine(address: URL) -> Engine:
 
 
 def _postgres_engine(address: URL) -> Engine:
-    # A server that vanished is noticed within seconds, and pool_pre_ping replaces connections
-    # that died since their last use.
+    # A lost server is noticed within seconds, and pool_pre_ping replaces connections that broke
+    # since their last use.
     limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * _BUSY_SECONDS}
     try:
         engine = create_engine(
@@ -254,7 +253,7 @@ def _postgres_engine(address: URL) -> Engine:
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _record: Any) -> None:
-        connection.autocommit = True  # else a later rollback would take the settings back
+        connection.autocommit = True  # otherwise a later rollback would undo the settings
         cursor = connection.cursor()
         cursor.execute("SHOW synchronous_commit")
         if cursor.fetchone()[0] == "off":  # any other value waits for the disk

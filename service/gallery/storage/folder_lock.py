@@ -1,4 +1,4 @@
-"""The lock of a data folder: held by one process, dropped with it, never handed to a child."""
+"""The lock of a data folder: held by one process, released with it, not inherited by a child."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ os.register_at_fork(after_in_child=_drop_in_child)
 
 
 class FolderLock:
-    """An exclusive flock on `folder/lock`. GalleryLocked: somebody else holds it."""
+    """An exclusive flock on `folder/lock`.
+
+    Raises GalleryLocked where another process holds it, and StorageUnwritable.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -44,7 +47,7 @@ class FolderLock:
         _held.add(self._fd)
 
     def release(self) -> None:
-        """Give the folder free. A second call does nothing."""
+        """Release the folder. A second call does nothing."""
         if self._fd in _held:
             _held.discard(self._fd)
             os.close(self._fd)

@@ -1,7 +1,7 @@
 """Group commit: writes that arrive while others are being synced share the next transaction.
 
-A sync costs milliseconds and takes along whatever was written before it, so one for all that wait
-is as safe as one for each. Nobody waits for company: a lone write commits at once.
+A sync costs milliseconds and covers everything written before it, so one for all waiting writes is
+as safe as one for each. No write waits for others to arrive: a lone one commits at once.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class GroupCommit:
         self._leading = threading.Lock()
 
     def run(self, work: Callable[[Connection], T]) -> T:
-        """What `work` returns, once its writes are on the disk.
+        """Run `work` in a transaction → what it returns, once its writes are on the disk.
 
-        Should `work` raise, its own writes alone are taken back and the error is raised here.
-        Should the transaction fail, every call that shared it raises the same ServiceError, and
-        nothing of any of them is stored; only where the connection broke during the commit itself
-        nobody can know.
+        If `work` raises, only its own writes are rolled back and the error is raised here. If the
+        transaction fails, every call that shared it raises the same ServiceError, and nothing of
+        any of them is stored; only where the connection broke during the commit itself is that
+        unknown.
         """
         outcome: Future[T] = Future()
         self._waiting.append((work, outcome))
         with self._leading:
-            if not outcome.done():  # else the thread that led before has taken it along
+            if not outcome.done():  # otherwise the previous leader has committed it too
                 self._commit([self._waiting.popleft() for _ in range(len(self._waiting))])
         return outcome.result()
 
@@ -71,7 +71,7 @@ class GroupCommit:
 
 
 def _taken_back(connection: Connection, savepoint: NestedTransaction) -> bool:
-    """Undo one call's writes. False: the whole transaction is gone, as on a full disk."""
+    """Roll back one call's writes. False: the whole transaction is lost, as on a full disk."""
     try:
         savepoint.rollback()
     except SQLAlchemyError:

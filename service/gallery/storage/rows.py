@@ -35,7 +35,7 @@ _SAME_NAME = (
 
 
 def record_of(new: NewItem, model: str, now: datetime) -> Item:
-    """The item that a new one becomes, with its id."""
+    """The item that a new one becomes, with a new id. Raises ValueError as `microseconds`."""
     crop = new.crop
     captured = new.captured_at
     return Item(
@@ -105,7 +105,7 @@ def columns_of(changes: ItemUpdate) -> dict[str, Any]:
 
 
 def conditions_of(filters: Filters) -> list[ColumnElement[bool]]:
-    """What a row must fulfil: the same rules as `Columns.mask`."""
+    """The conditions of SQL for these filters: the same rules as `Columns.mask`."""
     conditions: list[ColumnElement[bool]] = []
     if filters.person_id:
         conditions.append(items.c.person_id.in_(filters.person_id))
@@ -124,7 +124,7 @@ def conditions_of(filters: Filters) -> list[ColumnElement[bool]]:
 
 
 def blocks(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Few enough row numbers at a time for one statement's parameters."""
+    """Row numbers in blocks that are small enough for one statement's parameters."""
     for start in range(0, len(numbers), _NUMBERS_PER_STATEMENT):
         yield numbers[start : start + _NUMBERS_PER_STATEMENT]
 
@@ -138,12 +138,12 @@ def _uuid7(now: datetime) -> str:
 
 
 def cursor_of(number: int) -> str:
-    """An opaque text that `number_of_cursor` turns back."""
+    """A row number as an opaque text, for `number_of_cursor`."""
     return base64.urlsafe_b64encode(f"after:{number}".encode()).decode()
 
 
 def number_of_cursor(cursor: str) -> int:
-    """Raises CursorInvalid."""
+    """The row number that `cursor_of` was given. Raises CursorInvalid for any other text."""
     try:
         kind, _, number = (
             base64.b64decode(cursor, altchars=b"-_", validate=True).decode().partition(":")

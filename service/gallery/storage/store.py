@@ -1,4 +1,4 @@
-"""The truth: rows, crops and features in SQL, each item in one synced transaction."""
+"""The source of truth: rows, crops and features in SQL, each item in one synced transaction."""
 
 from __future__ import annotations
 
@@ -63,20 +63,24 @@ class Store:
         self.versions = Versions(self.database, self._commits)
         self.audit = Audit(self.database, self._commits, folder)
         try:
-            self.audit.load_key()  # now, so that a deletion needs no room for it
+            self.audit.load_key()  # now, so that a deletion needs no disk space for it
             self.versions.register(model, configuration)
         except BaseException:
             self.close()
             raise
 
     def seen_with(self, model: str, size: int) -> Store:
-        """The same store seen with another version that it knows; closing either closes both."""
-        self.versions.state(model)  # raises for an unknown one
+        """The same store seen with another version that it knows; closing either closes both.
+
+        Raises ModelVersionUnknown.
+        """
+        self.versions.state(model)  # raises for an unknown version
         other = copy(self)
         other.model, other.size = model, size
         return other
 
     def close(self) -> None:
+        """Close the database."""
         self.database.close()
 
     @property
@@ -87,9 +91,10 @@ class Store:
     def add(self, new: Sequence[NewItem], rows: npt.NDArray[np.float16]) -> list[tuple[int, Item]]:
         """Commit items with their features (N×(P·D)) → their numbers and records, durable.
 
-        All or none. ValueError: features of another shape or not finite, a time without offset.
-        ModelVersionConflict: the gallery went on with another version. IdempotencyConflict: an
-        item of the same Idempotency-Key was enrolled at the same moment.
+        All or none. Raises ValueError for features of another shape or not finite and for a time
+        without offset, ModelVersionConflict where the gallery now uses another version, and
+        IdempotencyConflict where an item of the same Idempotency-Key was enrolled at the same
+        moment.
         """
         rows = checked(rows, len(new), self.size)
         if not new:
@@ -123,6 +128,7 @@ class Store:
         return list(zip(self._commits.run(work), records, strict=True))
 
     def get(self, item_id: str) -> Item:
+        """The item with this id. Raises ItemNotFound."""
         with self.database.reading() as connection:
             row = connection.execute(select(items).where(items.c.id == item_id)).one_or_none()
         if row is None:
@@ -130,7 +136,10 @@ class Store:
         return item_of(row)
 
     def enrolled_by(self, request: RequestKey) -> Item | None:
-        """What this request enrolled before. IdempotencyConflict: its key was another's."""
+        """What this request enrolled before; None if nothing.
+
+        Raises IdempotencyConflict where the same key enrolled other content.
+        """
         query = select(items).where(items.c.request_key == request.key)
         with self.database.reading() as connection:
             row = connection.execute(query).one_or_none()
@@ -143,7 +152,7 @@ class Store:
         return item_of(row)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
-        """The stored crop and its media type."""
+        """The stored crop and its media type. Raises ItemNotFound."""
         query = select(crops.c.data, crops.c.media_type).join(items).where(items.c.id == item_id)
         with self.database.reading() as connection:
             row = connection.execute(query).one_or_none()
@@ -152,6 +161,7 @@ class Store:
         return bytes(row.data), row.media_type
 
     def number_of(self, item_id: str) -> int:
+        """The row number of the item with this id. Raises ItemNotFound."""
         query = select(items.c.number).where(items.c.id == item_id)
         with self.database.reading() as connection:
             number = connection.execute(query).scalar_one_or_none()
@@ -160,7 +170,7 @@ class Store:
         return int(number)
 
     def numbers_before(self, moment: datetime, limit: int) -> list[int]:
-        """Items enrolled before a moment, the first ones."""
+        """Row numbers of the first `limit` items that were enrolled before a moment."""
         old = items.c.enrolled_at < microseconds(moment)
         query = select(items.c.number).where(old).order_by(items.c.number).limit(limit)
         with self.database.reading() as connection:
@@ -202,7 +212,7 @@ class Store:
     def delete(self, numbers: Sequence[int], *, actor: str = "system") -> int:
         """Erase items with crops and features (of every version) → how many were there.
 
-        Numbers given twice count once, those of no item do not count.
+        A number given twice counts once, one of no item does not count.
         """
         wanted = sorted(set(numbers))
 
@@ -220,7 +230,7 @@ class Store:
         return deleted
 
     def erase_person(self, person_id: str, *, actor: str = "system") -> list[int]:
-        """Erase all items of a person, those too that another process adds → their numbers."""
+        """Erase all items of a person, also those that another process added → their numbers."""
         subject = self.audit.pseudonym(person_id)
 
         def work(connection: Connection) -> list[int]:
@@ -234,6 +244,7 @@ class Store:
         return numbers
 
     def list(self, filters: Filters, limit: int, cursor: str | None) -> Page:
+        """Items in order of enrollment, after `cursor`. Raises CursorInvalid."""
         conditions = conditions_of(filters)
         after = 0 if cursor is None else number_of_cursor(cursor)
         page = select(items).where(*conditions, items.c.number > after).order_by(items.c.number)
@@ -259,7 +270,7 @@ class Store:
     def view(self) -> Iterator[View]:
         """One state of the store to read from: position, features and changes agree.
 
-        Hold it no longer than that takes: SQLite cannot shorten its log meanwhile.
+        Keep it open only as long as needed: SQLite cannot truncate its log meanwhile.
         """
         with self.database.reading() as connection:
             yield View(connection, self.model, self.size)
@@ -270,7 +281,7 @@ class Store:
             yield from view.stream(after, block)
 
     def finish_erasing(self) -> None:
-        """Cut SQLite's log if a deletion could not."""
+        """Truncate SQLite's log if a deletion could not."""
         if self.database.wal_pending and not self.database.copying:
             self._cut_log()
 
@@ -278,9 +289,9 @@ class Store:
         return {} if person_id is None else {"person": self.audit.pseudonym(person_id)}
 
     def _cut_log(self) -> None:
-        """Cut SQLite's log, which still holds what was erased; `finish_erasing` tries again.
+        """Truncate SQLite's log, which still holds what was erased; `finish_erasing` tries again.
 
-        The erasure is committed already: nothing here may make it look failed.
+        The erasure is committed already: no error here may make it look as if it failed.
         """
         try:
             if not self.database.truncate_log():

@@ -1,4 +1,4 @@
-"""The gallery as caches read it: features in blocks of one array, and what changed since.
+"""The gallery as caches read it: features in blocks, and what changed since a position.
 
 Features are most of the bytes and are read at every start, so they go from the driver's cursor
 straight into NumPy, without SQLAlchemy's rows.
@@ -24,7 +24,7 @@ from service.gallery.times import microseconds
 BLOCK = 4096
 _ROWS_PER_FETCH = 64  # few enough for their bytes to be in the CPU's cache when they are joined
 # PostgreSQL's COPY BINARY: a header before the first row; in each row the count of its fields and
-# the field's length before its bytes; in the end a count of −1.
+# the field's length before its bytes; at the end a count of −1.
 _COPY_HEADER, _COPY_ROW, _COPY_END = 19, 2 + 4, 2
 
 _LABELS = (items.c.person_id, items.c.camera_id, items.c.modality, items.c.captured_at)
@@ -32,7 +32,7 @@ _SQLITE_BLOCKS = """
     SELECT f.number, i.person_id, i.camera_id, i.modality, i.captured_at, f.data
     FROM features f CROSS JOIN items i ON i.number = f.number
     WHERE f.model = ? AND f.number > ? ORDER BY f.number
-"""  # CROSS JOIN: SQLite keeps the order, else it walks the items and looks up each one's features
+"""  # CROSS JOIN: SQLite keeps the order, otherwise it scans items and looks up each one's features
 _POSTGRES_FEATURES = """
     COPY (SELECT data FROM features WHERE model = %s AND number > %s AND number <= %s
           ORDER BY number) TO STDOUT (FORMAT binary)
@@ -51,7 +51,7 @@ class View:
         return int(self._connection.execute(query).scalar_one())
 
     def position(self) -> Position:
-        """Where a reader of all of this stands."""
+        """The position of a reader that has read everything in this state."""
         item = select(func.coalesce(func.max(features.c.number), 0)).where(
             features.c.model == self._model
         )
@@ -62,7 +62,7 @@ class View:
         )
 
     def witness(self, position: Position) -> Witness:
-        """Of a position that this state has reached."""
+        """The witness of a position that this state has reached."""
         item = select(items.c.id).where(items.c.number == position.item)
         change = select(changes.c.moment).where(changes.c.number == position.change)
         version = select(models.c.created_at).where(models.c.fingerprint == self._model)
@@ -142,7 +142,7 @@ class View:
 
 
 def checked(rows: npt.NDArray[np.float16], count: int, size: int | None) -> npt.NDArray[np.float16]:
-    """Features in the form that is stored. ValueError: another shape, or not finite."""
+    """Features in the form that is stored. Raises ValueError for another shape or if not finite."""
     if rows.ndim != 2 or len(rows) != count or (size is not None and rows.shape[1] != size):
         raise ValueError(
             f"features of shape {rows.shape} for {count} items of "
@@ -155,7 +155,7 @@ def checked(rows: npt.NDArray[np.float16], count: int, size: int | None) -> npt.
 
 
 def record_changes(connection: Connection, numbers: Sequence[int], kind: str) -> None:
-    """Tell caches of items enrolled before. kind: "delete", "labels" or "features"."""
+    """Record changes of enrolled items, for caches. kind: "delete", "labels" or "features"."""
     if numbers:
         moment = microseconds(datetime.now(UTC))
         rows = [{"item": number, "kind": kind, "moment": moment} for number in numbers]
@@ -163,7 +163,7 @@ def record_changes(connection: Connection, numbers: Sequence[int], kind: str) ->
 
 
 class _Block:
-    """`Stored` while it fills, with room for so many rows."""
+    """`Stored` while it is filled, with space for `rows` rows."""
 
     def __init__(self, rows: int, size: int) -> None:
         self._columns: tuple[list[Any], ...] = ([], [], [], [], [])
@@ -180,19 +180,19 @@ class _Block:
         return len(self._features) - self._filled
 
     def add(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Rows of a number, the four labels and the features' bytes."""
+        """Append rows of a number, the four labels and the features' bytes."""
         if rows:
             *labels, data = zip(*rows, strict=True)
             self.add_labels(labels)
             self.add_features(data)
 
     def add_labels(self, columns: Iterable[Sequence[Any]]) -> None:
-        """Numbers, persons, cameras, modalities, times of some rows."""
+        """Append columns: numbers, persons, cameras, modalities and times of the next rows."""
         for mine, more in zip(self._columns, columns, strict=True):
             mine.extend(more)
 
     def add_features(self, data: Sequence[Any]) -> None:
-        """The bytes of rows whose labels are here already."""
+        """Append the features' bytes of rows whose labels are here. Raises GalleryDamaged."""
         if set(map(len, data)) != {self._width}:
             wrong = next(i for i, row in enumerate(data) if len(row) != self._width)
             raise GalleryDamaged(
@@ -204,7 +204,7 @@ class _Block:
         self._bytes[start : self._filled * self._width] = b"".join(data)
 
     def stored(self) -> Stored:
-        """What is here; the block is not to be used any more."""
+        """The filled rows; the block must not be used afterwards."""
         numbers, persons, cameras, modalities, captured = self._columns
         rows = self._features[: self._filled]
         return Stored(numbers, persons, cameras, modalities, captured, rows)

@@ -54,7 +54,7 @@ crops = Table(
     Column("data", LargeBinary, nullable=False),
 )
 
-# One row per item and checkpoint, so that a new checkpoint's features can grow beside the old.
+# One row per item and checkpoint, so that a new checkpoint's features are stored beside the old.
 # data: P·D little-endian fp16 numbers.
 features = Table(
     "features",
@@ -72,7 +72,7 @@ features = Table(
 )
 
 # Model versions. fingerprint: of the checkpoint. configuration: its JSON, unknown (null) for those
-# that a gallery of the first release brought along. state: "building", "active" or "retired".
+# of a gallery from the first release. state: "building", "active" or "retired".
 models = Table(
     "models",
     schema,
@@ -89,8 +89,8 @@ Index(
     postgresql_where=text("state = 'active'"),
 )
 
-# What happened to items after their enrollment, for caches that catch up. item: its row number,
-# and nothing personal. kind: "delete", "labels" or "features".
+# Changes of items after their enrollment, for caches to follow. item: its row number, nothing
+# personal. kind: "delete", "labels" or "features".
 changes = Table(
     "changes",
     schema,

@@ -1,9 +1,8 @@
-"""Model versions: which checkpoints' features the gallery holds, and the way from one to the next.
+"""Model versions: which checkpoints' features the gallery holds, and the switch to another.
 
 A new checkpoint starts as "building": `missing` gives the items that it has not embedded, with
 their crops, `add_features` takes their features, and `activate` makes it the active version once
-every item has them. What is done is in the tables, so that a process that dies goes on where it
-was.
+every item has them. Finished work is in the tables, so that it continues from there after a crash.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from service.gallery.storage.streaming import checked, record_changes
 from service.gallery.storage.tables import crops, features, items, models
 from service.gallery.times import microseconds, moment_of
 
-_DROPPED_AT_ONCE = 2_000  # rows of features per transaction, so that enrollments get their turn
+_DROPPED_AT_ONCE = 2_000  # rows of features per transaction, so that enrollments wait briefly
 
 
 class Versions:
@@ -48,6 +47,7 @@ class Versions:
         return [_version(row) for row in rows]
 
     def get(self, fingerprint: str) -> ModelVersion:
+        """One version, with how many items have features of it."""
         with self._database.reading() as connection:
             query = _versions().where(models.c.fingerprint == fingerprint)
             row = connection.execute(query).one_or_none()
@@ -56,6 +56,7 @@ class Versions:
         return _version(row)
 
     def state(self, fingerprint: str) -> VersionState:
+        """A version's state."""
         with self._database.reading() as connection:
             return _state(connection, fingerprint)
 
@@ -66,7 +67,7 @@ class Versions:
             return connection.execute(query).scalar_one_or_none()
 
     def register(self, fingerprint: str, configuration: dict[str, Any] | None = None) -> None:
-        """Make a checkpoint known, or add the configuration of one that is known without.
+        """Register a checkpoint, or add the configuration of one that was registered without.
 
         It starts as "building"; in a gallery without an active version and without an item that
         it has not embedded, it is active at once.
@@ -99,10 +100,10 @@ class Versions:
     def missing(self, fingerprint: str, block: int = 64) -> Iterator[Sequence[StoredCrop]]:
         """Items without features of this version, in order of enrollment, in blocks.
 
-        Each block is read when it is asked for, so items enrolled meanwhile come too. An item
-        that gets no features is not given again, until `missing` is called again.
+        Each block is read when it is needed, so items enrolled meanwhile come too. An item that
+        gets no features does not come again until `missing` is called again.
         """
-        self.state(fingerprint)  # raises for an unknown one
+        self.state(fingerprint)  # raises for an unknown version
         after = 0
         while rows := self._missing_after(fingerprint, after, block):
             after = rows[-1].number
@@ -125,10 +126,10 @@ class Versions:
     def add_features(
         self, fingerprint: str, numbers: Sequence[int], rows: npt.NDArray[np.float16]
     ) -> int:
-        """Store features (N×(P·D)) of items enrolled before → of how many.
+        """Store features (N×(P·D)) of enrolled items → of how many.
 
-        Items deleted meanwhile and those that have features already are left out. ValueError:
-        shapes that do not fit or numbers that are not finite.
+        Items deleted meanwhile and those that have features already are left out. Raises
+        ValueError for shapes that do not fit and numbers that are not finite.
         """
         rows = checked(rows, len(numbers), None)
         given = dict(zip(numbers, rows, strict=True))
@@ -152,7 +153,7 @@ class Versions:
                         for n in wanted
                     ],
                 )
-            if wanted and wanted[0] < last:  # caches of it may have gone past these numbers
+            if wanted and wanted[0] < last:  # caches may have read past these numbers
                 record_changes(connection, wanted, "features")
             return len(wanted)
 
@@ -161,7 +162,7 @@ class Versions:
     def sample(
         self, fingerprint: str, count: int
     ) -> tuple[Sequence[StoredCrop], npt.NDArray[np.float32]]:
-        """Up to `count` items that have features of this version, at random → crops, N×(P·D)."""
+        """Up to `count` random items with features of this version → crops, features N×(P·D)."""
         chosen = (
             select(features.c.number, features.c.data.label("row"))
             .where(features.c.model == fingerprint)
@@ -193,7 +194,7 @@ class Versions:
     def activate(self, fingerprint: str, *, actor: str = "system") -> None:
         """Switch to this version in one transaction; the active one becomes retired.
 
-        ModelVersionConflict: some item has no features of it yet.
+        Raises ModelVersionConflict where some item has no features of it yet.
         """
 
         def work(connection: Connection) -> None:
@@ -215,7 +216,7 @@ class Versions:
         self._commits.run(work)
 
     def retire(self, fingerprint: str, *, actor: str = "system") -> None:
-        """Give up a version that is building. ModelVersionConflict: it is the active one."""
+        """Retire a version that is not active. Raises ModelVersionConflict for the active one."""
 
         def work(connection: Connection) -> None:
             _refuse_active(connection, fingerprint)
@@ -225,9 +226,9 @@ class Versions:
         self._commits.run(work)
 
     def drop(self, fingerprint: str, *, actor: str = "system") -> None:
-        """Remove a version with its features. ModelVersionConflict: it is the active one.
+        """Remove a version with its features. Raises ModelVersionConflict for the active one.
 
-        In several transactions; cut off in the middle, the rest is retired and can be dropped.
+        In several transactions; if interrupted, the rest is retired and can be dropped.
         """
         self.retire(fingerprint, actor=actor)
         of_version = features.c.model == fingerprint
@@ -249,7 +250,7 @@ class Versions:
 
 
 def refuse_retired(connection: Connection, fingerprint: str) -> None:
-    """ModelVersionConflict where new items would be out of every later search."""
+    """Raise ModelVersionConflict for a retired version, whose items no later search would find."""
     if _state(connection, fingerprint) == "retired":
         raise ModelVersionConflict(
             f"model version {fingerprint[:12]} is retired, the gallery goes on with another; "
@@ -283,7 +284,7 @@ def _embedded(fingerprint: str) -> Any:
 
 
 def _count_missing(connection: Connection, fingerprint: str) -> int:
-    # Features go with their items, so that the difference is the number of those without.
+    # Features are deleted with their items, so the difference is the number of those without.
     embedded = select(func.count()).select_from(features).where(features.c.model == fingerprint)
     difference = select(func.count()).select_from(items).scalar_subquery()
     query = select(difference - embedded.scalar_subquery())

@@ -1,1 +1,1 @@
-"""Alembic's folder: the database's way from one release to the next."""
+"""Alembic's folder: migrations of the database from one release to the next."""

@@ -1,4 +1,4 @@
-"""Run by Alembic: migrate over the connection that `service.gallery.storage.database` hands in."""
+"""Run by Alembic: migrate over the connection that `Database.migrate` passes."""
 
 from alembic import context
 

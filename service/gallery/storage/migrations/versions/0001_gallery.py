@@ -12,6 +12,7 @@ _number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
+    """Create the tables of items, crops and features."""
     op.create_table(
         "items",
         sa.Column("number", _number, primary_key=True, autoincrement=True),

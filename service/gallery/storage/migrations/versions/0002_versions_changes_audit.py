@@ -17,6 +17,7 @@ _number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
+    """Create four tables, and the version of each checkpoint that has features."""
     op.create_table(
         "models",
         sa.Column("fingerprint", sa.String(64), primary_key=True),
@@ -67,6 +68,6 @@ def upgrade() -> None:
     )
     if op.get_bind().dialect.name == "postgresql":
         # Rows up to a page stay in the table itself: a start reads them all, and reading them from
-        # beside it takes several times as long. Crops are compressed already.
+        # the TOAST table takes several times as long. Crops are compressed already.
         op.execute("ALTER TABLE features ALTER COLUMN data SET STORAGE MAIN")
         op.execute("ALTER TABLE crops ALTER COLUMN data SET STORAGE EXTERNAL")
