@@ -19,6 +19,7 @@ from service.client import Client
 from service.gallery import Gallery, NewItem
 from service.images.decode import decode
 from tests.conftest import alive
+from tests.service.processes import wait_for
 
 
 @pytest.fixture
@@ -79,10 +80,7 @@ def test_what_is_too_old_goes(serve: Any, tmp_path: Path, visible: list[Path]) -
     days = 0.5 / 86400
     time.sleep(0.6)
     with serve(tmp_path, retention_days=days) as url, Client(url) as client:
-        deadline = time.monotonic() + 20
-        while client.list().total:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: client.list().total == 0, "it is not deleted")
         entries = client.audit().entries
         [deleted] = [entry for entry in entries if entry.action == "delete"]
         assert (deleted.actor, deleted.subject) == ("retention", old.id)
@@ -119,10 +117,7 @@ def checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def wait(client: Client) -> str:
-    deadline = time.monotonic() + 60
-    while client.reembed_status().state == "running":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: client.reembed_status().state != "running", "it is not embedded again")
     return client.reembed_status().state
 
 
