@@ -1,7 +1,7 @@
 """bf16 autocast, channels_last and torch.compile: each only where it measures faster here.
 
 A choice is made once in a run and kept in its state: with another one, a resumed run would round
-differently. On another device it is made anew.
+differently. On another device it is made again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Acceleration:
     def resumed(self, saved: Acceleration, channels_last: Switch) -> Acceleration:
         """`saved`, the choice of an interrupted run, if it was made on the same device.
 
-        channels_last: not "auto" where the user chose anew.
+        channels_last: not "auto" where the user chose again.
         """
         if saved.device != self.device:
             return self

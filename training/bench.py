@@ -19,6 +19,7 @@ from model.config import MODALITIES
 from training.datasets import LAYOUTS, DatasetName, Sample
 from training.device import chosen_device
 from training.malloc import keep_large_blocks
+from training.options import Device
 from training.recipe import Recipe, Stage, load_recipe
 from training.samples import TrainingData, training_samples
 from training.trainer import RunOptions, Trainer
@@ -38,7 +39,7 @@ def train(
     dataset: Annotated[DatasetName, typer.Option(help="Layout of the root.")] = DatasetName.SYSU,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each side in a round.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="How often all sides run, in turn.")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
 ) -> None:
     """Images a second of the trainer's step, against the two-stream ResNet alone.
@@ -61,14 +62,7 @@ def train(
         trainer = Trainer(
             chosen, TrainingData(samples), RunOptions(Path(folder) / "run", device=device)
         )
-        stage = chosen.stages[0]
-        sides = {"training step": trainer.train_step, **_resident_sides(trainer, stage)}
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for call in sides.values():
-            call()  # warm up: decode, choose kernels, allocate
-        for _ in range(rounds):
-            for name, call in sides.items():
-                times[name].append(seconds(lambda call=call: [call() for _ in range(steps)]))  # type: ignore[misc]
+        times = step_times(trainer, steps, rounds)
     batch = 2 * chosen.identities * chosen.images
     results = [
         {
@@ -80,7 +74,7 @@ def train(
         }
         for name, taken in times.items()
     ]
-    height, width = chosen.size(stage)
+    height, width = chosen.size(chosen.stages[0])
     settings = {
         "recipe": recipe,
         **({} if root is None else {"root": str(root), "dataset": dataset.value}),
@@ -97,6 +91,19 @@ def train(
     results = [{**result, **facts} for result in results]
     columns = ("", "images/s: median (least–most)", "share of the bare ResNet's")
     publish("train", settings, columns, rows, results, json)
+
+
+def step_times(trainer: Trainer, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Side → the seconds that `steps` steps of it took in each round; sides take turns."""
+    stage = trainer.recipe.stages[0]
+    sides = {"training step": trainer.train_step, **_resident_sides(trainer, stage)}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for call in sides.values():
+        call()  # warm up: decode, choose kernels, allocate
+    for _ in range(rounds):
+        for name, call in sides.items():
+            times[name].append(seconds(lambda call=call: [call() for _ in range(steps)]))  # type: ignore[misc]
+    return times
 
 
 def only_last_stage(recipe: Recipe) -> Recipe:

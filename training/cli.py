@@ -131,7 +131,7 @@ def train(
 
     Example: cmt train --root SYSU-MM01 --recipe paper --weights resnet50.pth --run runs/paper
 
-    On several GPUs: torchrun --nproc-per-node 4 --no-python cmt train …
+    On several GPUs: torchrun --nproc-per-node 4 --no-python -- cmt train …
     """
     keep_large_blocks()
     request = TrainingRequest(

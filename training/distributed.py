@@ -1,6 +1,6 @@
 """Several processes, one per GPU, that train as one: started by torchrun, DDP with global losses.
 
-    torchrun --nproc-per-node 4 --no-python cmt train …
+    torchrun --nproc-per-node 4 --no-python -- cmt train …
 
 How the losses stay those of one process:
 

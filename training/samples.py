@@ -20,7 +20,7 @@ class TrainingData:
     samples: images to train on.
     validation: on people who are not among `samples`; None where nobody is held out.
     selection: whether the last weights become the checkpoint, or the best on `validation`.
-    facts: what the checkpoint shall say of its data, see `facts_of`.
+    facts: what the checkpoint records of its data, see `facts_of`.
     """
 
     samples: Sequence[Sample]

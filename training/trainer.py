@@ -83,7 +83,10 @@ class Trainer:
         options: RunOptions,
         initial: InitialWeights = RANDOM_WEIGHTS,
     ) -> None:
-        """Raises TrainingSetError, TrainingError or StartError before anything is written."""
+        """Take up the run in the folder of `options`, or begin one with the `initial` weights.
+
+        Raises TrainingSetError, TrainingError or StartError before anything is written.
+        """
         _check(recipe, data)
         self.recipe = recipe
         self.data = data
@@ -252,10 +255,8 @@ class Trainer:
         size = self.recipe.size(self.schedule.stage(self.step))
         if self._images is None or self._images[0] != size:
             with distributed.first_process_first():
-                self._images = (
-                    size,
-                    cached_images(self.data.samples, *size, self.options.cache_folder),
-                )
+                images = cached_images(self.data.samples, *size, self.options.cache_folder)
+                self._images = size, images
         return self._images[1]
 
     def _next_batch(self) -> tuple[Tensor, list[Modality], Labels]:

@@ -24,7 +24,7 @@ class InitialWeights:
     checkpoint: Path | None = None
 
     def network(self, config: CMTConfig) -> tuple[CMT, dict[str, str]]:
-        """A new network with these weights, and what its checkpoint shall say of them.
+        """A new network with these weights, and what its checkpoint records of them.
 
         Raises StartError, or CheckpointError where the checkpoint cannot be read.
         """

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import typer
+from torch.distributed.run import get_args_parser
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
@@ -19,12 +20,12 @@ HEADINGS = re.findall(r"^#+ (.+)$", DOCUMENT, re.MULTILINE)
 SLUGS = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in HEADINGS}
 
 
-def commands() -> list[list[str]]:
-    """The words of every `cmt` command in the document's shell blocks."""
+def commands(program: str = "cmt") -> list[list[str]]:
+    """The words of every command of `program` in the document's shell blocks."""
     blocks = re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     words = [shlex.split(line.split("||")[0]) for line in lines]
-    return [line for line in words if line[:1] == ["cmt"]]
+    return [line for line in words if line[:1] == [program]]
 
 
 @pytest.mark.parametrize("name", DatasetName)
@@ -61,6 +62,12 @@ def test_every_command_exists_with_the_options_that_are_shown() -> None:
         known = {option for parameter in command.params for option in parameter.opts}
         unknown = {word for word in rest if word.startswith("--")} - known
         assert not unknown, f"{' '.join(words)}: no {unknown}"
+
+
+def test_torchrun_hands_all_options_of_cmt_train_on() -> None:
+    (words,) = commands("torchrun")
+    found = get_args_parser().parse_args(words[1:])
+    assert [found.training_script, *found.training_script_args] == words[words.index("cmt") :]
 
 
 def test_every_dataset_is_checked_trained_and_evaluated() -> None:

@@ -1,6 +1,6 @@
 """Evaluate one checkpoint, or one per trial: what `cmt evaluate` does.
 
-Here is also said who may be evaluated with a checkpoint, and which checkpoints share a table.
+Also who may be evaluated with a checkpoint, and which checkpoints may share a table.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from tests.service.crash.ledger import Ledger, Worker
 from tests.service.crash.service_process import ServiceProcess
 from tests.service.crash.subject import TOGETHER, ProcessGone, Session, Subject
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
 MOMENTS = {"opening": 2, "working": 4, "in a transaction": 4, "closing": 2}  # with their weights
 MOST_WRITES = 60  # how late a process kills itself in a transaction
 MOST_ACKNOWLEDGED = 30  # how many answers a round waits for before the kill
@@ -173,6 +175,7 @@ class CrashTest:
             self._report.hits += cut or Counter({"between calls": 1})
 
 
+@app.command()
 def main(
     rounds: int = 5,
     seed: int = 0,
@@ -204,6 +207,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
     app()

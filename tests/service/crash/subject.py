@@ -8,8 +8,11 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from typing import NamedTuple, Protocol
 
 from PIL import Image
@@ -84,6 +87,22 @@ class Subject(ABC):
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"the process still runs after {seconds} s"
         return self._process.exitcode
+
+
+def kill_after(seconds: float, call: Callable[..., object], *arguments: object) -> None:
+    """Begin a call in a process of its own, and kill that so many seconds later."""
+    begun = CONTEXT.Event()
+    process = CONTEXT.Process(target=_begin, args=(begun, call, *arguments))
+    process.start()
+    assert begun.wait(STARTING_SECONDS), "the process does not start"
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+
+
+def _begin(begun: Event, call: Callable[..., object], *arguments: object) -> None:
+    begun.set()
+    call(*arguments)
 
 
 def crop_bytes(key: int) -> bytes:

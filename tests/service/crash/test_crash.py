@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.paths import ROOT
+from tests.service.crash.run import app
 
 
 @pytest.mark.parametrize(("subject", "rounds"), [("gallery", 5), ("service", 3)])
 def test_what_was_acknowledged_survives_kills(
-    subject: str, rounds: int, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+    subject: str, rounds: int, tiny_checkpoint: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.syspath_prepend(ROOT)  # also of the processes that are killed
     file = tmp_path / "crash.json"
     options = ["--rounds", str(rounds), "--seed", "4", "--subject", subject]
     options += ["--checkpoint", str(tiny_checkpoint), "--json", str(file)]
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.service.crash.run", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = CliRunner().invoke(app, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
     report = json.loads(file.read_text())
     assert report["rounds"] == sum(report["kills"].values()) == rounds
     assert report["enrollments_acknowledged"] > report["deletes_acknowledged"] > 0

@@ -105,29 +105,42 @@ class Maintenance(threading.Thread):
         self.backups += 1
 
 
-def soak(minutes: float, checkpoint: Path, seed: int, folder: Path) -> dict[str, Any]:
-    """Run for so long → the report. folder: for everything, empty."""
+def soak(
+    minutes: float, checkpoint: Path, seed: int, folder: Path, *,
+    runtime: str = "auto", calls_each: int = 0, changes: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Run for so long → the report. folder: for everything, empty.
+
+    It goes on until every worker has made `calls_each` calls and the gallery was embedded again
+    `changes` times, however long a slow machine takes for that.
+    """
     files = _two_checkpoints(checkpoint, folder / "checkpoints")
     fingerprints = {load_checkpoint(file)[1].fingerprint for file in files}
     keys = KeyFile(folder / "keys.json")
     _, token = keys.create("soak", ["query", "enroll", "admin"])
-    settings = {"api_keys_file": keys.path, "runtime": "auto", "max_receiving": 64}
+    settings = {"api_keys_file": keys.path, "runtime": runtime, "max_receiving": 64}
     ledger, calls, dice = Ledger(fingerprints), Calls(), random.Random(seed)
-    pause = min(60.0, 60 * minutes / 4)
+    pause = min(60.0, max(1.0, 60 * minutes / 4))
     data = folder / "data"
     with ServiceProcess(data, files[0], **settings) as service:
-        memory = Memory(service, every=min(1.0, 60 * minutes / 30))
+        memory = Memory(service, every=min(1.0, pause / 8))
         maintenance = Maintenance(
             service, token, ledger, calls, (files[0].name, files[1].name), folder, pause
         )
-        threads: list[Worker | Maintenance] = [maintenance]
-        threads += [Worker(service, token, 100 * seed + n, ledger, calls) for n in range(WORKERS)]
+        workers = [Worker(service, token, 100 * seed + n, ledger, calls) for n in range(WORKERS)]
+        threads: list[Worker | Maintenance] = [maintenance, *workers]
         memory.start()
         for thread in threads:
             thread.start()
         ending = time.monotonic() + 60 * minutes
+
+        def seconds_left() -> float:
+            behind = min(worker.done for worker in workers) < calls_each
+            behind = behind or maintenance.reembeddings < changes
+            return max(ending - time.monotonic(), pause if behind else 0.0)
+
         with service.client(token, timeout=120) as http:
-            while (left := ending - time.monotonic()) > 0 and not ledger.violations:
+            while (left := seconds_left()) > 0 and not ledger.violations:
                 time.sleep(min(pause, left))
                 with ledger.quiet():
                     ledger.verify(http, dice, SAMPLE)

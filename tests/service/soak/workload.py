@@ -52,6 +52,8 @@ class Worker(threading.Thread):
         self._next_key = 1 + number * KEYS
         self._persons = [f"person {number}.{place}" for place in range(PERSONS)]
         self._mine: dict[str, Known] = {}
+        self.done = 0
+        """How many calls, of whatever kind."""
         self._stopping = threading.Event()
         self._kinds: dict[Callable[[], None], int] = {
             self._enroll: 6,
@@ -81,6 +83,7 @@ class Worker(threading.Thread):
                     call = self._erase if self._dice.random() < 0.2 else self._delete_one
                 with self._ledger.working():
                     call()
+                self.done += 1
         except Exception as error:
             self._ledger.complain(f"{self.name}: {type(error).__name__}: {error}")
         finally:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,8 @@ from service.gallery import Filters, NewItem
 from service.gallery.backup.restore import restore
 from service.gallery.storage.audit import KEY_FILE
 from service.gallery.storage.database import FILE_NAME
+from tests.paths import ROOT
+from tests.service.crash.subject import kill_after
 from tests.service.places import KINDS, MakePlace, Place, features, fill
 from tests.service.stores import crop
 
@@ -79,19 +78,11 @@ def test_an_sqlite_file_elsewhere(make_place: MakePlace, tmp_path: Path) -> None
         restore(file, tmp_path / "new", "mysql://somewhere")
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from service.gallery.backup.restore import restore
-print("ready", flush=True)
-restore(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] or None)
-"""
-
-
 @BOTH
 def test_a_killed_restore_leaves_an_empty_gallery(
-    kind: str, make_place: MakePlace, tmp_path: Path
+    kind: str, make_place: MakePlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT)  # also of the process that is killed
     source, file = make_place(kind), tmp_path / "backup.zip"
     with closing(source.open()) as gallery:
         for seed in range(20):
@@ -101,12 +92,7 @@ def test_a_killed_restore_leaves_an_empty_gallery(
     outcomes = set()
     for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
         target = make_place(kind)
-        command = [sys.executable, "-c", KILLED, str(file), str(target.folder), target.url or ""]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(delay)
-            process.kill()
+        kill_after(delay, restore, file, *target)
         try:
             restore(file, target.folder, target.url)
             outcomes.add("empty")
