@@ -5,6 +5,9 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # ONCE=1 makes `make demo` end by itself after the queries.
 ONCE ?=
+# Processes of `make test`. More than two cores have: much of the time is spent waiting. Files run in
+# their order, since xdist's own begins with those of many tests and ends with the longest.
+WORKERS ?= 3
 # Where `make bench` writes its results, and which benchmarks it runs.
 RESULTS ?= benchmarks/results
 BENCHES ?= rescore recall scale start enroll embed serve
@@ -33,7 +36,7 @@ demo: $(RUNNABLE) ## start the service with the demo gallery, query it, serve un
 test: $(DEVELOPMENT) ## run the tests
 	@# Apart: after a session with ONNX Runtime, OpenVINO and all else in one process, a poll() of
 	@# another test ended in a segmentation fault; each part alone passes.
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		--ignore tests/training/export/test_export.py
 	$(BIN)/pytest tests/training/export/test_export.py
 
