@@ -19,11 +19,12 @@ from service.client import Client
 from service.gallery import Gallery, NewItem
 from service.images.decode import decode
 from tests.conftest import alive
+from tests.service.conftest import Serve
 from tests.service.processes import wait_for
 
 
 @pytest.fixture
-def keyed(serve: Any, tmp_path: Path) -> Iterator[tuple[httpx.Client, str]]:
+def keyed(serve: Serve, tmp_path: Path) -> Iterator[tuple[httpx.Client, str]]:
     """A service with one key for everything, and the key's id."""
     file = KeyFile(tmp_path / "keys.json")
     key, token = file.create("all", ["query", "enroll", "admin"])
@@ -74,7 +75,7 @@ def test_a_refused_request_is_not_an_act(keyed: tuple[httpx.Client, str]) -> Non
     assert http.get("/admin/audit").json()["entries"] == []
 
 
-def test_what_is_too_old_goes(serve: Any, tmp_path: Path, visible: list[Path]) -> None:
+def test_what_is_too_old_goes(serve: Serve, tmp_path: Path, visible: list[Path]) -> None:
     with serve(tmp_path) as url, Client(url) as client:
         old = client.enroll(visible[0])
     days = 0.5 / 86400
@@ -122,7 +123,7 @@ def wait(client: Client) -> str:
 
 
 def test_another_checkpoint_takes_over_while_the_service_goes_on(
-    serve: Any, tmp_path: Path, checkpoints: tuple[Path, Path], visible: list[Path]
+    serve: Serve, tmp_path: Path, checkpoints: tuple[Path, Path], visible: list[Path]
 ) -> None:
     first, second = checkpoints
     old, new = (load_checkpoint(file)[1].fingerprint for file in checkpoints)
@@ -149,7 +150,7 @@ def test_another_checkpoint_takes_over_while_the_service_goes_on(
 
 
 def test_a_service_started_with_another_checkpoint_embeds_again_on_demand(
-    serve: Any, tmp_path: Path, checkpoints: tuple[Path, Path], visible: list[Path]
+    serve: Serve, tmp_path: Path, checkpoints: tuple[Path, Path], visible: list[Path]
 ) -> None:
     first, second = checkpoints
     with serve(tmp_path / "data", checkpoint=first) as url, Client(url) as client:
@@ -171,7 +172,7 @@ def test_only_files_beside_the_checkpoint_can_be_named(http: httpx.Client, name:
 
 
 def test_a_file_that_is_no_checkpoint_changes_nothing(
-    serve: Any, tmp_path: Path, checkpoints: tuple[Path, Path], visible: list[Path]
+    serve: Serve, tmp_path: Path, checkpoints: tuple[Path, Path], visible: list[Path]
 ) -> None:
     first, _ = checkpoints
     (first.parent / "broken.safetensors").write_bytes(b"no checkpoint")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from service.api.schemas import BATCH_IMAGES, BatchItem
 from service.client import Client
+from tests.service.conftest import Serve
 
 
 def send(http: httpx.Client, images: list[bytes], items: Any = None) -> httpx.Response:
@@ -185,7 +186,7 @@ def test_the_client_sends_batches(url: str, visible: list[Path]) -> None:
 
 
 def test_one_image_that_is_too_large_fails_alone(
-    serve: Any, tmp_path: Path, visible: list[Path]
+    serve: Serve, tmp_path: Path, visible: list[Path]
 ) -> None:
     good = [file.read_bytes() for file in visible[:2]]
     with (

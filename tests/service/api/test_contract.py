@@ -25,8 +25,9 @@ from model import load_checkpoint
 from service.api.fields import MetadataObject
 from service.auth.keys import KeyFile
 from service.gallery import Gallery
+from tests.service.conftest import Serve
 
-EXAMPLES = 60  # of the fuzzing and stateful phase, for each operation
+EXAMPLES = 30  # of the fuzzing and stateful phase, for each operation
 FORM = "multipart/form-data"
 PHASES = {"examples", "coverage", "fuzzing", "stateful"}
 # Fingerprints of model versions that may be dropped.
@@ -84,7 +85,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def guarded(
-    serve: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    serve: Serve, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
     """A service with one key that may do everything, and a client that has it."""
     folder = tmp_path_factory.mktemp("contract")

@@ -22,6 +22,7 @@ from service.app import create_app
 from service.auth.authorization import ROUTE_SCOPES
 from service.http.exception_handlers import catalogue
 from service.settings import load_settings
+from tests.service.conftest import Serve
 
 
 def enroll(http: httpx.Client, file: Path, **fields: str) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def test_idempotency_key_makes_a_repeat_harmless(http: httpx.Client, visible: li
 
 
 def test_answers_survive_a_restart(
-    serve: Any, tmp_path: Path, visible: list[Path], infrared: list[Path]
+    serve: Serve, tmp_path: Path, visible: list[Path], infrared: list[Path]
 ) -> None:
     answers = []
     for start in range(2):
@@ -288,7 +289,7 @@ def test_probes_and_model_card(http: httpx.Client) -> None:
     assert card["precision"]
 
 
-def test_readyz_names_the_part_that_fails(serve: Any, tmp_path: Path) -> None:
+def test_readyz_names_the_part_that_fails(serve: Serve, tmp_path: Path) -> None:
     data = tmp_path / "data"
     with serve(data) as url, httpx.Client(base_url=url, trust_env=False) as http:
         data.rename(tmp_path / "gone")

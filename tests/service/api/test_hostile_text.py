@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from model.cli import main
+from tests.service.conftest import Serve
 from tests.service.hostile import KEPT, REFUSED, answers_are_data  # noqa: F401 - fixtures
 
 LONE = ("\\ud800", "\\udfff", "\\udc00\\ud800")  # halves of surrogate pairs, as JSON may name them
@@ -166,7 +166,7 @@ class Page(HTMLParser):
 
 
 def test_the_contact_sheet_shows_hostile_labels_as_text(
-    serve: Any, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch,
+    serve: Serve, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for name in [name for name in os.environ if name.startswith("CMT_")]:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +15,7 @@ from service.auth.authorization import ROUTE_SCOPES
 from service.auth.keys import KeyFile, KeyFileError, Keyring, Scope
 from service.kit.urls import is_loopback
 from service.settings import SettingsError, load_settings
+from tests.service.conftest import Serve
 
 SCOPES: tuple[Scope, ...] = ("query", "enroll", "admin")
 NOBODY = "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10"
@@ -31,7 +31,7 @@ class Guarded:
 
 
 @pytest.fixture(scope="module")
-def guarded(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+def guarded(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("guarded")
     file = KeyFile(folder / "keys.json")
     tokens = {scope: file.create(scope, [scope])[1] for scope in SCOPES}
@@ -191,7 +191,7 @@ def test_other_sites_may_not_use_a_service_without_keys(http: httpx.Client) -> N
         assert http.get("/gallery", headers=headers).status_code == 200
 
 
-def test_an_origin_that_is_allowed_gets_in(serve: Any, tmp_path: Path) -> None:
+def test_an_origin_that_is_allowed_gets_in(serve: Serve, tmp_path: Path) -> None:
     origin = {"Origin": "https://desk.example"}
     with (
         serve(tmp_path, cors_origins=("https://desk.example",)) as url,
@@ -202,7 +202,7 @@ def test_an_origin_that_is_allowed_gets_in(serve: Any, tmp_path: Path) -> None:
         assert http.get("/gallery", headers={"Origin": "https://x.example"}).status_code == 403
 
 
-def test_a_refused_preflight_is_a_problem(serve: Any, tmp_path: Path) -> None:
+def test_a_refused_preflight_is_a_problem(serve: Serve, tmp_path: Path) -> None:
     asked = {"Origin": "https://x.example", "Access-Control-Request-Method": "POST"}
     with (
         serve(tmp_path, cors_origins=("https://desk.example",)) as url,

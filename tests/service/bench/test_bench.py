@@ -189,7 +189,7 @@ def test_rescore_gives_the_papers_distances(
     statistics: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     rescore(
-        "300", "1,3", dim=32, rounds=2, statistics=statistics, checkpoint=tiny_checkpoint,
+        "300", "1,3", dim=32, rounds=1, statistics=statistics, checkpoint=tiny_checkpoint,
         device="cpu", json=tmp_path / "r.json",
     )  # fmt: skip
     results = report(tmp_path / "r.json")["results"]

@@ -21,7 +21,7 @@ from service.bench.ranking import ranked
 from service.bench.serve import serve
 from service.bench.serving.figures import corrected_rate, percentiles
 from service.bench.serving.load import LoadError, measure, request
-from service.bench.serving.rivals import Batching, Route, Server, ServerError, started
+from service.bench.serving.rivals import Batching, Route, Server, ServerError, batching, started
 from tests.paths import MINI
 
 
@@ -122,6 +122,16 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         pass
 
 
+def test_batches_of_another_kind_are_a_side_of_their_own(tmp_path: Path) -> None:
+    routes = tuple(Route(f"POST {path}", path, [tmp_path / "a"]) for path in ("/query", "/gallery"))
+    (tmp_path / "a").write_bytes(b"a")
+    tells = ("sh", "-c", "echo $CMT_MAX_BATCH of $CMT_BATCH_WAIT; exit 1")
+    other = batching(Server("ours", tells, routes), Batching.parse("2:0.01"))
+    assert (other.side, other.routes) == ("ours, batches of 2 after 0.01 s", routes[:1])
+    with pytest.raises(ServerError, match=r"2 of 0\.01"), started(other, tmp_path / "log"):
+        pass
+
+
 def test_serve_measures_all_sides(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +139,7 @@ def test_serve_measures_all_sides(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     serve(
         tiny_checkpoint, None, MINI / "cam3", MINI / "cam1", gallery=30, clients="1",
-        seconds=1, rounds=1, against=None, batching=[Batching(2, 0.01)], overload=1,
-        device="cpu", runtime="torch",
+        seconds=0.5, rounds=1, against=None, overload=1, device="cpu", runtime="torch",
         plot=tmp_path / "serve.png", json=tmp_path / "r.json",
     )  # fmt: skip
     written = report(tmp_path / "r.json")
@@ -144,7 +153,6 @@ def test_serve_measures_all_sides(
     others = [r for r in written["results"] if r not in [*bare, *crowds]]
     loads = {(r["side"], r["route"]): r for r in others}
     assert list(loads) == [
-        ("ours, batches of 2 after 0.01 s", "POST /query"),
         ("ours", "POST /query"),
         ("ours", "POST /gallery"),
         ("naive FastAPI", "POST /embed"),

@@ -6,7 +6,6 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from service.auth.keys import KeyFile
 from service.client import Client
 from service.gallery import Gallery
 from tests.conftest import alive
+from tests.service.conftest import Serve
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def test_an_export_is_whole_resumable_and_can_be_enrolled_again(
-    serve: Any, tmp_path: Path, visible: list[Path], capsys: pytest.CaptureFixture[str]
+    serve: Serve, tmp_path: Path, visible: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     with serve(tmp_path / "data") as url, Client(url) as client:
@@ -76,7 +76,7 @@ def checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_reembed_with_and_without_a_service(
-    serve: Any,
+    serve: Serve,
     tmp_path: Path,
     checkpoints: tuple[Path, Path],
     visible: list[Path],

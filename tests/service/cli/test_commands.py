@@ -20,6 +20,7 @@ import pytest
 from model.cli import main
 from service.client import Client
 from service.errors import Overloaded, ServiceError
+from tests.service.conftest import Serve
 
 CMT = [sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())"]
 
@@ -256,7 +257,9 @@ class Server:
         return self.process.returncode, err
 
 
-def test_serve_ends_cleanly(tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]) -> None:
+def test_serve_ends_cleanly(
+    tiny_checkpoint: Path, tmp_path: Path, visible: list[Path], serve: Serve
+) -> None:
     options = ("--checkpoint", tiny_checkpoint, "--data-dir", tmp_path, "--runtime", "torch")
     server = Server(*options)
     client = server.wait_until_ready()
@@ -271,11 +274,8 @@ def test_serve_ends_cleanly(tiny_checkpoint: Path, tmp_path: Path, visible: list
     status, err = server.end(signal.SIGTERM)
     assert status == 0
     assert "Traceback" not in err
-    again = Server(*options)
-    assert again.wait_until_ready().get(item.id) == item
-    status, err = again.end(signal.SIGINT)
-    assert status == 0
-    assert "Traceback" not in err
+    with serve(tmp_path) as url, Client(url) as client:
+        assert client.get(item.id) == item
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import asyncio
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from service.auth.keys import KeyFile
 from service.client import AsyncClient, Client, ServiceProblem, Unreachable
 from service.client.requests import LONGEST_WAIT, wait_before_retry
+from tests.service.conftest import Serve
 
 
 def test_every_verb(url: str, visible: list[Path], infrared: list[Path]) -> None:
@@ -74,7 +74,7 @@ def test_every_verb_as_coroutines(url: str, visible: list[Path], infrared: list[
     asyncio.run(scenario())
 
 
-def test_a_key_is_sent(serve: Any, tmp_path: Path) -> None:
+def test_a_key_is_sent(serve: Serve, tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     _, token = file.create("desk", ["query"])
     with serve(tmp_path / "data", api_keys_file=file.path) as url:

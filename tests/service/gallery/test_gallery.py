@@ -9,14 +9,14 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,9 @@ from service.gallery.storage.audit import KEY_FILE
 from service.gallery.storage.database import FILE_NAME
 from service.gallery.storage.tables import schema
 from service.images.decode import Crop, decode
+from tests.paths import ROOT
+from tests.service.crash.subject import CONTEXT, STARTING_SECONDS
+from tests.service.processes import wait_for
 
 CONFIG = CMTConfig(input_height=96, input_width=48, dim=8, heads=2)
 INFO = CheckpointInfo("a" * 64, CONFIG)
@@ -259,43 +262,37 @@ def test_unknown_files_are_left_alone(tmp_path: Path) -> None:
 def test_a_second_opening_is_refused(gallery: Gallery, tmp_path: Path) -> None:
     with pytest.raises(GalleryLocked, match="in use"):
         Gallery.open(tmp_path, INFO)
-    code = f"""
-        from pathlib import Path
-        from tests_shared import INFO, Gallery
-        Gallery.open(Path({str(tmp_path)!r}), INFO)
-    """
-    result = script(code, tmp_path / "s", wait=True)
-    assert result.wait() != 0
-    assert "GalleryLocked" in (result.stderr.read() if result.stderr else "")
+    with ProcessPoolExecutor(1, CONTEXT) as elsewhere, pytest.raises(GalleryLocked, match="in use"):
+        elsewhere.submit(Gallery.open, tmp_path, INFO).result()
     gallery.close()
     Gallery.open(tmp_path, INFO).close()
 
 
-def test_the_lock_dies_with_its_process_though_children_live(tmp_path: Path) -> None:
+def hold_with_children(folder: Path, told: Connection) -> None:
+    """Open a gallery, and start a program and a fork that inherit what is open."""
+    _gallery = Gallery.open(folder, INFO)
+    program = subprocess.Popen(["sleep", "600"], close_fds=False)
+    forked = os.fork()
+    if forked:
+        told.send((program.pid, forked))
+    time.sleep(600)
+
+
+def test_the_lock_dies_with_its_process_though_children_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)  # also of the process that is killed
     folder = tmp_path / "data"
-    holder = script(
-        f"""
-        import os, subprocess, sys, time
-        from pathlib import Path
-        from tests_shared import INFO, Gallery
-        gallery = Gallery.open(Path({str(folder)!r}), INFO)
-        program = subprocess.Popen(["sleep", "60"], close_fds=False)
-        forked = os.fork()
-        if forked == 0:
-            time.sleep(60)
-            os._exit(0)
-        print(program.pid, forked, flush=True)
-        time.sleep(60)
-        """,
-        tmp_path,
-    )
-    assert holder.stdout is not None
-    children = [int(pid) for pid in holder.stdout.readline().split()]
+    ours, theirs = CONTEXT.Pipe()
+    holder = CONTEXT.Process(target=hold_with_children, args=(folder, theirs))
+    holder.start()
+    assert ours.poll(STARTING_SECONDS)
+    children: tuple[int, int] = ours.recv()
     try:
         with pytest.raises(GalleryLocked):
             Gallery.open(folder, INFO)
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
+        holder.kill()
+        wait_for(lambda: not Path(f"/proc/{holder.pid}").exists(), "it does not die")
         for pid in children:
             os.kill(pid, 0)  # still there
         Gallery.open(folder, INFO).close()
@@ -416,25 +413,6 @@ def test_postgresql_speaks_the_same_tables() -> None:
 # --- kills and threads ---
 
 
-def script(code: str, folder: Path, *, wait: bool = False) -> subprocess.Popen[str]:
-    """Run `code` in a fresh interpreter, with this file's INFO and helpers as `tests_shared`."""
-    folder.mkdir(exist_ok=True)
-    prelude = f"""
-        import importlib.util, sys
-        spec = importlib.util.spec_from_file_location("tests_shared", {__file__!r})
-        shared = importlib.util.module_from_spec(spec)
-        sys.modules["tests_shared"] = shared
-        spec.loader.exec_module(shared)
-    """
-    source = textwrap.dedent(prelude) + textwrap.dedent(code)
-    process = subprocess.Popen(
-        [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    if wait:
-        process.wait()
-    return process
-
-
 def test_threads_never_see_a_deleted_item_or_miss_an_enrolled_one(
     gallery: Gallery, tmp_path: Path
 ) -> None:
@@ -513,14 +491,14 @@ def test_threads_never_see_a_deleted_item_or_miss_an_enrolled_one(
     threads += [guarded(search) for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(3)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        wait_for(lambda: failures or (searches[0] > 200 and len(deleted) > 20), "they do not work")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     if failures:
         raise failures[0]
-    assert searches[0] > 20
-    assert len(deleted) > 5
     gallery.check()
     count = len(gallery)
     gallery = reopened(gallery, tmp_path)
@@ -546,8 +524,6 @@ def test_what_a_crash_left_of_erased_items_is_cut_at_the_next_start(tmp_path: Pa
 
     assert holding()
     again = Gallery.open(crashed, INFO)
-    deadline = time.monotonic() + 20
-    while holding() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(lambda: not holding(), "the log is not cut")
     again.close()
     assert holding() == []

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from tests.service.conftest import Serve
 from tests.service.hostile import FOLDER_NAME, KEPT, REFUSED, answers_are_data  # noqa: F401 - fixtures
 
 HOSTILE_NAMES = [
@@ -91,7 +92,7 @@ def test_hostile_headers_change_nothing_but_their_request(
     ids=lambda line: repr(line[:40]),
 )
 def test_what_is_hardly_http_is_a_problem_too(http: httpx.Client, line: bytes) -> None:
-    with socket.create_connection((http.base_url.host, http.base_url.port), timeout=20) as raw:
+    with socket.create_connection((http.base_url.host, http.base_url.port), timeout=60) as raw:
         raw.sendall(line + b"\r\nHost: localhost\r\n\r\n")
         answer = HTTPResponse(raw)
         answer.begin()
@@ -126,7 +127,7 @@ def test_ids_and_cursors_are_only_looked_up(http: httpx.Client, name: str) -> No
 
 
 def test_nothing_is_created_outside_the_data_folder(
-    serve: Any, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All hostile texts once more, with an eye on the files."""
     inside, outside = tmp_path / "a" / "b" / "data", tmp_path / "elsewhere"

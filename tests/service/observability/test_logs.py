@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from model import load_checkpoint
 from service.auth.keys import KeyFile
+from service.errors import DatabaseUnavailable
+from service.gallery import Gallery
+from service.settings import load_settings
 from tests.service.processes import STARTING_SECONDS, ServiceProcess, assert_no_defect
 
 
@@ -75,20 +79,32 @@ def test_the_log_says_the_settings(talkative: tuple[ServiceProcess, str]) -> Non
     assert (settings["log_level"], settings["max_pending"]) == ("debug", 64)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgresql+psycopg://cmt:geheim@127.0.0.1:9/none",
-        "postgresql+psycopg://127.0.0.1:9/none?user=cmt&password=geheim",
-    ],
+COLLECTOR = "http://cmt:geheim@127.0.0.1:9/v1/traces"
+DATABASES = (
+    "postgresql+psycopg://cmt:geheim@127.0.0.1:9/none",
+    "postgresql+psycopg://127.0.0.1:9/none?user=cmt&password=geheim",
 )
-def test_the_password_of_a_database_is_never_told(
+
+
+@pytest.mark.parametrize("url", DATABASES)
+def test_a_password_is_neither_in_the_settings_nor_in_an_error(
     url: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    settings = load_settings(
+        data_dir=tmp_path, checkpoint=tiny_checkpoint, database_url=url, otlp_endpoint=COLLECTOR
+    )
+    told = json.dumps(settings.redacted())
+    with pytest.raises(DatabaseUnavailable) as caught:
+        Gallery.open(tmp_path, load_checkpoint(tiny_checkpoint)[1], database_url=url)
+    for text in (told, caught.value.detail):
+        assert "127.0.0.1:9/none" in text
+        assert "geheim" not in text
+
+
+def test_the_password_of_a_database_is_never_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
     service = ServiceProcess(
-        tmp_path, tiny_checkpoint, database_url=url,
-        otlp_endpoint="http://cmt:geheim@127.0.0.1:9/v1/traces",
-    )  # fmt: skip
+        tmp_path, tiny_checkpoint, database_url=DATABASES[1], otlp_endpoint=COLLECTOR
+    )
     assert service.ended(STARTING_SECONDS) == 1  # there is no database
     assert "127.0.0.1:9/none" in service.text()
     assert "geheim" not in service.text()

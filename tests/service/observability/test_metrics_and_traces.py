@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.auth.authorization import ROUTE_SCOPES
 from service.observability.logs import configure_logs
+from tests.service.conftest import Serve
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ class Collector(BaseHTTPRequestHandler):
         pass
 
 
-def test_traces_go_to_a_collector(serve: Any, tmp_path: Path, visible: list[Path]) -> None:
+def test_traces_go_to_a_collector(serve: Serve, tmp_path: Path, visible: list[Path]) -> None:
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     Collector.bodies.clear()

@@ -8,7 +8,6 @@ import io
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from service.embedding.batcher import EmbeddingBatcher
 from service.embedding.embedder import Embedder
 from service.errors import ModelVersionConflict
 from service.images.decode import Crop, decode
+from tests.service.conftest import Serve
 from tests.service.processes import wait_for
 
 
@@ -31,7 +31,7 @@ def embedders() -> int:
 
 
 def test_the_network_of_old_is_let_go(
-    serve: Any, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
+    serve: Serve, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
 ) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     shutil.copy(tiny_checkpoint, first)
@@ -87,7 +87,7 @@ def test_a_queue_that_is_empty_ends_when_it_is_retired() -> None:
 
 
 def test_a_stored_crop_is_decoded_again_whatever_the_limits_of_today_are(
-    serve: Any, tiny_checkpoint: Path, tmp_path: Path
+    serve: Serve, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     large = io.BytesIO()
     Image.new("RGB", (4600, 4400), (200, 30, 30)).save(large, "PNG")  # 20.2 million pixels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -17,10 +16,11 @@ from service.images.decode import Picture
 from service.pipeline import self_check as pulse
 from service.pipeline.audit_writer import AuditWriter
 from service.pipeline.self_check import SelfCheck
+from tests.service.conftest import Serve
 
 
 def test_a_checkpoint_that_gives_no_numbers_is_never_ready(
-    serve: Any, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
+    serve: Serve, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
 ) -> None:
     _, info = load_checkpoint(tiny_checkpoint)
     torch.manual_seed(1)
@@ -108,7 +108,7 @@ def test_entries_of_the_audit_log_wait_for_the_disk_in_their_order() -> None:
     ("trusted", "address"), [((), "127.0.0.1"), (("127.0.0.0/8",), "203.0.113.9")]
 )
 def test_forwarded_headers_are_believed_from_configured_proxies_only(
-    serve: Any, tmp_path: Path, trusted: tuple[str, ...], address: str
+    serve: Serve, tmp_path: Path, trusted: tuple[str, ...], address: str
 ) -> None:
     forged = {"X-Forwarded-For": "203.0.113.9"}
     with (

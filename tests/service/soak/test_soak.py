@@ -11,7 +11,7 @@ from tests.service.soak.figures import memory_figures
 from tests.service.soak.ledger import Known, Ledger
 from tests.service.soak.run import soak
 
-CALLS_EACH = 50
+CALLS_EACH = 25
 
 
 def test_a_short_soak_holds(tiny_checkpoint: Path, tmp_path: Path) -> None:

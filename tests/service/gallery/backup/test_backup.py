@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -28,6 +29,7 @@ from service.gallery.storage.audit import KEY_FILE
 from service.gallery.storage.database import FILE_NAME
 from tests.service.gallery.storage.test_disk_full import Disk, disk  # noqa: F401 - fixture
 from tests.service.places import INFO, KINDS, MakePlace, features, fill
+from tests.service.processes import wait_for
 from tests.service.stores import crop
 
 OTHER = "b" * 64
@@ -108,6 +110,9 @@ def test_under_writes_it_is_one_state(kind: str, make_place: MakePlace, tmp_path
     states: list[tuple[str, ...]] = [()]  # after each acknowledged write
     stop = threading.Event()
 
+    def have_grown(beyond: int) -> bool:
+        return len(states) > beyond
+
     def write(gallery: Gallery) -> None:
         for seed in itertools.count():
             if stop.is_set():
@@ -125,7 +130,7 @@ def test_under_writes_it_is_one_state(kind: str, make_place: MakePlace, tmp_path
         taken = []
         try:
             for turn in range(4):
-                time.sleep(0.2)
+                wait_for(partial(have_grown, len(states) + 5), "nothing is written")
                 file, before = tmp_path / f"{turn}.zip", len(states) - 1
                 gallery.backup(file)
                 taken.append((file, before, len(states)))
@@ -247,11 +252,7 @@ def test_deletions_do_not_wait_for_a_copy(make_place: MakePlace) -> None:
         assert copying.is_alive()
         go_on.set()
         copying.join()
-        for _ in range(100):
-            if not database.wal_pending:
-                break
-            time.sleep(0.1)
-        assert not database.wal_pending
+        wait_for(lambda: not database.wal_pending, "the log is not cut")
         assert any("wal_checkpoint" in statement for statement in statements)
 
 

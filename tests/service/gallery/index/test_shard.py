@@ -158,7 +158,7 @@ def test_a_scan_serves_until_the_index_is_built(monkeypatch: pytest.MonkeyPatch)
     y = features()
     shard = Shard(CONFIG, "cpu", "IVF-Flat")
     shard.add(stored(y))
-    assert built.wait(30)
+    assert built.wait(60)
     assert shard.statistics().index == "SQfp16"
     assert search(shard, 2, 10).numbers.tolist() == ranking(y, 2)[:10]
     go.set()
