@@ -35,10 +35,13 @@ class Place(NamedTuple):
     def open(self) -> Gallery:
         return Gallery.open(self.folder, INFO, database_url=self.url)
 
+    def store(self) -> closing[Store]:
+        """The rows behind a gallery, which may be open meanwhile."""
+        return closing(Store(self.folder, INFO.fingerprint, SIZE, self.url))
+
     def tables(self) -> dict[str, list[Any]]:
         """Every row of every table that a backup carries."""
-        store = Store(self.folder, INFO.fingerprint, SIZE, self.url)
-        with closing(store), store.database.reading() as connection:
+        with self.store() as store, store.database.reading() as connection:
             return {
                 table.name: list(
                     connection.execute(select(table).order_by(*table.primary_key.columns))
@@ -48,7 +51,7 @@ class Place(NamedTuple):
             }
 
     def pseudonym(self, person: str) -> str:
-        with closing(Store(self.folder, INFO.fingerprint, SIZE, self.url)) as store:
+        with self.store() as store:
             return store.audit.pseudonym(person)
 
 

@@ -16,6 +16,7 @@ from service.errors import DatabaseUnavailable, IndexOutOfStep
 from service.gallery import Gallery, ItemUpdate, NewItem
 from service.gallery.feed import Stored
 from service.gallery.index.segment import Segment
+from service.gallery.storage.store import Store
 from service.gallery.storage.streaming import View
 from tests.service.stores import crop
 
@@ -160,11 +161,12 @@ def test_a_version_opened_while_it_is_built_sees_what_comes_late(tmp_path: Path)
     gallery = Gallery.open(tmp_path, OTHER)
     gallery.add(new(1), features(1, seed=9))  # a higher number than those that come late
     assert gallery.awaiting == 6
-    store = gallery._follower.store
-    for crops in store.versions.missing(OTHER.fingerprint):
-        numbers = [one.number for one in crops]
-        rows = features(len(numbers), seed=3).flatten(1).half().numpy()
-        store.versions.add_features(OTHER.fingerprint, numbers, rows)
+    size = OTHER.config.embedding_size
+    with closing(Store(tmp_path, OTHER.fingerprint, size)) as store:
+        for crops in store.versions.missing(OTHER.fingerprint):
+            numbers = [one.number for one in crops]
+            rows = features(len(numbers), seed=3).flatten(1).half().numpy()
+            store.versions.add_features(OTHER.fingerprint, numbers, rows)
     gallery.check()
     assert len(gallery.search(features(1)[0], None, top_k=100).hits) == 7
     gallery.close()

@@ -21,8 +21,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from PIL import Image
 from sqlalchemy import create_mock_engine, event, text
 from torch import Tensor
@@ -308,20 +306,6 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
 
 
 # --- the database ---
-
-
-def test_every_connection_is_durable_and_erases(gallery: Gallery) -> None:
-    with gallery._store.database.engine.connect() as connection:
-        values = [
-            connection.execute(text(f"PRAGMA {name}")).scalar_one()
-            for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
-        ]
-    assert values == ["wal", 2, 1, 1]
-
-
-def test_migrations_end_at_the_tables(gallery: Gallery) -> None:
-    with gallery._store.database.engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), schema) == []
 
 
 def test_a_newer_schema_is_refused_and_kept(gallery: Gallery, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from model import CheckpointInfo, CMTConfig
 from service.errors import GalleryDamaged, ModelVersionConflict, ModelVersionUnknown
 from service.gallery import Filters, Gallery, ItemUpdate, NewItem, Progress, ReembeddingStopped
+from service.gallery.follower import Follower
 from service.images.decode import Crop, decode
 
 OLD = CheckpointInfo("a" * 64, CMTConfig(parts=2, dim=16, heads=2))
@@ -252,8 +253,13 @@ def test_the_new_version_is_announced_before_the_old_one_is_closed(
 ) -> None:
     enroll(gallery, 1)
     happened: list[str] = []
-    old = gallery._follower
-    monkeypatch.setattr(old, "close", lambda: happened.append("closed"))
+    close = Follower.close
+
+    def noted(self: Follower) -> None:
+        happened.append("closed")
+        close(self)
+
+    monkeypatch.setattr(Follower, "close", noted)
 
     def switched() -> None:
         assert gallery.model == NEXT.fingerprint
@@ -261,5 +267,3 @@ def test_the_new_version_is_announced_before_the_old_one_is_closed(
 
     gallery.reembed(NEXT, embedder(NEXT), switched=switched)
     assert happened == ["switched", "closed"]
-    monkeypatch.undo()
-    old.close()

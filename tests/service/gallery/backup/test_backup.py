@@ -55,12 +55,12 @@ def test_all_comes_back_on_either_database(
     source, target, file = make_place(kind), make_place(target_kind), tmp_path / "backup.zip"
     with closing(source.open()) as gallery:
         ids = fill(gallery)
-        numbered = {item_id: gallery._store.number_of(item_id) for item_id in ids}
         # Another checkpoint's features, half done, and the configuration of both.
-        versions = gallery._store.versions
-        versions.register(OTHER, {"dim": 7})
-        some = sorted(numbered.values())[:3]
-        versions.add_features(OTHER, some, features(3, 5).flatten(1)[:, :7].half().numpy())
+        with source.store() as store:
+            store.versions.register(OTHER, {"dim": 7})
+            some = sorted(map(store.number_of, ids))[:3]
+            rows = features(3, 5).flatten(1)[:, :7].half().numpy()
+            store.versions.add_features(OTHER, some, rows)
         expected = hits(gallery), hits(gallery, exhaustive=True), gallery.versions
         filtered = hits(gallery, filters=Filters(person_id=("person-1",)))
         gallery.backup(file, actor="key:9")
@@ -87,7 +87,8 @@ def test_all_comes_back_on_either_database(
         gallery.check()
         # No number that was ever given is given again.
         (item,) = gallery.add([NewItem(crop(77))], features(1, 77))
-        assert gallery._store.number_of(item.id) == 13
+        with target.store() as store:
+            assert store.number_of(item.id) == 13
         gallery.delete(item.id)
     numbers = [row.number for row in target.tables()["changes"]]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -101,7 +102,8 @@ def test_an_empty_gallery_comes_back(kind: str, make_place: MakePlace, tmp_path:
     assert restore(tmp_path / "backup.zip", target.folder, target.url).counts["items"] == 0
     with closing(target.open()) as gallery:
         (item,) = gallery.add([NewItem(crop())], features(1, 0))
-        assert gallery._store.number_of(item.id) == 1
+        with target.store() as store:
+            assert store.number_of(item.id) == 1
 
 
 @BOTH
@@ -260,9 +262,12 @@ def test_a_closed_gallery_is_not_backed_up(make_place: MakePlace, tmp_path: Path
     place = make_place("postgresql")
     gallery = place.open()
     fill(gallery)
-    store = gallery._store
     (tmp_path / "copy").mkdir()
-    with store.database.reading() as source, pytest.raises(DatabaseUnavailable, match="closed"):
+    with (
+        place.store() as store,
+        store.database.reading() as source,
+        pytest.raises(DatabaseUnavailable, match="closed"),
+    ):
         to_file(source, tmp_path / "copy", lambda: True)
     gallery._backups.close()
     with pytest.raises(DatabaseUnavailable, match="closed"):

@@ -13,7 +13,7 @@ from alembic.config import Config
 from sqlalchemy import create_engine, insert
 
 from service.errors import ModelVersionConflict, ModelVersionUnknown
-from service.gallery.storage import database
+from service.gallery.storage import tables
 from service.gallery.storage.database import FILE_NAME
 from service.gallery.storage.store import Store
 from service.gallery.storage.tables import crops, features, items
@@ -168,10 +168,13 @@ def test_unknown_versions_are_a_sentence(store: Store) -> None:
 # --- a gallery of the first release ---
 
 
+MIGRATIONS = Path(tables.__file__).parent / "migrations"
+
+
 def first_release(url: str, models: Sequence[str]) -> None:
     """A database at migration 0001 with one item per model, features and crop included."""
     config = Config()
-    config.set_main_option("script_location", str(database._MIGRATIONS))
+    config.set_main_option("script_location", str(MIGRATIONS))
     engine = create_engine(url)
     with engine.begin() as connection:
         config.attributes["connection"] = connection
