@@ -60,12 +60,6 @@ class Versions:
         with self._database.reading() as connection:
             return _state(connection, fingerprint)
 
-    def active(self) -> str | None:
-        """The active version's fingerprint, None in a gallery that never had one."""
-        query = select(models.c.fingerprint).where(models.c.state == "active")
-        with self._database.reading() as connection:
-            return connection.execute(query).scalar_one_or_none()
-
     def register(self, fingerprint: str, configuration: dict[str, Any] | None = None) -> None:
         """Register a checkpoint, or add the configuration of one that was registered without.
 

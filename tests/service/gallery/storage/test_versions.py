@@ -43,7 +43,6 @@ def test_the_first_version_is_active_and_a_second_one_building(open_store: OpenS
     store.add(new(3), rows(3))
     other = open_store(OTHER)
     assert states(other) == {MODEL: ("active", 3), OTHER: ("building", 0)}
-    assert other.versions.active() == MODEL
     assert all_of(other) == {}
 
 
