@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any, Protocol
 
 import httpx
 import pytest
+import torch
 
+from model import CMT, load_checkpoint, save_checkpoint
 from service.server import running
 from service.settings import load_settings
+from tests.conftest import alive
 from tests.paths import MINI
 from tests.service.places import make_place  # noqa: F401 - fixture
 from tests.service.postgres import postgres, postgres_url  # noqa: F401 - fixtures
@@ -51,6 +55,19 @@ def serve(tiny_checkpoint: Path) -> Serve:
         return running(load_settings(data_dir=data_dir, **{**defaults, **options}))
 
     return start
+
+
+@pytest.fixture
+def checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two checkpoints side by side, of one configuration."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    first, second = folder / "first.safetensors", folder / "second.safetensors"
+    shutil.copy(tiny_checkpoint, first)
+    _, info = load_checkpoint(tiny_checkpoint)
+    torch.manual_seed(11)
+    save_checkpoint(second, alive(CMT(info.config)).eval(), training={"dataset": "none"})
+    return first, second
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import pytest
-import torch
 from torch import Tensor
 
-from model import CMT, load_checkpoint, save_checkpoint
+from model import load_checkpoint
 from model.cli import main
 from service.auth.keys import KeyFile
 from service.client import AsyncClient, Client, ServiceProblem
@@ -22,22 +20,8 @@ from service.embedding.embedder import Embedder
 from service.errors import ModelVersionConflict
 from service.gallery import Gallery, NewItem
 from service.images.decode import Crop, decode
-from tests.conftest import alive
 from tests.service.conftest import Serve
 from tests.service.processes import wait_for
-
-
-@pytest.fixture
-def checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Two checkpoints side by side."""
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    first, second = folder / "first.safetensors", folder / "second.safetensors"
-    shutil.copy(tiny_checkpoint, first)
-    _, info = load_checkpoint(tiny_checkpoint)
-    torch.manual_seed(11)
-    save_checkpoint(second, alive(CMT(info.config)).eval(), training={"dataset": "none"})
-    return first, second
 
 
 def fingerprints(checkpoints: Sequence[Path]) -> list[str]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from model import CMT, load_checkpoint, save_checkpoint
+from model import load_checkpoint
 from model.cli import main
 from service.auth.keys import KeyFile
 from service.client import Client
 from service.gallery import Gallery
-from tests.conftest import alive
 from tests.service.conftest import Serve
 
 
@@ -62,17 +59,6 @@ def test_an_export_is_whole_resumable_and_can_be_enrolled_again(
         assert status == 0
         [item] = client.list().items
         assert (item.person_id, item.camera_id) == ("p, 1", 'g "1"')
-
-
-@pytest.fixture
-def checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Two checkpoints side by side."""
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    shutil.copy(tiny_checkpoint, first)
-    _, info = load_checkpoint(tiny_checkpoint)
-    torch.manual_seed(11)
-    save_checkpoint(second, alive(CMT(info.config)).eval(), training={"dataset": "none"})
-    return first, second
 
 
 def test_reembed_with_and_without_a_service(
