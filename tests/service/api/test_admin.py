@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -104,13 +103,10 @@ def test_only_what_is_old_expires(tiny_checkpoint: Path, tmp_path: Path, visible
 
 
 @pytest.fixture
-def checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
+def checkpoints(checkpoints: tuple[Path, Path]) -> tuple[Path, Path]:
     """Two checkpoints side by side, whose inputs and embeddings differ in size."""
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    first, second = folder / "first.safetensors", folder / "second.safetensors"
-    shutil.copy(tiny_checkpoint, first)
-    _, info = load_checkpoint(tiny_checkpoint)
+    first, second = checkpoints
+    _, info = load_checkpoint(first)
     torch.manual_seed(7)
     other = info.config.model_copy(update={"input_width": 64, "parts": 2})
     save_checkpoint(second, alive(CMT(other)).eval(), training={"dataset": "none"})
