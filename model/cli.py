@@ -10,6 +10,7 @@ runs is imported: help is read from the source (see `_summary`), so `cmt --help`
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import traceback
 from importlib.metadata import EntryPoint, entry_points, version
@@ -20,6 +21,8 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
+
+from model.cores import limit_threads
 
 
 class RegisteredCommand(TyperCommand):
@@ -114,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     An error is one sentence on stderr; `--verbose`, anywhere on the line, adds the traceback.
     """
+    _open_standard_streams()
+    limit_threads()
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = "--verbose" in arguments
     arguments = [argument for argument in arguments if argument != "--verbose"] or ["--help"]
@@ -131,6 +136,21 @@ def main(arguments: list[str] | None = None) -> int:
         typer.echo(f"Error: {_sentence(error)}", err=True)
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller closed of the descriptors 0 to 2, on /dev/null.
+
+    A database or socket would otherwise get such a number, and whatever a library prints.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is taken, which is this one.
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _one_line(text: str) -> str:

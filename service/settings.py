@@ -19,6 +19,7 @@ from pydantic_settings import SettingsError as PydanticSettingsError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from model.cores import allowed_cores
 from service.auth.keys import KeyFile, KeyFileError
 from service.auth.rate_limit import checked_rate
 from service.gallery.records import IndexKind
@@ -73,7 +74,8 @@ class Settings(BaseSettings):
     rate_limit: str | None = None
     """Requests of one key (without keys: of one address), such as 50/second or 1000/minute."""
 
-    decode_processes: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    decode_processes: int = Field(default_factory=allowed_cores, ge=1)
+    """Processes that decode images; without it one for each core that this process may use."""
     decode_timeout: float = Field(default=10, gt=0)
     """How long one image may take to decode."""
     max_batch: int | None = Field(default=None, ge=1, le=1024)

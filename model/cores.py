@@ -1,0 +1,67 @@
+"""How many cores this process may use, which in a container is fewer than the host has.
+
+Loads nothing beyond the standard library: it is asked before numerical libraries start threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+_ROOT = Path("/")
+
+
+def allowed_cores(root: Path = _ROOT) -> int:
+    """The cores of this process: its affinity, or its control groups' quota where that is less.
+
+    A quota of a core and a half counts as two. root: where `proc` and `sys` are.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        cores = min([cores, *(max(1, math.ceil(quota)) for quota in _quotas(root))])
+    return cores
+
+
+def limit_threads(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Make numerical libraries that load later start one thread for each allowed core.
+
+    They count the cores of the affinity on their own, but no quota. What is set already holds.
+    """
+    cores = allowed_cores()
+    if cores < len(os.sched_getaffinity(0)):
+        environment.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Quotas in cores of this process's control groups and those around them, of both versions."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            folders, name = ("", "unified"), "cpu.max"
+        elif "cpu" in controllers.split(","):
+            folders, name = (controllers, "cpu", "cpu,cpuacct"), "cpu.cfs_quota_us"
+        else:
+            continue
+        for folder in folders:
+            mount = root / "sys/fs/cgroup" / folder
+            # In a container the path may be that of the host, and the mount the group itself.
+            path = PurePosixPath(group.lstrip("/"))
+            for place in (path, *path.parents):
+                quota = _quota(mount / place / name)
+                if quota is not None:
+                    yield quota
+
+
+def _quota(file: Path) -> float | None:
+    """Cores by `cpu.max` ("quota period") or `cpu.cfs_quota_us`; None without a limit."""
+    if not file.is_file():
+        return None
+    quota, *period = file.read_text().split()
+    if quota in ("max", "-1"):
+        return None
+    if not period:
+        period = file.with_name("cpu.cfs_period_us").read_text().split()
+    return int(quota) / int(period[0])
