@@ -7,6 +7,7 @@ fp32 on test pictures; trained weights do, some random ones do not.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,12 +25,15 @@ from model.preprocess import normalise, pixels_of
 from service.errors import RuntimeUnavailable
 from service.images.decode import Crop
 
+log = logging.getLogger(__name__)
+
 Device = Literal["auto", "cpu", "cuda"]
 Runtime = Literal["auto", "torch", "openvino"]
 
 # What bf16 must reach against fp32 to be used: see Embedder._agreement.
 AGREEMENT = 0.998
 ERROR_SHARE = 0.1
+_SHOWN = 200  # characters of a library's message
 _BATCH = 32  # longer lists are split: no gain on a CPU, bounded memory on a GPU
 _MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
 
@@ -115,11 +119,21 @@ class Embedder:
                     "OpenVINO is not installed; install the extra 'cpu' or use runtime torch"
                 )
             return "torch", f"{chosen.reason}; OpenVINO is not installed", eager
-        converted, reason = self._openvino(precision, cache_dir)
-        if runtime == "openvino":
-            return "openvino", reason, converted
-        pictures = _test_pictures(self._model)
-        slower = _seconds(converted, pictures) / _seconds(eager, pictures)
+        try:
+            converted, reason = self._openvino(precision, cache_dir)
+            if runtime == "openvino":
+                return "openvino", reason, converted
+            pictures = _test_pictures(self._model)
+            slower = _seconds(converted, pictures) / _seconds(eager, pictures)
+        except Exception as error:  # too little memory, no compiler's temporary files, python -OO
+            why = " ".join((str(error) or type(error).__name__).split())[:_SHOWN]
+            if runtime == "openvino":
+                raise RuntimeUnavailable(
+                    f"OpenVINO cannot run this network here ({why}); give it memory and disk, or "
+                    "use runtime torch"
+                ) from error
+            log.warning("OpenVINO cannot run this network here (%s): torch does", why)
+            return "torch", f"{chosen.reason}; OpenVINO failed", eager
         if slower > 1:
             return "torch", f"{chosen.reason}; OpenVINO measured {slower:.2f}× slower", eager
         return "openvino", f"{reason}; {1 / slower:.1f}× as fast as torch here", converted

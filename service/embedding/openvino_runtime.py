@@ -9,7 +9,9 @@ runs too.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,11 +22,14 @@ import torch
 from torch import Tensor
 
 from model import CMT, Modality
-from model.atomic_file import write_whole
+from model.atomic_file import PRIVATE, write_whole
 from model.config import MODALITIES
+from model.cores import allowed_cores
 from model.graphs import embedding_graph, to_openvino
 from model.preprocess import MEAN, STD
 from model.quiet_openvino import openvino
+
+log = logging.getLogger(__name__)
 
 _MOST_STREAMS = 8  # the interpreter could not prepare more batches at once
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
@@ -35,14 +40,18 @@ class OpenVINOBackend:
 
     streams: how many calls of `beside` compute at once. precision: "float32", "bfloat16", or
     "auto": OpenVINO takes bf16 where the CPU has units for it. cache: a folder for converted
-    graphs, or None; a damaged file there is converted again.
+    graphs, or None; what is damaged there is converted again, and where nothing can be stored the
+    log says so. Raises whatever OpenVINO raises where it cannot convert or compile.
     """
 
     def __init__(self, model: CMT, fingerprint: str, *, precision: str, cache: Path | None) -> None:
         self._model, self._fingerprint, self._cache = model, fingerprint, cache
-        self.streams = min(len(os.sched_getaffinity(0)), _MOST_STREAMS)
+        cores = allowed_cores()
+        self.streams = min(cores, _MOST_STREAMS)
         core = openvino.Core()
-        settings = {}
+        settings: dict[str, object] = {}
+        if cores < len(os.sched_getaffinity(0)):  # by a quota, which OpenVINO does not ask for
+            settings["INFERENCE_NUM_THREADS"] = cores
         if precision != "auto":
             settings["INFERENCE_PRECISION_HINT"] = _PRECISIONS[precision]
         graphs = {m: _of_pixels(self._graph(core, m)) for m in MODALITIES}
@@ -89,18 +98,62 @@ class OpenVINOBackend:
             return to_openvino(embedding_graph(self._model, modality))
         # Another OpenVINO may convert otherwise: its version is part of the name.
         version = "".join(c if c.isalnum() else "-" for c in openvino.__version__.split("-")[0])
-        stem = self._cache / f"openvino-{version}-{self._fingerprint}-{modality}"
-        xml, weights, digest = (stem.with_name(stem.name + s) for s in (".xml", ".bin", ".sha256"))
-        files = digest, xml, weights
-        if all(f.is_file() for f in files) and digest.read_text() == _digest(xml, weights):
-            return core.read_model(xml)
+        files = _Files(self._cache / f"openvino-{version}-{self._fingerprint}-{modality}")
+        if files.whole():
+            return core.read_model(files.xml)
         graph = to_openvino(embedding_graph(self._model, modality))
-        self._cache.mkdir(parents=True, exist_ok=True)
-        digest.unlink(missing_ok=True)
-        openvino.save_model(graph, xml, compress_to_fp16=False)
-        # The digest is written last: files that a crash left incomplete have no matching one.
-        write_whole(digest, _digest(xml, weights))
-        return core.read_model(xml)
+        try:
+            return files.stored(core, graph)
+        except (OSError, RuntimeError) as error:  # RuntimeError: OpenVINO's own, of a full disk
+            log.warning(
+                "the converted network cannot be kept in %s (%s): it is converted again at every "
+                "start until that is mended",
+                self._cache,
+                str(error).splitlines()[-1] if str(error) else type(error).__name__,
+            )
+            return graph
+
+
+class _Files:
+    """A converted graph on the disk, and a digest of it that is written last."""
+
+    def __init__(self, stem: Path) -> None:
+        self.xml, self._weights, self._digest = (
+            stem.with_name(stem.name + suffix) for suffix in (".xml", ".bin", ".sha256")
+        )
+
+    def whole(self) -> bool:
+        """Whether the files are there, readable and as they were written."""
+        try:
+            return self._digest.read_bytes() == _digest(self.xml, self._weights).encode()
+        except OSError:  # not there, not readable, or a folder
+            return False
+
+    def stored(self, core: openvino.Core, graph: openvino.Model) -> openvino.Model:
+        """Replace whatever is there → the graph as it is read from the files.
+
+        Raises OSError or RuntimeError; nothing is left then.
+        """
+        self.xml.parent.mkdir(parents=True, exist_ok=True)
+        self._remove()
+        try:
+            openvino.save_model(graph, self.xml, compress_to_fp16=False)
+            for file in (self.xml, self._weights):
+                file.chmod(PRIVATE)
+            read = core.read_model(self.xml)  # a full disk may have cut a file, without an error
+            # Last: files that a crash left incomplete have no matching one.
+            write_whole(self._digest, _digest(self.xml, self._weights), PRIVATE)
+        except BaseException:
+            self._remove()
+            raise
+        return read
+
+    def _remove(self) -> None:
+        for file in (self._digest, self.xml, self._weights):
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
 
 
 class _Own(threading.local):

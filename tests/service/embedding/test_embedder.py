@@ -105,7 +105,9 @@ def start(checkpoint: Path, graphs: Path) -> Embedder:
     )
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "no digest"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "truncated", "missing", "no digest", "no text", "a folder"]
+)
 def test_a_damaged_graph_on_disk_is_converted_again(
     damage: str,
     tiny_checkpoint: Path,
@@ -124,7 +126,12 @@ def test_a_damaged_graph_on_disk_is_converted_again(
     elif damage == "missing":
         weights.unlink()
     else:
-        next(tmp_path.glob("*-rgb.sha256")).unlink()
+        (digest,) = tmp_path.glob("*-rgb.sha256")
+        digest.unlink()
+        if damage == "no text":
+            digest.write_bytes(b"\xff")
+        elif damage == "a folder":
+            (digest / "with something in it").mkdir(parents=True)
     batch = crops(4)
     repaired = start(tiny_checkpoint, tmp_path)
     torch.testing.assert_close(repaired.embed(batch), eager.embed(batch), rtol=1e-3, atol=1e-4)
@@ -140,6 +147,36 @@ def test_a_good_graph_on_disk_is_not_converted_again(
     assert len(before) == 6
     batch = crops(4)
     torch.testing.assert_close(again.embed(batch), eager.embed(batch), rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_place_for_graphs_the_network_runs(
+    tiny_checkpoint: Path, eager: Embedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    embedder = start(tiny_checkpoint, tmp_path / "file" / "cache")
+    assert embedder.runtime == "openvino"
+    assert "cannot be kept in" in caplog.text
+    batch = crops(4)
+    torch.testing.assert_close(embedder.embed(batch), eager.embed(batch), rtol=1e-3, atol=1e-4)
+
+
+def test_where_openvino_fails_torch_runs(
+    tiny_checkpoint: Path,
+    eager: Embedder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr("service.embedding.openvino_runtime.to_openvino", fail)
+    embedder = Embedder(tiny_checkpoint, device="cpu", precision="float32")
+    assert embedder.runtime == "torch"
+    assert "std::bad_alloc" in caplog.text
+    batch = crops(4)
+    torch.testing.assert_close(embedder.embed(batch), eager.embed(batch), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeUnavailable, match=r"std::bad_alloc.*use runtime torch"):
+        Embedder(tiny_checkpoint, device="cpu", runtime="openvino", precision="float32")
 
 
 def test_auto_measures_and_says_why(
