@@ -39,7 +39,9 @@ class ReembeddingStopped(Exception):  # noqa: N818
 
 def decode_here(picture: Picture, height: int, width: int) -> Crop:
     """Decode a stored crop in this process. Raises ServiceError."""
-    crop = decode(picture.data, modality=picture.modality, limits=STORED_LIMITS)
+    crop = decode(
+        picture.data, modality=picture.modality, polarity=picture.polarity, limits=STORED_LIMITS
+    )
     return replace(crop, image=Image.fromarray(resize(crop.image, height, width)))
 
 

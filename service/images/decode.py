@@ -20,8 +20,9 @@ from functools import cached_property
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
+from model.pictures import Polarity
 from service.errors import (
     BoxOutside,
     ImageEmpty,
@@ -81,11 +82,12 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """Uploaded bytes and how to read them."""
+    """Uploaded bytes and how to read them. polarity: matters for an infrared picture only."""
 
     data: bytes
     modality: ModalityChoice = "auto"
     box: Box | None = None
+    polarity: Polarity = "white_hot"
 
     @cached_property
     def sha256(self) -> str:
@@ -112,7 +114,8 @@ class Crop:
 
     image: mode RGB, 8 bits, upright, the box cut out; from `Decoders` at the network's input size.
     width, height: of the crop that is stored. bit_depth: of the upload. sha256: of the
-    uploaded bytes. data: what is stored, the upload itself or a lossless PNG of the box.
+    uploaded bytes. data: what is stored, the upload itself or a lossless PNG of the box, neither
+    inverted. polarity: of infrared, which `image` no longer has; None of a visible crop.
     """
 
     image: Image.Image
@@ -124,6 +127,7 @@ class Crop:
     sha256: str
     data: bytes
     media_type: str
+    polarity: Polarity | None = None
 
 
 def decode(
@@ -131,11 +135,13 @@ def decode(
     *,
     modality: ModalityChoice = "auto",
     box: Box | None = None,
+    polarity: Polarity = "white_hot",
     limits: ImageLimits | None = None,
     sha256: str | None = None,
 ) -> Crop:
     """Decode one upload. Raises a ServiceError of status 413, 415 or 422, one sentence each.
 
+    polarity: of the picture if it is infrared: `black_hot` is inverted, after it was stored.
     sha256: of `data`, where the caller has it already.
     """
     limits = limits or ImageLimits()
@@ -158,9 +164,12 @@ def decode(
         stored, media_type = _png(picture), _MEDIA_TYPES["PNG"]
     _check_small(picture.width, picture.height, limits)
     detected: Modality = "rgb" if has_chroma(picture) else "ir"
+    taken: Modality = detected if modality == "auto" else modality
+    if taken == "ir" and polarity == "black_hot":
+        picture = ImageOps.invert(picture)
     return Crop(
         image=picture,
-        modality=detected if modality == "auto" else modality,
+        modality=taken,
         modality_source="detected" if modality == "auto" else "given",
         width=picture.width,
         height=picture.height,
@@ -168,6 +177,7 @@ def decode(
         sha256=sha256 or hashlib.sha256(data).hexdigest(),
         data=stored,
         media_type=media_type,
+        polarity=polarity if taken == "ir" else None,
     )
 
 

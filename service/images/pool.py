@@ -49,6 +49,7 @@ class Decoders:
         """
         order = Order(
             modality=picture.modality,
+            polarity=picture.polarity,
             box=picture.box,
             limits=limits or self._limits,
             height=height,

@@ -9,9 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.pictures import Polarity
 from service.images.decode import ModalityChoice
 
-FACTS = ("modality", "modality_source", "width", "height", "bit_depth", "sha256", "media_type")
+FACTS = (
+    "modality",
+    "modality_source",
+    "polarity",
+    "width",
+    "height",
+    "bit_depth",
+    "sha256",
+    "media_type",
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Order:
     """
 
     modality: ModalityChoice
+    polarity: Polarity
     box: tuple[int, int, int, int] | None
     limits: tuple[int, int, int, int]
     height: int

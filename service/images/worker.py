@@ -43,6 +43,7 @@ def _work(order: Order, data: bytes) -> Sequence[bytes]:
         crop = decode(
             data,
             modality=order.modality,
+            polarity=order.polarity,
             box=None if order.box is None else Box(*order.box),
             limits=ImageLimits(*order.limits),
             sha256=order.sha256,

@@ -315,6 +315,24 @@ def test_a_given_modality_is_believed() -> None:
     assert (crop.modality, crop.modality_source) == ("ir", "given")
 
 
+@pytest.mark.parametrize("box", [None, Box(4, 4, 24, 40)])
+def test_a_black_hot_picture_is_inverted_but_stored_as_it_came(box: Box | None) -> None:
+    shades = Image.fromarray(np.asarray(picture().convert("L")))
+    plain = decode(saved(shades, "PNG"), box=box)
+    turned = decode(saved(shades, "PNG"), box=box, polarity="black_hot")
+    assert (pixels(turned) == 255 - pixels(plain)).all()
+    assert turned.data == plain.data
+    assert (plain.polarity, turned.polarity) == ("white_hot", "black_hot")
+    again = decode(turned.data, modality="ir", polarity="black_hot")
+    assert (pixels(again) == pixels(turned)).all()
+
+
+def test_a_visible_picture_has_no_polarity() -> None:
+    crop = decode(saved(picture(), "PNG"), polarity="black_hot")
+    assert crop.polarity is None
+    assert (pixels(crop) == pixels(decode(saved(picture(), "PNG")))).all()
+
+
 GIF = saved(picture(), "GIF")
 ZIP = io.BytesIO()
 with zipfile.ZipFile(ZIP, "w") as archive:
