@@ -40,9 +40,10 @@ def _quotas(root: Path) -> Iterator[float]:
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            folders, name = ("", "unified"), "cpu.max"
+            folders: tuple[str, ...] = ("", "unified")
+            name = "cpu.max"
         elif "cpu" in controllers.split(","):
-            folders, name = (controllers, "cpu", "cpu,cpuacct"), "cpu.cfs_quota_us"
+            folders, name = (controllers, "cpu"), "cpu.cfs_quota_us"
         else:
             continue
         for folder in folders:

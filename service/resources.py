@@ -15,6 +15,7 @@ from service.gallery import Gallery
 from service.http.admission import Admission
 from service.images import Decoders
 from service.images.decode import ImageLimits
+from service.observability.logs import dropped_lines
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.pipeline.pipeline import Pipeline
@@ -122,6 +123,9 @@ def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: P
         "cmt_gallery_bytes",
         "Memory of the features and filter columns.",
         lambda: gallery.statistics.feature_bytes + gallery.statistics.column_bytes,
+    )
+    metrics.watch(
+        "cmt_log_lines_dropped", "Lines of the log that nobody read in time.", dropped_lines
     )
     metrics.watch(
         "cmt_uploads_receiving", "Uploads whose body arrives.", lambda: admission.receiving

@@ -64,7 +64,9 @@ def address_of(bound: socket.socket) -> str:
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; requests in flight finish first.
+    """Serve until SIGINT, SIGTERM or SIGHUP; requests in flight finish first.
+
+    A SIGHUP that the caller ignores, as nohup does, stays ignored.
 
     Raises ServerError (address), CheckpointError or ServiceError (gallery) when it cannot start.
     """
@@ -75,6 +77,8 @@ def run(settings: Settings) -> None:
     # have exit status 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, server.handle_exit)
     log.info("settings: %s", json.dumps(settings.redacted()))
     log.info("loading %s, then serving on %s", settings.checkpoint, address_of(bound))
     with bound, suppress(SystemExit):  # uvicorn exits where the lifespan could not start

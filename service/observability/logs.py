@@ -12,6 +12,8 @@ from typing import Literal, TextIO
 import structlog
 from structlog.types import Processor
 
+from service.observability.log_queue import QueueHandler
+
 Format = Literal["auto", "json", "console"]
 
 # They log lines at every request or migration that are of no use to operators.
@@ -41,7 +43,8 @@ get_logger = structlog.stdlib.get_logger
 def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> None:
     """Send all logs of this process to `stream`, by default standard error.
 
-    "auto": readable lines on a terminal, otherwise JSON.
+    "auto": readable lines on a terminal, otherwise JSON. Lines that `stream` does not take in time
+    are dropped and counted: see `dropped_lines`.
     """
     stream = stream or sys.stderr
     readable = format == "console" or (format == "auto" and stream.isatty())
@@ -60,7 +63,7 @@ def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> 
             structlog.processors.JSONRenderer(),
         ]
     )
-    handler = logging.StreamHandler(stream)
+    handler = QueueHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=_EVERY,
@@ -72,3 +75,9 @@ def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> 
     root.setLevel(level.upper())
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def dropped_lines() -> int:
+    """How many lines of the log were lost, because nobody read them."""
+    handlers = logging.getLogger().handlers
+    return sum(one.dropped for one in handlers if isinstance(one, QueueHandler))

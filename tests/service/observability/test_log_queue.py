@@ -1,0 +1,113 @@
+"""Logging never waits for whoever reads the log: lines without a place are dropped and counted."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.observability.log_queue import QueueHandler
+from tests.service.processes import CMT, ENDING_SECONDS, STARTING_SECONDS, wait_for
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("test", logging.INFO, __file__, 1, text, None, None)
+
+
+@pytest.fixture
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """Both ends of a pipe that takes no byte more."""
+    reader, writer = os.pipe()
+    flags = fcntl.fcntl(writer, fcntl.F_GETFL)
+    fcntl.fcntl(writer, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    fcntl.fcntl(writer, fcntl.F_SETFL, flags)
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def test_lines_arrive_in_order() -> None:
+    stream = io.StringIO()
+    handler = QueueHandler(stream)
+    for number in range(100):
+        handler.handle(record(str(number)))
+    handler.flush()
+    assert stream.getvalue().split() == [str(number) for number in range(100)]
+    assert handler.dropped == 0
+
+
+def test_what_a_full_pipe_does_not_take_is_dropped_and_told(full_pipe: tuple[int, int]) -> None:
+    reader, writer = full_pipe
+    with os.fdopen(os.dup(writer), "w") as stream:
+        handler = QueueHandler(stream, lines=3)
+        handler.handle(record("first"))
+        wait_for(lambda: handler._writing, "no thread writes")
+        for number in range(10):  # three find a place; nobody waits
+            handler.handle(record(f"line {number}"))
+        assert handler.dropped == 7
+        read = b""
+        while b"line 2\n" not in read:
+            read += os.read(reader, 1 << 20)
+        handler.flush()
+        told = b"7 lines of the log were dropped: standard error was not read"
+        assert read.lstrip(b"x").splitlines() == [b"first", told, b"line 0", b"line 1", b"line 2"]
+
+
+def test_what_a_closed_stream_loses_is_counted(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as stream:
+        handler = QueueHandler(stream)
+    for number in range(2):
+        handler.handle(record("lost"))
+        handler.flush()
+        assert handler.dropped == number + 1
+
+
+def test_a_service_whose_log_nobody_reads_answers_and_ends(
+    full_pipe: tuple[int, int], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "CHECKPOINT": str(tiny_checkpoint),
+        "DATA_DIR": str(tmp_path / "data"),
+        "PORT": str(port),
+        "RUNTIME": "torch",
+        "DEVICE": "cpu",
+        "LOG_LEVEL": "debug",
+        "DECODE_PROCESSES": "1",
+    }
+    service = subprocess.Popen(
+        [*CMT, "serve"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"} | {f"CMT_{n}": v for n, v in settings.items()},
+        stdout=subprocess.DEVNULL,
+        stderr=full_pipe[1],
+    )
+    try:
+
+        def ready() -> bool:
+            with suppress(httpx.TransportError):
+                return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).is_success
+            return False
+
+        wait_for(ready, "it does not become ready", STARTING_SECONDS)
+        answer = httpx.get(f"http://127.0.0.1:{port}/gallery", trust_env=False)
+        assert answer.json()["total"] == 0
+        service.send_signal(signal.SIGTERM)
+        assert service.wait(ENDING_SECONDS) == 0
+    finally:
+        service.kill()
+        service.wait()
