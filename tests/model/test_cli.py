@@ -244,3 +244,18 @@ def test_every_registered_command_has_a_summary_and_loads(
         assert isinstance(command, model.cli.RegisteredCommand)
         assert command.help, f"{command.entry_point.value}: no docstring or help="
         assert command.load() is not None
+
+
+def test_closed_descriptors_are_opened_on_nothing(tmp_path: Path) -> None:
+    """Without, the first files of a command would be its standard input, output and error."""
+    program = (
+        "import os, sys; from model.cli import main; status = main(['--version']); "
+        "print('said', file=sys.stderr); first = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY); "
+        "names = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)]; "
+        "os.write(first, repr((status, names)).encode())"
+    )
+    told = tmp_path / "told"
+    command = [sys.executable, "-c", program, str(told)]
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(closed, check=False).returncode == 0
+    assert told.read_text() == repr((0, ["/dev/null"] * 3))
