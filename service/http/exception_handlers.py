@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,10 +74,35 @@ def _methods(path: str) -> list[str]:
     )
 
 
-def defect(request: Request) -> JSONResponse:
-    """The answer to a defect in the code, which says nothing about internals."""
+def shortage(error: BaseException) -> ServiceError | None:
+    """The problem that an exception stands for where the host has no more of something.
+
+    None for a defect of the code.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    later = {"Retry-After": "5"}
+    if isinstance(error, MemoryError):
+        return errors.MemoryExhausted("the service is out of memory; try again", headers=later)
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        what = "threads"
+    elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        what = "open files"
+    elif isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
+        what = "processes or memory"
+    else:
+        return None
+    return errors.RuntimeUnavailable(
+        f"the host gives the service no more {what}; try again, or raise its limits", headers=later
+    )
+
+
+def unexpected(request: Request, error: Exception) -> JSONResponse:
+    """The answer to an exception that nothing has handled; it says nothing about internals."""
     return response(
-        request, errors.InternalError("the service met a defect; its log has the details")
+        request,
+        shortage(error)
+        or errors.InternalError("the service met a defect; its log has the details"),
     )
 
 

@@ -66,10 +66,15 @@ class RequestLogMiddleware:
         with self._tracing.request(scope["method"], headers) as span:
             try:
                 await self.app(scope, receive, observed)
-            except Exception:
-                log.exception("defect")
+            except Exception as error:
+                short = problems.shortage(error)
+                if short is None:
+                    log.exception("defect")
+                else:
+                    log.warning("shortage", detail=short.detail)
                 if status == 0:
-                    await problems.defect(Request(scope))(scope, receive, observed)
+                    answer = problems.unexpected(Request(scope), error)
+                    await answer(scope, receive, observed)
             finally:
                 self._note(scope, status, time.perf_counter() - started, span)
 
