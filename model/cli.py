@@ -10,6 +10,7 @@ runs is imported: help is read from the source (see `_summary`), so `cmt --help`
 from __future__ import annotations
 
 import ast
+import io
 import os
 import sys
 import traceback
@@ -151,6 +152,10 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal cannot show, or a file name that is no text, is escaped.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _one_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `service.client` calls `is_loopback` and must not load SQLAlchemy
@@ -12,7 +13,10 @@ if TYPE_CHECKING:  # `service.client` calls `is_loopback` and must not load SQLA
 def without_password(address: URL) -> str:
     """An address as logs may show it. libpq takes a password among the parameters too."""
     shown = {name: value for name, value in address.query.items() if "pass" not in name.lower()}
-    return address.set(query=shown).render_as_string(hide_password=True)
+    database = address.database
+    if database is not None:  # the name of a file need not be text
+        database = os.fsencode(database).decode(errors="backslashreplace")
+    return address.set(database=database, query=shown).render_as_string(hide_password=True)
 
 
 def is_loopback(host: str) -> bool:

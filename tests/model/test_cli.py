@@ -259,3 +259,16 @@ def test_closed_descriptors_are_opened_on_nothing(tmp_path: Path) -> None:
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
     assert subprocess.run(closed, check=False).returncode == 0
     assert told.read_text() == repr((0, ["/dev/null"] * 3))
+
+
+def test_output_that_cannot_show_a_character_escapes_it() -> None:
+    """On a terminal of another encoding, and the name of a file that is no text."""
+    program = "from model.cli import main; main(['--version']); print('caf\\xe9', '\\udcff')"
+    for encoding, shown in (("ascii", b"caf\\xe9 \\udcff"), ("utf-8", b"caf\xc3\xa9 \\udcff")):
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            check=True,
+        )
+        assert run.stdout.splitlines()[-1] == shown

@@ -8,6 +8,7 @@ before is in it.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -132,7 +133,8 @@ class Backups:
         self._database.copying = True
         try:
             driver.set_progress_handler(self._closing.is_set, _STEPS)
-            driver.execute("VACUUM INTO ?", (str(place / FILE_NAME),))
+            # As bytes: the name of a folder need not be UTF-8.
+            driver.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(place / FILE_NAME),))
         except sqlite3.Error as error:
             if self._closing.is_set():
                 raise closed from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import shutil
 import sqlite3
 import stat
@@ -353,3 +354,17 @@ def test_the_database_is_readable_by_sqlite_alone(make_place: MakePlace, tmp_pat
             assert database.execute("PRAGMA foreign_key_check").fetchall() == []
             assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
             assert database.execute("SELECT count(*) FROM secrets").fetchone() == (0,)
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    names = (b"gallery \xff\xe9", b"restored \xff", b"backup \xff.zip")
+    folder, there, file = (tmp_path / os.fsdecode(name) for name in names)
+    with closing(Gallery.open(folder, INFO)) as gallery:
+        ids = fill(gallery)
+        gallery.backup(file)
+    restore(file, there)
+    with closing(Gallery.open(there, INFO)) as gallery:
+        assert [item.id for item in gallery.list(Filters(), 1000).items] == ids
+    nothing = pytest.raises(DatabaseUnavailable, match="restored %5Cxff/none/gallery")
+    with nothing, offline(there / "none"):
+        pass
