@@ -13,8 +13,8 @@ import unicodedata
 
 MAX_LABEL = 128
 
-# Of Unicode's Default_Ignorable_Code_Point what is no format character (Cf, all of which are refused
-# but those below), and the blank of Braille, which looks like nothing too.
+# Of Unicode's Default_Ignorable_Code_Point what is no format character (Cf, which are refused but
+# for those below), and the blank of Braille, which looks like nothing too.
 _INVISIBLE = (
     (0x034F, 0x034F),
     (0x115F, 0x1160),
@@ -32,7 +32,7 @@ _INVISIBLE = (
 _DRAWN = frozenset(map(chr, (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD)))
 _NON_JOINER, _JOINER = "\u200c", "\u200d"
 # First words of the names of letters that join: there a non-joiner changes what is read.
-_CURSIVE = frozenset("ARABIC SYRIAC MANDAIC MONGOLIAN NKO MANICHAEAN ADLAM".split())
+_CURSIVE = frozenset(["ARABIC", "SYRIAC", "MANDAIC", "MONGOLIAN", "NKO", "MANICHAEAN", "ADLAM"])
 _VIRAMA = 9  # canonical combining class of the signs that join Indic consonants
 
 
