@@ -28,6 +28,7 @@ from service.errors import (
     ServiceError,
 )
 from service.images.decode import Crop
+from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -212,16 +213,6 @@ class EmbeddingBatcher:
                 return [_failure(error, exhausted)]
         middle = len(crops) // 2
         return self._halving(crops[:middle], beside) + self._halving(crops[middle:], beside)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the machine ran out of memory, as PyTorch and OpenVINO report it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text or "bad_alloc" in text
-    )
 
 
 def _failure(error: Exception, exhausted: bool) -> ServiceError:

@@ -10,11 +10,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from model import CheckpointInfo
-from service.errors import DatabaseUnavailable, ServiceError
+from service.errors import DatabaseUnavailable, MemoryExhausted, ServiceError
 from service.gallery.feed import Position, Stored, Witness
 from service.gallery.index import snapshot
 from service.gallery.index.shard import Shard
@@ -22,6 +22,7 @@ from service.gallery.index.snapshot import Restored, SnapshotInvalid
 from service.gallery.records import IndexKind
 from service.gallery.storage.store import Store
 from service.gallery.storage.streaming import View
+from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ class Follower:
     def follow(self) -> None:
         """Take over what was committed since the last call.
 
-        Raises DatabaseUnavailable, GalleryDamaged or StorageUnwritable; the next call tries again.
+        Raises DatabaseUnavailable, GalleryDamaged, StorageUnwritable, or MemoryExhausted where
+        there is no room for new items: what was deleted or relabelled is followed all the same.
+        The next call tries again.
         """
         with self._following:
             self._behind = False  # before the view: what is committed after it sets it again
@@ -116,10 +119,16 @@ class Follower:
         except ServiceError as error:
             log.warning("the index could not follow the store: %s", error.detail)
 
-    def catch_up(self) -> None:
-        """Follow this process's own writes if that failed before. Call it before a search."""
-        if self._behind:
-            self.follow()
+    def catch_up(self, *, always: bool = False) -> None:
+        """Follow this process's own writes if that failed before. Call it before a search.
+
+        Without memory for new items the search goes on without them; nothing that was deleted is
+        found, and `counts` tells. always: follow what other processes wrote, too. Raises as
+        `follow`, but for MemoryExhausted.
+        """
+        if self._behind or always:
+            with suppress(MemoryExhausted):
+                self.follow()
 
     def maintain(self) -> None:
         """Retry what failed, and renew the snapshot. Called regularly in the background."""
@@ -233,21 +242,33 @@ class Follower:
             self._remove_snapshot()
         # The position advances with every block: if the next one fails, none is added twice.
         for stored in view.stream(self.position.item):
-            self.shard.add(stored)
+            self._add(stored)
             self.position = Position(stored.numbers[-1], newest.change)
         self.position = newest
 
     def _replace(self, stored: Stored) -> None:
-        lacking = set(self.shard.lacking(stored.numbers))
-        late = [row for row, number in enumerate(stored.numbers) if number in lacking]
-        if late:
-            self.shard.add(_rows(stored, late))
+        # First what takes no memory, so that a lack of it leaves no old label.
         self.shard.update(
             stored.numbers,
             persons=stored.persons,
             cameras=stored.cameras,
             captured=stored.captured,
         )
+        lacking = set(self.shard.lacking(stored.numbers))
+        late = [row for row, number in enumerate(stored.numbers) if number in lacking]
+        if late:
+            self._add(_rows(stored, late))
+
+    def _add(self, stored: Stored) -> None:
+        try:
+            self.shard.add(stored)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryExhausted(
+                f"the index has no memory for {len(stored.numbers)} more items, which are stored "
+                "and which no query finds until there is; free memory, or restart on a larger host"
+            ) from error
 
     def _remove_snapshot(self) -> None:
         """Leave nothing that was erased in a file; `maintain` retries where this fails."""

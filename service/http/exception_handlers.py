@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from service import errors
 from service.auth.authorization import ROUTE_SCOPES
 from service.errors import ServiceError
 from service.http.problem import FieldProblem, Problem
+from service.kit.memory import is_out_of_memory
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -70,8 +72,13 @@ def _methods(path: str) -> list[str]:
     literally = [method for method, route in ROUTE_SCOPES if route == path]
     return sorted(
         literally
-        or {method for method, route in ROUTE_SCOPES if compile_path(route)[0].fullmatch(path)}
+        or {method for method, route in ROUTE_SCOPES if _pattern(route).fullmatch(path)}
     )
+
+
+def _pattern(route: str) -> re.Pattern[str]:
+    # A camera's id may hold slashes.
+    return compile_path(route.replace("{camera_id}", "{camera_id:path}"))[0]
 
 
 def shortage(error: BaseException) -> ServiceError | None:
@@ -82,7 +89,7 @@ def shortage(error: BaseException) -> ServiceError | None:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     later = {"Retry-After": "5"}
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return errors.MemoryExhausted("the service is out of memory; try again", headers=later)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         what = "threads"

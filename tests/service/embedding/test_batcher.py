@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from service.embedding.batcher import EmbeddingBatcher, is_out_of_memory
+from service.embedding.batcher import EmbeddingBatcher
 from service.errors import EmbeddingFailed, MemoryExhausted
 from service.images.decode import Crop
+from service.kit.memory import is_out_of_memory
 
 
 def crop(number: int) -> Crop:

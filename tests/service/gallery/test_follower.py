@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import CheckpointInfo, CMTConfig
-from service.errors import DatabaseUnavailable, IndexOutOfStep
+from service.errors import DatabaseUnavailable, IndexOutOfStep, MemoryExhausted
 from service.gallery import Gallery, ItemUpdate, NewItem
 from service.gallery.feed import Stored
 from service.gallery.index.segment import Segment
@@ -151,6 +151,28 @@ def test_memory_that_runs_out_halfway_shifts_nothing(
     assert [hit.item.id for hit in found[:3]] == [item.id for item in first]
     assert max(hit.distance for hit in found) < 0.01
     assert len({hit.item.id for hit in found}) == 6
+    gallery.check()
+
+
+def test_without_memory_for_new_items_the_others_are_searched(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = gallery.add(new(3), features(3))
+
+    def refuse(self: Segment, stored: Stored) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate …")
+
+    add = Segment.add
+    monkeypatch.setattr(Segment, "add", refuse)
+    [late] = gallery.add(new(1), features(1, seed=1))  # committed: it must not be sent again
+    gallery.delete(old[0].id)
+    gallery.update(old[1].id, ItemUpdate(person_id="ann"))
+    found = gallery.search(features(1, seed=1)[0], None, top_k=10).hits
+    assert {hit.item.id: hit.item.person_id for hit in found} == {old[1].id: "ann", old[2].id: None}
+    with pytest.raises(MemoryExhausted, match="no memory for 1 more items"):
+        gallery.check()
+    monkeypatch.setattr(Segment, "add", add)
+    assert gallery.search(features(1, seed=1)[0], None, top_k=1).hits[0].item.id == late.id
     gallery.check()
 
 
