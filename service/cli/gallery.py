@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from model.atomic_file import SHARED, whole_file, write_whole
 from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
+from service.client.requests import item_path
 
 gallery = typer.Typer(
     help="List, show, export and delete enrolled crops.\n\nExample: cmt gallery list --person-id 17"
@@ -148,6 +149,8 @@ def delete(
     """
     if bool(item_ids) == (person_id is not None):
         raise typer.BadParameter("give either ids or --person-id")
+    for item_id in item_ids or []:
+        item_path(item_id)  # all are ids, or none is deleted
     what = f"everything of person {person_id}" if person_id is not None else "these items"
     if not yes:
         typer.confirm(f"Delete {what}?", abort=True)

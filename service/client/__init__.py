@@ -1,6 +1,14 @@
 """Talk to a running service: the verbs of the HTTP API, typed, with retries."""
 
 from service.client.client import DEFAULT_URL, AsyncClient, Client
-from service.client.requests import ImageSource, ServiceProblem, Unreachable
+from service.client.requests import ImageSource, InvalidValue, ServiceProblem, Unreachable
 
-__all__ = ["DEFAULT_URL", "AsyncClient", "Client", "ImageSource", "ServiceProblem", "Unreachable"]
+__all__ = [
+    "DEFAULT_URL",
+    "AsyncClient",
+    "Client",
+    "ImageSource",
+    "InvalidValue",
+    "ServiceProblem",
+    "Unreachable",
+]

@@ -33,10 +33,10 @@ from service.api.schemas import (
     ReembedStatus,
 )
 from service.client import requests as calls
-from service.client.requests import ImageSource, ServiceProblem, Unreachable
+from service.client.requests import ImageSource, InvalidValue, ServiceProblem, Unreachable
 from service.kit.urls import is_loopback
 
-__all__ = ["AsyncClient", "Client", "ServiceProblem", "Unreachable"]
+__all__ = ["AsyncClient", "Client", "InvalidValue", "ServiceProblem", "Unreachable"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # Long enough for a CPU that embeds a full queue first; connecting to a service takes no time.
@@ -45,6 +45,8 @@ TIMEOUT = httpx.Timeout(120, connect=5)
 
 class Client:
     """Verbs of the HTTP API. Raises ServiceProblem for an error answer, Unreachable for none.
+
+    InvalidValue and LabelError are ValueErrors for ids and texts that are not sent at all.
 
     An image is a path or bytes. Keyword arguments of the verbs are the fields of the API.
     """
@@ -137,21 +139,20 @@ class Client:
 
     def get(self, item_id: str) -> GalleryItem:
         """GET /gallery/{id}."""
-        return calls.parsed(self._send(calls.Call("GET", f"/gallery/{item_id}")), GalleryItem)
+        return calls.parsed(self._send(calls.Call("GET", calls.item_path(item_id))), GalleryItem)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
         """GET /gallery/{id}/image → the stored crop and its media type."""
-        response = calls.checked(self._send(calls.Call("GET", f"/gallery/{item_id}/image")))
+        response = calls.checked(self._send(calls.Call("GET", f"{calls.item_path(item_id)}/image")))
         return response.content, response.headers["Content-Type"]
 
     def delete(self, item_id: str) -> None:
         """DELETE /gallery/{id}."""
-        calls.checked(self._send(calls.Call("DELETE", f"/gallery/{item_id}")))
+        calls.checked(self._send(calls.Call("DELETE", calls.item_path(item_id))))
 
     def erase(self, person_id: str) -> int:
         """DELETE /gallery?person_id=… → how many items were erased."""
-        call = calls.Call("DELETE", "/gallery", params={"person_id": person_id})
-        return calls.parsed(self._send(call), Erased).deleted
+        return calls.parsed(self._send(calls.erase(person_id)), Erased).deleted
 
     def model(self) -> ModelCard:
         """GET /model."""
@@ -302,21 +303,24 @@ class AsyncClient:
 
     async def get(self, item_id: str) -> GalleryItem:
         """GET /gallery/{id}."""
-        return calls.parsed(await self._send(calls.Call("GET", f"/gallery/{item_id}")), GalleryItem)
+        return calls.parsed(
+            await self._send(calls.Call("GET", calls.item_path(item_id))), GalleryItem
+        )
 
     async def image(self, item_id: str) -> tuple[bytes, str]:
         """GET /gallery/{id}/image → the stored crop and its media type."""
-        response = calls.checked(await self._send(calls.Call("GET", f"/gallery/{item_id}/image")))
+        response = calls.checked(
+            await self._send(calls.Call("GET", f"{calls.item_path(item_id)}/image"))
+        )
         return response.content, response.headers["Content-Type"]
 
     async def delete(self, item_id: str) -> None:
         """DELETE /gallery/{id}."""
-        calls.checked(await self._send(calls.Call("DELETE", f"/gallery/{item_id}")))
+        calls.checked(await self._send(calls.Call("DELETE", calls.item_path(item_id))))
 
     async def erase(self, person_id: str) -> int:
         """DELETE /gallery?person_id=… → how many items were erased."""
-        call = calls.Call("DELETE", "/gallery", params={"person_id": person_id})
-        return calls.parsed(await self._send(call), Erased).deleted
+        return calls.parsed(await self._send(calls.erase(person_id)), Erased).deleted
 
     async def model(self) -> ModelCard:
         """GET /model."""

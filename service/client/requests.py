@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,7 +15,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.api.schemas import BatchItem, ItemPatch
+from model.image_files import read_file
+from model.labels import LabelError, normalized_label
+from service.api.schemas import KEY_PATTERN, BatchItem, ItemPatch
 from service.http.problem import Problem
 
 M = TypeVar("M", bound=BaseModel)
@@ -37,6 +40,10 @@ class Unreachable(Exception):  # noqa: N818 (a state, not an error of the caller
     """No answer from the service; the message says what to check."""
 
 
+class InvalidValue(ValueError):  # noqa: N818 (as LabelError, which it stands beside)
+    """A value that no request can carry, or would carry to another route; nothing was sent."""
+
+
 class Call(NamedTuple):
     """One request, as `httpx.Client.build_request` takes it."""
 
@@ -50,6 +57,9 @@ class Call(NamedTuple):
     timeout: Any = httpx.USE_CLIENT_DEFAULT
 
 
+_ITEM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
+_FINGERPRINT = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE | re.ASCII)
+
 # The answer begins once the service has copied its gallery.
 BACKUP = Call("POST", "/admin/backup", timeout=httpx.Timeout(3600, connect=5))
 
@@ -59,6 +69,10 @@ def enroll(
 ) -> Call:
     """POST /gallery; key: the Idempotency-Key."""
     data = _form({"box": _box(box), **fields})
+    if key is not None and not re.fullmatch(KEY_PATTERN, key):
+        raise InvalidValue(
+            f"the idempotency key {key!a} is empty or holds more than printable ASCII; change it"
+        )
     headers = None if key is None else {"Idempotency-Key": key}
     return Call("POST", "/gallery", data=data, files=[_file(image)], headers=headers)
 
@@ -75,7 +89,7 @@ def enroll_batch(images: Sequence[ImageSource], items: Sequence[BatchItem] | Non
 def update(item_id: str, fields: Mapping[str, Any]) -> Call:
     """PATCH /gallery/{id}; None empties a field."""
     changed = ItemPatch(**fields).model_dump(mode="json", include=set(fields))
-    return Call("PATCH", f"/gallery/{item_id}", json=changed)
+    return Call("PATCH", item_path(item_id), json=changed)
 
 
 def query(
@@ -89,9 +103,43 @@ def query(
     return Call("POST", "/query", data=data, files=[_file(image) for image in several])
 
 
+def item_path(item_id: str) -> str:
+    """/gallery/{id}. Raises InvalidValue for what is no item's id."""
+    if not _ITEM_ID.fullmatch(item_id):
+        raise InvalidValue(
+            f"{item_id!a} is no item's id, which looks like 0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10; "
+            "`cmt gallery list` shows them"
+        )
+    return f"/gallery/{item_id}"
+
+
+def camera_path(camera_id: str) -> str:
+    """/cameras/{camera_id}, whatever characters the label holds.
+
+    Raises LabelError for what is no label, and for one with a step "." or "..": proxies resolve
+    those even in percent-encoding.
+    """
+    label = normalized_label(camera_id)
+    if {".", ".."} & set(label.split("/")):
+        raise LabelError(f"a camera cannot be called {label!a} in a path; rename it without dots")
+    return f"/cameras/{quote(label, safe='')}"
+
+
+def erase(person_id: str) -> Call:
+    """DELETE /gallery?person_id=…, of that one person."""
+    if not isinstance(person_id, str) or not person_id:
+        raise InvalidValue("a person to erase needs a label; give person_id")
+    return Call("DELETE", "/gallery", params=_form({"person_id": person_id}))
+
+
 def drop_version(fingerprint: str) -> Call:
-    """DELETE /admin/versions/{fingerprint}."""
-    return Call("DELETE", f"/admin/versions/{quote(fingerprint, safe='')}")
+    """DELETE /admin/versions/{fingerprint}. Raises InvalidValue for what is no fingerprint."""
+    if not _FINGERPRINT.fullmatch(fingerprint):
+        raise InvalidValue(
+            f"{fingerprint!a} is no fingerprint of a checkpoint; `cmt gallery versions list` "
+            "shows them"
+        )
+    return Call("DELETE", f"/admin/versions/{fingerprint}")
 
 
 def list_items(fields: Mapping[str, Any]) -> Call:
@@ -113,7 +161,12 @@ def _text(value: Any) -> Any:
         return json.dumps(value)
     if isinstance(value, list | tuple):
         return [_text(element) for element in value]
-    return str(value)
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValue(f"{text!a} is no UTF-8 text; write it in UTF-8") from error
+    return text
 
 
 def _box(box: Sequence[int] | None) -> str | None:
@@ -121,9 +174,8 @@ def _box(box: Sequence[int] | None) -> str | None:
 
 
 def _file(image: ImageSource) -> tuple[str, tuple[str, bytes]]:
-    if isinstance(image, Path):
-        return "image", (image.name, image.read_bytes())
-    return "image", ("image", image)
+    """A part of a form. A file's name stays here: it need not be text, and nobody asks for it."""
+    return "image", ("image", read_file(image) if isinstance(image, Path) else image)
 
 
 def wait_before_retry(response: httpx.Response, attempt: int, retries: int) -> float | None:
@@ -190,5 +242,10 @@ def receiving(url: httpx.URL) -> Iterator[None]:
 
 
 def authorization(api_key: str | None) -> dict[str, str]:
-    """Headers that carry the key."""
+    """Headers that carry the key. Raises InvalidValue for what is no key."""
+    if api_key is not None and not re.fullmatch(KEY_PATTERN, api_key):
+        raise InvalidValue(
+            "the API key is empty or holds white space or other characters that no key has; copy "
+            "it again as `cmt keys create` printed it"
+        )
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}

@@ -174,6 +174,18 @@ def test_gallery_list_show_delete(
     assert run(capsys, "gallery", "delete", "--yes")[0] == 2
 
 
+def test_a_path_is_no_id(
+    client: Client, visible: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    item = client.enroll(visible[0], person_id="anna")
+    for hostile in ("../gallery?person_id=anna", "..%2fgallery%3fperson_id=anna", "."):
+        status, _, err = run(capsys, "gallery", "delete", item.id, hostile, "--yes")
+        assert status == 1
+        assert "is no item's id" in err
+        assert run(capsys, "gallery", "show", hostile)[0] == 1
+    assert client.list(person_id=["anna"]).items == [item]  # the id beside it stays too
+
+
 def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "keys.json"
     status, token, _ = run(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote
 
 import httpx
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from service.auth.keys import KeyFile
-from service.client import AsyncClient, Client, ServiceProblem, Unreachable
-from service.client.requests import LONGEST_WAIT, wait_before_retry
+from service.client import AsyncClient, Client, InvalidValue, ServiceProblem, Unreachable
+from service.client.requests import LONGEST_WAIT, camera_path, wait_before_retry
 from tests.service.conftest import Serve
 
 
@@ -82,6 +87,99 @@ def test_a_key_is_sent(serve: Serve, tmp_path: Path) -> None:
             client.list()
         with Client(url, api_key=token) as client:
             assert client.list().total == 0
+
+
+HOSTILE_IDS = (
+    "", ".", "..", "%2e%2e", "%2E", "batch", "..%2fgallery", "../gallery?person_id=x", "a/b", "a#b",
+    "a?b", "a\\b", "a\nb", "a\0b", "a b", "\udcff", "http://elsewhere/", "//elsewhere/x",
+    "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10/../x", "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10\n",
+)  # fmt: skip
+ITEM_ID = "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10"
+
+
+def sent_to() -> tuple[list[tuple[str, bytes]], httpx.MockTransport]:
+    """Method and target of what is sent through a transport that answers 204 to everything."""
+    seen: list[tuple[str, bytes]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append((request.method, request.url.raw_path))
+        return httpx.Response(204, headers={"Content-Type": "image/jpeg"})
+
+    return seen, httpx.MockTransport(answer)
+
+
+def test_an_id_goes_to_its_own_route() -> None:
+    seen, transport = sent_to()
+    with Client("http://service/prefix", transport=transport) as client:
+        client.delete(ITEM_ID)
+        client.image(ITEM_ID.upper())
+        client.drop_version("3f1f" * 16)
+        with pytest.raises(Unreachable):  # a 204 has no answer to read
+            client.erase("../gallery?person_id=y&x#z")
+    assert seen == [
+        ("DELETE", f"/prefix/gallery/{ITEM_ID}".encode()),
+        ("GET", f"/prefix/gallery/{ITEM_ID.upper()}/image".encode()),
+        ("DELETE", b"/prefix/admin/versions/" + b"3f1f" * 16),
+        ("DELETE", b"/prefix/gallery?person_id=..%2Fgallery%3Fperson_id%3Dy%26x%23z"),
+    ]
+
+
+@pytest.mark.parametrize("text", HOSTILE_IDS)
+def test_what_is_no_id_is_not_sent(text: str) -> None:
+    seen, transport = sent_to()
+    with Client("http://service", transport=transport) as client:
+        for verb in (client.get, client.image, client.delete, client.update, client.drop_version):
+            with pytest.raises(InvalidValue, match="is no"):
+                verb(text)
+
+    async def scenario() -> None:
+        async with AsyncClient("http://service", transport=transport) as client:
+            for verb in (client.get, client.image, client.delete, client.update):
+                with pytest.raises(InvalidValue, match="is no"):
+                    await verb(text)
+            with pytest.raises(InvalidValue, match="is no"):
+                await client.drop_version(text)
+
+    asyncio.run(scenario())
+    assert seen == []
+
+
+@given(st.text(max_size=20) | st.text("./%2eE?#a\\", max_size=6))
+@example("a/../b")
+@example("%2f..")
+@example("gate 3/north ä?x=1#y%41")
+def test_a_camera_is_asked_for_by_exactly_its_label(text: str) -> None:
+    with httpx.Client(base_url="http://service") as http:
+        try:
+            path = camera_path(text)
+        except ValueError:
+            return
+        target = http.build_request("DELETE", path).url.raw_path.decode()
+    room, name = target.rsplit("/", 1)  # one segment, whatever proxy resolves it
+    assert room == "/cameras"
+    assert not set("?#") & set(name)
+    assert unicodedata.normalize("NFC", text) == unquote(name)
+    assert not {".", ".."} & set(unquote(name).split("/"))
+
+
+def test_texts_that_no_request_can_carry_are_refused(tmp_path: Path) -> None:
+    seen, transport = sent_to()
+    pipe = tmp_path / "live.jpg"
+    os.mkfifo(pipe)
+    with Client("http://service", transport=transport) as client:
+        for person in ("", "J\udcfcrgen"):
+            with pytest.raises(InvalidValue):
+                client.erase(person)
+        with pytest.raises(InvalidValue, match="is no UTF-8 text"):
+            client.enroll(b"image", person_id="J\udcfcrgen")
+        with pytest.raises(InvalidValue, match="the idempotency key"):
+            client.enroll(b"image", idempotency_key="a\r\nX-Other: b")
+        with pytest.raises(OSError, match="is a pipe, not a file"):
+            client.query(pipe)
+    for key in ("", "cmt_x\n", "ключ"):
+        with pytest.raises(InvalidValue, match="the API key"):
+            Client("http://service", api_key=key)
+    assert seen == []
 
 
 def busy_until(free_at: float, header: dict[str, str]) -> httpx.MockTransport:
