@@ -14,11 +14,10 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from service.api.deps import resources
+from service.api.multipart import Part, read_form
 from service.api.schemas import FormModel, form_errors
 from service.errors import (
     BodyTimeout,
@@ -26,10 +25,13 @@ from service.errors import (
     BoxOutside,
     ClientGone,
     ContentTypeUnsupported,
+    DecodeBudgetSpent,
     EmbeddingFailed,
     FormMalformed,
+    ImageBlank,
     ImageEmpty,
     ImageMultiFrame,
+    ImageTooComplex,
     ImageTooLarge,
     ImageTooSmall,
     ImageTruncated,
@@ -40,7 +42,6 @@ from service.errors import (
     ParametersInvalid,
     RuntimeUnavailable,
 )
-from service.http.admission import Body
 
 F = TypeVar("F", bound=FormModel)
 
@@ -64,8 +65,11 @@ UPLOAD_ERRORS = (
 
 # Errors of its images.
 IMAGE_ERRORS = (
+    DecodeBudgetSpent,
+    ImageBlank,
     ImageEmpty,
     ImageMultiFrame,
+    ImageTooComplex,
     ImageTooLarge,
     ImageTooSmall,
     ImageTruncated,
@@ -124,11 +128,19 @@ async def read_upload(
         most += max_field_bytes
     started = time.perf_counter()
     with state.admission.receive() as body:
-        form = await _parse(request, max_images, most, max_field_bytes, body)
-        try:
-            upload = await _sort(form, limit)
-        finally:
-            await form.close()
+        if not is_utf8_of(request, b"multipart/form-data"):
+            raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
+        with in_time(request):
+            parts = await read_form(
+                request.headers["content-type"],
+                bounded(request, most, body.grow),
+                max_files=max_images + 1,  # one too many is told as such, not as a malformed form
+                max_file_bytes=limit,
+                max_fields=MAX_FIELDS,
+                max_field_bytes=max_field_bytes,
+            )
+        upload = _sort(parts, limit)
+        del parts
         body.arrive()
         state.pipeline.note("receive", time.perf_counter() - started)
         async with _while_connected(request):
@@ -160,26 +172,6 @@ async def _while_connected(request: Request) -> AsyncIterator[None]:
         raise
     finally:
         watching.cancel()
-
-
-async def _parse(
-    request: Request, max_images: int, max_bytes: int, max_field_bytes: int, body: Body
-) -> FormData:
-    if not is_utf8_of(request, b"multipart/form-data"):
-        raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
-    parser = MultiPartParser(
-        request.headers,
-        bounded(request, max_bytes, body.grow),
-        max_files=max_images + 1,  # one too many is reported as such, not as a malformed form
-        max_fields=MAX_FIELDS,
-        max_part_size=max_field_bytes,
-    )
-    parser.spool_max_size = max_bytes + 1  # no temporary files, on a disk that may be full
-    try:
-        with in_time(request):
-            return await parser.parse()
-    except MultiPartException as error:
-        raise FormMalformed(f"the form cannot be read: {error.message}") from error
 
 
 def is_utf8_of(request: Request, media_type: bytes) -> bool:
@@ -239,25 +231,30 @@ async def _discard(chunks: AsyncIterator[bytes], max_bytes: int) -> None:
             return
 
 
-async def _sort(form: FormData, max_image_bytes: int) -> Upload:
+def _sort(parts: list[Part], max_image_bytes: int) -> Upload:
     images: list[bytes] = []
     fields: list[tuple[str, str]] = []
     refused: dict[int, ImageTooLarge] = {}
-    for name, value in form.multi_items():
-        if isinstance(value, str):
+    for part in parts:
+        name = part.name.decode(errors="replace")
+        if not part.is_file:
             if name == "image":
                 raise invalid_field("image", "must be a file: give the part a filename")
-            fields.append((name, value))
+            try:
+                fields.append((part.name.decode(), part.text()))
+            except UnicodeDecodeError as error:
+                raise invalid_field(name, "must be text in UTF-8") from error
         elif name != "image":
             raise invalid_field(name, "must be plain text: give the part no filename")
-        elif (value.size or 0) > max_image_bytes:
+        elif part.size > max_image_bytes:
             refused[len(images)] = ImageTooLarge(
-                f"the image has {value.size:,} bytes, the limit is {max_image_bytes:,}; "
+                f"the image has {part.size:,} bytes, the limit is {max_image_bytes:,}; "
                 "send a smaller crop"
             )
             images.append(b"")
         else:
-            images.append(await value.read())
+            images.append(bytes(part.data))
+            part.data.clear()
     return Upload(images, fields, refused)
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
 
 from service.api.schemas import BATCH_IMAGES, BatchItem
 from service.client import Client
@@ -230,19 +226,6 @@ def test_an_empty_label_is_none(http: httpx.Client, visible: list[Path]) -> None
     no_text: tuple[object, ...] = ({}, [], 0, False)
     for value in no_text:
         assert http.patch(path, json={"person_id": value}).status_code == 422
-
-
-def test_a_full_temporary_disk_is_in_nobodys_way(
-    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", full)
-    large = io.BytesIO()
-    Image.new("RGB", (800, 800), (200, 30, 30)).save(large, "BMP")  # 1.9 MB
-    assert http.post("/gallery", files={"image": large.getvalue()}).status_code == 201
-    assert http.post("/query", files={"image": large.getvalue()}).status_code == 200
 
 
 def test_two_persons_are_not_erased_at_once(http: httpx.Client, visible: list[Path]) -> None:
