@@ -46,7 +46,8 @@ async def livez() -> Health:
     ),
 )
 async def readyz(state: ResourcesDep) -> Health:
-    """Images are embedded, index in step with the store, disk writable; 503 names what is not."""
+    """Images are embedded, index in step, disk writable, keys readable; 503 names what is not."""
+    state.keyring.check()
     state.pipeline.self_check.check()
     try:
         await state.pipeline.stored(state.gallery.check)

@@ -24,6 +24,10 @@ ROUTE_SCOPES: Mapping[tuple[str, str], Scope | None] = {
     ("DELETE", "/gallery/{id}"): "enroll",
     ("GET", "/gallery/{id}/image"): "query",
     ("POST", "/query"): "query",
+    ("GET", "/cameras"): "query",
+    ("GET", "/cameras/{camera_id}"): "query",
+    ("PUT", "/cameras/{camera_id}"): "admin",
+    ("DELETE", "/cameras/{camera_id}"): "admin",
     ("GET", "/model"): "query",
     ("GET", "/metrics"): "query",
     ("POST", "/admin/backup"): "admin",
@@ -54,7 +58,7 @@ async def authorise(
     Runs before any body is read. Closed by default: a route missing from ROUTE_SCOPES is refused.
     Sets `request.state.actor` to the caller: `key:ID`, or `address:IP` where there are no keys.
     """
-    route = (request.method, request.scope["route"].path)
+    route = (request.method, request.scope["route"].path_format)
     if route in ROUTE_SCOPES and ROUTE_SCOPES[route] is None:
         return
     resources = request.state.resources
@@ -91,10 +95,18 @@ def _refuse_other_sites(request: Request) -> None:
         )
     origin = request.headers.get("origin")
     allowed = request.state.resources.settings.cors_origins
-    if origin is not None and origin not in allowed and urlsplit(origin).netloc != host:
+    if origin is not None and origin not in allowed and _authority(origin) != host:
         raise OriginRefused(
-            f"pages of {origin} may not call this service; add the origin to CMT_CORS_ORIGINS"
+            f"pages of {origin[:100]} may not call this service; add the origin to CMT_CORS_ORIGINS"
         )
+
+
+def _authority(origin: str) -> str | None:
+    """Host and port of an origin; None where it is none, such as http://[."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _is_local_name(host: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import stat
 import threading
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 
 from service.auth.authorization import ROUTE_SCOPES
 from service.auth.keys import KeyFile, KeyFileError, Keyring, Scope
+from service.errors import KeysUnreadable
 from service.kit.urls import is_loopback
 from service.settings import SettingsError, load_settings
 from tests.service.conftest import Serve
@@ -109,14 +112,87 @@ def test_keys_take_effect_and_end_without_a_restart(guarded: Guarded) -> None:
     assert guarded.http.get("/gallery", headers=headers).status_code == 401
 
 
+def damages(path: Path) -> Iterator[None]:
+    """What may stand where a file of keys was, one after the other."""
+    whole = path.read_bytes()
+    key = json.loads(whole)["keys"][0]
+    texts = {
+        "empty": "",
+        "cut": whole[: len(whole) // 2].decode(),
+        "garbled": "\x00\xff not json",
+        "deep": "[" * 100_000 + "]" * 100_000,
+        "no number": '{"keys": NaN}',
+        "long": " " * 5_000_000,
+        "named twice": '{"keys": [], ' + whole.decode().lstrip()[1:],
+        **{
+            f"{name}: {value!r}": json.dumps({"keys": [{**key, name: value}]})
+            for name, value in (
+                ("sha256", "é" * 64),
+                ("sha256", "0" * 63),
+                ("rate", "often"),
+                ("rate", "0/minute"),
+                ("scopes", "query"),
+                ("scopes", ["root"]),
+                ("created_at", "yesterday"),
+                ("id", None),
+                ("note", "x"),
+            )
+        },
+        "revoked only once": json.dumps({"keys": [key, {**key, "id": "other"}]}),
+    }
+    for text in texts.values():
+        path.write_text(text, encoding="latin-1")
+        yield
+    path.unlink()
+    yield
+    path.mkdir()
+    yield
+    path.rmdir()
+    os.mkfifo(path)
+    yield
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    yield
+    path.unlink()
+    path.write_bytes(whole)
+
+
 def test_without_a_readable_file_nobody_is_let_in(guarded: Guarded) -> None:
-    hidden = guarded.file.path.with_suffix(".hidden")
     headers = {"Authorization": f"Bearer {guarded.tokens['query']}"}
-    guarded.file.path.rename(hidden)
-    answer = guarded.http.get("/gallery", headers=headers)
-    assert (answer.status_code, answer.json()["code"]) == (503, "keys_unreadable")
-    hidden.rename(guarded.file.path)
+    for _ in damages(guarded.file.path):
+        for answer in (
+            guarded.http.get("/gallery", headers=headers),
+            guarded.http.get("/readyz"),
+        ):
+            assert (answer.status_code, answer.json()["code"]) == (503, "keys_unreadable")
+        assert guarded.http.get("/livez").status_code == 200
     assert guarded.http.get("/gallery", headers=headers).status_code == 200
+    assert guarded.http.get("/readyz").status_code == 200
+
+
+def test_the_commands_tell_what_is_wrong_with_a_file_of_keys(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    file.create("one", ["query"], "5/second;100/hour")
+    for _ in damages(file.path):
+        with pytest.raises(KeyFileError, match=r"keys\.json"):
+            file.read()
+    assert [key.rate for key in file.read()] == ["5/second;100/hour"]
+
+
+def test_an_older_file_that_is_put_back_is_noticed(tmp_path: Path) -> None:
+    """Even with the time, the size and the place of the one that was read."""
+    file = KeyFile(tmp_path / "keys.json")
+    _, first = file.create("one", ["query"])
+    keyring = Keyring(file.path)
+    assert keyring.find(first) is not None
+    status = file.path.stat()
+    other = file.path.read_text().replace(file.read()[0].sha256, "0" * 64)
+    file.path.write_text(other)
+    os.utime(file.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert keyring.find(first) is None
+    file.path.unlink()
+    with pytest.raises(KeysUnreadable):
+        keyring.find(first)
 
 
 def test_the_file_holds_no_key_and_is_private(tmp_path: Path) -> None:
@@ -131,6 +207,8 @@ def test_the_file_holds_no_key_and_is_private(tmp_path: Path) -> None:
     assert found.scopes == {"query", "enroll"}
     with pytest.raises(KeyFileError, match="cmt keys list"):
         file.revoke("nothing")
+    with pytest.raises(KeyFileError, match="0/second"):
+        file.create("nobody", ["query"], "0/second")
 
 
 def test_keys_made_at_once_are_all_kept(tmp_path: Path) -> None:
@@ -177,6 +255,9 @@ def test_other_sites_may_not_use_a_service_without_keys(http: httpx.Client) -> N
     for headers in (
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
+        {"Origin": "http://[::1"},
+        {"Origin": f"http://127.0.0.1:{port}@evil.example"},
         {"Origin": f"http://127.0.0.1:{port}0"},
         {"Host": "evil.example"},
         {"Host": "127.0.0.1.evil.example"},
