@@ -65,6 +65,12 @@ class ScopeMissing(ServiceError):
 # 404
 
 
+class CameraNotFound(ServiceError):
+    """Nothing is stored about a camera of this id."""
+
+    status, code, title = 404, "camera_not_found", "Camera not found"
+
+
 class ItemNotFound(ServiceError):
     """No gallery item has this id."""
 
@@ -183,6 +189,24 @@ class CursorInvalid(ServiceError):
     """A list cursor that this gallery did not give out."""
 
     status, code, title = 422, "cursor_invalid", "Cursor not valid"
+
+
+class DecodeBudgetSpent(ServiceError):
+    """An image of a request whose other images took all the time to decode that it has."""
+
+    status, code, title = 422, "decode_budget_spent", "Time to decode used up"
+
+
+class ImageBlank(ServiceError):
+    """A picture of one shade, or of noise."""
+
+    status, code, title = 422, "image_blank", "Image blank"
+
+
+class ImageTooComplex(ServiceError):
+    """A file that would take far longer to decode than its pixels should."""
+
+    status, code, title = 422, "image_too_complex", "Image too complex"
 
 
 class ImageEmpty(ServiceError):
@@ -315,6 +339,12 @@ class ShuttingDown(ServiceError):
     """The service ends; requests in flight are finished, others refused."""
 
     status, code, title = 503, "shutting_down", "Shutting down"
+
+
+class StorageMoved(ServiceError):
+    """The database, its folder or its lock was moved, replaced or removed meanwhile."""
+
+    status, code, title = 503, "storage_moved", "Storage moved"
 
 
 class StorageUnwritable(ServiceError):
