@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model import torchvision_compat
@@ -20,6 +22,10 @@ _BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, in
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
+# What a file of torchvision's weights may hold or lack beside the tensors of the backbone.
+_CLASSIFIER = ("fc.weight", "fc.bias")
+_COUNTER = ".num_batches_tracked"
+_PARALLEL = "module."
 
 
 def _layer(
@@ -93,7 +99,9 @@ class TwoStreamResNet(nn.Module):
 
         weights: "imagenet" fetches torchvision's default weights (needs a network); a path is a
             local `.pth` (read without unpickling code) or `.safetensors` state dict of the same
-            torchvision network.
+            torchvision network. Its classifier is left aside. Batch norm's counters of batches
+            may be missing, as in the files of torchvision's first weights (267 tensors of
+            ResNet-50): nothing is computed from them, and they start at 0.
         Raises ValueError with the remedy where the weights are not of this network.
         """
         if self.width != 1.0:
@@ -101,34 +109,84 @@ class TwoStreamResNet(nn.Module):
                 f"ImageNet weights fit width 1.0 only, and this configuration has {self.width}; "
                 "set width to 1.0 or start without weights"
             )
-        if weights == "imagenet":
-            state = get_model_weights(self.name).DEFAULT.get_state_dict(progress=False)
-        else:
-            state = _read_state(Path(weights))
+        state = _fetched(self.name) if weights == "imagenet" else _read_state(Path(weights))
         own = self.state_dict()
-        mapped: dict[str, Tensor] = {}
-        for name in own:
-            source = name.split(".", 2)[2] if name.startswith("stems.") else name
-            if source not in state or state[source].shape != own[name].shape:
+        sources = {name: _torchvision_name(name) for name in own}
+        self._check_torchvision(weights, state, {sources[name]: own[name] for name in own})
+        self.load_state_dict(
+            {
+                name: state[source] if source in state else torch.zeros_like(own[name])
+                for name, source in sources.items()
+            }
+        )
+
+    def _check_torchvision(
+        self, weights: str | Path, state: Mapping[str, Any], expected: Mapping[str, Tensor]
+    ) -> None:
+        """Raises ValueError unless `state` holds the `expected` tensors and nothing unknown."""
+        remedy = f"give a state dict of torchvision's {self.name}"
+        for name, tensor in expected.items():
+            given = state.get(name)
+            if given is None and name.endswith(_COUNTER):
+                continue
+            if not isinstance(given, Tensor) or given.shape != tensor.shape:
                 raise ValueError(
-                    f"{weights} holds no tensor {source} of shape {tuple(own[name].shape)}; give "
-                    f"a state dict of torchvision's {self.name}"
+                    f"{weights} holds no tensor {name} of shape {tuple(tensor.shape)}; {remedy}"
                 )
-            mapped[name] = state[source]
-        self.load_state_dict(mapped)
+            if given.is_floating_point() != tensor.is_floating_point():
+                raise ValueError(f"{weights} holds {name} as {given.dtype}; {remedy}")
+            if not given.isfinite().all():
+                raise ValueError(
+                    f"{weights} holds numbers in {name} that are not finite; fetch it again"
+                )
+        unknown = sorted(
+            str(name) for name in state if name not in expected and name not in _CLASSIFIER
+        )
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise ValueError(
+                f"{weights} holds {unknown[0]}{more}, which torchvision's {self.name} does not "
+                f"have: it is of another network; {remedy}"
+            )
 
 
-def _read_state(path: Path) -> Mapping[str, Tensor]:
+def _torchvision_name(name: str) -> str:
+    """The name in torchvision's network of a tensor of this one."""
+    return name.split(".", 2)[2] if name.startswith("stems.") else name
+
+
+def _fetched(name: str) -> Mapping[str, Any]:
+    """torchvision's default weights of a network, from its cache or the network."""
+    weights = get_model_weights(name).DEFAULT
+    try:
+        return weights.get_state_dict(progress=False)  # type: ignore[no-any-return]
+    except OSError as error:
+        raise ValueError(
+            f"{weights.url} cannot be fetched ({error}); download it elsewhere and give the file "
+            "in the place of 'imagenet'"
+        ) from error
+
+
+def _read_state(path: Path) -> Mapping[str, Any]:
+    """The state dict in a file, on the CPU, by the names that torchvision's network has.
+
+    Training scripts save it under "state_dict" or "model", and DataParallel puts "module." before
+    every name. Raises ValueError where the file is missing or none.
+    """
     if not path.is_file():
         raise ValueError(f"no weights file {path}; download torchvision's weights to that path")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+    remedy = "give torchvision's .pth or a .safetensors file"
+    state: Any
     try:
-        state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"{path} is no readable state dict; give torchvision's .pth or a .safetensors file"
-        ) from error
-    return state
+        raise ValueError(f"{path} is no readable state dict; {remedy}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{path} is no readable state dict; {remedy}")
+    return {str(name).removeprefix(_PARALLEL): value for name, value in state.items()}

@@ -298,6 +298,56 @@ def test_imagenet_weights_of_a_local_file_go_into_both_stems(tmp_path: Path) -> 
     assert torch.equal(own["layer4.0.conv1.weight"], state["layer4.0.conv1.weight"])
 
 
+def torchvision_state(name: str) -> dict[str, torch.Tensor]:
+    """Random weights under torchvision's names, batch norm's counters among them."""
+    import torchvision.models
+
+    torch.manual_seed(7)
+    return dict(getattr(torchvision.models, name)().state_dict())
+
+
+def without_counters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As torchvision's first weights are, which were saved before there were counters."""
+    return {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("resnet18", 102), ("resnet34", 182)])
+def test_torchvisions_first_weights_have_no_counters(
+    name: str, tensors: int, tmp_path: Path
+) -> None:
+    state = without_counters(torchvision_state(name))
+    assert len(state) == tensors
+    torch.save(state, tmp_path / "v1.pth", _use_new_zipfile_serialization=False)
+    own = CMT(config(width=1.0, backbone=name), weights=tmp_path / "v1.pth").backbone.state_dict()
+    assert torch.equal(own["stems.ir.bn1.running_var"], state["bn1.running_var"])
+    assert torch.equal(own["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    assert {int(own[n]) for n in own if n.endswith("num_batches_tracked")} == {0}
+
+
+def test_both_of_torchvisions_resnet50_and_what_training_scripts_make_of_it(tmp_path: Path) -> None:
+    second = torchvision_state("resnet50")
+    first = without_counters(second)
+    assert (len(first), len(second)) == (267, 320)
+    second["layer3.5.bn3.num_batches_tracked"] += 5
+    headless = {n: t for n, t in first.items() if not n.startswith("fc.")}
+    files: dict[str, object] = {
+        "resnet50-first.pth": first,
+        "resnet50-second.pth": second,
+        "headless.pth": headless,
+        "parallel.pth": {"epoch": 90, "state_dict": {f"module.{n}": t for n, t in first.items()}},
+    }
+    backbone = CMT(config(width=1.0, backbone="resnet50")).backbone
+    for number, (name, content) in enumerate(files.items()):
+        torch.save(content, tmp_path / name)
+        with torch.no_grad():
+            backbone.layer4[2].conv3.weight.fill_(number)
+        backbone.load_imagenet(tmp_path / name)
+        own = backbone.state_dict()
+        assert torch.equal(own["layer4.2.conv3.weight"], first["layer4.2.conv3.weight"])
+        assert torch.equal(own["stems.rgb.layer1.2.bn3.bias"], first["layer1.2.bn3.bias"])
+        assert int(own["layer3.5.bn3.num_batches_tracked"]) == (5 if "second" in name else 0)
+
+
 def test_the_feature_map_equals_torchvisions_with_layer4_at_stride_1() -> None:
     from torchvision.models import resnet18
 
@@ -331,6 +381,42 @@ def test_wrong_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"conv1\.weight of shape \(64, 3, 7, 7\)"):
         CMT(config(width=1.0), weights=tmp_path / "other.pth")
+
+
+def test_weights_of_another_network_are_refused_by_the_name_of_a_tensor(tmp_path: Path) -> None:
+    backbone = CMT(config(width=1.0)).backbone
+
+    def refused(content: object, match: str) -> None:
+        torch.save(content, tmp_path / "odd.pth")
+        before = backbone.layer2[0].bn1.weight.clone()
+        with pytest.raises(ValueError, match=match):
+            backbone.load_imagenet(tmp_path / "odd.pth")
+        assert torch.equal(backbone.layer2[0].bn1.weight, before)
+
+    state = without_counters(torchvision_state("resnet18"))
+    # A deeper network holds all tensors of this one, and more.
+    refused(torchvision_state("resnet34"), r"holds layer1\.2\.bn1.* more, which .* resnet18")
+    refused(
+        state | {"layer1.0.se.fc1.weight": torch.zeros(4)}, r"holds layer1\.0\.se\.fc1\.weight,"
+    )
+    refused({n: t for n, t in state.items() if n != "bn1.bias"}, r"no tensor bn1\.bias of shape")
+    refused(state | {"bn1.bias": [0.0] * 64}, r"no tensor bn1\.bias of shape")
+    refused(state | {"bn1.bias": torch.zeros(64, dtype=torch.int32)}, r"bn1\.bias as torch\.int32")
+    refused(state | {"bn1.bias": torch.full((64,), torch.nan)}, r"in bn1\.bias that are not finite")
+    refused({f"backbone.{n}": t for n, t in state.items()}, r"no tensor conv1\.weight")
+    refused([state], "no readable state dict")
+    refused({}, "no readable state dict")
+
+
+def test_weights_are_read_without_unpickling_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "was here",)
+
+    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="no readable state dict"):
+        CMT(config(width=1.0), weights=tmp_path / "evil.pth")
+    assert not (tmp_path / "was here").exists()
 
 
 def test_bad_input_is_refused_with_a_sentence() -> None:
