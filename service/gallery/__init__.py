@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from service.gallery.records import (
         AuditEntry,
         AuditPage,
+        Camera,
         Filters,
         Hit,
         IndexKind,
@@ -31,6 +32,7 @@ _HOMES = {
     "Act": "service.gallery.storage.audit",
     "AuditEntry": "service.gallery.records",
     "AuditPage": "service.gallery.records",
+    "Camera": "service.gallery.records",
     "Counters": "service.gallery.index.shard",
     "DEFAULT_CANDIDATES": "service.gallery.gallery",
     "Filters": "service.gallery.records",
@@ -56,6 +58,7 @@ __all__ = [
     "Act",
     "AuditEntry",
     "AuditPage",
+    "Camera",
     "Counters",
     "Filters",
     "Gallery",

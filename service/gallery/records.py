@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
 from typing import Any, Final, Literal, NamedTuple
 
-from service.images.decode import Crop, Modality, ModalitySource
+from model.labels import LabelError, normalized_label
+from model.pictures import Polarity
+from service.gallery.times import microseconds
+from service.images.decode import Crop, Modality, ModalityChoice, ModalitySource
 
 IndexKind = Literal["SQfp16", "Flat", "SQ8", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "HNSW"]
 """Of the recall stage: a scan of the features as they are, or a kind of FAISS index."""
@@ -22,7 +25,7 @@ class RequestKey(NamedTuple):
 
 @dataclass(frozen=True)
 class NewItem:
-    """A crop to enroll, with its labels. captured_at needs a UTC offset."""
+    """A crop to enroll, with its labels (`model.labels`). captured_at needs a UTC offset."""
 
     crop: Crop
     person_id: str | None = None
@@ -36,7 +39,8 @@ class NewItem:
 class Item:
     """An enrolled crop. id: UUIDv7. Times are UTC. model: fingerprint of its features' checkpoint.
 
-    sha256 is of the uploaded bytes; width, height and modality are of the stored crop.
+    sha256 is of the uploaded bytes; width, height and modality are of the stored crop. polarity:
+    None of a visible crop.
     """
 
     id: str
@@ -52,6 +56,7 @@ class Item:
     sha256: str
     metadata: dict[str, Any]
     model: str
+    polarity: Polarity | None = None
 
 
 class _Unset(Enum):
@@ -74,6 +79,15 @@ class ItemUpdate:
     def fields(self) -> dict[str, Any]:
         """What is given, by name."""
         return {name: value for name, value in vars(self).items() if value is not UNSET}
+
+
+@dataclass(frozen=True)
+class Camera:
+    """What holds for the pictures of a camera that do not say it themselves; None: nothing does."""
+
+    camera_id: str
+    modality: ModalityChoice | None = None
+    polarity: Polarity | None = None
 
 
 VersionState = Literal["building", "active", "retired"]
@@ -102,6 +116,7 @@ class StoredCrop:
     data: bytes
     media_type: str
     modality: Modality
+    polarity: Polarity | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,18 @@ class AuditPage:
     next_cursor: str | None
 
 
+def meant_label(text: str) -> str:
+    """The label that a filter or an erasure means: one that looks the same is the same.
+
+    A text that is no label (`model.labels`) stands for itself, so that an item of an older release
+    that has it is not out of reach.
+    """
+    try:
+        return normalized_label(text)
+    except LabelError:
+        return text
+
+
 @dataclass(frozen=True)
 class Filters:
     """Which items count. An empty tuple or None does not filter; several values mean any of them.
@@ -138,6 +165,35 @@ class Filters:
     gallery_modality: tuple[Modality, ...] = ()
     captured_from: datetime | None = None
     captured_to: datetime | None = None
+
+    def meant(self) -> Filters:
+        """The filters with their labels as items have them: see `meant_label`."""
+        return replace(
+            self,
+            person_id=tuple(map(meant_label, self.person_id)),
+            camera_id=tuple(map(meant_label, self.camera_id)),
+            exclude_camera_id=tuple(map(meant_label, self.exclude_camera_id)),
+        )
+
+    def passes(self, item: Item) -> bool:
+        """Whether an item counts: the same rules as those of the index and of SQL."""
+        timed = self.captured_from is not None or self.captured_to is not None
+        moment = None if item.captured_at is None else microseconds(item.captured_at)
+        if timed and moment is None:
+            return False
+        return (
+            (not self.person_id or item.person_id in self.person_id)
+            and (not self.camera_id or item.camera_id in self.camera_id)
+            and (item.camera_id is None or item.camera_id not in self.exclude_camera_id)
+            and (not self.gallery_modality or item.modality in self.gallery_modality)
+            and (
+                moment is None
+                or (
+                    (self.captured_from is None or moment >= microseconds(self.captured_from))
+                    and (self.captured_to is None or moment < microseconds(self.captured_to))
+                )
+            )
+        )
 
     def described(self) -> dict[str, Any]:
         """The filters as JSON, without the persons, whom a log must not name."""

@@ -113,7 +113,9 @@ class Reembedding:
         pictures = []
         for crop in crops:
             try:
-                pictures.append(self._decode(Picture(crop.data, crop.modality), *size))
+                polarity = crop.polarity or "white_hot"
+                picture = Picture(crop.data, crop.modality, polarity=polarity)
+                pictures.append(self._decode(picture, *size))
             except ServiceError as error:
                 raise GalleryDamaged(
                     f"the stored crop of item number {crop.number} cannot be read "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +16,7 @@ from service.gallery.index.shard import Scored, SearchRequest
 from service.gallery.records import Filters, Hit, Item, SearchResult
 
 _WIDEN_FOR_GROUPS = 4  # how much longer the shortlist gets where it held too few people
-_TRIES = 8  # searches again because an item was deleted between search and fetch
+_TRIES = 8  # searches again because an item was changed between search and fetch
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def answers(follower: Follower, queries: Sequence[Query], candidates: int) -> li
     candidates: for queries that do not set it. Raises ModelVersionConflict where its version was
     retired meanwhile.
     """
+    queries = [_meant(query) for query in queries]
     results: dict[int, SearchResult] = {}
     waiting = list(range(len(queries)))
     for attempt in range(_TRIES):
@@ -76,16 +77,42 @@ def answers(follower: Follower, queries: Sequence[Query], candidates: int) -> li
         fetch_ms = 1e3 * (time.perf_counter() - started)
         incomplete = []
         for i, one in zip(waiting, found, strict=True):
-            # An item may be deleted between search and fetch; the next search knows of it.
-            if attempt < _TRIES - 1 and any(number not in items for number in one.numbers):
+            # An item may be deleted or get other labels between search and fetch, here or in
+            # another process; the next search knows of it.
+            valid = _valid(one.numbers, items, queries[i].options)
+            if attempt < _TRIES - 1 and len(valid) < len(one.numbers):
                 incomplete.append(i)
             else:
-                results[i] = one.result(items, fetch_ms)
+                results[i] = one.result(valid, fetch_ms)
         waiting = incomplete
         if not waiting:
             break
-        follower.follow()
+        follower.catch_up(always=True)
     return [results[i] for i in range(len(queries))]
+
+
+def _meant(query: Query) -> Query:
+    """The query with its filters' labels as items have them."""
+    options = query.options
+    return replace(query, options=replace(options, filters=options.filters.meant()))
+
+
+def _valid(
+    numbers: Sequence[int], items: Mapping[int, Item], options: Options
+) -> Mapping[int, Item]:
+    """Those of the items found that still exist, pass the filters and are of different people."""
+    valid: dict[int, Item] = {}
+    people: set[str] = set()
+    for number in numbers:
+        item = items.get(number)
+        if item is None or not options.filters.passes(item):
+            continue
+        if options.group_by is not None and item.person_id is not None:
+            if item.person_id in people:
+                continue
+            people.add(item.person_id)
+        valid[number] = item
+    return valid
 
 
 @dataclass(frozen=True)
@@ -97,7 +124,7 @@ class _Chosen:
     numbers: list[int]
 
     def result(self, items: Mapping[int, Item], fetch_ms: float) -> SearchResult:
-        """The answer, with those items that still exist."""
+        """The answer, with those of its items that are given."""
         scored = self.scored
         found = [
             (place, items[number])

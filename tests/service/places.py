@@ -96,7 +96,7 @@ def fill(gallery: Gallery, count: int = 12) -> list[str]:
         NewItem(
             crop(i),
             person_id=f"person-{i % 3}" if i % 4 else None,
-            camera_id=None if i % 2 else 'gate "1"; \t\\N ü',
+            camera_id=None if i % 2 else 'gate "1"; \\t\\N ü',
             captured_at=datetime(2026, 1, 1 + i, tzinfo=UTC) if i % 2 else None,
             metadata={"note": "zwölf\\n", "n": i},
             request=RequestKey(f"key-{i}", f"{i:064x}"),

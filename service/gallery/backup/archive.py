@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from service.errors import BackupInvalid
 from service.gallery.storage.audit import KEY_FILE
 from service.gallery.storage.database import FILE_NAME
+from service.gallery.storage.tables import AUDIT_TRIGGERS
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -111,8 +112,8 @@ def described(database: Path, created_at: datetime) -> Manifest:
     """The manifest of a copy, without its members. Raises sqlite3.Error."""
     with closing(read_only(database)) as connection:
         rows = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
-        if any(kind not in ("table", "index") or "VIRTUAL" in (sql or "") for kind, _, sql in rows):
-            raise sqlite3.DatabaseError("it has more than tables and indexes")
+        if not all(_is_ours(*row) for row in rows):
+            raise sqlite3.DatabaseError("it has more than tables, indexes and their triggers")
         names = {name for kind, name, _ in rows if kind == "table" and name.isidentifier()}
         names -= {"alembic_version", "secrets", "sqlite_sequence"}
 
@@ -126,6 +127,13 @@ def described(database: Path, created_at: datetime) -> Manifest:
             active=first("SELECT fingerprint FROM models WHERE state = 'active'"),
             counts={name: first(f"SELECT count(*) FROM {name}") for name in sorted(names)},
         )
+
+
+def _is_ours(kind: str, name: str, sql: str | None) -> bool:
+    """Whether a part of a database is one that a gallery has; a view or a trigger may run SQL."""
+    if kind == "trigger":
+        return AUDIT_TRIGGERS.get(name) == sql
+    return kind in ("table", "index") and "VIRTUAL" not in (sql or "")
 
 
 def read_only(database: Path) -> sqlite3.Connection:

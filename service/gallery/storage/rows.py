@@ -6,13 +6,14 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Row, and_, not_, or_
 
+from model.labels import normalized_label
 from service.errors import CursorInvalid
 from service.gallery.records import Filters, Item, ItemUpdate, NewItem
 from service.gallery.storage.tables import items
@@ -31,17 +32,21 @@ _SAME_NAME = (
     "bit_depth",
     "sha256",
     "model",
+    "polarity",
 )
 
 
 def record_of(new: NewItem, model: str, now: datetime) -> Item:
-    """The item that a new one becomes, with a new id. Raises ValueError as `microseconds`."""
+    """The item that a new one becomes, with a new id.
+
+    Raises LabelError, and ValueError as `microseconds`.
+    """
     crop = new.crop
     captured = new.captured_at
     return Item(
         id=_uuid7(now),
-        person_id=new.person_id,
-        camera_id=new.camera_id,
+        person_id=_label(new.person_id),
+        camera_id=_label(new.camera_id),
         captured_at=None if captured is None else moment_of(microseconds(captured)),
         enrolled_at=now,
         modality=crop.modality,
@@ -52,6 +57,7 @@ def record_of(new: NewItem, model: str, now: datetime) -> Item:
         sha256=crop.sha256,
         metadata=new.metadata,
         model=model,
+        polarity=crop.polarity,
     )
 
 
@@ -74,7 +80,7 @@ def request_of(new: NewItem) -> dict[str, str]:
 
 def item_of(row: Row[Any]) -> Item:
     """The item of a whole row, its columns in the order of the table."""
-    _, name, person, camera, captured, enrolled, *facts, details, model, _, _ = tuple(row)
+    _, name, person, camera, captured, enrolled, *facts, details, model, _, _, polarity = tuple(row)
     modality, source, width, height, bit_depth, sha256 = facts
     return Item(
         id=name,
@@ -90,12 +96,16 @@ def item_of(row: Row[Any]) -> Item:
         sha256=sha256,
         metadata=json.loads(details),
         model=model,
+        polarity=polarity,
     )
 
 
 def columns_of(changes: ItemUpdate) -> dict[str, Any]:
-    """The columns that an update writes, with their new values."""
+    """The columns that an update writes, with their new values. Raises as `record_of`."""
     columns = changes.fields
+    for name in ("person_id", "camera_id"):
+        if name in columns:
+            columns[name] = _label(columns[name])
     if "metadata" in columns:
         columns["details"] = json.dumps(columns.pop("metadata"))
     captured = columns.get("captured_at")
@@ -104,15 +114,19 @@ def columns_of(changes: ItemUpdate) -> dict[str, Any]:
     return columns
 
 
+def _label(text: str | None) -> str | None:
+    return None if text is None else normalized_label(text)
+
+
 def conditions_of(filters: Filters) -> list[ColumnElement[bool]]:
-    """The conditions of SQL for these filters: the same rules as `Columns.mask`."""
+    """The conditions of SQL for these filters: the same rules as `Filters.passes`."""
     conditions: list[ColumnElement[bool]] = []
     if filters.person_id:
-        conditions.append(items.c.person_id.in_(filters.person_id))
+        conditions.append(items.c.person_id.in_(storable(filters.person_id)))
     if filters.camera_id:
-        conditions.append(items.c.camera_id.in_(filters.camera_id))
+        conditions.append(items.c.camera_id.in_(storable(filters.camera_id)))
     if filters.exclude_camera_id:
-        excluded = items.c.camera_id.in_(filters.exclude_camera_id)
+        excluded = items.c.camera_id.in_(storable(filters.exclude_camera_id))
         conditions.append(or_(items.c.camera_id.is_(None), not_(excluded)))
     if filters.gallery_modality:
         conditions.append(items.c.modality.in_(filters.gallery_modality))
@@ -121,6 +135,15 @@ def conditions_of(filters: Filters) -> list[ColumnElement[bool]]:
     if filters.captured_to is not None:
         conditions.append(items.c.captured_at < microseconds(filters.captured_to))
     return [and_(*conditions)] if conditions else []
+
+
+def storable(texts: Iterable[str]) -> list[str]:
+    """Those texts that a database can hold: no NUL, no half of a surrogate pair."""
+    return [
+        text
+        for text in texts
+        if "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+    ]
 
 
 def blocks(numbers: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -24,6 +24,7 @@ RowNumber = BigInteger().with_variant(Integer, "sqlite")
 # number: order of enrollment, never used again after a delete. Times: microseconds since 1970 UTC,
 # because SQLite knows no time zones. details: the client's metadata as JSON text. request_key: the
 # client's Idempotency-Key, free again once the item is deleted; request_sha256: of what it sent.
+# Labels are as `model.labels` has them, but for those of older releases of which nothing is left.
 items = Table(
     "items",
     schema,
@@ -43,6 +44,7 @@ items = Table(
     Column("model", String(64), nullable=False),
     Column("request_key", Text, unique=True),
     Column("request_sha256", String(64)),
+    Column("polarity", String(9)),
     sqlite_autoincrement=True,
 )
 
@@ -101,7 +103,17 @@ changes = Table(
     sqlite_autoincrement=True,
 )
 
-# Who did what, append-only. subject: an item's id or a person's keyed hash. details: JSON text.
+# What holds for a camera's pictures that do not say it themselves; null: nothing does.
+cameras = Table(
+    "cameras",
+    schema,
+    Column("camera_id", Text, primary_key=True),
+    Column("modality", String(4)),
+    Column("polarity", String(9)),
+)
+
+# Who did what, append-only: see `AUDIT_TRIGGERS`. subject: an item's id or a person's keyed hash.
+# details: JSON text.
 audit = Table(
     "audit",
     schema,
@@ -113,6 +125,22 @@ audit = Table(
     Column("details", Text, nullable=False),
     sqlite_autoincrement=True,
 )
+
+# What keeps the audit log append-only in SQLite, by name; the third because REPLACE deletes without
+# telling the second. A backup may have these triggers and no others.
+AUDIT_TRIGGERS = {
+    name: f"CREATE TRIGGER {name} BEFORE {event} ON audit {condition}"
+    "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+    for name, event, condition in (
+        ("audit_no_update", "UPDATE", ""),
+        ("audit_no_delete", "DELETE", ""),
+        (
+            "audit_no_replace",
+            "INSERT",
+            "WHEN EXISTS (SELECT 1 FROM audit WHERE number = NEW.number) ",
+        ),
+    )
+}
 
 # Random keys that replicas share. On SQLite they are files of the data folder instead.
 secrets = Table(

@@ -27,6 +27,7 @@ from service.gallery.storage.streaming import checked, record_changes
 from service.gallery.storage.tables import crops, features, items, models
 from service.gallery.times import microseconds, moment_of
 
+_INFRARED = (items.c.modality, items.c.polarity)
 _DROPPED_AT_ONCE = 2_000  # rows of features per transaction, so that enrollments wait briefly
 
 
@@ -105,7 +106,7 @@ class Versions:
 
     def _missing_after(self, fingerprint: str, after: int, limit: int) -> Sequence[StoredCrop]:
         query = (
-            select(crops.c.number, crops.c.data, crops.c.media_type, items.c.modality)
+            select(crops.c.number, crops.c.data, crops.c.media_type, *_INFRARED)
             .join(items, items.c.number == crops.c.number)
             .where(crops.c.number > after, ~_embedded(fingerprint))
             .order_by(crops.c.number)
@@ -113,7 +114,7 @@ class Versions:
         )
         with self._database.reading() as connection:
             return [
-                StoredCrop(int(row.number), bytes(row.data), row.media_type, row.modality)
+                StoredCrop(int(row.number), bytes(row.data), *row[2:])
                 for row in connection.execute(query)
             ]
 
@@ -166,15 +167,14 @@ class Versions:
         )
         query = (
             select(
-                *(chosen.c.number, crops.c.data, crops.c.media_type, items.c.modality),
-                chosen.c.row,
+                *(chosen.c.row, chosen.c.number, crops.c.data, crops.c.media_type, *_INFRARED),
             )
             .join(crops, crops.c.number == chosen.c.number)
             .join(items, items.c.number == chosen.c.number)
         )
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
-        found = [StoredCrop(int(r.number), bytes(r.data), r.media_type, r.modality) for r in rows]
+        found = [StoredCrop(int(row.number), bytes(row.data), *row[3:]) for row in rows]
         stored = np.frombuffer(b"".join(bytes(r.row) for r in rows), FEATURE_DTYPE)
         width = len(stored) // max(1, len(found))
         return found, stored.reshape(len(found), width).astype(np.float32)
