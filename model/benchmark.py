@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from model.atomic_file import write_whole
 from model.machine import machine
+from model.terminal import Console, say
 
 _ROUND = 0.25  # seconds that one side of a comparison gets in turn, or one call that is longer
 
@@ -112,7 +112,7 @@ def publish(
         "results": list(results),
     }
     write_whole(path, json.dumps(report, indent=2, ensure_ascii=False, default=_plain) + "\n")
-    Console().print(f"written to {path}")
+    say(f"written to {path}")
 
 
 def _plain(value: object) -> object:

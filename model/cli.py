@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
 from model.cores import limit_threads
+from model.terminal import say, say_lines
 
 
 class RegisteredCommand(TyperCommand):
@@ -94,7 +95,7 @@ app.add_typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version("cmt-reid"))
+        say(version("cmt-reid"))
         raise typer.Exit
 
 
@@ -126,15 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = get_command(app).main(arguments, prog_name="cmt", standalone_mode=False)
     except typer.Abort:
-        typer.echo("Aborted.", err=True)
+        say("Aborted.", err=True)
         return 1
     except typer.TyperException as error:  # wrong usage: Typer's own sentence
-        typer.echo(f"Error: {_one_line(error.format_message())}", err=True)
+        say(f"Error: {_one_line(error.format_message())}", err=True)
         return error.exit_code
     except Exception as error:
         if verbose:
-            traceback.print_exc()
-        typer.echo(f"Error: {_sentence(error)}", err=True)
+            say_lines(traceback.format_exc().rstrip(), err=True)
+        say(f"Error: {_sentence(error)}", err=True)
         return 1
     return status if isinstance(status, int) else 0
 
@@ -173,7 +174,8 @@ def _sentence(error: Exception) -> str:
         )
     if isinstance(error, ValidationError):
         problems = (
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
         )
         return _one_line("; ".join(problems))
     if isinstance(error, OSError) and error.strerror and error.filename:

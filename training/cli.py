@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from model import CheckpointInfo
+from model.terminal import say, say_lines
 from training import distributed
 from training.acceleration import Switch
 from training.datasets import DatasetError, DatasetName
@@ -150,7 +151,7 @@ def train(
     except RunInterrupted:
         if distributed.is_first():
             again = f"the same command with --resume goes on from {run}."
-            typer.echo(f"Interrupted; {again}", err=True)
+            say(f"Interrupted; {again}", err=True)
         raise typer.Exit(130) from None
     except EXPECTED_ERRORS:
         if distributed.is_first():
@@ -161,24 +162,24 @@ def train(
 def _introduce(prepared: PreparedRun) -> None:
     """All that decides the run, before its first step."""
     trainer, skipped = prepared
-    typer.echo(recipe_yaml(trainer.recipe))
+    say_lines(recipe_yaml(trainer.recipe).rstrip())
     for sentence in skipped:
-        typer.echo(sentence, err=True)
+        say(sentence, err=True)
     held_out = trainer.validation.identities if trainer.validation else []
-    typer.echo(
+    say(
         f"{trainer.sampler.classes} identities, {len(trainer.data.samples)} images, "
         f"{trainer.steps} steps ({trainer.schedule.epoch} an epoch), seed {trainer.options.seed}"
     )
     if held_out:
-        typer.echo(
+        say(
             f"{len(held_out)} more identities are held out for validation; the checkpoint will be "
             f"the {'best on them' if trainer.data.selection == 'val' else 'last'}"
         )
     if trainer.step:
-        typer.echo(f"Goes on from step {trainer.step}")
+        say(f"Goes on from step {trainer.step}")
     processes = distributed.count()
     reasons = trainer.acceleration.reasons
-    typer.echo(
+    say(
         f"{reasons['device']}{f' × {processes}' if processes > 1 else ''}: "
         f"{reasons['precision']}; {reasons['memory_format']}"
     )
@@ -188,10 +189,10 @@ def _conclude(path: Path, info: CheckpointInfo) -> None:
     """What was written, and a warning where modulation is dead."""
     facts = info.training
     step = f" of step {facts['step']}" if facts["selection"] == "val" else ""
-    typer.echo(f"Wrote {path}{step}, fingerprint {info.fingerprint[:16]}")
+    say(f"Wrote {path}{step}, fingerprint {info.fingerprint[:16]}")
     verdict = facts.get("modulation")
     if verdict is not None and verdict["collapsed"]:
-        typer.echo(
+        say(
             f"Warning: modulation collapsed. L_mod is {verdict['loss']:.3g}, and "
             f"{verdict['loss_at_equal_distances']:.3g} where all distances are equal; γ is "
             f"{verdict['gamma_mean']:.3g} on average. Do not call this a good run: train for "

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model.terminal import Console
 
 
 class RunProgress:
     """Shows steps and logged values; `shown=False` is silent (processes other than the first)."""
 
     def __init__(self, step: int, steps: int, *, shown: bool = True) -> None:
-        self._console = Console(quiet=not shown, soft_wrap=True, highlight=False)
+        self._console = Console(quiet=not shown, soft_wrap=True)
         self._steps = steps
         self._logged, self._since = step, time.monotonic()
         self._bar = Progress(

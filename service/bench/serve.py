@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from model.benchmark import publish
+from model.terminal import say
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.bench.serving.rivals import Batching, Rival, is_installed
@@ -94,9 +95,9 @@ def serve(
         results = trials.results()
     publish("serve", settings, _COLUMNS, list(_rows(results)), results, json)
     for line in _overhead(results):
-        typer.echo(line)
+        say(line)
     for missing in (kind for kind in against or Rival if not is_installed(kind)):
-        typer.echo(f"{missing} is not installed and was left out; install the extra 'bench'")
+        say(f"{missing} is not installed and was left out; install the extra 'bench'")
     if plot is not None:
         from service.bench.plots import draw_serve  # matplotlib, which only plots need
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from model.terminal import say
 from service.cli.options import DEFAULT_URL, ApiKey, Client, Url
 
 DatabaseUrl = Annotated[
@@ -53,7 +54,7 @@ def backup(
         with offline(data_dir, database_url) as backups:
             backups.write(file, actor=_ACTOR, folder=temp_dir)
     size = file.stat().st_size
-    typer.echo(f"Wrote {file}: {peek(file).counts['items']} items, {size / 1e6:,.1f} MB.")
+    say(f"Wrote {file}: {peek(file).counts['items']} items, {size / 1e6:,.1f} MB.")
 
 
 def restore(
@@ -72,7 +73,7 @@ def restore(
     from service.gallery.backup.restore import restore as fill
 
     manifest = fill(file, data_dir, database_url, actor=_ACTOR)
-    typer.echo(
+    say(
         f"Restored {manifest.counts['items']} items of {manifest.created_at:%Y-%m-%d %H:%M:%S} "
         f"UTC; start the service with --data-dir {data_dir}."
     )

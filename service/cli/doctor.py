@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from model.terminal import Console
 
 _LOW_DISK = 1 << 30
 
@@ -61,11 +62,11 @@ def doctor(
     healthy = True
     for name, check in checks:
         try:
-            mark, finding = "[green]ok[/]", check()
+            mark, finding = Text("ok", "green"), check()
         except Exception as error:  # whatever a library raises is the finding
-            mark, finding, healthy = "[red]wrong[/]", str(error) or type(error).__name__, False
-        table.add_row(name, mark, escape(finding))
-    Console().print(table)
+            mark, finding, healthy = Text("wrong", "red"), str(error) or type(error).__name__, False
+        table.add_row(name, mark, finding)
+    Console().print_table(table)
     if not healthy:
         raise typer.Exit(1)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from model.terminal import Console, say, say_json
 from service.auth.keys import KeyFile
 from service.cli.options import AsJson, KeyScope, KeysFile
 
@@ -36,7 +36,7 @@ def create(
     Example: cmt keys create --file keys.json --name gate --scope query --scope enroll
     """
     _, token = KeyFile(file).create(name, [scope.value for scope in scopes], rate)
-    typer.echo(token)
+    say(token)
 
 
 @keys.command("list")
@@ -48,13 +48,13 @@ def list_keys(file: KeysFile, json: AsJson = False) -> None:
     stored = KeyFile(file).read()
     if json:
         shown = {"id", "name", "scopes", "created_at"}
-        typer.echo("[" + ",\n ".join(key.model_dump_json(include=shown) for key in stored) + "]")
+        say_json("[" + ",\n ".join(key.model_dump_json(include=shown) for key in stored) + "]")
         return
-    table = Table("id", "name", "scopes", "made")
+    table = Table(Column("id", no_wrap=True), "name", "scopes", "made")
     for key in stored:
         made = f"{key.created_at:%Y-%m-%d %H:%M} UTC"
         table.add_row(key.id, key.name, " ".join(sorted(key.scopes)), made)
-    Console().print(table)
+    Console().print_table(table)
 
 
 @keys.command()
@@ -64,4 +64,4 @@ def revoke(file: KeysFile, key_id: Annotated[str, typer.Argument(metavar="ID")])
     Example: cmt keys revoke --file keys.json 1f3a9c02
     """
     key = KeyFile(file).revoke(key_id)
-    typer.echo(f"Revoked {key.id} ({key.name}).")
+    say(f"Revoked {key.id} ({key.name}).")

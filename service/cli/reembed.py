@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from model.terminal import say
 from service.cli.options import DEFAULT_URL, ApiKey, Client, Url
 
 _EVERY = 1.0  # seconds between two requests for its progress
@@ -49,7 +50,7 @@ def reembed(
     else:
         with Client(url, api_key=api_key) as client:
             _online(client, checkpoint)
-    typer.echo("All items are embedded; start the service with this checkpoint from now on.")
+    say("All items are embedded; start the service with this checkpoint from now on.")
 
 
 def _online(client: Client, checkpoint: str | None) -> None:

@@ -171,7 +171,8 @@ def _facts(samples: Sequence[Sample], roots: Sequence[Path]) -> dict[str, Any]:
     """Counts, and a digest of which images these are, independent of where the folders are."""
     digest = hashlib.sha256()
     for s in samples:
-        digest.update(f"{s.person_id} {s.camera} {s.modality} {s.path.name}\n".encode())
+        line = f"{s.person_id} {s.camera} {s.modality} {s.path.name}\n"
+        digest.update(line.encode(errors="surrogateescape"))  # a name need not be text
     return {
         "folders": [root.resolve().name for root in roots],
         "identities": len({sample.person_id for sample in samples}),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
+from model.terminal import Console, say
 from training.ablation.cells import Budget, CellRunner, Start, read_data
 from training.ablation.render import show
 from training.ablation.report import Ablation
@@ -244,11 +244,11 @@ def tsne(
     drawn = figure_4(request)
     plot_figure_4(drawn, picture)
     for alignment in drawn.alignments:
-        typer.echo(
+        say(
             f"{alignment.title}: same / other person's distance {alignment.distance_ratio:.3f}, "
             f"silhouette by person {alignment.silhouette:.3f}"
         )
-    typer.echo(f"Wrote {picture}")
+    say(f"Wrote {picture}")
     if json_file is not None:
         write_json(json_file, figure_4_json(request, drawn))
 
@@ -270,18 +270,19 @@ def _run(ablation: Ablation, asked: CellOptions) -> None:
     try:
         results = runner.run(ablation.cells)
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted; the same command goes on from {asked.run}.", err=True)
+        say(f"Interrupted; the same command goes on from {asked.run}.", err=True)
         raise typer.Exit(130) from None
     report = ablation.report(results, runner.data)
     if report is not None:
         show(Console(), report.grids)
-        typer.echo("\n".join(report.lines))
+        for line in report.lines:
+            say(line)
         if asked.json_file is not None:
             write_json(asked.json_file, report.content)
         if asked.markdown_file is not None:
             write_file(asked.markdown_file, report.markdown())
     if len(results) < len(ablation.cells):
-        typer.echo(
+        say(
             f"{len(results)} of {len(ablation.cells)} cells are finished; the same command goes "
             f"on from {asked.run}."
         )

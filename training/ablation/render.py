@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from model.terminal import Console, printable
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class Grid:
 def show(console: Console, grids: Sequence[Grid]) -> None:
     """Print all tables, each with its notes; deviations below their means, to fit 80 columns."""
     for grid in grids:
-        table = Table(title=Text(grid.title), title_justify="left", box=SIMPLE_HEAD)
+        table = Table(title=grid.title, title_justify="left", box=SIMPLE_HEAD)
         for number, name in enumerate(grid.header):
             table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in grid.rows:
             style = "italic" if len(row) == 1 else None
-            table.add_row(*(Text(cell.replace(" ± ", "\n± ")) for cell in row), style=style)
+            cells = (Text(printable(cell).replace(" ± ", "\n± ")) for cell in row)
+            table.add_row(*cells, style=style)
         console.print(table)
         for note in grid.notes:
-            console.print(note, highlight=False, markup=False)
+            console.print(note)
         console.print()
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from model import store_calibration
@@ -16,6 +15,7 @@ from model.calibration import (
     Normalisation,
     Threshold,
 )
+from model.terminal import Console
 from training.calibration.calibrate import FALSE_ACCEPT_RATES
 from training.calibration.checkpoint import CalibrationRequest, calibrate_checkpoint
 from training.calibration.curves import FITS, Method
@@ -63,7 +63,7 @@ def calibrate(
         batch_size=batch_size,
         workers=workers,
     )
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True)
     with console.status(f"Reading {checkpoint} and the images of {root}") as status:
         info, fit = calibrate_checkpoint(request, progress=status.update)
     facts = fit.calibration.facts

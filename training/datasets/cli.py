@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from model.terminal import Console
 from training.datasets import LAYOUTS, DatasetName, find_layout
 from training.datasets.check import DatasetCheck, check_dataset
 from training.files import write_report
@@ -53,7 +53,7 @@ def check(
         return iter(
             track(
                 files,
-                f"Decoding the images of {root}",
+                "Decoding the images",
                 number,
                 console=console,
                 transient=True,
@@ -65,21 +65,20 @@ def check(
     console.print(_counts(found, layout.title, layout.published))
     console.print(_cameras(found))
     for note in found.notes:
-        console.print(f"Note: {note}", highlight=False, markup=False)
+        console.print(f"Note: {note}")
     if found.one_modality:
         console.print(
             f"Identities with one modality only, which cannot be trained on: "
             f"{len(found.one_modality)}",
-            highlight=False,
         )
         for person, folder in list(found.one_modality.items())[:SHOWN_IDENTITIES]:
-            console.print(f"  {person}: only {folder}", highlight=False, markup=False)
+            console.print(f"  {person}: only {folder}")
         if len(found.one_modality) > SHOWN_IDENTITIES:
             console.print("  …")
     for folder in found.empty:
-        console.print(f"Empty: {folder}", highlight=False, markup=False)
+        console.print(f"Empty: {folder}")
     for path, reason in found.unreadable:
-        console.print(f"Unreadable: {path}: {reason}", highlight=False, markup=False)
+        console.print(f"Unreadable: {path}: {reason}")
     console.print(f"{len(found.unreadable)} of {found.counts['images']} files are unreadable.")
     if json_file is not None:
         content = {"dataset": layout.name.value, "published": layout.published} | asdict(found)

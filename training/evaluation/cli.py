@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from model.terminal import Console
 from training.datasets import DatasetName
 from training.device import chosen_device
 from training.evaluation.checkpoints import (
@@ -100,7 +100,7 @@ def evaluate(
 def _show(console: Console, found: CheckpointEvaluation) -> None:
     evaluation = found.evaluation
     for line in size_lines(evaluation):
-        console.print(line, highlight=False)
+        console.print(line)
     for table in [
         *detail_tables(evaluation),
         open_set_table(evaluation),
@@ -108,12 +108,11 @@ def _show(console: Console, found: CheckpointEvaluation) -> None:
     ]:
         console.print(table)
     for line in [*open_set_lines(evaluation), *module_lines(evaluation)]:
-        console.print(line, highlight=False, markup=False)
-    console.print(f"Checkpoint selection: {found.checkpoints[0].selection}", highlight=False)
+        console.print(line)
+    console.print(f"Checkpoint selection: {found.checkpoints[0].selection}")
     for checkpoint in found.checkpoints:
         if people := checkpoint.calibrated_on:
             console.print(
                 f"{checkpoint.file.name} was calibrated on {people} of these identities: open-set "
                 "figures by its calibrated score would be flattered, and are left out.",
-                highlight=False,
             )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from training.datasets import DatasetName
 from training.evaluation.open_set import FALSE_ALARM_RATES
@@ -72,7 +73,7 @@ def open_set_table(evaluation: Evaluation) -> Table:
     )
     table.add_column("ranked and judged by", no_wrap=True)
     for rate in FALSE_ALARM_RATES:
-        table.add_column(f"false alarms\n{rate:.0%}", justify="right", no_wrap=True)
+        table.add_column(Text(f"false alarms\n{rate:.0%}"), justify="right", no_wrap=True)
     for split in evaluation.splits:
         table.add_row(split.title, style="bold")
         cells: dict[str, list[str]] = {}
@@ -192,7 +193,7 @@ def _paper_table(
     for setting, shots in columns:
         for name in ("r1", "r10", "r20", "mAP"):
             head = HEADS.get(setting, shots)
-            table.add_column(f"{head}\n{name}", justify="right", no_wrap=True)
+            table.add_column(Text(f"{head}\n{name}"), justify="right", no_wrap=True)
     rows: dict[tuple[str, str], dict[tuple[str, str], PublishedRow]] = {}
     for row in published_rows(TITLES[dataset]):
         rows.setdefault((row.method, row.venue), {})[row.setting, row.shots] = row

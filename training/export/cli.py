@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from model import load_checkpoint
 from model.graphs import MODULATION
+from model.terminal import Console
 from training.export.export import write_export
 from training.export.folder import check_output
 from training.export.formats import FORMATS
@@ -64,7 +65,7 @@ def export(
         parities = write_export(model, info, chosen, pictures, output)
     console.print(_table(parities))
     written = ", ".join(sorted(path.name for path in output.iterdir()))
-    console.print(f"Wrote {output}: {written}", highlight=False)
+    console.print(f"Wrote {output}: {written}")
 
 
 def _table(parities: Sequence[Parity]) -> Table:
@@ -82,7 +83,7 @@ def _table(parities: Sequence[Parity]) -> Table:
     for graph, output in names:
         name = output if graph == MODULATION else graph.removeprefix(f"{output}-")
         table.add_column(name, justify="right")
-    for column in ("lowest\ncosine", f"top {TOP}"):
+    for column in (Text("lowest\ncosine"), f"top {TOP}"):
         table.add_column(column, justify="right")
     for parity in parities:
         for ranking in parity.rankings:
