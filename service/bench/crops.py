@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from service.client.bulk import find_images
+from model.image_files import find_images
 from service.embedding.embedder import Embedder
 from service.images.decode import Crop, Modality, decode
 
@@ -45,7 +45,7 @@ class CropFeatures(NamedTuple):
 
 def image_files(folder: Path) -> list[Path]:
     """All images under a folder, sorted. Raises BenchmarkDataError where there is none."""
-    found = list(find_images([folder])) if folder.is_dir() else []
+    found = find_images(folder).images
     if not found:
         raise BenchmarkDataError(f"no image in the folder {folder}; give a folder of person crops")
     return found
@@ -57,8 +57,15 @@ def decoded(files: Sequence[Path]) -> list[Crop]:
 
 
 def crop_files(roots: Sequence[Path]) -> list[Path]:
-    """`camC/PPPP/*.jpg` of every root, by root and person. Raises BenchmarkDataError for none."""
-    files = [file for root in roots for file in root.glob("cam[1-6]/*/*.jpg")]
+    """`camC/PPPP/*` of every root, by root and person. Raises BenchmarkDataError for none."""
+    files = [
+        file
+        for root in roots
+        for camera in _MODALITIES
+        if (root / camera).is_dir()
+        for file in find_images(root / camera).images
+        if file.parents[2] == root
+    ]
     if not files:
         raise BenchmarkDataError(
             f"no crop in {', '.join(map(str, roots))}; give folders with files camC/PPPP/FFFF.jpg"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import tempfile
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from model.atomic_file import write_whole
+from model.csv_table import read_table
+from model.terminal import Console
 from service.api.schemas import QueryAnswer
 from service.cli.contact_sheet import Match, Row, SheetImage, matches, render
 from service.cli.enroll import report, send_with_progress
@@ -25,6 +26,7 @@ from service.client import Client
 from service.client.bulk import read_manifest
 
 SHOWN = 5
+_ROLE = "role"  # the column that tells queries from the gallery
 
 
 class DemoError(Exception):
@@ -76,7 +78,7 @@ def demo(
     from service.server import ServerError, bind, running
     from service.settings import Settings
 
-    console = Console(highlight=False)
+    console = Console()
     manifest, checkpoint = examples / "manifest.csv", _checkpoint(examples)
     queries, expected = _queries(manifest), _expected(examples / "expected.json")
     try:
@@ -99,9 +101,9 @@ def demo(
         with running(settings) as url, Client(url) as client:
             card = client.model()
             console.print(f"Serving on {url}: {card.runtime} on {card.device}, {card.precision}")
-            entries = read_manifest(manifest, [examples / "gallery"])
+            entries = read_manifest(manifest, [examples / "gallery"], ignored=[_ROLE])
             failures = send_with_progress(client, entries, console)
-            report(console, len(entries), failures)
+            report(len(entries), failures)
             outcomes = [_run(client, query, len(entries), console) for query in queries]
             modulated = _rank1(outcomes, [outcome.modulated for outcome in outcomes])
             unmodulated = _rank1(outcomes, [outcome.unmodulated for outcome in outcomes])
@@ -111,7 +113,9 @@ def demo(
                 f"expected with modulation: at least {expected:.0%}.",
             ]
             write_whole(html, render("Infrared queries, visible gallery", lines, _rows(outcomes)))
-            console.print("\n".join(["", *lines, f"Contact sheet: {html.resolve()}"]))
+            console.print()
+            for line in (*lines, f"Contact sheet: {html.resolve()}"):
+                console.print(line)
             if not once:
                 console.print(f"Serving on {url}/docs until Ctrl-C.")
                 with suppress(KeyboardInterrupt):
@@ -137,20 +141,21 @@ def _run(client: Client, example: Example, gallery: int, console: Console) -> Ou
         title_justify="left",
         box=None,
         pad_edge=False,
-        title=f"\n{example.file.name}: person {example.person_id}, {modulated.query.modality} "
+        title=f"{example.file.name}: person {example.person_id}, {modulated.query.modality} "
         f"({modulated.query.modality_source})",
     )
     for match in outcome.matches:
         result = match.result
         table.add_row(
-            "[green]✓[/]" if match.right else "[red]✗[/]",
+            Text("✓", "green") if match.right else Text("✗", "red"),
             result.item.person_id,
             f"{result.distance:.3f}",
             *([_probability(result.similarity)] if calibrated else []),
             f"{sparkline(match.similarities)}  "
             + " ".join(f"{similarity:.2f}" for similarity in match.similarities),
         )
-    console.print(table)
+    console.print()
+    console.print_table(table)
     return outcome
 
 
@@ -189,12 +194,12 @@ def _checkpoint(examples: Path) -> Path:
 
 
 def _queries(manifest: Path) -> list[Example]:
-    with manifest.open(newline="") as file:
-        queries = [
-            Example(manifest.parent / row["file"], row["person_id"], row["camera_id"])
-            for row in csv.DictReader(file)
-            if row["role"] == "query"
-        ]
+    table = read_table(manifest, ("file", "person_id", "camera_id", _ROLE))
+    queries = [
+        Example(manifest.parent / row["file"], row["person_id"], row["camera_id"])
+        for _, row in table.rows
+        if row[_ROLE] == "query"
+    ]
     if not queries:
         raise DemoError(f"{manifest} names no query; restore it from the repository")
     return queries

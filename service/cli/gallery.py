@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from model.atomic_file import SHARED, whole_file, write_whole
+from model.terminal import Console, printable, say, say_json
 from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
+from service.client.bulk import EXPORTED, manifest_row
 from service.client.requests import item_path
 
 gallery = typer.Typer(
@@ -54,11 +54,11 @@ def list_items(
             )
             for item in page.items:
                 if json:
-                    typer.echo(item.model_dump_json())
+                    say_json(item.model_dump_json())
                 table.add_row(
                     item.id,
-                    escape(item.person_id or "-"),
-                    escape(item.camera_id or "-"),
+                    item.person_id or "-",
+                    item.camera_id or "-",
                     item.modality,
                     f"{item.enrolled_at:%Y-%m-%d %H:%M}",
                 )
@@ -66,8 +66,8 @@ def list_items(
             if cursor is None or shown >= limit:
                 break
     if not json:
-        Console().print(table)
-        typer.echo(f"{shown} of {page.total}")
+        Console().print_table(table)
+        say(f"{shown} of {page.total}")
 
 
 @gallery.command()
@@ -96,18 +96,18 @@ def export(
     ):
         text = TextIOWrapper(table, "utf-8", newline="", write_through=True)
         rows = csv.writer(text)
-        rows.writerow(("file", "person_id", "camera_id", "modality"))
+        rows.writerow(EXPORTED)
         while True:
             page = client.list(**filters, limit=PAGE, cursor=cursor)
             for item in page.items:
                 name = there.get(item.id) or _fetch(client, item.id, folder)
                 lines.write(item.model_dump_json().encode() + b"\n")
-                rows.writerow((name, item.person_id, item.camera_id, item.modality))
+                rows.writerow(manifest_row(name, item))
             count, cursor = count + len(page.items), page.next_cursor
             if cursor is None:
                 break
         text.detach()  # the file is closed where it was opened
-    typer.echo(f"{count} crops are in {folder}.")
+    say(f"{count} crops are in {folder}.")
 
 
 def _fetch(client: Client, item_id: str, folder: Path) -> str:
@@ -130,7 +130,7 @@ def show(
     Example: cmt gallery show 0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10 --save crop.png
     """
     with Client(url, api_key=api_key) as client:
-        typer.echo(client.get(item_id).model_dump_json(indent=2))
+        say_json(client.get(item_id).model_dump_json(indent=2))
         if save is not None:
             write_whole(save, client.image(item_id)[0])
 
@@ -153,14 +153,14 @@ def delete(
         item_path(item_id)  # all are ids, or none is deleted
     what = f"everything of person {person_id}" if person_id is not None else "these items"
     if not yes:
-        typer.confirm(f"Delete {what}?", abort=True)
+        typer.confirm(printable(f"Delete {what}?"), abort=True)
     with Client(url, api_key=api_key) as client:
         if person_id is not None:
-            typer.echo(f"Deleted {client.erase(person_id)} items.")
+            say(f"Deleted {client.erase(person_id)} items.")
             return
         for item_id in item_ids or []:
             client.delete(item_id)
-        typer.echo(f"Deleted {len(item_ids or [])} items.")
+        say(f"Deleted {len(item_ids or [])} items.")
 
 
 versions = typer.Typer(
@@ -186,7 +186,7 @@ def list_versions(json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey 
     with Client(url, api_key=api_key) as client:
         for version in client.versions():
             if json:
-                typer.echo(version.model_dump_json())
+                say_json(version.model_dump_json())
             table.add_row(
                 version.fingerprint[:_SHORT],
                 version.state,
@@ -194,7 +194,7 @@ def list_versions(json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey 
                 f"{version.created_at:%Y-%m-%d %H:%M}",
             )
     if not json:
-        Console().print(table)
+        Console().print_table(table)
 
 
 @versions.command("drop")
@@ -225,4 +225,4 @@ def drop_version(
         if not yes:
             typer.confirm(f"Drop the features of {version.embedded:,} items by {name}?", abort=True)
         client.drop_version(version.fingerprint)
-        typer.echo(f"Dropped the features of {version.embedded:,} items by {name}.")
+        say(f"Dropped the features of {version.embedded:,} items by {name}.")

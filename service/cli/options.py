@@ -35,8 +35,11 @@ ApiKey = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ModalityOption = Annotated[
-    Literal["auto", "rgb", "ir"],
-    typer.Option(help="Kind of camera; auto takes an image without color for infrared."),
+    Literal["auto", "rgb", "ir"] | None,
+    typer.Option(
+        help="Kind of light; auto takes an image without color for infrared. Default: the "
+        "camera's, else auto."
+    ),
 ]
 KeysFile = Annotated[
     Path, typer.Option("--file", envvar="CMT_API_KEYS_FILE", help="The file of keys.")

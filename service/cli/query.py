@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from model.atomic_file import write_whole
+from model.image_files import read_file
+from model.terminal import Console, printable, say, say_json
 from service.api.schemas import QueryAnswer
 from service.cli.contact_sheet import Row, SheetImage, matches, part_similarities, render
 from service.cli.options import (
@@ -39,7 +39,7 @@ def query(
     group_by: Annotated[
         Literal["person_id"] | None, Option(help="Only the best image per person.")
     ] = None,
-    modality: ModalityOption = "auto",
+    modality: ModalityOption = None,
     person_id: Annotated[list[str] | None, Option(help="Only these; repeat.")] = None,
     camera_id: Annotated[list[str] | None, Option(help="Only these; repeat.")] = None,
     exclude_camera_id: Annotated[list[str] | None, Option(help="Not these; repeat.")] = None,
@@ -75,20 +75,20 @@ def query(
             explain=True,
         )
         if html is not None:
-            title = ", ".join(image.name for image in images)
+            title = printable(", ".join(image.name for image in images))
             row = Row(
                 title=title,
                 note=f"{answer.query.modality}, {answer.query.modality_source}",
-                pictures=[SheetImage(image.read_bytes(), "image/*") for image in images],
+                pictures=[SheetImage(read_file(image), "image/*") for image in images],
                 answer=answer,
                 matches=matches(client, answer, top_k),
             )
             write_whole(html, render("Who is this?", [_summary(answer)], [row]))
     if json:
-        typer.echo(answer.model_dump_json(indent=2, exclude_unset=True))
+        say_json(answer.model_dump_json(indent=2, exclude_unset=True))
     else:
-        Console().print(result_table(answer, top_k))
-        typer.echo(_summary(answer))
+        Console().print_table(result_table(answer, top_k))
+        say(_summary(answer))
 
 
 def result_table(answer: QueryAnswer, show: int) -> Table:
@@ -103,8 +103,8 @@ def result_table(answer: QueryAnswer, show: int) -> Table:
         similarity = "-" if result.similarity is None else f"{result.similarity:.3f}"
         table.add_row(
             str(result.rank),
-            escape(result.item.person_id or "-"),
-            escape(result.item.camera_id or "-"),
+            result.item.person_id or "-",
+            result.item.camera_id or "-",
             f"{result.distance:.4f}",
             *([similarity] if calibrated else []),
             sparkline(parts),

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from service.api.schemas import BatchItem
+from pydantic import ValidationError
+
+from model import image_files
+from model.csv_table import read_table
+from model.image_files import ImageFiles, read_file
+from service.api.schemas import BatchItem, GalleryItem
 from service.client.client import Client
 from service.client.requests import ServiceProblem
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+COLUMNS = ("file", *BatchItem.model_fields)
+"""Of a manifest: what the API takes with an image."""
+EXPORTED = ("file", *(name for name in BatchItem.model_fields if name in GalleryItem.model_fields))
+"""Those of them that an enrolled item still has."""
 _SENDERS = 2  # one request is sent while the service embeds the other's images
 _BATCH = 64  # files of one request
 _BATCH_BYTES = 64_000_000
@@ -25,14 +34,20 @@ class EnrollmentError(Exception):
     """Nothing to enroll, or an unreadable manifest; the message says the remedy."""
 
 
+class ManifestError(EnrollmentError):
+    """All that is wrong with a manifest. problems: one sentence each, with their lines."""
+
+    def __init__(self, manifest: Path, problems: Sequence[str]) -> None:
+        super().__init__(f"{manifest}, of which nothing was sent: {'; '.join(problems)}")
+        self.problems = problems
+
+
 @dataclass(frozen=True)
 class Entry:
     """One file with its labels."""
 
     file: Path
-    person_id: str | None = None
-    camera_id: str | None = None
-    modality: Literal["auto", "rgb", "ir"] = "auto"
+    item: BatchItem = field(default_factory=BatchItem)
 
 
 @dataclass(frozen=True)
@@ -66,47 +81,84 @@ def send(
     return sorted(failures, key=lambda failure: failure.file)
 
 
-def find_images(paths: Iterable[Path]) -> Iterator[Path]:
-    """The named files, whatever they are called, and the images in the named folders, sorted."""
-    for path in paths:
-        if path.is_dir():
-            inside = path.rglob("*")
-            yield from sorted(p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file())
-        else:
-            yield path
+def find_images(paths: Iterable[Path]) -> ImageFiles:
+    """The named files, whatever they are called, and the images in the named folders."""
+    files, folders = [], []
+    for path in dict.fromkeys(paths):
+        (folders if os.path.isdir(path) else files).append(path)  # noqa: PTH112 (never raises)
+    found = image_files.find_images(folders)
+    found.images = sorted({*files, *found.images})
+    return found
 
 
-def read_manifest(manifest: Path, paths: Iterable[Path]) -> list[Entry]:
-    """Entries of a manifest whose files lie under `paths`. Raises EnrollmentError."""
-    roots = [path.resolve() for path in paths]
-    entries = []
+def read_manifest(
+    manifest: Path,
+    paths: Iterable[Path],
+    defaults: BatchItem | None = None,
+    ignored: Collection[str] = (),
+) -> list[Entry]:
+    """Entries of a manifest whose files lie under `paths`; files are relative to the manifest.
+
+    defaults: of what a row leaves empty. ignored: columns to leave out of account.
+    Raises ManifestError with all that is wrong, wherever the files lie.
+    """
     try:
-        with manifest.open(newline="") as file:
-            for row in csv.DictReader(file):
-                image = manifest.parent / row["file"]
-                if any(image.resolve().is_relative_to(root) for root in roots):
-                    entries.append(
-                        Entry(
-                            image,
-                            row.get("person_id") or None,
-                            row.get("camera_id") or None,
-                            _modality(row.get("modality")),
-                        )
-                    )
-    except (OSError, KeyError, ValueError, csv.Error) as error:
-        raise EnrollmentError(
-            f"{manifest} is no manifest ({error}); it needs the columns file, person_id, "
-            "camera_id, modality"
-        ) from error
+        table = read_table(
+            manifest, ("file",), {**dict.fromkeys(COLUMNS), **dict.fromkeys(ignored)}
+        )
+    except OSError as error:
+        raise EnrollmentError(f"{manifest}: {error.strerror or error}") from error
+    common = {} if defaults is None else defaults.model_dump(exclude_unset=True)
+    roots = [path.resolve() for path in paths]
+    problems, entries = table.problems, []
+    lines: dict[tuple[Path, Any], int] = {}
+    for line, row in table.rows:
+        if not row["file"]:
+            problems.append(f"line {line} names no file")
+            continue
+        cells = {name: row.get(name) for name in BatchItem.model_fields}
+        try:
+            given = {name: cell for name, cell in cells.items() if cell}
+            item = BatchItem.model_validate(common | given)
+        except ValidationError as error:
+            problems += [
+                f"line {line}: {'.'.join(map(str, one['loc']))}: "
+                f"{one['msg'].removeprefix('Value error, ')}"
+                for one in error.errors()
+            ]
+            continue
+        file = _named_file(manifest.parent, row["file"])
+        place = file.resolve()
+        first = lines.setdefault((place, item.box), line)
+        if first != line:
+            problems.append(f"line {line} names the file of line {first} again; keep one of them")
+        if any(place.is_relative_to(root) for root in roots):
+            entries.append(Entry(file, item))
+    if problems:
+        raise ManifestError(manifest, problems)
     return entries
 
 
-def _modality(text: str | None) -> Literal["auto", "rgb", "ir"]:
-    match text or "auto":
-        case "auto" | "rgb" | "ir" as known:
-            return known
-        case other:
-            raise ValueError(f"modality {other!r} is not auto, rgb or ir")
+def manifest_row(file: str, item: GalleryItem) -> list[str]:
+    """An enrolled item as a line of a manifest with the columns `EXPORTED`."""
+    values = item.model_dump(mode="json")
+    row = [file]
+    for name in EXPORTED[1:]:
+        value = values[name]
+        if isinstance(value, dict):
+            row.append(json.dumps(value, ensure_ascii=False) if value else "")
+        else:
+            row.append("" if value is None else str(value))
+    return row
+
+
+def _named_file(folder: Path, name: str) -> Path:
+    """The file that a manifest means: as written, else as Windows or macOS write its name."""
+    for spelled in (name, name.replace("\\", "/")):
+        for written in (spelled, *(unicodedata.normalize(f, spelled) for f in ("NFC", "NFD"))):
+            if os.path.lexists(folder / written):
+                return folder / written
+    return folder / name
 
 
 def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -137,13 +189,13 @@ def _send_some(client: Client, entries: Sequence[Entry]) -> tuple[int, list[Fail
     sent: list[Entry] = []
     for entry in entries:
         try:
-            images.append(entry.file.read_bytes())
+            images.append(read_file(entry.file))
             sent.append(entry)
         except OSError as error:
             failures.append(Failure(entry.file, error.strerror or str(error)))
     if not sent:
         return len(entries), failures
-    items = [_item(entry, data) for entry, data in zip(sent, images, strict=True)]
+    items = [_with_key(entry, data) for entry, data in zip(sent, images, strict=True)]
     try:
         results = client.enroll_batch(images, items)
     except ServiceProblem as problem:
@@ -162,20 +214,20 @@ def _send_some(client: Client, entries: Sequence[Entry]) -> tuple[int, list[Fail
     return len(entries), failures
 
 
-def _item(entry: Entry, data: bytes) -> BatchItem:
-    item = BatchItem(modality=entry.modality, key=_key(entry, data))
-    if entry.person_id is not None:
-        item.person_id = entry.person_id
-    if entry.camera_id is not None:
-        item.camera_id = entry.camera_id
-    return item
+def _with_key(entry: Entry, data: bytes) -> BatchItem:
+    """The entry's labels with its own key, or one for this file with these labels.
 
-
-def _key(entry: Entry, data: bytes) -> str:
-    """The same file with the same labels has the same key, in this run and in every other."""
-    labels = json.dumps(
-        [str(entry.file.resolve()), entry.person_id, entry.camera_id, entry.modality]
-    )
-    return (
-        "cmt-enroll-" + hashlib.sha256(hashlib.sha256(data).digest() + labels.encode()).hexdigest()
+    The same in every run, so that a repeat enrolls nothing twice.
+    """
+    if entry.item.key is not None:
+        return entry.item
+    given = {k: v for k, v in entry.item.model_dump(mode="json").items() if v not in (None, {})}
+    known: list[Any] = [str(entry.file.resolve())]
+    known += [given.pop("person_id", None), given.pop("camera_id", None)]
+    known.append(given.pop("modality", "auto"))
+    if given:
+        known.append(given)
+    content = hashlib.sha256(data).digest() + json.dumps(known, sort_keys=True).encode()
+    return entry.item.model_copy(
+        update={"key": f"cmt-enroll-{hashlib.sha256(content).hexdigest()}"}
     )

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model.cli import main
+from service.api.schemas import GalleryItem
+from service.auth.keys import KeyFile
 from service.client import Client
 from service.errors import Overloaded, ServiceError
 from tests.service.conftest import Serve
@@ -97,20 +100,117 @@ def test_enroll_tells_which_files_failed(
     assert client.list().total == 4
 
 
+def test_enroll_leaves_alone_what_is_nobodys_picture(
+    client: Client, folder: Path, tmp_path: Path, visible: list[Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for other in ("@eaDir/a.jpg/thumb.jpg", ".thumbnails/a.jpg", "0/._a.jpg"):
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (folder / other).write_bytes(b"not a picture")
+    no_text = os.fsencode(folder) + b"/caf\xe9.jpg"
+    shutil.copy(visible[4], no_text)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(visible[5], elsewhere / "b.jpg")
+    (folder / "cam9").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(folder)
+    status, out, _ = run(capsys, "enroll", folder)
+    assert status == 0
+    assert "6 of 6 files are enrolled" in out
+    assert "Left alone, of other programs or read already: 4" in out
+    assert client.list().total == 6
+    os.mkfifo(folder / "live.png")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    Path(os.fsdecode(no_text)).write_bytes(b"no picture")
+    (folder / "\x1b[2J[bold]\n.jpg").write_bytes(b"")
+    status, out, _ = run(capsys, "enroll", folder)
+    assert status == 1
+    assert "5 of 9 files are enrolled" in out
+    assert f"{folder}/live.png: is a pipe, not a file" in out
+    assert f"{folder}/gone.jpg: is a link to nothing" in out
+    assert f"{folder}/caf\\xe9.jpg: " in out
+    assert f"{folder}/\\x1b[2J[bold]\\n.jpg: " in out
+    assert "\x1b" not in out
+    assert client.list().total == 6
+    for command in (["query", folder / "live.png"], ["enroll", folder / "live.png"]):
+        status, out, err = run(capsys, *command)
+        assert status == 1
+        assert "is a pipe, not a file" in out + err
+
+
 def test_enroll_by_manifest(
     client: Client, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = sorted(folder.glob("*/*.jpg"))
-    rows = [f"{file.relative_to(folder)},p{n},c{n},rgb" for n, file in enumerate(files)]
+    rows = [f"{file.relative_to(folder)};p{n}; c{n};rgb" for n, file in enumerate(files)]
+    rows[0] = rows[0].replace("/", "\\")  # as Windows writes it
     manifest = folder / "manifest.csv"
-    manifest.write_text("\n".join(["file,person_id,camera_id,modality", *rows]))
+    manifest.write_text("\n".join(["File; person_id;camera_id;modality", *rows]), "utf-8-sig")
     assert run(capsys, "enroll", folder / "0", "--manifest", manifest)[0] == 0
-    labels = {(item.person_id, item.modality_source) for item in client.list().items}
-    assert labels == {("p0", "given"), ("p1", "given")}
+    labels = {(item.person_id, item.camera_id) for item in client.list().items}
+    assert labels == {("p0", "c0"), ("p1", "c1")}
     manifest.write_text("path\nx")
     status, _, err = run(capsys, "enroll", folder, "--manifest", manifest)
     assert status == 1
     assert "it needs the columns" in err
+
+
+def test_a_manifest_with_a_problem_sends_nothing(
+    client: Client, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, other, more, last = (file.relative_to(folder) for file in sorted(folder.glob("*/*.jpg")))
+    manifest = folder / "manifest.csv"
+    lines = [
+        "file,person_id,captured_at,metadata,role",
+        f"{good},anna,,,x",
+        f"{other},b\u200bc,,,x",
+    ]
+    lines += [f"{more},d,yesterday,[1],x", f"{good},e,,,x", f"{last}", ",f,,,x"]
+    manifest.write_text("\n".join(lines))
+    status, _, err = run(capsys, "enroll", folder, "--manifest", manifest)
+    assert status == 1
+    assert "the column 'role' is unknown" in err
+    arguments = ("enroll", folder, "--manifest", manifest, "--ignore-column", "role")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    for problem in ("line 3: person_id: ", "line 4: captured_at: must be a time with an offset",
+                    "line 4: metadata: must be a JSON object", "line 6 has 1 cells",
+                    "line 5 names the file of line 2 again", "line 7 names no file",
+                    "6 problems in"):  # fmt: skip
+        assert problem in err
+    assert client.list().total == 0
+    manifest.write_text("\n".join(lines[:2]))
+    assert run(capsys, *arguments, "--camera-id", "gate", "--person-id", "other")[0] == 0
+    [item] = client.list().items
+    assert (item.person_id, item.camera_id) == ("anna", "gate")
+
+
+def test_an_export_can_be_enrolled_again(
+    client: Client, visible: list[Path], infrared: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    when = datetime(2026, 3, 1, 13, 5, 0, 250000, tzinfo=UTC)
+    client.enroll(
+        visible[0],
+        person_id='anna "a", b;c',
+        camera_id="gate",
+        captured_at=when,
+        metadata={"note": 'ü, "x"\n', "n": [1, {"deep": None}]},
+    )
+    client.enroll(infrared[0])
+    client.enroll(visible[1], person_id="Zoë")
+    before = client.list().items
+    out = tmp_path / "out"
+    assert run(capsys, "gallery", "export", out)[0] == 0
+    for item in before:
+        client.delete(item.id)
+    assert run(capsys, "enroll", out, "--manifest", out / "manifest.csv")[0] == 0
+    changed = {"id", "enrolled_at", "modality_source"}
+
+    def labels(items: list[GalleryItem]) -> list[dict[str, Any]]:
+        return sorted((item.model_dump(exclude=changed) for item in items), key=str)
+
+    assert labels(client.list().items) == labels(before)
 
 
 def test_query_prints_a_table_json_and_a_sheet(
@@ -205,6 +305,48 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 1
     assert "cmt keys list" in err
     assert run(capsys, "keys", "create", "--file", file, "--scope", "root")[0] == 2
+
+
+def test_what_others_wrote_reaches_no_terminal(
+    client: Client, visible: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "[red]x[/red]\x1b]0;title\x07\x9b31m\u202e"
+    file = tmp_path / "keys.json"
+    KeyFile(file).create("desk", ["query"])
+    file.write_text(file.read_text().replace('"desk"', json.dumps(hostile)))
+    _, out, _ = run(capsys, "keys", "list", "--file", file)
+    assert r"[red]x[/red]\x1b]0;title\x07\x9b31m\u202e" in out
+    _, raw, _ = run(capsys, "keys", "list", "--file", file, "--json")
+    assert json.loads(raw)[0]["name"] == hostile
+    answers = [
+        out,
+        raw,
+        run(capsys, "query", tmp_path / hostile)[2],
+        run(capsys, "gallery", "show", hostile)[2],
+        run(capsys, "gallery", "delete", "--person-id", hostile, "--yes")[2],
+        run(capsys, "doctor", "--checkpoint", tmp_path / hostile)[1],
+        run(capsys, "--verbose", "query", tmp_path / hostile)[2],
+        run(capsys, hostile)[2],
+    ]
+    for answer in answers:
+        assert answer
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(answer)
+
+
+def test_a_narrow_terminal_of_another_encoding(
+    url: str, client: Client, visible: list[Path]
+) -> None:
+    item = client.enroll(visible[0], person_id="Zoë [b]", camera_id="Нева")
+    for command in (["gallery", "list"], ["query", str(visible[0])]):
+        shown = subprocess.run(
+            [*CMT, *command],
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "40", "LC_ALL": "C"},
+            capture_output=True,
+            check=True,
+        )
+        assert item.id.encode() in shown.stdout
+        assert b"Zo\\xeb" in shown.stdout
+        assert shown.stdout.isascii()
 
 
 def test_doctor(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
