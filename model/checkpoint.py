@@ -27,9 +27,12 @@ from model.atomic_file import write_whole
 from model.calibration import Calibration, CalibrationFacts
 from model.cmt import CMT
 from model.config import MODALITIES, CMTConfig, Modality
+from model.strict_json import read_json
+from model.training_facts import TrainingFacts
 
 FORMAT = "cmt-checkpoint"
 VERSION = "1"
+_LONGEST_REASON = 200
 _REFERENCES = {modality: f"calibration.references.{modality}" for modality in MODALITIES}
 
 
@@ -50,6 +53,11 @@ class CheckpointInfo:
     config: CMTConfig
     training: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+
+    @property
+    def facts(self) -> TrainingFacts:
+        """Of `training` what programs read."""
+        return TrainingFacts.model_validate(self.training)
 
 
 def save_checkpoint(
@@ -135,13 +143,15 @@ def load_checkpoint(
     file of another kind, or a version that this release does not read.
     """
     _, tensors, info = _checked(Path(path))
-    model = CMT(info.config)
-    try:
-        model.load_state_dict(tensors)  # copies into the network's fp32 parameters
-    except RuntimeError as error:
+    # A configuration may ask for any amount of memory: it is compared before any is taken.
+    with torch.device("meta"):
+        expected = CMT(info.config).state_dict()
+    if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in tensors.items()}:
         raise CheckpointError(
             f"{path} holds other weights than its configuration needs; fetch it again"
-        ) from error
+        )
+    model = CMT(info.config)
+    model.load_state_dict(tensors)  # copies into the network's fp32 parameters
     return model.to(device).eval(), info
 
 
@@ -156,18 +166,19 @@ def _checked(path: Path) -> tuple[dict[str, str], dict[str, Tensor], CheckpointI
         )
     if metadata.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint version {metadata.get('version')}, this release reads "
-            f"{VERSION}; use the release that wrote it, or train again"
+            f"{path} has checkpoint version {_clipped(str(metadata.get('version')))}, this release "
+            f"reads {VERSION}; use the release that wrote it, or train again"
         )
     try:
         info = CheckpointInfo(
             fingerprint=metadata["fingerprint"],
-            config=CMTConfig.model_validate_json(metadata["config"]),
-            training=json.loads(metadata["training"]),
+            config=CMTConfig.model_validate(read_json(metadata["config"])),
+            training=_object(metadata["training"]),
         )
-    except (KeyError, ValueError, ValidationError) as error:
+        info.facts  # noqa: B018 (they are of the right types, or this raises)
+    except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path} has unreadable metadata ({_first_line(error)}); fetch the file again"
+            f"{path} has unreadable metadata ({_reason(error)}); fetch the file again"
         ) from error
     if _fingerprint(info.config, tensors) != info.fingerprint:
         raise CheckpointError(
@@ -194,12 +205,13 @@ def _calibration(
             "`cmt calibrate` on one without a calibration"
         )
     try:
+        read_json(text)
         return Calibration(
             CalibrationFacts.model_validate_json(text), references, info.config.metric
         )
     except ValueError as error:
         raise CheckpointError(
-            f"this release cannot read the calibration in {path} ({_first_line(error)}); use the "
+            f"this release cannot read the calibration in {path} ({_reason(error)}); use the "
             "release that wrote it"
         ) from error
 
@@ -218,7 +230,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({_first_line(error)}); fetch it again"
+            f"{path} is damaged or no safetensors file ({_reason(error)}); fetch it again"
         ) from error
 
 
@@ -236,5 +248,22 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _object(text: str) -> dict[str, Any]:
+    content = read_json(text)
+    if not isinstance(content, dict):
+        raise ValueError("the facts of the training are no JSON object")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """An error in one short line; the text of a file may be anything."""
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False, include_input=False)[0]
+        return _clipped(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    return _clipped(str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"

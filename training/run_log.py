@@ -75,7 +75,7 @@ def read_metrics(folder: Path) -> list[Record]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:  # the end of a line that a kill cut off
+        except ValueError:  # the end of a line that a kill cut off
             continue
     return records
 

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import CMT, CheckpointError, CMTConfig, load_checkpoint, save_checkpoint
+from model.checkpoint import _digest as digest
+from model.checkpoint import _fingerprint as fingerprint
 
 CONVOLUTION = "backbone.layer2.0.conv1.weight"
 
@@ -140,3 +142,75 @@ def test_weights_that_are_not_finite_are_not_written(
     with pytest.raises(CheckpointError, match=r"not finite in torch\.float16"):
         save_checkpoint(tmp_path / "x.safetensors", model, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
+
+
+DEEP = 100_000
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ("[" * DEEP + "]" * DEEP, "recursion limit"),
+        ('{"note": ' * DEEP + "1" + "}" * DEEP, "recursion limit"),
+        ('{"identities": [1], "seed": 0, "identities": []}', "'identities' is there twice"),
+        ('{"note": {"a": 1, "a": 2}}', "'a' is there twice"),
+        ('{"seconds": NaN}', "expected value"),
+        ('{"note": -Infinity}', "invalid number"),
+        ('{"note": 1e999}', "1e999 is not finite"),
+        ('{"note": ' + "9" * 5000 + "}", "number out of range"),
+        ('{"note": "\\ud800"}', "hex escape"),
+        ("[1, 2]", "no JSON object"),
+        ('"facts"', "no JSON object"),
+        ("null", "no JSON object"),
+        ("", "EOF"),
+        ('{"identities": {"1": 2}}', "identities: "),
+        ('{"identities": [1, "2"]}', "identities.1: "),
+        ('{"identities": [1.5]}', "identities.0: "),
+        ('{"trial": "3"}', "trial: "),
+        ('{"dataset": ["sysu"]}', "dataset: "),
+        ('{"learnt_from": [{"identities": [1]}]}', "learnt_from.0.dataset: "),
+        ('{"x' + "y" * 10_000 + '": 1,}', "trailing comma"),
+    ],
+)
+def test_facts_that_are_no_facts_are_refused_in_one_sentence(
+    tiny_checkpoint: Path, facts: str, reason: str
+) -> None:
+    message = refusal(rewrite(tiny_checkpoint, training=facts))
+    assert message is not None
+    assert "unreadable metadata" in message
+    assert reason in message
+    assert "\n" not in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * DEEP + "]" * DEEP, "1", '{"dim": 1e400}', '{"dim": 1, "dim": 2}', "{}"]
+)
+def test_other_metadata_that_is_none_is_refused_too(tiny_checkpoint: Path, text: str) -> None:
+    with safe_open(tiny_checkpoint, framework="pt") as file:
+        own = file.metadata()["fingerprint"]
+    files = {
+        "config": {"config": text},
+        "calibration": {"calibration": text, "calibration_digest": digest(own + text, {})},
+        "version": {"version": text * 500 if len(text) < DEEP else text},
+    }
+    for changes in files.values():
+        message = refusal(rewrite(tiny_checkpoint, **changes))
+        assert message is not None
+        assert "\n" not in message
+        assert len(message) < 600
+
+
+def test_a_configuration_takes_no_memory_that_its_weights_do_not_fill(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with safe_open(tiny_checkpoint, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tiny_checkpoint)
+    config = CMTConfig.model_validate_json(metadata["config"])
+    huge = config.model_copy(update={"feed_forward": 10**12})  # terabytes
+    metadata |= {"config": huge.model_dump_json(), "fingerprint": fingerprint(huge, tensors)}
+    save_file(tensors, tmp_path / "huge.safetensors", metadata=metadata)
+    message = refusal(tmp_path / "huge.safetensors")
+    assert message is not None
+    assert "other weights than its configuration needs" in message

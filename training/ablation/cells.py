@@ -376,7 +376,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise AblationError(
             f"{path} is damaged ({error}); remove its folder, and the cell is made again"
         ) from error

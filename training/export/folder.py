@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from model import CheckpointInfo
 from model.graphs import Graph
 from model.machine import machine
 from model.preprocess import MEAN, STD
+from model.strict_json import read_json
 from training.export.formats import OPSET
 from training.export.parity import LEAST_COSINE, MOST_ERROR, MOST_SWAPPED, Parity
 
@@ -43,9 +43,9 @@ def check_output(output: Path, fingerprint: str, *, overwrite: bool) -> None:
         return
     description = output / DESCRIPTION_FILE
     try:
-        content = json.loads(description.read_text(encoding="utf-8"))
+        content = read_json(description.read_text(encoding="utf-8"))
         names = {DESCRIPTION_FILE, *(f for g in content["graphs"] for f in g["files"])}
-        there = content["fingerprint"]
+        there = str(content["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(
             f"{output} is not empty and holds no export; give a folder that is empty or not there "

@@ -1,0 +1,54 @@
+"""What a checkpoint says of its training: the facts that programs read, checked when it is loaded.
+
+A run writes more (its recipe, seed, seconds); that is for people and stays as it is.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class LearntPeople(BaseModel):
+    """People of one data set whom a network, or a network that it started from, learnt from.
+
+    dataset: the set's layout. name: of the set, where it has one; in two sets of one name a number
+    is the same person. identities: their numbers. images: digests of some of their files, by which
+    they are known in any folder, layout and numbering; none where the checkpoint is from a release
+    that did not keep them.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    dataset: str
+    name: str | None = None
+    identities: list[int] = Field(default_factory=list)
+    images: list[str] = Field(default_factory=list)
+
+
+class TrainingFacts(BaseModel):
+    """The facts that programs read.
+
+    dataset, identities: what the network itself was trained on; learnt_from: the same with what
+    identifies the people, and those of all its ancestors. trial: the split of RegDB. selection: how
+    the weights were chosen.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    dataset: str | None = None
+    identities: list[int] = Field(default_factory=list)
+    learnt_from: list[LearntPeople] = Field(default_factory=list)
+    trial: int | None = None
+    selection: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+    def people(self) -> list[LearntPeople]:
+        """Everybody whom the network learnt from, set by set.
+
+        Checkpoints of earlier releases name their own people only, by number.
+        """
+        if self.learnt_from or self.dataset is None:
+            return self.learnt_from
+        return [LearntPeople(dataset=self.dataset, name=self.dataset, identities=self.identities)]
