@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import from_json
 
+from model.labels import MAX_LABEL, normalized_label
+
 METADATA_BYTES = 8192
 METADATA_DEPTH = 16
 
@@ -108,8 +110,14 @@ def _is_whole(text: str) -> bool:
     return True
 
 
-_PLAIN = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}  # `plain_text`, for OpenAPI
-Label = Annotated[str, Field(max_length=128, json_schema_extra=_PLAIN), AfterValidator(plain_text)]
+# What OpenAPI can say of `model.labels`: the length is that of normalization form C.
+_LABEL: dict[str, Any] = {
+    "maxLength": MAX_LABEL,
+    "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$",
+}
+Label = Annotated[str, Field(json_schema_extra=_LABEL), AfterValidator(normalized_label)]
+# Of a filter: `Gallery.label` judges it, because items of an older release may have it.
+AnyLabel = Annotated[str, Field(json_schema_extra=_LABEL)]
 # For JSON bodies; in a form an empty field counts as not given anyway.
 OptionalLabel = Annotated[
     Label | None, BeforeValidator(lambda value: None if value == "" else value)

@@ -16,7 +16,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from model.pictures import Polarity
 from service.api.fields import (
+    AnyLabel,
     Box,
     Label,
     Metadata,
@@ -29,7 +31,7 @@ from service.http.problem import Problem
 
 Modality = Literal["rgb", "ir"]
 ModalityChoice = Literal["auto", "rgb", "ir"]
-ModalitySource = Literal["given", "detected"]
+ModalitySource = Literal["given", "camera", "detected"]
 
 QUERY_IMAGES = 16
 BATCH_IMAGES = 256
@@ -62,15 +64,20 @@ class FormModel(BaseModel):
         return cls.model_validate(values)
 
 
+_MODALITY = "Default: the camera's, else `auto`, which takes an image without chroma for infrared."
+_POLARITY = "Of infrared: `black_hot` where warm is dark. Default: the camera's, else `white_hot`."
+
+
 class EnrollForm(FormModel):
     """What accompanies the image of POST /gallery."""
 
     person_id: Label | None = Field(default=None, description="Identity label.")
-    camera_id: Label | None = None
-    captured_at: Timestamp | None = Field(default=None, description="RFC 3339 time with an offset.")
-    modality: ModalityChoice = Field(
-        "auto", description="`auto` takes an image without chroma for infrared."
+    camera_id: Label | None = Field(
+        default=None, description="Its defaults (PUT /cameras/{camera_id}) hold for the image."
     )
+    captured_at: Timestamp | None = Field(default=None, description="RFC 3339 time with an offset.")
+    modality: ModalityChoice | None = Field(default=None, description=_MODALITY)
+    polarity: Polarity | None = Field(default=None, description=_POLARITY)
     box: Box | None = Field(
         default=None,
         description="Enroll only this part: x,y,width,height in pixels, after orientation.",
@@ -86,7 +93,8 @@ class BatchItem(BaseModel):
     person_id: OptionalLabel = None
     camera_id: OptionalLabel = None
     captured_at: Timestamp | None = None
-    modality: ModalityChoice = "auto"
+    modality: ModalityChoice | None = None
+    polarity: Polarity | None = None
     box: Box | None = None
     metadata: MetadataObject = {}
     key: str | None = Field(
@@ -104,7 +112,8 @@ class BatchForm(FormModel):
     items: Json[list[BatchItem]] | None = Field(
         default=None,
         description="JSON array with one object per image, in order: person_id, camera_id, "
-        "captured_at, modality, box, metadata (an object), key. Without it no image has labels.",
+        "captured_at, modality, polarity, box, metadata (an object), key. Without it no image has "
+        "labels.",
     )
 
 
@@ -122,7 +131,15 @@ class ItemPatch(BaseModel):
 class QueryForm(FormModel):
     """What accompanies the images of POST /query."""
 
-    modality: ModalityChoice = Field("auto", description="Of all images; `auto` looks at each.")
+    query_camera_id: Label | None = Field(
+        default=None,
+        description="The camera that took the images: its defaults hold. It filters nothing.",
+    )
+    modality: ModalityChoice | None = Field(
+        default=None,
+        description="Of all images. Default: the camera's, else `auto`, which looks at each.",
+    )
+    polarity: Polarity | None = Field(default=None, description=_POLARITY)
     box: Box | None = Field(default=None, description="With one image: search for this part of it.")
     top_k: int = Field(20, ge=1, le=1000)
     candidates: int | None = Field(
@@ -137,9 +154,9 @@ class QueryForm(FormModel):
     group_by: Literal["person_id"] | None = Field(
         default=None, description="Best image per person."
     )
-    person_id: tuple[Label, ...] = Field((), description="Any of these; repeat the field.")
-    camera_id: tuple[Label, ...] = Field((), description="Any of these; repeat the field.")
-    exclude_camera_id: tuple[Label, ...] = Field((), description="None of these.")
+    person_id: tuple[AnyLabel, ...] = Field((), description="Any of these; repeat the field.")
+    camera_id: tuple[AnyLabel, ...] = Field((), description="Any of these; repeat the field.")
+    exclude_camera_id: tuple[AnyLabel, ...] = Field((), description="None of these.")
     gallery_modality: tuple[Modality, ...] = Field((), description="Any of these.")
     captured_from: Timestamp | None = None
     captured_to: Timestamp | None = None
@@ -159,8 +176,8 @@ class ListParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    person_id: list[Label] = Field([], description="Any of these.")
-    camera_id: list[Label] = Field([], description="Any of these.")
+    person_id: list[AnyLabel] = Field([], description="Any of these.")
+    camera_id: list[AnyLabel] = Field([], description="Any of these.")
     modality: list[Modality] = Field([], description="Any of these.")
     captured_from: Timestamp | None = None
     captured_to: Timestamp | None = None
@@ -175,7 +192,7 @@ class EraseParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    person_id: Label = Field(min_length=1)
+    person_id: AnyLabel = Field(min_length=1)
 
 
 class GalleryItem(BaseModel):
@@ -189,7 +206,10 @@ class GalleryItem(BaseModel):
     captured_at: datetime | None
     enrolled_at: datetime
     modality: Modality
-    modality_source: ModalitySource
+    modality_source: ModalitySource = Field(
+        description="Who said it: the sender, the camera's defaults, or the image."
+    )
+    polarity: Polarity | None = Field(description="null of a visible crop.")
     width: int
     height: int
     bit_depth: int = Field(description="Of the upload; the crop is ranked at 8 bits.")
@@ -219,6 +239,7 @@ class QuerySummary(BaseModel):
         description="`mixed` where several images are of both modalities."
     )
     modality_source: ModalitySource
+    polarity: Polarity | None = Field(description="Of the infrared images; null without one.")
     images: int
 
 
@@ -293,6 +314,31 @@ class Health(BaseModel):
     """Answer of the probes."""
 
     status: Literal["ok"] = "ok"
+
+
+class CameraDefaults(BaseModel):
+    """Body of PUT /cameras/{camera_id}: what holds where a picture's sender does not say it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    modality: ModalityChoice | None = Field(default=None, description="null: `auto`.")
+    polarity: Polarity | None = Field(default=None, description="null: `white_hot`.")
+
+
+class CameraRecord(BaseModel):
+    """What the gallery knows of a camera."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    camera_id: str
+    modality: ModalityChoice | None
+    polarity: Polarity | None
+
+
+class CameraRecords(BaseModel):
+    """Answer of GET /cameras, by id."""
+
+    cameras: list[CameraRecord]
 
 
 class AuditRecord(BaseModel):

@@ -22,18 +22,28 @@ KEPT = {
     "or": "' OR '1'='1",
     "like": "100%_\\%",
     "quotes": "\"'`«»",
-    "right-to-left": "\u202egnp.exe\u202c \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+    "right-to-left": "gnp.exe \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
     "combining": "e\u0301 vs \u00e9, Z\u0351\u036b\u0343\u0350\u0311",
-    "invisible": "\u200b\ufeff\u2028\u2029",
-    "emoji": "\U0001f9cd\u200d\u2642\ufe0f",
-    "noncharacter": "\uffff\U0010ffff",
-    "spaces": "  leading and trailing  ",
+    "joined": "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "emoji": "\U0001f9cd\U0001f3fd \u2642",
     "null word": "null",
     "number": "0012e3",
     "formula": '=HYPERLINK("http://evil.example","x")',
     "longest": "\U0001f600" * 128,
 }
+# No label, because it looks like another one; as metadata it is kept.
+UNSEEN = {
+    "override": "\u202egnp.exe\u202c",
+    "invisible": "ex\u200b\ufeff\u2060am",
+    "lines": "\u2028\u2029",
+    "joiner": "\U0001f9cd\u200d\u2642\ufe0f",
+    "noncharacter": "\uffff\U0010ffff",
+    "spaces": "  leading and trailing  ",
+    "other space": "leading\u00a0and\u3000trailing",
+    "mark alone": "\u0301e",
+}
 REFUSED = {
+    **UNSEEN,
     "NUL": "a\0b",
     "escape": "\x1b[31mred",
     "line": "one\r\nSet-Cookie: two",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
 
 from model.cli import main
 from tests.service.conftest import Serve
-from tests.service.hostile import KEPT, REFUSED, answers_are_data  # noqa: F401 - fixtures
+from tests.service.hostile import KEPT, REFUSED, UNSEEN, answers_are_data  # noqa: F401 - fixtures
 
 LONE = ("\\ud800", "\\udfff", "\\udc00\\ud800")  # halves of surrogate pairs, as JSON may name them
 
@@ -33,14 +35,16 @@ def test_text_is_stored_and_found_to_the_character(
     text = KEPT[name]
     metadata = {text: text, "list": [text, {"deep": text}]}
     labels = {"person_id": text, "camera_id": text, "metadata": json.dumps(metadata)}
-    wanted = {"person_id": text, "camera_id": text, "metadata": metadata}
+    sent = {"person_id": text, "camera_id": text, "metadata": metadata}
+    label = unicodedata.normalize("NFC", text)
+    wanted = {"person_id": label, "camera_id": label, "metadata": metadata}
     others = http.get("/gallery").json()["total"]
 
     single = http.post("/gallery", files={"image": image}, data=labels)
-    items = json.dumps([wanted])
+    items = json.dumps([sent])
     batch = http.post("/gallery/batch", files={"image": image}, data={"items": items})
     plain = http.post("/gallery", files={"image": image}).json()
-    patched = http.patch(f"/gallery/{plain['id']}", json=wanted)
+    patched = http.patch(f"/gallery/{plain['id']}", json=sent)
     answers = [single.json(), batch.json()["results"][0]["item"], patched.json()]
     for answer in answers:
         assert wanted.items() <= answer.items()
@@ -73,13 +77,26 @@ def test_text_that_no_label_may_be_is_refused_everywhere(
             http.post("/gallery", files={"image": image}, data=labels),
             http.post("/gallery/batch", files={"image": image}, data=items),
             http.post("/query", files={"image": image}, data=labels),
+            http.post("/query", files={"image": image}, data={"query_camera_id": text}),
             http.patch(item, json=labels),
         ):
             assert answer.status_code in (400, 413, 422)
             assert text not in answer.text
         if len(text) < 50_000:  # a longer line of a request is the server's to refuse
             assert http.get("/gallery", params=labels).status_code == 422
+    if len(text) < 50_000:
+        assert http.delete("/gallery", params={"person_id": text}).status_code == 422
+        camera = f"/cameras/{quote(text, safe='')}"
+        for method in ("GET", "PUT", "DELETE"):
+            body = {} if method == "PUT" else None
+            assert http.request(method, camera, json=body).status_code in (404, 422)
     assert http.get("/gallery").json() == before
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_metadata_keeps_what_no_label_may_be(http: httpx.Client, item: str, name: str) -> None:
+    metadata = {UNSEEN[name]: [UNSEEN[name]]}
+    assert http.patch(item, json={"metadata": metadata}).json()["metadata"] == metadata
 
 
 @pytest.mark.parametrize("escape", LONE)
@@ -177,7 +194,7 @@ def test_the_contact_sheet_shows_hostile_labels_as_text(
     with serve(tmp_path / "data") as url, httpx.Client(base_url=url, trust_env=False) as client:
         for text in KEPT.values():
             labels = {"person_id": text, "camera_id": text}
-            client.post("/gallery", files={"image": image}, data=labels)
+            assert client.post("/gallery", files={"image": image}, data=labels).is_success
         arguments = ["--url", url, "--html", str(sheet), "--top-k", "100"]
         assert main(["query", str(query), *arguments]) == 0, capsys.readouterr().err
     page = Page(sheet.read_text())
@@ -190,4 +207,4 @@ def test_the_contact_sheet_shows_hostile_labels_as_text(
     assert all(value.startswith("data:image/") for name, value in page.attributes if name == "src")
     assert "href" not in names
     for text in KEPT.values():
-        assert text in page.shown
+        assert unicodedata.normalize("NFC", text) in page.shown

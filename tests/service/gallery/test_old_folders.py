@@ -1,9 +1,10 @@
-"""Data folders of earlier releases open, and answer as they did."""
+"""Data folders of earlier releases open, and answer as they did, but for spellings of labels."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from model import CheckpointInfo, CMTConfig, Modulation
-from service.gallery import Filters, Gallery
+from service.gallery import Filters, Gallery, NewItem
 from service.gallery.follower import read_snapshot
 from tests.paths import DATA
+from tests.service.stores import crop
 
 CONFIG = CMTConfig(input_height=96, input_width=48, dim=8, heads=2)
 INFO = CheckpointInfo("a" * 64, CONFIG)
@@ -44,3 +46,37 @@ def test_a_folder_of_an_earlier_release_opens_and_answers_the_same(
         assert [item.metadata for item in page.items] == [{"n": 3}, {"n": 5}]
         assert all(gallery.image(item.id)[1] == "image/png" for item in page.items)
         gallery.check()
+
+
+def second_release(file: Path) -> None:
+    """Take back what the newest tables have and those of 0.1.0 have not."""
+    with sqlite3.connect(file) as connection:
+        for trigger in ("audit_no_update", "audit_no_delete", "audit_no_replace"):
+            connection.execute(f"DROP TRIGGER {trigger}")
+        connection.execute("DROP TABLE cameras")
+        connection.execute("ALTER TABLE items DROP COLUMN polarity")
+        connection.execute("UPDATE alembic_version SET version_num = '0002'")
+    connection.close()
+
+
+def test_a_snapshot_of_an_earlier_release_gives_no_old_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = sampled(5, 3, CONFIG.parts, CONFIG.dim)
+    spellings = ("zo\u00eb", "zoe\u0308", "zo\u200b\u00eb")
+    with monkeypatch.context() as patch:  # what that release stored
+        patch.setattr("service.gallery.storage.rows.normalized_label", lambda text: text)
+        with closing(Gallery.open(tmp_path, INFO)) as gallery:
+            gallery.add([NewItem(crop(i), person) for i, person in enumerate(spellings)], features)
+            assert gallery.save_index()
+    second_release(tmp_path / "gallery.sqlite3")
+    assert read_snapshot(tmp_path, INFO, "cpu") is not None
+    with closing(Gallery.open(tmp_path, INFO)) as gallery:
+        for asked in spellings[:2]:
+            filters = Filters(person_id=(asked,))
+            found = gallery.search(features[0], None, top_k=5, filters=filters)
+            assert [hit.item.person_id for hit in found.hits] == ["zo\u00eb"] * 3
+        grouped = gallery.search(features[0], None, top_k=5, group_by="person_id")
+        assert len(grouped.hits) == 1
+        assert not list((tmp_path / "index").rglob("labels.json"))
+        assert gallery.delete_where("zoe\u0308") == 3

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import CheckpointInfo, CMTConfig, Modulation
-from service.gallery import Filters, Gallery, NewItem, SearchResult
+from service.gallery import Filters, Gallery, ItemUpdate, NewItem, SearchResult
 from service.images.decode import Crop, decode
 
 COUNT, PARTS, DIM = 300, 6, 16
@@ -24,7 +24,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 def crop(modality: str = "rgb") -> Crop:
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 32), (200, 20, 20)).save(buffer, "PNG")
+    Image.linear_gradient("L").resize((16, 32)).save(buffer, "PNG")
     return decode(buffer.getvalue(), modality=modality)  # type: ignore[arg-type]
 
 
@@ -265,6 +265,59 @@ def test_groups_are_persons_and_lone_items(
     )
     assert found(result, ids) == expected[:top_k]
     assert len(expected) == 39
+
+
+@pytest.mark.parametrize(
+    ("filters", "passing"),
+    [
+        (Filters(person_id=("ann",)), {"ann"}),
+        (Filters(camera_id=("gate",)), {"ann", "eve"}),
+        (Filters(exclude_camera_id=("hall", "moved")), {"ann", "eve"}),
+        (Filters(captured_to=START + timedelta(hours=1)), {"ann", "eve"}),
+    ],
+)
+@pytest.mark.parametrize("exhaustive", [False, True])
+def test_labels_changed_by_another_process_do_not_pass_old_filters(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    filters: Filters, passing: set[str], exhaustive: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("service.gallery.gallery.SYNC_SECONDS", 1e6)  # it never hears of them
+    places = [tmp_path / name for name in ("a", "b")]
+    here, there = (Gallery.open(place, info(), database_url=postgres_url) for place in places)
+    try:
+        y = features(8)
+        new = NewItem(crop(), "ann", "gate", START)
+        items = here.add([new] * 8, y)
+        there.check()  # follows what is there
+        changed = ItemUpdate("bob", "moved", START + timedelta(hours=1))
+        for item in items[:5]:
+            here.update(item.id, changed)
+        here.update(items[5].id, ItemUpdate(person_id="eve"))
+        found = there.search(y[0], None, top_k=2, filters=filters, exhaustive=exhaustive)
+        assert len(found.hits) == 2  # although the nearest of before are others
+        assert {hit.item.person_id for hit in found.hits} <= passing
+        assert all(filters.passes(hit.item) for hit in found.hits)
+    finally:
+        here.close()
+        there.close()
+
+
+def test_one_person_is_one_group_also_after_another_process_renamed_it(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.gallery.gallery.SYNC_SECONDS", 1e6)
+    places = [tmp_path / name for name in ("a", "b")]
+    here, there = (Gallery.open(place, info(), database_url=postgres_url) for place in places)
+    try:
+        y = features(3)
+        items = here.add([NewItem(crop(), name) for name in ("ann", "bob", "eve")], y)
+        there.check()
+        here.update(items[1].id, ItemUpdate(person_id="ann"))
+        found = there.search(y[0], None, top_k=3, group_by="person_id")
+        assert sorted(str(hit.item.person_id) for hit in found.hits) == ["ann", "eve"]
+    finally:
+        here.close()
+        there.close()
 
 
 def test_max_distance_drops_weaker_results(gallery: Gallery) -> None:

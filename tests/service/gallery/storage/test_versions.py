@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, insert
+from sqlalchemy import create_engine, insert, update
 
+from model.labels import LabelError
 from service.errors import ModelVersionConflict, ModelVersionUnknown
+from service.gallery.feed import Position
+from service.gallery.records import Filters
 from service.gallery.storage import tables
 from service.gallery.storage.database import FILE_NAME
 from service.gallery.storage.store import Store
-from service.gallery.storage.tables import crops, features, items
+from service.gallery.storage.tables import crops, features, items, secrets
 from tests.service.stores import MODEL, OTHER, SIZE, OpenStore, all_of, crop, new, rows
 
 THIRD = "c" * 64
@@ -228,3 +232,81 @@ def test_no_two_versions_can_be_active(tmp_path: Path) -> None:
     ):
         connection.execute("INSERT INTO models VALUES ('x', NULL, 0, 'active')")
     connection.close()
+
+
+def respelled(url: str) -> None:
+    """A database of the second release whose labels are written in every way."""
+    first_release(url, [MODEL] * len(SPELLINGS))
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        for number, (person, camera) in enumerate(SPELLINGS, start=1):
+            spelled = {"person_id": person, "camera_id": camera}
+            connection.execute(update(items).where(items.c.number == number).values(spelled))
+        connection.execute(insert(secrets).values(name="audit", data=KEY))  # read on PostgreSQL
+    engine.dispose()
+
+
+KEY = b"k" * 32
+
+
+NFC, NFD = "zo\u00eb", "zoe\u0308"
+SPELLINGS = [
+    (NFC, "gate"),
+    (NFD, "gate "),
+    ("zo\u200b\u00eb\u00a0", None),
+    ("bob", "hall\u2060"),
+    ("\u3164", "\u200b"),
+    ("bo" * 100, None),
+]
+
+
+@pytest.mark.parametrize("server", [False, True], ids=["sqlite", "postgresql"])
+def test_labels_of_older_releases_get_one_spelling(
+    request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture, server: bool
+) -> None:
+    url = request.getfixturevalue("postgres_url") if server else None
+    respelled(url or f"sqlite:///{tmp_path / FILE_NAME}")
+    (tmp_path / "audit.key").write_bytes(KEY)
+    with caplog.at_level(logging.WARNING):
+        store = Store(tmp_path, MODEL, SIZE, url)
+    labels = [(row[0], row[1]) for row in all_of(store).values()]
+    assert labels == [
+        *((NFC, "gate"), (NFC, "gate"), (NFC, None), ("bob", "hall")),
+        *(("\u3164", "\u200b"), ("bo" * 100, None)),
+    ]
+    with store.view() as view:  # a snapshot from before learns of every other spelling
+        changed = view.changes_since(Position(len(SPELLINGS), 0)).updated
+    assert (changed.numbers, changed.persons) == ([2, 3, 4], [NFC, NFC, "bob"])
+
+    entries = store.audit.page(9).entries[::-1]
+    assert {entry.action for entry in entries} == {"respell"}
+    told = [(entry.subject, entry.details) for entry in entries]
+    assert told[0] == (None, {"items": 3})
+    assert told[-1] == (None, {"camera_id": "gate", "cameras": ["gate", "gate "]})
+    assert told[1][0] == store.audit.pseudonym(NFC)
+    spelled = {store.audit.pseudonym(person) for person, _ in SPELLINGS[:3]}
+    assert set(told[1][1]["persons"]) == spelled
+    assert "1 persons and 1 cameras were spelled in several ways" in caplog.text
+    assert "3 labels cannot be respelled" in caplog.text
+    assert "zo" not in caplog.text
+
+    # What cannot be respelled is in reach all the same, exactly as it is stored.
+    for person in ("\u3164", "bo" * 100):
+        assert store.label("person_id", person) == person
+        assert store.list(Filters(person_id=(person,)), 5, None).total == 1
+        assert len(store.erase_person(person)) == 1
+    with pytest.raises(LabelError, match="cannot be seen"):
+        store.label("person_id", "\u3164")  # nobody has it any more
+    assert len(store.erase_person(NFD)) == 3
+    store.close()
+
+
+def test_infrared_of_older_releases_was_taken_for_white_hot(tmp_path: Path) -> None:
+    respelled(f"sqlite:///{tmp_path / FILE_NAME}")
+    store = Store(tmp_path, MODEL, SIZE)
+    assert store.get("item-1").polarity == "white_hot"
+    store.close()
