@@ -6,7 +6,8 @@ every list of samples and size,
     KEY.images            3×height×width bytes for each image that decodes, in the order of the list
     KEY.unreadable.json   row → reason for those that do not; absent where all do
 
-KEY covers path, size and time of change of every file. Images are stored under the key of the
+KEY covers path, size, time of change and modality of every file, and the version of the rules by
+which pictures are read (`model.pictures.POLICY`). Images are stored under the key of the
 readable ones alone: once the others are removed from the dataset, as the error advises, nothing is
 decoded again. Files of lists that are no longer used stay; the folder may be deleted at any time.
 """
@@ -26,11 +27,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from model.atomic_file import SHARED, whole_file, write_whole
+from model.pictures import POLICY
 from model.preprocess import resize
+from model.terminal import Console
 from training.datasets.decoding import READERS, UnreadableImageError, decode
 from training.datasets.sample import DatasetError, Sample
 
@@ -92,7 +94,7 @@ def _fill(
     samples: Sequence[Sample], height: int, width: int, folder: Path
 ) -> tuple[Path, dict[int, str]]:
     """File of the readable images, and the reason for each row that is not; decodes if needed."""
-    facts = [_facts(sample.path) for sample in samples]
+    facts = [_facts(sample) for sample in samples]
     stored = _stored(facts, height, width, folder)
     if stored is not None:
         return stored
@@ -157,7 +159,7 @@ def _decoded(samples: Sequence[Sample], height: int, width: int) -> Iterator[np.
 
     def read(sample: Sample) -> np.ndarray | str:
         try:
-            pixels = resize(decode(sample.path), height, width)
+            pixels = resize(decode(sample.path, sample.modality), height, width)
         except UnreadableImageError as error:
             return str(error)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -219,16 +221,17 @@ def _problems_file(facts: Sequence[str], height: int, width: int, folder: Path) 
 
 
 def _key(facts: Sequence[str], height: int, width: int) -> str:
-    digest = hashlib.sha256(f"{height}x{width}".encode())
+    digest = hashlib.sha256(f"{POLICY}|{height}x{width}".encode())
     for fact in facts:
-        digest.update(fact.encode())
+        digest.update(fact.encode(errors="surrogateescape"))  # a name need not be text
     return digest.hexdigest()[:32]
 
 
-def _facts(path: Path) -> str:
+def _facts(sample: Sample) -> str:
     """What changes when a file does; a file that is not there is unreadable, not an error here."""
+    name = f"{sample.path.absolute()}|{sample.modality}"
     try:
-        facts = path.stat()
+        facts = sample.path.stat()
     except OSError as error:
-        return f"{path.absolute()}|{error.strerror}"
-    return f"{path.absolute()}|{facts.st_size}|{facts.st_mtime_ns}"
+        return f"{name}|{error.strerror}"
+    return f"{name}|{facts.st_size}|{facts.st_mtime_ns}"

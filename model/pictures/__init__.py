@@ -1,8 +1,26 @@
 """Image bytes → the picture that the network is given: one reader for service and training."""
 
-from typing import Literal
+from model.pictures.errors import Kind, PictureError
+from model.pictures.reader import (
+    POLICY,
+    Box,
+    Format,
+    ImageLimits,
+    ModalityChoice,
+    Polarity,
+    Reading,
+    read,
+)
 
-Polarity = Literal["white_hot", "black_hot"]
-"""Of an infrared picture: whether warm (or bright) is white, as trained on, or black."""
-
-__all__ = ["Polarity"]
+__all__ = [
+    "POLICY",
+    "Box",
+    "Format",
+    "ImageLimits",
+    "Kind",
+    "ModalityChoice",
+    "PictureError",
+    "Polarity",
+    "Reading",
+    "read",
+]

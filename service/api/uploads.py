@@ -188,7 +188,10 @@ def in_time(request: Request) -> Iterator[None]:
         with anyio.fail_after(resources(request).settings.body_timeout):
             yield
     except TimeoutError as error:
-        raise BodyTimeout("the body did not arrive in time; send it faster or smaller") from error
+        raise BodyTimeout(
+            "the body did not arrive in time; send it faster or smaller",
+            headers={"Connection": "close"},
+        ) from error
     except ClientDisconnect as error:
         raise ClientGone("the client closed the connection in the middle of the body") from error
 
@@ -200,35 +203,17 @@ async def bounded(
 
     admit: called with the size of each chunk; may raise.
     """
-    too_large = BodyTooLarge(
-        f"the body may have {max_bytes:,} bytes; send less at once",
-        headers={"Connection": "close"},
-    )
-    chunks = request.stream()
+    too_large = BodyTooLarge(f"the body may have {max_bytes:,} bytes; send less at once")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
-        if "expect" not in request.headers:
-            await _discard(chunks, max_bytes)
         raise too_large
     received = 0
-    async for chunk in chunks:
+    async for chunk in request.stream():
         received += len(chunk)
         if received > max_bytes:
-            await _discard(chunks, max_bytes)
             raise too_large
         admit(len(chunk))
         yield chunk
-
-
-async def _discard(chunks: AsyncIterator[bytes], max_bytes: int) -> None:
-    """Let a client that is a little over the limit finish sending, so that it reads the answer.
-
-    A connection closed in the middle of an upload often reaches the client as a broken pipe.
-    """
-    async for chunk in chunks:
-        max_bytes -= len(chunk)
-        if max_bytes < 0:
-            return
 
 
 def _sort(parts: list[Part], max_image_bytes: int) -> Upload:

@@ -12,7 +12,7 @@ from PIL import Image
 def draw(path: Path, person: int, shade: int) -> Path:
     """A crop whose colours depend on the person, and a little on `shade`."""
     generator = np.random.default_rng((person, shade))
-    pixels = np.random.default_rng(person).integers(0, 200, (4, 2, 3))
+    pixels = np.random.default_rng(person).integers(0, 200, (8, 4, 3))
     pixels = pixels + generator.integers(0, 50, pixels.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).resize((32, 64)).save(path)

@@ -122,7 +122,7 @@ def test_a_file_that_changes_or_vanishes_after_caching_is_noticed(
 ) -> None:
     cache = tmp_path / "cache"
     cached_images(samples, *SIZE, cache)
-    Image.new("RGB", (30, 60), (9, 8, 7)).save(samples[0].path)
+    Image.linear_gradient("L").resize((30, 60)).convert("RGB").save(samples[0].path)
     assert_right(cached_images(samples, *SIZE, cache), samples)
     samples[3].path.unlink()
     with pytest.raises(DatasetError, match=r"3\.jpg cannot be decoded \(No such file"):
@@ -206,7 +206,7 @@ def test_of_two_processes_one_decodes_and_the_other_waits(
         "import fcntl, os, sys; from pathlib import Path; from training import image_cache as c;"
         "from training.datasets.sample import Sample;"
         "decode, flock = c.decode, fcntl.flock;"
-        "c.decode = lambda path: os.write(1, b'd') and decode(path);"
+        "c.decode = lambda *what: os.write(1, b'd') and decode(*what);"
         "fcntl.flock = lambda file, how: ("
         "    os.write(1, b'w') if how & fcntl.LOCK_NB else 0, flock(file, how)"
         ");"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import Modality
+from model.image_files import Skipped, find_images, is_other_programs
 from training.datasets.decoding import READERS, UnreadableImageError, decode
 from training.datasets.layout import Layout
 from training.datasets.sample import DatasetError, Sample
@@ -36,6 +37,7 @@ class DatasetCheck:
         one of them.
     empty: folders without any file, as an interrupted copy leaves them.
     unreadable: files that do not decode, each with the reason.
+    skipped: files and folders that no layout uses, see `model.image_files`.
     notes: what could not be counted or is not as the protocol has it, in sentences.
     """
 
@@ -44,6 +46,7 @@ class DatasetCheck:
     one_modality: dict[int, Path]
     empty: list[Path]
     unreadable: list[tuple[Path, str]]
+    skipped: list[Skipped]
     notes: list[str]
 
 
@@ -90,10 +93,9 @@ def check_dataset(
             for person, found in sorted(folders.items())
             if len(found) == 1
         },
-        empty=sorted(
-            Path(folder) for folder, below, files in os.walk(root) if not below and not files
-        ),
+        empty=_empty(root),
         unreadable=_unreadable(samples, progress),
+        skipped=find_images(root).skipped,
         notes=notes,
     )
 
@@ -118,18 +120,28 @@ def _cameras(samples: Sequence[Sample]) -> list[CameraCount]:
     return [CameraCount(*key, identities=people[key], images=images[key]) for key in order]
 
 
+def _empty(root: Path) -> list[Path]:
+    found = []
+    for folder, below, files in os.walk(root):
+        if not below and not files:
+            found.append(Path(folder))
+        below[:] = [name for name in below if not is_other_programs(name)]
+    return sorted(found)
+
+
 def _unreadable(samples: Sequence[Sample], progress: Progress | None) -> list[tuple[Path, str]]:
-    paths = [sample.path for sample in samples]
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(_problem, paths)
+        found = pool.map(_problem, samples)
         if progress is not None:
-            found = progress(found, len(paths))
-        return [(path, reason) for path, reason in zip(paths, found, strict=True) if reason]
+            found = progress(found, len(samples))
+        return [
+            (sample.path, reason) for sample, reason in zip(samples, found, strict=True) if reason
+        ]
 
 
-def _problem(path: Path) -> str | None:
+def _problem(sample: Sample) -> str | None:
     try:
-        decode(path)
+        decode(sample.path, sample.modality)
     except UnreadableImageError as error:
         return str(error)
     return None

@@ -1,35 +1,33 @@
-"""One file of a dataset → a decoded image, or why it is none."""
+"""One file of a dataset → the picture that the network is given, or why there is none."""
 
 import os
 from pathlib import Path
 
 from PIL import Image
 
-from training.datasets.sample import IMAGE_FORMATS
+from model import Modality
+from model.pictures import ImageLimits, PictureError, read
 
 # Threads that decode: Pillow works outside Python's lock, and some of them wait for the disk.
 READERS = 2 * (os.cpu_count() or 2)
 
+# A dataset is its user's own: any size goes.
+_LIMITS = ImageLimits(max_bytes=1 << 40, max_pixels=1 << 40, min_width=1, min_height=1)
+
 
 class UnreadableImageError(ValueError):
-    """A file that is no image that can be decoded to its last row; the message is the reason."""
+    """A file that is no picture, or not all of one; the message is the reason."""
 
 
-def decode(path: Path) -> Image.Image:
-    """The image of a file, decoded to its last row.
+def decode(path: Path, modality: Modality) -> Image.Image:
+    """The picture of a file, as the service would embed it: mode RGB, upright.
 
-    Raises UnreadableImageError where there is no such file, it is of no known format, damaged or
-    truncated.
+    Raises UnreadableImageError where there is no such file, or the service would refuse what is
+    in it: an unknown format, damage, missing pixels, several frames, one shade.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.load()
-            return image
-    except MemoryError:
-        raise
-    except Exception as error:  # which kinds Pillow raises for damaged files differs by format
-        if isinstance(error, OSError) and error.strerror:
-            raise UnreadableImageError(error.strerror) from error
-        # Pillow's sentence repeats the path for a file of no known format.
-        reason = str(error).replace(repr(str(path)), "file") or type(error).__name__
-        raise UnreadableImageError(reason) from error
+        return read(path.read_bytes(), modality=modality, limits=_LIMITS).image
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or str(error)) from error
+    except PictureError as error:
+        raise UnreadableImageError(error.reason) from error

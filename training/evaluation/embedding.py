@@ -5,13 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from model import CMT, CMTConfig, Modality, preprocess
 from training.datasets import DatasetError, Sample
-from training.datasets.sample import IMAGE_FORMATS
+from training.datasets.decoding import UnreadableImageError, decode
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class _Crops(Dataset[tuple[Tensor | DatasetError, Modality]]):
     def __getitem__(self, index: int) -> tuple[Tensor | DatasetError, Modality]:
         sample = self.samples[index]
         try:
-            with Image.open(sample.path, formats=IMAGE_FORMATS) as image:
-                return preprocess(image, self.config), sample.modality
-        except (OSError, SyntaxError) as error:  # Pillow raises both for damaged files
+            return preprocess(decode(sample.path, sample.modality), self.config), sample.modality
+        except UnreadableImageError as error:
             sentence = f"{sample.path} cannot be decoded ({error}); replace it or remove it"
             return DatasetError(f"{sentence} from the dataset."), sample.modality
 

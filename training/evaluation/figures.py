@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from training.datasets import DatasetError, Sample
-from training.datasets.sample import IMAGE_FORMATS
+from training.datasets.decoding import UnreadableImageError, decode
 from training.evaluation.report import CMC_LENGTH, Evaluation
 from training.evaluation.scoring import SplitScores
 from training.files import write_figure, write_file
@@ -85,15 +85,15 @@ def _sheet(query: Sample, nearest: Sequence[Sample], caption: str) -> Image.Imag
     ]
     for sample, colour, left in shown:
         draw.rectangle((left, CAPTION, left + width - 1, CAPTION + height - 1), fill=colour)
-        sheet.paste(_thumbnail(sample.path), (left + BORDER, CAPTION + BORDER))
+        sheet.paste(_thumbnail(sample), (left + BORDER, CAPTION + BORDER))
         label = f"{sample.person_id} cam{sample.camera}"
         draw.text((left + BORDER, CAPTION + height), label, fill=colour)
     return sheet
 
 
-def _thumbnail(path: Path) -> Image.Image:
+def _thumbnail(sample: Sample) -> Image.Image:
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return image.convert("RGB").resize(THUMBNAIL, Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError) as error:
-        raise DatasetError(f"{path} cannot be decoded ({error}) any more.") from error
+        picture = decode(sample.path, sample.modality)
+    except UnreadableImageError as error:
+        raise DatasetError(f"{sample.path} cannot be decoded ({error}) any more.") from error
+    return picture.resize(THUMBNAIL, Image.Resampling.BILINEAR)

@@ -36,7 +36,7 @@ def features(count: int, seed: int = 0) -> Tensor:
 
 def new_item(**fields: Any) -> NewItem:
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 32), (200, 20, 20)).save(buffer, "PNG")
+    Image.linear_gradient("L").resize((16, 32)).save(buffer, "PNG")
     return NewItem(decode(buffer.getvalue()), **fields)
 
 

@@ -25,7 +25,9 @@ NEXT = CheckpointInfo("b" * 64, CMTConfig(parts=3, dim=16, heads=2, input_height
 
 def new_item(shade: int, **fields: Any) -> NewItem:
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 32), (shade, 255 - shade, shade // 2)).save(buffer, "PNG")
+    flat = Image.new("RGB", (16, 32), (shade, 255 - shade, shade // 2))
+    light = Image.linear_gradient("L").resize((16, 32)).convert("RGB")
+    Image.blend(flat, light, 0.5).save(buffer, "PNG")
     return NewItem(decode(buffer.getvalue()), **fields)
 
 

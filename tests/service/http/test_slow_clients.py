@@ -233,7 +233,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(
     impatient: ServiceProcess, http: httpx.Client, key: bytes
 ) -> None:
     large = io.BytesIO()  # more than the buffers of a connection hold
-    Image.new("RGB", (2000, 2000), (200, 30, 30)).save(large, "BMP")
+    Image.linear_gradient("L").resize((2000, 2000)).convert("RGB").save(large, "BMP")
     path = f"/gallery/{http.post('/gallery', files={'image': large.getvalue()}).json()['id']}"
     request = with_key(f"GET {path}/image HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(), key)
     with connect(impatient) as patient:  # one that reads all the time, if slowly, gets all of it

@@ -166,9 +166,9 @@ def test_a_box_is_cut_after_orientation_and_stored_without_loss() -> None:
     exif = Image.Exif()
     exif[274] = 6
     turned = picture(80, 128).transpose(Image.Transpose.ROTATE_90)
-    crop = decode(saved(turned, "PNG", exif=exif), box=Box(40, 10, 20, 40))
+    crop = decode(saved(turned, "PNG", exif=exif), box=Box(36, 30, 20, 40))
     assert (crop.width, crop.height, crop.media_type) == (20, 40, "image/png")
-    assert (pixels(crop) == (20, 200, 20)).all()
+    assert (pixels(crop) == np.asarray(picture(80, 128))[30:70, 36:56]).all()
     again = decode(crop.data)
     assert (pixels(again) == pixels(crop)).all()
 
@@ -191,7 +191,7 @@ def test_a_box_must_lie_inside(box: Box) -> None:
 
 def test_a_box_must_be_large_enough() -> None:
     assert refused(saved(picture(), "PNG"), box=Box(0, 0, 15, 32)).code == "image_too_small"
-    assert decode(saved(picture(), "PNG"), box=Box(0, 0, 16, 32)).width == 16
+    assert decode(saved(picture(), "PNG"), box=Box(12, 16, 16, 32)).width == 16
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -249,13 +249,6 @@ def test_signed_32_bit_and_float_values_are_stretched(dtype: str, order: Order) 
     assert (gray.min(), gray.max()) == (0, 255)
     assert (np.diff(gray.ravel()) >= 0).all()
     assert crop.bit_depth == 8 * values.dtype.itemsize
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_float_values_must_be_finite(value: float) -> None:
-    values = ramp(100).astype("f4")
-    values[3, 3] = value
-    assert refused(tiff(values, "<")).code == "image_undecodable"
 
 
 def test_white_is_zero_is_turned_round() -> None:
@@ -399,18 +392,6 @@ REFUSED: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "16m x 16m webp": (lambda: webp_header(1 << 24, 1 << 24), 413, "image_too_large"),
     "huge tile": (tiff_with_huge_tile, 413, "image_too_large"),
     "png of 2^31": (lambda: png(2**31 - 1, 2**31 - 1, 16, 6, b""), 413, "image_too_large"),
-    "text bomb": (
-        lambda: png(
-            WIDTH,
-            HEIGHT,
-            8,
-            0,
-            b"\0" * (WIDTH + 1) * HEIGHT,
-            extra=chunk(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * 200_000_000, 9)),
-        ),
-        422,
-        "image_undecodable",
-    ),
     "frames apng": (lambda: frames("PNG"), 422, "image_multi_frame"),
     "frames webp": (lambda: frames("WEBP"), 422, "image_multi_frame"),
     "frames tiff": (lambda: frames("TIFF"), 422, "image_multi_frame"),

@@ -34,7 +34,7 @@ def features(count: int, seed: int) -> Tensor:
 
 def new_item(person_id: str | None = None) -> NewItem:
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 32), (200, 20, 20)).save(buffer, "PNG")
+    Image.linear_gradient("L").resize((16, 32)).save(buffer, "PNG")
     return NewItem(decode(buffer.getvalue()), person_id)
 
 
