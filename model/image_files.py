@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,16 +84,16 @@ def find_images(folders: Path | Iterable[Path], *, below: bool = True) -> ImageF
     found = ImageFiles()
     read: set[tuple[int, int]] = set()
     waiting = [folders] if isinstance(folders, Path) else list(folders)
-    links: list[Path] = []  # after all else, so that a folder is found by its own name
+    links: deque[Path] = deque()  # after all else, so that a folder is found by its own name
     while waiting or links:
-        folder = (waiting or links).pop()
+        folder = waiting.pop() if waiting else links.popleft()
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in read:
                 found.skipped.append(Skipped(folder, "leads to a folder read already", lost=False))
                 continue
             with os.scandir(folder) as listing:
-                entries = list(listing)
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             found.skipped.append(Skipped(folder, _reason(error)))
             continue

@@ -42,7 +42,7 @@ def check(
 ) -> None:
     """Count identities, cameras, images and unreadable files, beside the set's published counts.
 
-    Exit status 1 if a file is unreadable.
+    Exit status 1 if a file is unreadable or cannot be used.
 
     Example: cmt data check SYSU-MM01
     """
@@ -79,11 +79,19 @@ def check(
         console.print(f"Empty: {folder}")
     for path, reason in found.unreadable:
         console.print(f"Unreadable: {path}: {reason}")
+    lost = [one for one in found.skipped if one.lost]
+    for one in lost:
+        console.print(f"Not used: {one.path}: {one.reason}")
+    left = [one.path for one in found.skipped if not one.lost]
+    if left:
+        console.print(
+            f"Left alone, of other programs or read already: {len(left)}, the first is {left[0]}"
+        )
     console.print(f"{len(found.unreadable)} of {found.counts['images']} files are unreadable.")
     if json_file is not None:
         content = {"dataset": layout.name.value, "published": layout.published} | asdict(found)
         write_report(json_file, content)
-    if found.unreadable:
+    if found.unreadable or lost:
         raise typer.Exit(1)
 
 

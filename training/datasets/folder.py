@@ -5,13 +5,17 @@ say who is trained on and who is tested.
 """
 
 import hashlib
+import os
+import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
 from model import Modality
+from model.image_files import find_images, is_other_programs
+from model.labels import LabelError, normalized_label
 from training.datasets.identity_lists import read_text
 from training.datasets.layout import Layout
-from training.datasets.sample import DatasetError, DatasetName, Sample, is_image
+from training.datasets.sample import DatasetError, DatasetName, Sample
 
 # As in RegDB: one camera for each kind of light.
 _STREAMS: tuple[tuple[Modality, int], ...] = (("rgb", 1), ("ir", 2))
@@ -27,54 +31,82 @@ class Folder(Layout):
     def images(
         self, root: Path, trial: int = 1, ids: Collection[int] | None = None
     ) -> list[Sample]:
+        names = self._names(root)
         samples: list[Sample] = []
-        for modality, camera in _STREAMS:
-            for person in _people(root / modality):
-                samples.extend(
-                    Sample(path, person_number(person.name), camera, modality)
-                    for path in sorted(person.rglob("*"))
-                    if is_image(path)
-                )
+        depth = len(root.parts)
+        # In one walk: a linked folder that leads back to others must not give them a second name.
+        for path in find_images([root / modality for modality, _ in _STREAMS]).images:
+            folder, person, *file = path.parts[depth:]
+            if file:
+                modality, camera = next(stream for stream in _STREAMS if stream[0] == folder)
+                samples.append(Sample(path, person_number(person), camera, modality))
         if not samples:
             raise DatasetError(f"Expected images such as {root}/rgb/1/1.jpg.", self.name)
-        missing = set(ids or ()) - {sample.person_id for sample in samples}
-        names = {person_number(name): name for name in _names(root)}
-        name = names.get(min(missing), "<name of number {id}>") if missing else ""
-        kept = self.require(samples, ids, f"{root}/rgb/{name}/")
+        named = names | (ids if isinstance(ids, dict) else {})
+        kept = self.require(samples, ids, lambda person: f"{root}/rgb/{named.get(person, person)}/")
         return sorted(kept, key=lambda s: (s.person_id, s.camera, s.path))
 
     def train_ids(self, root: Path, trial: int = 1) -> set[int]:
-        return {person_number(name) for name in _names(root)}
+        return set(self._names(root))
 
     def test_ids(self, root: Path, trial: int = 1) -> set[int]:
         return self.train_ids(root)
 
-    def read_ids(self, path: Path) -> list[int]:
-        """Names of people's folders, separated by commas or lines → their numbers."""
-        names = [
-            name.strip() for name in read_text(path, self.name).replace(",", "\n").splitlines()
-        ]
-        numbers = sorted({person_number(name) for name in names if name})
-        if not numbers:
+    def read_ids(self, path: Path) -> dict[int, str]:
+        """Names of people's folders, separated by commas or lines."""
+        lines = read_text(path, self.name).replace(",", "\n").splitlines()
+        people = [(name.strip(), person_number(name.strip())) for name in lines if name.strip()]
+        if not people:
             raise DatasetError(f"Expected names of people's folders in {path}.", self.name)
-        return numbers
+        self.refuse_namesakes((_spelled(name), number) for name, number in people)
+        return {number: name for name, number in people}
+
+    def _names(self, root: Path) -> dict[int, str]:
+        """Everyone who has a folder, whether or not it holds images: number → name.
+
+        Raises DatasetError for a name that reads like another one.
+        """
+        people: list[tuple[str, int]] = []
+        for folder in sorted(f for modality, _ in _STREAMS for f in _people(root / modality)):
+            name = _spelled(folder.name)
+            try:
+                if not _is_bytes(name):
+                    normalized_label(name)
+            except LabelError as error:
+                raise DatasetError(
+                    f"Expected another name of a person than {folder.name!a} in {folder.parent}: "
+                    f"{error}.",
+                    self.name,
+                ) from error
+            people.append((name, person_number(name)))
+        self.refuse_namesakes(people)
+        return {number: name for name, number in people}
 
 
 def _people(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [
+        Path(entry.path)
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not is_other_programs(entry.name)
+    ]
 
 
-def _names(root: Path) -> set[str]:
-    """Everyone who has a folder, whether or not it holds images."""
-    return {person.name for modality, _ in _STREAMS for person in _people(root / modality)}
+def _is_bytes(name: str) -> bool:
+    """Whether a name is no text in UTF-8; it is as good a name as any."""
+    return any("\udc80" <= character <= "\udcff" for character in name)
 
 
 def person_number(name: str) -> int:
     """A person's number: digits are themselves, other names a hash (48 bit, above 2⁵²).
 
     From the name alone, so that a person keeps the number when others come or go, and a checkpoint
-    recognises whom it was trained on.
+    recognises whom it was trained on. The same for all spellings of a name in Unicode.
     """
     if name.isdecimal() and len(name) < 16:
         return int(name)
-    return 2**52 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
+    spelled = _spelled(name).encode(errors="surrogateescape")
+    return 2**52 + int.from_bytes(hashlib.sha256(spelled).digest()[:6])
+
+
+def _spelled(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from model.image_files import find_images
 from training.datasets.matfile import read_mat
 from training.datasets.sample import DatasetError, DatasetName
 
@@ -71,7 +72,8 @@ def read_index(root: Path, path: Path, dataset: DatasetName) -> list[tuple[Path,
     if not rows:
         raise DatasetError(f"Expected lines 'folder/person/image label' in {path}.", dataset)
     # A listing of each folder once: asking for every file by itself takes minutes on a network.
-    present = {entry for folder in {image.parent for image, _ in rows} for entry in _listed(folder)}
+    folders = {image.parent for image, _ in rows}
+    present = {image for folder in folders for image in find_images(folder, below=False).images}
     absent = [image for image, _ in rows if image not in present]
     if absent:
         raise DatasetError(
@@ -79,10 +81,6 @@ def read_index(root: Path, path: Path, dataset: DatasetName) -> list[tuple[Path,
             dataset,
         )
     return rows
-
-
-def _listed(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _ids_from_text(path: Path, dataset: DatasetName | None) -> list[int]:

@@ -1,7 +1,7 @@
 """One interface for all layouts: which images are there, which are trained on, which are tested."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,9 +43,9 @@ class Layout(ABC):
     def test_ids(self, root: Path, trial: int = 1) -> set[int]:
         """The identities that the protocol tests on. Raises DatasetError without their list."""
 
-    def read_ids(self, path: Path) -> list[int]:
-        """The identities that a list given by the user names (`--train-ids`, `--ids`)."""
-        return read_ids(path, self.name)
+    def read_ids(self, path: Path) -> dict[int, str]:
+        """Whom a list given by the user names (`--train-ids`, `--ids`): number → as written."""
+        return {number: str(number) for number in read_ids(path, self.name)}
 
     def train(self, root: Path, trial: int = 1, ids: Collection[int] | None = None) -> list[Sample]:
         """The training images, or those of `ids` that this root has.
@@ -100,20 +100,40 @@ class Layout(ABC):
             there = "one split only" if self.trials == 1 else f"splits 1 to {self.trials}"
             raise DatasetError(f"{self.title} has {there}, not --trial {trial}.", self.name)
 
+    def refuse_namesakes(self, people: Iterable[tuple[str, int]]) -> None:
+        """Raises DatasetError where two names of people, such as 007 and 7, have one number."""
+        names: dict[int, str] = {}
+        for name, number in people:
+            other = names.setdefault(number, name)
+            if other != name:
+                first, second = sorted((other, name))
+                raise DatasetError(
+                    f"Expected another name than {second!a} beside {first!a}: both would be person "
+                    f"{number}. Rename the folder of one, or give both the same name if they are "
+                    "one person.",
+                    self.name,
+                )
+
     def require(
-        self, samples: Iterable[Sample], ids: Collection[int] | None, expected: str
+        self,
+        samples: Iterable[Sample],
+        ids: Collection[int] | None,
+        expected: Callable[[int], str],
     ) -> list[Sample]:
         """`samples` of `ids` in their order.
 
-        expected: where its images should be, with "{id}" for the identity.
+        ids: with names, as `read_ids` gives them, an error calls people by these.
+        expected: where the images of an identity should be.
         Raises DatasetError where an identity has no image.
         """
         kept = [sample for sample in samples if ids is None or sample.person_id in ids]
         missing = set(ids or ()) - {sample.person_id for sample in kept}
         if missing:
+            first = min(missing)
+            name = ids[first] if isinstance(ids, Mapping) else first
             raise DatasetError(
-                f"Expected images at {expected.format(id=min(missing))}, but identity "
-                f"{min(missing)} ({len(missing)} missing in all) has none in this folder: add "
+                f"Expected images at {expected(first)}, but identity "
+                f"{name} ({len(missing)} missing in all) has none in this folder: add "
                 "images, or drop the identity.",
                 self.name,
             )

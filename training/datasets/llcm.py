@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from model import Modality
+from model.image_files import find_images
 from training.datasets.identity_lists import read_ids, read_index
 from training.datasets.layout import Layout
-from training.datasets.sample import DatasetError, DatasetName, Sample, is_image
+from training.datasets.sample import DatasetError, DatasetName, Sample
 
 _STREAMS: tuple[tuple[str, Modality], ...] = (("vis", "rgb"), ("nir", "ir"))
 _CAMERAS = range(1, 10)
@@ -37,7 +38,8 @@ class LLCM(Layout):
         self, root: Path, trial: int = 1, ids: Collection[int] | None = None
     ) -> list[Sample]:
         samples = [*self._training_images(root), *self._test_images(root)]
-        kept = self.require(samples, ids, f"{root}/test_vis/cam*/{{id:04d}}/")
+        self.refuse_namesakes((sample.path.parent.name, sample.person_id) for sample in samples)
+        kept = self.require(samples, ids, lambda person: f"{root}/test_vis/cam*/{person:04d}/")
         return sorted(kept, key=lambda s: (s.person_id, s.modality, s.camera, s.path.name))
 
     def train_ids(self, root: Path, trial: int = 1) -> set[int]:
@@ -66,8 +68,7 @@ class LLCM(Layout):
                     if person.name.isdecimal() and int(person.name) in wanted:
                         samples.extend(
                             Sample(path, int(person.name), camera, modality)
-                            for path in person.iterdir()
-                            if is_image(path)
+                            for path in find_images(person, below=False).images
                         )
         return samples
 

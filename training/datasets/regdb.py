@@ -48,7 +48,8 @@ class RegDB(Layout):
             for word, modality, camera in _STREAMS
             for path, person in read_index(root, _index(root, side, word, trial), self.name)
         ]
-        kept = self.require(samples, ids, f"{root}/Visible/{{id}}/")
+        self.refuse_namesakes((sample.path.parent.name, sample.person_id) for sample in samples)
+        kept = self.require(samples, ids, lambda person: f"{root}/Visible/{person}/")
         return sorted(kept, key=lambda s: (s.person_id, s.camera, s.path.name))
 
     def train_ids(self, root: Path, trial: int = 1) -> set[int]:

@@ -6,15 +6,6 @@ from pathlib import Path
 
 from model import Modality
 
-# What Pillow may open in a dataset, by the names of files and by Pillow's names of formats.
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file has the name of an image; other programs' files begin with a dot."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
 
 class DatasetName(StrEnum):
     """Layouts that can be trained on and evaluated."""

@@ -4,14 +4,15 @@ Source: Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification" (ICCV 
 1, 2, 4 and 5 see visible light, 3 and 6 near infrared. Not every person was seen by every camera.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
 from model import Modality
+from model.image_files import find_images
 from training.datasets.identity_lists import read_ids
 from training.datasets.layout import Layout
-from training.datasets.sample import DatasetError, DatasetName, Sample, is_image
+from training.datasets.sample import DatasetError, DatasetName, Sample
 
 SYSU_RGB_CAMERAS = (1, 2, 4, 5)
 SYSU_IR_CAMERAS = (3, 6)
@@ -65,7 +66,7 @@ class Sysu(Layout):
         return _id_list(root, "val").is_file() and not _id_list(root, "test").is_file()
 
 
-def read_sysu(root: Path, ids: Iterable[int] | None = None) -> list[Sample]:
+def read_sysu(root: Path, ids: Collection[int] | None = None) -> list[Sample]:
     """List the images of some identities, sorted by identity, camera and frame.
 
     root: folder that holds ``cam1`` to ``cam6``.
@@ -87,7 +88,8 @@ def read_sysu(root: Path, ids: Iterable[int] | None = None) -> list[Sample]:
                 samples.extend(
                     Sample(path, int(person.name), camera, modality) for path in _images(person)
                 )
-    samples = Sysu().require(samples, wanted, f"{root}/cam*/{{id:04d}}/0001.jpg")
+    Sysu().refuse_namesakes((sample.path.parent.name, sample.person_id) for sample in samples)
+    samples = Sysu().require(samples, ids, lambda person: f"{root}/cam*/{person:04d}/0001.jpg")
     if not samples:
         raise _error(f"Expected images at {root}/cam1/0001/0001.jpg, but there are none.")
     return sorted(samples, key=lambda s: (s.person_id, s.camera, frame_number(s)))
@@ -99,7 +101,7 @@ def frame_number(sample: Sample) -> int:
 
 
 def _images(person: Path) -> list[Path]:
-    images = [path for path in person.iterdir() if is_image(path)]
+    images = find_images(person, below=False).images
     for path in images:
         if not path.stem.isdecimal():
             raise _error(f"Expected {person}/0001.jpg and the like, but found {path.name}.")

@@ -1,6 +1,7 @@
 """`cmt data check` counts what is there and finds what cannot be read."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,30 @@ def test_truncated_and_foreign_files_are_named(
     assert written["empty"] == [str(root / "ir" / "3")]
     assert f"3: only {root / 'rgb' / '3'}" in printed
     assert f"Empty: {root / 'ir' / '3'}" in printed
+
+
+def test_what_is_not_used_is_named_and_shown_without_being_obeyed(
+    folder_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(folder_root, tmp_path / "set"))
+    thumbnails = root / "rgb" / "ann" / "@eaDir"
+    (thumbnails / "0.png").mkdir(parents=True)
+    assert main(["data", "check", str(root)]) == 0
+    printed = capsys.readouterr().out
+    assert f"Left alone, of other programs or read already: 1, the first is {thumbnails}" in printed
+    assert "Empty" not in printed
+    pipe = root / "rgb" / "ann" / "\x1b[31m[red].png"
+    os.mkfifo(pipe)
+    broken = Path(os.fsdecode(os.fsencode(root / "ir" / "ann") + b"/caf\xe9.png"))
+    broken.write_bytes(b"")
+    out = tmp_path / "check.json"
+    assert main(["data", "check", str(root), "--json", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert f"Not used: {pipe.parent}/\\x1b[31m[red].png: is a pipe, not a file" in printed
+    assert f"Unreadable: {broken.parent}/caf\\xe9.png: " in printed
+    assert "\x1b" not in printed
+    written = json.loads(out.read_text())
+    assert [one["path"] for one in written["skipped"]] == [str(pipe), str(thumbnails)]
 
 
 @pytest.mark.parametrize("name", ["regdb", "llcm", "folder"])

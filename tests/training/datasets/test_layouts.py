@@ -1,5 +1,6 @@
 """RegDB, LLCM and plain folders: both sides of their protocols, and what damage is called."""
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from scipy.io import savemat
 from tests.paths import MINI
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Layout, Sample, find_layout
 from training.datasets.folder import person_number
+from training.samples import training_samples
 
 REGDB = LAYOUTS[DatasetName.REGDB]
 LLCM = LAYOUTS[DatasetName.LLCM]
@@ -224,10 +226,63 @@ def test_an_identity_of_the_training_list_without_images_is_named(
         SYSU.train(root)
 
 
-def test_other_programs_files_are_no_images(copy: Callable[[Path], Path]) -> None:
-    root = copy(MINI)
-    (root / "cam1" / "0007" / "._0001.jpg").write_bytes(b"")
-    assert len(SYSU.train(root)) == len(SYSU.train(MINI))
+@pytest.mark.parametrize(
+    ("layout", "person"),
+    [(SYSU, "cam1/0007"), (LLCM, "test_vis/cam1/0005"), (FOLDER, "rgb/ann")],
+)
+def test_only_files_are_images_and_only_peoples_folders_people(
+    request: pytest.FixtureRequest, copy: Callable[[Path], Path], layout: Layout, person: str
+) -> None:
+    name = layout.name.value
+    root = copy(MINI if layout is SYSU else request.getfixturevalue(f"{name}_root"))
+    before = layout.images(root)
+    folder = root / person
+    if not folder.is_dir():
+        folder = next(entry for entry in sorted(folder.parent.iterdir()) if entry.is_dir())
+    for place in (folder, folder.parent):
+        (place / "@eaDir" / "0001.jpg").mkdir(parents=True)
+        (place / "@eaDir" / "0001.jpg" / "thumb.jpg").write_bytes(b"")
+        (place / "._0001.jpg").write_bytes(b"")
+        (place / ".cache").mkdir()
+    os.mkfifo(folder / "0901.jpg")
+    (folder / "0902.jpg").symlink_to(root / "nowhere")
+    (folder / "0903.jpg").mkdir()
+    (folder / "back").symlink_to(root)
+    assert layout.images(root) == before
+
+
+def test_regdb_lists_name_files_only(regdb_root: Path, copy: Callable[[Path], Path]) -> None:
+    root = copy(regdb_root)
+    image = REGDB.images(root)[0].path
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(DatasetError, match=r"Expected the image .*\(1 missing in all\)"):
+        REGDB.images(root)
+
+
+def test_names_of_people_and_files_need_not_be_text(
+    folder_root: Path, copy: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    root = copy(folder_root)
+    name = os.fsdecode(b"J\xfcrgen")
+    for stream in ("rgb", "ir"):
+        (root / stream / "ann").rename(root / stream / name)
+        file = next((root / stream / name).iterdir())
+        file.rename(file.with_name(f"{name}{file.suffix}"))
+    assert len(FOLDER.images(root)) == len(FOLDER.images(folder_root))
+    assert person_number(name) in FOLDER.train_ids(root)
+
+
+def test_an_unknown_name_of_a_list_is_printed_as_written(folder_root: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "ids.txt"
+    listed.write_text("bob\nBjörk {0}\n")
+    with pytest.raises(DatasetError, match=r"/rgb/Björk \{0\}/, but identity Björk \{0\} \(1 m"):
+        FOLDER.test(folder_root, ids=FOLDER.read_ids(listed))
+    with pytest.raises(DatasetError, match=r"identity Björk \{0\} \(1 missing in all\)"):
+        training_samples([folder_root], [listed], DatasetName.FOLDER)
+    listed.write_text("99")
+    with pytest.raises(DatasetError, match="identity 99 "):
+        training_samples([MINI], [listed])
 
 
 def test_a_wrong_root_is_told_where_the_right_one_is(regdb_root: Path, tmp_path: Path) -> None:
