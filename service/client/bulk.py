@@ -83,7 +83,8 @@ def send(
 
 def find_images(paths: Iterable[Path]) -> ImageFiles:
     """The named files, whatever they are called, and the images in the named folders."""
-    files, folders = [], []
+    files: list[Path] = []
+    folders: list[Path] = []
     for path in dict.fromkeys(paths):
         (folders if os.path.isdir(path) else files).append(path)  # noqa: PTH112 (never raises)
     found = image_files.find_images(folders)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from model import CMTConfig, Modality
 from model.config import MODALITIES
+from model.csv_table import read_table
+from model.image_files import why_unusable
 from model.preprocess import normalise
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
 from training.image_cache import cached_images
@@ -48,20 +49,22 @@ def parity_images(folder: Path | None, config: CMTConfig) -> dict[Modality, Tens
 
 
 def _listed(manifest: Path) -> list[Sample]:
-    with manifest.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    table = read_table(manifest, ("file", "modality"))
     samples = []
-    for row in rows:
-        modality = row.get("modality")
-        if not row.get("file") or modality not in MODALITIES:
-            raise DatasetError(
-                f"Expected the columns file and modality (rgb or ir) in every line of {manifest}."
-            )
-        samples.append(Sample(manifest.parent / row["file"], 0, 0, modality))
-    missing = [sample.path for sample in samples if not sample.path.is_file()]
-    if missing:
+    for line, row in table.rows:
+        modality = row["modality"]
+        if not row["file"] or modality not in MODALITIES:
+            table.problems.append(f"line {line} names no file or no modality (rgb or ir)")
+            continue
+        path = manifest.parent / row["file"]
+        reason = why_unusable(path)
+        if reason is not None:
+            table.problems.append(f"line {line}: {path}: {reason}; restore it or its line")
+        samples.append(Sample(path, 0, 0, modality))
+    if table.problems:
         raise DatasetError(
-            f"Expected the image {missing[0]}, which {manifest} lists; restore it or its line."
+            f"Expected the columns file and modality in every line of {manifest}: "
+            f"{'; '.join(table.problems)}."
         )
     return samples
 

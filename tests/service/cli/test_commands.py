@@ -107,7 +107,7 @@ def test_enroll_leaves_alone_what_is_nobodys_picture(
     for other in ("@eaDir/a.jpg/thumb.jpg", ".thumbnails/a.jpg", "0/._a.jpg"):
         (folder / other).parent.mkdir(parents=True, exist_ok=True)
         (folder / other).write_bytes(b"not a picture")
-    no_text = os.fsencode(folder) + b"/caf\xe9.jpg"
+    no_text = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jpg"))
     shutil.copy(visible[4], no_text)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -121,7 +121,7 @@ def test_enroll_leaves_alone_what_is_nobodys_picture(
     assert client.list().total == 6
     os.mkfifo(folder / "live.png")
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    Path(os.fsdecode(no_text)).write_bytes(b"no picture")
+    no_text.write_bytes(b"no picture")
     (folder / "\x1b[2J[bold]\n.jpg").write_bytes(b"")
     status, out, _ = run(capsys, "enroll", folder)
     assert status == 1
