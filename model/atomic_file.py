@@ -5,6 +5,7 @@ Here because checkpoints, training runs and the service all replace files; it im
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,21 +22,28 @@ SHARED = 0o666
 def whole_file(path: Path, mode: int = PRIVATE) -> Iterator[BinaryIO]:
     """Write to PATH.partial, which is synced and replaces `path` at the end.
 
-    One writer at a time: callers that may write to the same path must hold a lock. The partial
-    file is removed where the context raises. Raises OSError.
+    The file can be read as well, so that what was written is checked before it gets its name. One
+    writer at a time: callers that may write to the same path must hold a lock. The partial file is
+    removed where the context raises. Raises OSError, and FileExistsError where another writer has
+    begun meanwhile.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with os.fdopen(os.open(partial, flags, mode), "wb") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(os.open(partial, flags, mode), "w+b") as file:
             try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+                if not _names(partial, file):
+                    raise FileExistsError(
+                        errno.EEXIST, "another process writes to it; try again", str(path)
+                    )
                 partial.replace(path)
             except BaseException:
-                partial.unlink(missing_ok=True)
+                if _names(partial, file):
+                    partial.unlink()
                 raise
         sync_folder(path.parent)
     except OSError as error:
@@ -57,6 +65,14 @@ def write_whole(path: Path, content: str | bytes, mode: int = SHARED) -> None:
         return
     with whole_file(target, mode) as file:
         file.write(data)
+
+
+def _names(path: Path, file: BinaryIO) -> bool:
+    """Whether `path` still names an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,13 +23,20 @@ _PATIENCE = 60.0  # seconds that a client may take for a block, of about 1 MB
 
 
 class BackupDownload(StreamingResponse):
-    """A backup's blocks as a response, which closes the backup however it ends."""
+    """A backup's blocks as a response, which closes the backup however it ends.
+
+    It says its length, so that every client and proxy notices where it is cut off: one that speaks
+    HTTP/1.0 knows no other end than that of the connection.
+    """
 
     media_type = "application/zip"
 
     def __init__(self, backup: Backup) -> None:
-        name = f'attachment; filename="{backup.name}"'
-        super().__init__(backup, headers={"Content-Disposition": name})
+        headers = {
+            "Content-Disposition": f'attachment; filename="{backup.name}"',
+            "Content-Length": str(backup.size),
+        }
+        super().__init__(backup, headers=headers)
         self._backup = backup
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -143,8 +143,8 @@ class Client:
 
     def image(self, item_id: str) -> tuple[bytes, str]:
         """GET /gallery/{id}/image → the stored crop and its media type."""
-        response = calls.checked(self._send(calls.Call("GET", f"{calls.item_path(item_id)}/image")))
-        return response.content, response.headers["Content-Type"]
+        response = self._send(calls.Call("GET", f"{calls.item_path(item_id)}/image"))
+        return calls.whole(response).content, response.headers["Content-Type"]
 
     def delete(self, item_id: str) -> None:
         """DELETE /gallery/{id}."""
@@ -183,7 +183,10 @@ class Client:
         return calls.parsed(self._send(call), AuditRecords)
 
     def backup(self, file: Path) -> None:
-        """POST /admin/backup → a file, complete or absent, that only its owner may read."""
+        """POST /admin/backup → a file that only its owner may read.
+
+        It is complete and checked, or what was there before stays.
+        """
         response = self._send(calls.BACKUP, stream=True)
         with closing(response), calls.receiving(response.url):
             if not response.is_success:
@@ -192,6 +195,7 @@ class Client:
             with whole_file(file) as target:
                 for block in response.iter_bytes():
                     target.write(block)
+                calls.check_backup(target, file, response.url)
 
     def ready(self) -> None:
         """GET /readyz. Raises ServiceProblem while the service is not ready."""
@@ -309,10 +313,8 @@ class AsyncClient:
 
     async def image(self, item_id: str) -> tuple[bytes, str]:
         """GET /gallery/{id}/image → the stored crop and its media type."""
-        response = calls.checked(
-            await self._send(calls.Call("GET", f"{calls.item_path(item_id)}/image"))
-        )
-        return response.content, response.headers["Content-Type"]
+        response = await self._send(calls.Call("GET", f"{calls.item_path(item_id)}/image"))
+        return calls.whole(response).content, response.headers["Content-Type"]
 
     async def delete(self, item_id: str) -> None:
         """DELETE /gallery/{id}."""
@@ -351,7 +353,10 @@ class AsyncClient:
         return calls.parsed(await self._send(call), AuditRecords)
 
     async def backup(self, file: Path) -> None:
-        """POST /admin/backup → a file, complete or absent, that only its owner may read."""
+        """POST /admin/backup → a file that only its owner may read.
+
+        It is complete and checked, or what was there before stays.
+        """
         response = await self._send(calls.BACKUP, stream=True)
         async with aclosing(response):
             with calls.receiving(response.url):
@@ -361,6 +366,7 @@ class AsyncClient:
                 with whole_file(file) as target:
                     async for block in response.aiter_bytes():
                         await asyncio.to_thread(target.write, block)
+                    await asyncio.to_thread(calls.check_backup, target, file, response.url)
 
     async def ready(self) -> None:
         """GET /readyz. Raises ServiceProblem while the service is not ready."""

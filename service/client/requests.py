@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 from model.image_files import read_file
 from model.labels import LabelError, normalized_label
 from service.api.schemas import KEY_PATTERN, BatchItem, ItemPatch
+from service.errors import BackupInvalid
+from service.gallery.backup.archive import check
 from service.http.problem import Problem
 
 M = TypeVar("M", bound=BaseModel)
@@ -208,6 +210,31 @@ def checked(response: httpx.Response) -> httpx.Response:
             instance=response.url.path,
         )
     raise ServiceProblem(problem)
+
+
+def whole(response: httpx.Response) -> httpx.Response:
+    """A successful response whose body cannot have been cut off unnoticed.
+
+    Raises ServiceProblem, and Unreachable where only the end of the connection ends the body.
+    """
+    framing = {"Content-Length", "Transfer-Encoding"}
+    if checked(response).http_version != "HTTP/2" and framing.isdisjoint(response.headers):
+        raise Unreachable(
+            f"the answer of {response.url} does not say its length, so that it may be cut off; let "
+            "the proxy in between speak HTTP/1.1"
+        )
+    return response
+
+
+def check_backup(file: BinaryIO, name: Path, url: httpx.URL) -> None:
+    """Check a received backup before it gets its name. Raises Unreachable where it is not whole."""
+    try:
+        check(file, name)
+    except BackupInvalid as error:
+        raise Unreachable(
+            f"{url} ended its answer in the middle: what came is no whole backup, and nothing was "
+            "written; look into the log of the service and of the proxy, and try again"
+        ) from error
 
 
 def parsed(response: httpx.Response, model: type[M]) -> M:

@@ -5,7 +5,8 @@
     manifest.json      `Manifest`, which comes last because it has the SHA-256 of the others
 
 Nothing is compressed: crops are already, and features do not shrink. So a backup is written and
-read as a stream, and any ZIP program can open it.
+read as a stream, its length is known before, and any ZIP program can open it. This module imports
+nothing heavy: clients check with it what they receive.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import hashlib
 import io
 import json
 import os
-import sqlite3
 import struct
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -26,12 +26,10 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.errors import BackupInvalid
-from service.gallery.storage.audit import KEY_FILE
-from service.gallery.storage.database import FILE_NAME
-from service.gallery.storage.tables import AUDIT_TRIGGERS
 
-MANIFEST = "manifest.json"
+DATABASE, KEY, MANIFEST = "gallery.sqlite3", "audit.key", "manifest.json"
 VERSION = 1
+KEY_BYTES = 32
 _BLOCK = 1 << 20
 _MOST_MANIFEST = 1 << 20  # bytes, so that a file of another kind cannot fill the memory
 # What the module zipfile raises for damaged bytes.
@@ -70,7 +68,7 @@ def packed(manifest: Manifest, database: BinaryIO, key: bytes) -> Iterator[bytes
     outlet = _Outlet()
     members: dict[str, Member] = {}
     with ZipFile(outlet, "w", ZIP_STORED) as archive:
-        for name, source in ((FILE_NAME, database), (KEY_FILE, io.BytesIO(key))):
+        for name, source in ((DATABASE, database), (KEY, io.BytesIO(key))):
             digest, size = hashlib.sha256(), 0
             with archive.open(_entry(name, manifest), "w", force_zip64=True) as member:
                 while block := source.read(_BLOCK):
@@ -79,9 +77,39 @@ def packed(manifest: Manifest, database: BinaryIO, key: bytes) -> Iterator[bytes
                     size += len(block)
                     yield outlet.take()
             members[name] = Member(size=size, sha256=digest.hexdigest())
-        whole = manifest.model_copy(update={"members": members})
-        archive.writestr(_entry(MANIFEST, manifest), whole.model_dump_json(indent=2))
+        _add_manifest(archive, manifest, members)
     yield outlet.take()
+
+
+def packed_size(manifest: Manifest, database_size: int) -> int:
+    """How many bytes `packed` gives in all.
+
+    A download that says its length cannot be cut off unnoticed, whatever is in between.
+    """
+    outlet = _Outlet()
+    sizes = {DATABASE: database_size, KEY: KEY_BYTES}
+    with ZipFile(outlet, "w", ZIP_STORED) as archive:
+        for name, size in sizes.items():
+            entry = _entry(name, manifest)
+            archive.open(entry, "w", force_zip64=True).close()
+            entry.file_size = entry.compress_size = size  # as if it had been written
+            outlet.skip(size)
+        members = {name: Member(size=size, sha256="0" * 64) for name, size in sizes.items()}
+        _add_manifest(archive, manifest, members)
+    return outlet.tell()
+
+
+def check(file: BinaryIO, backup: Path) -> None:
+    """Check every byte of a backup that was just written, before it gets the name `backup`.
+
+    What its database holds is looked at when it is restored. Raises BackupInvalid.
+    """
+    file.flush()
+    file.seek(0)
+    with _archive(backup, file) as archive:
+        for name, member in _manifest(backup, archive).members.items():
+            for _ in _blocks(backup, archive, name, member):
+                pass
 
 
 def unpack(backup: Path, folder: Path) -> Manifest:
@@ -92,13 +120,12 @@ def unpack(backup: Path, folder: Path) -> Manifest:
     with _opened(backup) as archive:
         manifest = _manifest(backup, archive)
         for name, member in manifest.members.items():
-            _extract(backup, archive, name, member, folder / name)
-    try:
-        found = described(folder / FILE_NAME, manifest.created_at)
-    except (sqlite3.Error, ValidationError) as error:
-        raise _damaged(backup, "its database is none of a gallery") from error
-    if found != manifest.model_copy(update={"members": {}}):
-        raise _damaged(backup, "its database is another than its manifest says")
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                for block in _blocks(backup, archive, name, member):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
     return manifest
 
 
@@ -108,37 +135,11 @@ def peek(backup: Path) -> Manifest:
         return _manifest(backup, archive)
 
 
-def described(database: Path, created_at: datetime) -> Manifest:
-    """The manifest of a copy, without its members. Raises sqlite3.Error."""
-    with closing(read_only(database)) as connection:
-        rows = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
-        if not all(_is_ours(*row) for row in rows):
-            raise sqlite3.DatabaseError("it has more than tables, indexes and their triggers")
-        names = {name for kind, name, _ in rows if kind == "table" and name.isidentifier()}
-        names -= {"alembic_version", "secrets", "sqlite_sequence"}
-
-        def first(statement: str) -> Any:
-            row = connection.execute(statement).fetchone()
-            return None if row is None else row[0]
-
-        return Manifest(
-            created_at=created_at,
-            revision=str(first("SELECT version_num FROM alembic_version")),
-            active=first("SELECT fingerprint FROM models WHERE state = 'active'"),
-            counts={name: first(f"SELECT count(*) FROM {name}") for name in sorted(names)},
-        )
-
-
-def _is_ours(kind: str, name: str, sql: str | None) -> bool:
-    """Whether a part of a database is one that a gallery has; a view or a trigger may run SQL."""
-    if kind == "trigger":
-        return AUDIT_TRIGGERS.get(name) == sql
-    return kind in ("table", "index") and "VIRTUAL" not in (sql or "")
-
-
-def read_only(database: Path) -> sqlite3.Connection:
-    """A connection that creates no file next to the database."""
-    return sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)
+def damaged(backup: Path, reason: str) -> BackupInvalid:
+    """The error for a backup that is not as it was written."""
+    return BackupInvalid(
+        f"the backup {backup} is damaged or cut off ({reason}); copy it again, or use another one"
+    )
 
 
 class _Outlet(io.RawIOBase):
@@ -146,19 +147,33 @@ class _Outlet(io.RawIOBase):
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
+        self._position = 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self._parts.append(bytes(data))
+        self._position += len(data)
         return len(data)
+
+    def tell(self) -> int:
+        return self._position
+
+    def skip(self, count: int) -> None:
+        """Go on as if so many bytes had been written."""
+        self._position += count
 
     def take(self) -> bytes:
         """What was written since the last call."""
         data = b"".join(self._parts)
         self._parts.clear()
         return data
+
+
+def _add_manifest(archive: ZipFile, manifest: Manifest, members: Mapping[str, Member]) -> None:
+    whole = manifest.model_copy(update={"members": members})
+    archive.writestr(_entry(MANIFEST, manifest), whole.model_dump_json(indent=2))
 
 
 def _entry(name: str, manifest: Manifest) -> ZipInfo:
@@ -175,12 +190,19 @@ def _opened(backup: Path) -> Iterator[ZipFile]:
         raise BackupInvalid(
             f"the backup {backup} cannot be read ({error.strerror}); check the path"
         ) from error
-    with file:
-        if file.read(4) != b"PK\x03\x04":
-            raise BackupInvalid(f"{backup} is no backup; give a file that `cmt backup` wrote")
-        with _judged(backup):
-            archive = ZipFile(file)
+    with file, _archive(backup, file) as archive:
         yield archive
+
+
+@contextmanager
+def _archive(backup: Path, file: BinaryIO) -> Iterator[ZipFile]:
+    with _judged(backup):
+        start = file.read(4)
+    if start != b"PK\x03\x04":
+        raise BackupInvalid(f"{backup} is no backup; give a file that `cmt backup` wrote")
+    with _judged(backup):
+        archive = ZipFile(file)
+    yield archive
 
 
 @contextmanager
@@ -190,7 +212,7 @@ def _judged(backup: Path) -> Iterator[None]:
     except OSError as error:
         raise BackupInvalid(f"the backup {backup} cannot be read ({error})") from error
     except _DAMAGE as error:
-        raise _damaged(backup, str(error) or "it ends too early") from error
+        raise damaged(backup, str(error) or "it ends too early") from error
 
 
 def _manifest(backup: Path, archive: ZipFile) -> Manifest:
@@ -200,7 +222,7 @@ def _manifest(backup: Path, archive: ZipFile) -> Manifest:
             f"{backup} is a ZIP file and no backup; give a file that `cmt backup` wrote"
         )
     if entries[MANIFEST].file_size > _MOST_MANIFEST or entries[MANIFEST].compress_type:
-        raise _damaged(backup, "its manifest is too large or compressed")
+        raise damaged(backup, "its manifest is too large or compressed")
     with _judged(backup):
         text = archive.read(MANIFEST)
         said = json.loads(text)
@@ -214,38 +236,26 @@ def _manifest(backup: Path, archive: ZipFile) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise _damaged(backup, "its manifest is incomplete") from error
-    if manifest.members.keys() != {FILE_NAME, KEY_FILE} or len(archive.infolist()) != 3:
-        raise _damaged(backup, "a member is missing or unknown")
+        raise damaged(backup, "its manifest is incomplete") from error
+    if manifest.members.keys() != {DATABASE, KEY} or len(archive.infolist()) != 3:
+        raise damaged(backup, "a member is missing or unknown")
     for name, member in manifest.members.items():
         entry = entries.get(name)
         if entry is None:
-            raise _damaged(backup, f"{name} is missing")
+            raise damaged(backup, f"{name} is missing")
         if entry.compress_type != ZIP_STORED or entry.file_size != member.size:
-            raise _damaged(backup, f"{name} has another size than its manifest says")
+            raise damaged(backup, f"{name} has another size than its manifest says")
+    if manifest.members[KEY].size != KEY_BYTES:
+        raise damaged(backup, f"{KEY} has {manifest.members[KEY].size} bytes, not {KEY_BYTES}")
     return manifest
 
 
-def _extract(backup: Path, archive: ZipFile, name: str, member: Member, target: Path) -> None:
+def _blocks(backup: Path, archive: ZipFile, name: str, facts: Member) -> Iterator[bytes]:
+    """A member's bytes. Raises BackupInvalid at their end where they are not the manifest's."""
     digest = hashlib.sha256()
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        for block in _blocks(backup, archive, name):
-            digest.update(block)
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    if digest.hexdigest() != member.sha256:
-        raise _damaged(backup, f"the checksum of {name} is another")
-
-
-def _blocks(backup: Path, archive: ZipFile, name: str) -> Iterator[bytes]:
     with _judged(backup), archive.open(name) as source:
         while block := source.read(_BLOCK):
+            digest.update(block)
             yield block
-
-
-def _damaged(backup: Path, reason: str) -> BackupInvalid:
-    return BackupInvalid(
-        f"the backup {backup} is damaged or cut off ({reason}); copy it again, or use another one"
-    )
+    if digest.hexdigest() != facts.sha256:
+        raise damaged(backup, f"the checksum of {name} is another")

@@ -21,7 +21,8 @@ from sqlalchemy import inspect
 
 from model.atomic_file import whole_file
 from service.errors import BackupRunning, DatabaseUnavailable
-from service.gallery.backup.archive import Manifest, described, packed
+from service.gallery.backup.archive import Manifest, check, packed, packed_size
+from service.gallery.backup.contents import described
 from service.gallery.backup.postgres_transfer import to_file
 from service.gallery.backup.temporary_copy import primary_code, refusal, remove_leftovers, scratch
 from service.gallery.storage.audit import Act, Audit
@@ -49,6 +50,11 @@ class Backup:
     def name(self) -> str:
         """A file name for it, such as cmt-backup-20261126T170000Z.zip."""
         return f"cmt-backup-{self._manifest.created_at:%Y%m%dT%H%M%SZ}.zip"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all blocks together."""
+        return packed_size(self._manifest, os.fstat(self._database.fileno()).st_size)
 
     def __iter__(self) -> Iterator[bytes]:
         return packed(self._manifest, self._database, self._key)
@@ -99,8 +105,8 @@ class Backups:
     ) -> None:
         """Write a backup to an open file or to a path. Raises as `begin`.
 
-        A file at a path is complete or absent, readable by its owner only, and replaces an older
-        one.
+        A file at a path is complete and checked, or absent; it is readable by its owner only and
+        replaces an older one.
         """
         with closing(self.begin(actor=actor, folder=folder)) as backup:
             if not isinstance(target, Path):
@@ -111,6 +117,7 @@ class Backups:
                 with whole_file(target) as file:
                     for block in backup:
                         file.write(block)
+                    check(file, target)
             except OSError as error:
                 raise refusal(error, target.parent) from error
 

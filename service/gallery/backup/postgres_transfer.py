@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, LargeBinary, Table, func, insert, select, text
 
 from service.errors import DatabaseUnavailable
-from service.gallery.backup.archive import read_only
+from service.gallery.backup.contents import read_only
 from service.gallery.storage.audit import KEY_NAME
 from service.gallery.storage.database import FILE_NAME, Database
 from service.gallery.storage.tables import schema, secrets

@@ -7,15 +7,18 @@ killed before that leaves an empty gallery.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
 from sqlalchemy import Connection, inspect, literal, select
 
 from model.atomic_file import sync_folder, whole_file
 from service.errors import BackupInvalid, GalleryNotEmpty, GalleryVersion
-from service.gallery.backup.archive import Manifest, unpack
+from service.gallery.backup.archive import Manifest, damaged, unpack
+from service.gallery.backup.contents import described
 from service.gallery.backup.postgres_transfer import from_file
 from service.gallery.backup.temporary_copy import remove_leftovers, scratch
 from service.gallery.index import snapshot
@@ -83,6 +86,12 @@ def _to_server(backup: Path, folder: Path, url: str | None, actor: str) -> Manif
 def _checked(backup: Path, place: Path, actor: str) -> Manifest:
     """Unpack a backup into `place`, checked, with the newest tables and an audit entry."""
     manifest = unpack(backup, place)
+    try:
+        found = described(place / FILE_NAME, manifest.created_at)
+    except (sqlite3.Error, ValidationError) as error:
+        raise damaged(backup, "its database is none of a gallery") from error
+    if found != manifest.model_copy(update={"members": {}}):
+        raise damaged(backup, "its database is another than its manifest says")
     try:
         with closing(Database(place)) as database:
             with database.writing() as connection:

@@ -8,10 +8,12 @@ import random
 import re
 import socket
 import stat
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import httpx
@@ -74,6 +76,40 @@ def wait_until_free() -> None:
     wait_for(lambda: not open_copies(), "a copy stays open")
 
 
+@contextmanager
+def old_proxy(url: str, *, cut: int | None = None, lengths: bool = True) -> Iterator[str]:
+    """A proxy that speaks HTTP/1.0 to a service → its URL.
+
+    cut: bytes of an answer's body after which it ends. lengths: whether it says how long they are.
+    """
+    address = httpx.URL(url)
+
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            asked = [self.rfile.readline().replace(b"HTTP/1.1", b"HTTP/1.0")]
+            while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                if not line.lower().startswith(b"connection:"):
+                    asked.append(line)
+            with socket.create_connection((address.host, address.port or 0)) as service:
+                service.sendall(b"".join([*asked, b"\r\n"]))
+                answer = service.makefile("rb")
+                while (line := answer.readline()) not in (b"\r\n", b""):
+                    if lengths or not line.lower().startswith(b"content-length:"):
+                        self.wfile.write(line)
+                self.wfile.write(b"\r\n")
+                left = cut
+                while left != 0 and (data := answer.read1(left or 65_536)):
+                    left = None if left is None else left - len(data)
+                    self.wfile.write(data)
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     status = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -128,7 +164,7 @@ def test_the_answer_is_a_private_attachment(http: httpx.Client) -> None:
     name = r'attachment; filename="cmt-backup-\d{8}T\d{6}Z\.zip"'
     assert re.fullmatch(name, answer.headers["content-disposition"])
     assert answer.headers["cache-control"] == "no-store"
-    assert "content-length" not in answer.headers
+    assert answer.headers["content-length"] == str(len(answer.content))
     assert answer.content.startswith(b"PK\x03\x04")
     assert http.post("/admin/backup?folder=/tmp").status_code == 422
     operation = http.get("/openapi.json").json()["paths"]["/admin/backup"]["post"]
@@ -267,6 +303,59 @@ def test_a_download_that_ends_early_leaves_no_file(tmp_path: Path) -> None:
 
         asyncio.run(scenario())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lengths", [True, False], ids=["lengths", "no lengths"])
+def test_a_backup_that_a_proxy_cuts_off_replaces_nothing(
+    lengths: bool, big: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, _ = big
+    new, old = tmp_path / "new.zip", tmp_path / "old.zip"
+    with old_proxy(url, lengths=lengths) as through:
+        assert run(capsys, "backup", old, "--url", through)[0] == 0
+    before = old.read_bytes()
+    # In the first block, in the middle of a crop, and just before the end.
+    for cut in (1000, len(before) // 2, len(before) - 1):
+        with old_proxy(url, cut=cut, lengths=lengths) as through:
+            for file, option in ((new, ()), (old, ("--force",))):
+                status, _, err = run(capsys, "backup", file, "--url", through, *option)
+                assert status == 1
+                assert "in the middle" in err
+                assert len(err.splitlines()) == 1
+                wait_until_free()
+
+            async def asynchronously(url: str) -> None:
+                async with AsyncClient(url) as client:
+                    with pytest.raises(Unreachable, match="in the middle"):
+                        await client.backup(new)
+
+            asyncio.run(asynchronously(through))
+            wait_until_free()
+        assert [path.name for path in tmp_path.iterdir()] == ["old.zip"]
+        assert old.read_bytes() == before
+
+
+def test_every_answer_to_http_1_0_says_its_length(
+    serve: Serve, visible: list[Path], tmp_path: Path
+) -> None:
+    with serve(tmp_path) as url, Client(url) as client:
+        item = client.enroll(visible[0])
+        paths = ["/livez", "/readyz", "/metrics", "/model", "/openapi.json", "/docs"]
+        paths += ["/docs/docs.js", "/gallery", f"/gallery/{item.id}", f"/gallery/{item.id}/image"]
+        paths += ["/cameras", "/admin/audit", "/admin/versions", "/admin/reembed", "/nowhere"]
+        with old_proxy(url) as through:
+            for path in paths:
+                answer = httpx.get(through + path, trust_env=False)
+                assert answer.headers["content-length"] == str(len(answer.content)), path
+            answer = httpx.post(f"{through}/admin/backup", trust_env=False)
+            assert answer.headers["content-length"] == str(len(answer.content))
+        # A crop has no end of its own that could be looked at.
+        with (
+            old_proxy(url, lengths=False) as through,
+            Client(through) as other,
+            pytest.raises(Unreachable, match=r"speak HTTP/1\.1"),
+        ):
+            other.image(item.id)
 
 
 def test_cmt_backup_and_restore(

@@ -20,10 +20,16 @@ from zipfile import ZipFile
 import pytest
 from sqlalchemy import event
 
-from service.errors import BackupRunning, DatabaseUnavailable, GalleryLocked, StorageFull
+from service.errors import (
+    BackupInvalid,
+    BackupRunning,
+    DatabaseUnavailable,
+    GalleryLocked,
+    StorageFull,
+)
 from service.gallery import Filters, Gallery, ItemUpdate, NewItem, RequestKey
 from service.gallery.backup.archive import peek
-from service.gallery.backup.backup import offline
+from service.gallery.backup.backup import Backup, offline
 from service.gallery.backup.postgres_transfer import to_file
 from service.gallery.backup.restore import restore
 from service.gallery.storage.audit import KEY_FILE
@@ -354,6 +360,38 @@ def test_the_database_is_readable_by_sqlite_alone(make_place: MakePlace, tmp_pat
             assert database.execute("PRAGMA foreign_key_check").fetchall() == []
             assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
             assert database.execute("SELECT count(*) FROM secrets").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("limit", [2**31 - 1, 100], ids=["small", "beyond 2 GB"])
+def test_the_length_is_known_before(
+    limit: int, make_place: MakePlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zipfile.ZIP64_LIMIT", limit)
+    with closing(make_place("sqlite").open()) as gallery:
+        fill(gallery)
+        with closing(gallery.begin_backup()) as backup:
+            file = tmp_path / "backup.zip"
+            file.write_bytes(b"".join(backup))
+            assert backup.size == file.stat().st_size
+    peek(file)
+
+
+def test_what_was_written_wrongly_gets_no_name(
+    make_place: MakePlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "backup.zip"
+    with closing(make_place("sqlite").open()) as gallery:
+        gallery.backup(file)
+        before = file.read_bytes()
+        whole = Backup.__iter__
+        # A disk that keeps something else than it was given.
+        monkeypatch.setattr(
+            Backup, "__iter__", lambda self: (b[:-9] + bytes(9) for b in whole(self))
+        )
+        with pytest.raises(BackupInvalid, match="damaged or cut off"):
+            gallery.backup(file)
+    assert file.read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
