@@ -20,6 +20,7 @@ router = APIRouter(prefix="/cameras", tags=["cameras"], dependencies=[NO_QUERY])
 
 # A label may hold any character, a slash too, whether or not it came percent-encoded.
 _ONE = "/{camera_id:path}"
+_PATH_ERRORS = (errors.RouteNotFound,)  # an empty id, or one of two lines
 
 
 async def _label(
@@ -46,7 +47,9 @@ async def list_cameras(state: ResourcesDep) -> CameraRecords:
     return CameraRecords(cameras=[CameraRecord.model_validate(camera) for camera in cameras])
 
 
-@router.get(_ONE, response_model=CameraRecord, responses=documented(errors.CameraNotFound))
+@router.get(
+    _ONE, response_model=CameraRecord, responses=documented(*_PATH_ERRORS, errors.CameraNotFound)
+)
 async def get_camera(camera_id: CameraId, state: ResourcesDep) -> CameraRecord:
     """One camera's defaults."""
     found = await state.pipeline.stored(partial(state.gallery.find_cameras, [camera_id]))
@@ -59,7 +62,7 @@ async def get_camera(camera_id: CameraId, state: ResourcesDep) -> CameraRecord:
     _ONE,
     response_model=CameraRecord,
     openapi_extra=json_body(CameraDefaults),
-    responses=documented(*JSON_ERRORS, errors.StorageUnwritable, errors.StorageFull),
+    responses=documented(*_PATH_ERRORS, *JSON_ERRORS, errors.StorageUnwritable, errors.StorageFull),
 )
 async def put_camera(
     camera_id: CameraId,
@@ -80,7 +83,9 @@ async def put_camera(
 @router.delete(
     _ONE,
     status_code=204,
-    responses=documented(errors.CameraNotFound, errors.StorageUnwritable, errors.StorageFull),
+    responses=documented(
+        *_PATH_ERRORS, errors.CameraNotFound, errors.StorageUnwritable, errors.StorageFull
+    ),
 )
 async def delete_camera(camera_id: CameraId, state: ResourcesDep, actor: ActorDep) -> None:
     """Forget a camera's defaults. Its items stay, and its next pictures are as they look."""

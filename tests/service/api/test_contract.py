@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from schemathesis.engine import events, from_schema
 from schemathesis.generation import GenerationMode
 
 from model import load_checkpoint
+from model.labels import cleaned_label
 from service.api.fields import MetadataObject
 from service.auth.keys import KeyFile
-from service.gallery import Gallery
+from service.gallery import Camera, Gallery
 from tests.service.conftest import Serve
 
 EXAMPLES = 30  # of the fuzzing and stateful phase, for each operation
@@ -32,6 +34,8 @@ FORM = "multipart/form-data"
 PHASES = {"examples", "coverage", "fuzzing", "stateful"}
 # Fingerprints of model versions that may be dropped.
 SPARE = ["a" * 64, "b" * 64, "c" * 64]
+CAMERAS = ["gate", "north/gate 4", "50%", "Höf"]
+LABELS = ("person_id", "camera_id", "exclude_camera_id", "query_camera_id")
 # Not for this service: no time is promised, and there are no owners of single items.
 UNUSED = {"max_response_time", "object_level_authorization"}
 AnyCase = schemathesis.Case[Any]
@@ -93,7 +97,11 @@ def guarded(
     shutil.copy(tiny_checkpoint, checkpoint)
     _, info = load_checkpoint(checkpoint)
     for fingerprint in (info.fingerprint, *SPARE):  # the first one is in use, the others can go
-        Gallery.open(folder / "data", replace(info, fingerprint=fingerprint)).close()
+        with closing(
+            Gallery.open(folder / "data", replace(info, fingerprint=fingerprint))
+        ) as gallery:
+            for camera_id in CAMERAS:
+                gallery.put_camera(Camera(camera_id, "ir"))
     keys = KeyFile(folder / "keys.json")
     _, token = keys.create("all", ["query", "enroll", "admin"])
     with (
@@ -135,22 +143,26 @@ def outcome(guarded: httpx.Client, visible: list[Path], infrared: list[Path]) ->
 def sensible(_context: schemathesis.HookContext, case: AnyCase) -> AnyCase:
     """A case that the schema allows, made to be what only the descriptions demand: a cursor that
     was given out, a box inside of the image, JSON in a text field, a checkpoint that is there, a
-    model version that there was."""
+    model version that there was, a camera that is known, labels that can be seen."""
     if case.meta is None or case.meta.generation.mode is not GenerationMode.POSITIVE:
         return case
     if isinstance(case.query, dict):
         case.query.pop("cursor", None)
+        seen(case.query)
     if case.path_parameters and "fingerprint" in case.path_parameters:
         case.path_parameters["fingerprint"] = random.choice(SPARE)
+    if case.path_parameters and "camera_id" in case.path_parameters:
+        case.path_parameters["camera_id"] = random.choice(CAMERAS)
     body = case.body
     if not isinstance(body, dict):
         return case
+    seen(body)
     images = body.get("image")
     count = len(images) if isinstance(images, list) else 1
     if body.get("box"):
-        body["box"] = "1,2,16,32" if count == 1 else ""
+        body["box"] = "1,2,40,100" if count == 1 else ""
     if body.get("items"):
-        labels = {"person_id": "batch", "box": "0,0,20,40", "metadata": {"text": body["items"]}}
+        labels = {"person_id": "batch", "box": "0,0,40,100", "metadata": {"text": body["items"]}}
         body["items"] = json.dumps([portable(labels, "metadata")] * count)
     if body.get("checkpoint"):
         body["checkpoint"] = "present.safetensors"
@@ -160,6 +172,16 @@ def sensible(_context: schemathesis.HookContext, case: AnyCase) -> AnyCase:
         text = portable({"metadata": {"text": body["metadata"]}}, "metadata")
         body["metadata"] = json.dumps(text["metadata"], ensure_ascii=False)
     return case
+
+
+def seen(fields: dict[str, Any]) -> None:
+    """Make labels of texts that are none for what a schema cannot express."""
+    for name in LABELS:
+        value = fields.get(name)
+        if isinstance(value, list):
+            fields[name] = [cleaned_label(text) or "x" for text in value]
+        elif value:  # an empty text of a form counts as not given
+            fields[name] = cleaned_label(value) or "x"
 
 
 def portable(labels: dict[str, Any], name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from service.api import admin, backup, gallery, operate, query
+from service.api import admin, backup, cameras, gallery, operate, query
 from service.app import create_app
 from service.auth.authorization import ROUTE_SCOPES
 from service.http.exception_handlers import catalogue
@@ -83,6 +83,7 @@ def test_modality_is_detected_and_can_be_given(http: httpx.Client, infrared: lis
     assert ask(http, infrared[0])["query"] == {
         "modality": "ir",
         "modality_source": "detected",
+        "polarity": "white_hot",
         "images": 1,
     }
     for item in (detected, given):
@@ -339,9 +340,9 @@ def test_openapi_documents_every_route_and_error(http: httpx.Client) -> None:
 
 def test_every_route_has_a_scope() -> None:
     routes = {
-        (method, route.path)
-        for router in (admin.router, backup.router, gallery.router, operate.router, query.router)
-        for route in router.routes
+        (method, route.path_format)
+        for module in (admin, backup, cameras, gallery, operate, query)
+        for route in module.router.routes
         if isinstance(route, APIRoute)
         for method in route.methods or ()
     }
