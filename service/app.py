@@ -11,10 +11,12 @@ from importlib.metadata import version
 from anyio import create_task_group, to_thread
 from fastapi import Depends, FastAPI
 
-from service.api import admin, backup, gallery, operate, query
+from service.api import admin, backup, cameras, gallery, operate, query
+from service.api.deps import unambiguous
 from service.api.openapi import TITLE, openapi_document
 from service.auth.authorization import authorise
 from service.http import exception_handlers as problems
+from service.http.intake import Intake
 from service.http.middleware import (
     CrossOrigin,
     DrainMiddleware,
@@ -62,23 +64,24 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        dependencies=[Depends(authorise)],
+        dependencies=[Depends(authorise), Depends(unambiguous)],
         # A slash too many is a 404, not a redirect that would send the body twice.
         redirect_slashes=False,
     )
     app.state.failure, app.state.drain = None, drain
-    for router in (gallery.router, query.router, admin.router, backup.router, operate.router):
-        app.include_router(router)
+    for module in (gallery, query, cameras, admin, backup, operate):
+        app.include_router(module.router)
     problems.install(app)
     app.openapi = partial(openapi_document, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
             CrossOrigin,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Idempotency-Key"],
         )
     app.add_middleware(DrainMiddleware, drain=drain)
+    app.add_middleware(Intake, trusted=settings.trusted_proxies, root_path=settings.root_path)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestLogMiddleware, metrics=metrics, tracing=tracing)
     return app

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.http.connection_timeouts import timed_protocol
+from service.http.connection_timeouts import Lingering, timed_protocol
 from service.http.middleware import DrainState
 from service.settings import Settings
 
@@ -117,21 +117,22 @@ def running(settings: Settings) -> Iterator[str]:
 
 def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
     app = create_app(settings)
+    lingering: Lingering = {}
     config = uvicorn.Config(
         app,
-        http=timed_protocol(settings.header_timeout, settings.body_timeout),
+        http=timed_protocol(settings.header_timeout, settings.body_timeout, lingering),
+        timeout_keep_alive=settings.keep_alive_timeout,
         # There are no WebSockets, and uvicorn would log the query string of a request for one.
         ws="none",
         # The access log would hold query strings, and with them names of persons.
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=list(settings.trusted_proxies),
+        proxy_headers=False,  # `service.http.intake` understands them
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
     logging.getLogger("uvicorn.error").addFilter(_no_startup_traceback)
-    return app, _Server(config, app.state.drain, settings)
+    return app, _Server(config, app.state.drain, lingering, settings)
 
 
 class _Server(uvicorn.Server):
@@ -141,9 +142,11 @@ class _Server(uvicorn.Server):
     balancer sees the 503 before connections are refused. A second Ctrl-C ends it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, drain: DrainState, settings: Settings) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain: DrainState, lingering: Lingering, settings: Settings
+    ) -> None:
         super().__init__(config)
-        self._drain, self._settings = drain, settings
+        self._drain, self._lingering, self._settings = drain, lingering, settings
         self._signalled: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -158,7 +161,8 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._signalled is not None and not self.should_exit:
             passed = time.monotonic() - self._signalled
-            idle = self._drain.in_flight == 0 and passed >= self._settings.shutdown_linger
+            idle = not self._drain.in_flight and not self._lingering
+            idle = idle and passed >= self._settings.shutdown_linger
             self.should_exit = idle or passed >= self._settings.shutdown_timeout
             if self.should_exit:
                 # Requests still in flight have run out of time.

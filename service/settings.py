@@ -23,7 +23,7 @@ from model.cores import allowed_cores
 from service.auth.keys import KeyFile, KeyFileError
 from service.auth.rate_limit import checked_rate
 from service.gallery.records import IndexKind
-from service.kit.urls import is_loopback, without_password
+from service.kit.urls import checked_prefix, is_loopback, without_password
 
 
 class SettingsError(Exception):
@@ -71,13 +71,19 @@ class Settings(BaseSettings):
     """How long a connection may take to send the headers of a request."""
     body_timeout: float = Field(default=60, gt=0)
     """How long a body may take to arrive."""
+    keep_alive_timeout: int = Field(default=130, ge=1)
+    """How long a connection may be idle between two requests: longer than a proxy keeps it."""
     rate_limit: str | None = None
     """Requests of one key (without keys: of one address), such as 50/second or 1000/minute."""
 
     decode_processes: int = Field(default_factory=allowed_cores, ge=1)
     """Processes that decode images; without it one for each core that this process may use."""
     decode_timeout: float = Field(default=10, gt=0)
-    """How long one image may take to decode."""
+    """Computing time that one image may take to decode."""
+    decode_budget: float = Field(default=30, gt=0)
+    """Computing time that all images of one request may take to decode; the rest is refused."""
+    keep_image_metadata: bool = False
+    """Store images as uploaded, with EXIF, positions, comments and color profiles."""
     max_batch: int | None = Field(default=None, ge=1, le=1024)
     """Images embedded at once; without it 8 on each stream of a CPU and 32 on a GPU."""
     batch_wait: float = Field(default=0.005, ge=0, le=1)
@@ -86,7 +92,10 @@ class Settings(BaseSettings):
     retention_days: float | None = Field(default=None, gt=0, le=36_500)
     """Items enrolled longer ago are deleted; without it none is."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses or networks of reverse proxies whose X-Forwarded-For and -Proto are trusted."""
+    """Addresses or networks of reverse proxies whose X-Forwarded-For, -Proto and -Prefix are
+    trusted."""
+    root_path: str = ""
+    """Path under which a reverse proxy shows the service, such as /reid."""
     shutdown_timeout: int = Field(default=30, ge=0)
     """How long requests in flight may take to finish after SIGTERM."""
     shutdown_linger: float = Field(default=1.0, ge=0)
@@ -138,6 +147,11 @@ class Settings(BaseSettings):
     @classmethod
     def _is_rate(cls, value: str | None) -> str | None:
         return None if value is None else checked_rate(value)
+
+    @field_validator("root_path")
+    @classmethod
+    def _is_prefix(cls, value: str) -> str:
+        return checked_prefix(value)
 
     @field_validator("trusted_proxies")
     @classmethod

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from collections import Counter
+from typing import Annotated, Any, cast, get_origin
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 from fastapi import Depends, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
@@ -30,6 +33,61 @@ async def _resources(request: Request) -> Resources:
 
 
 ResourcesDep = Annotated[Resources, Depends(_resources)]
+
+
+async def unambiguous(request: Request) -> None:
+    """Refuse what would be read otherwise than it was meant.
+
+    The framework takes the last of a parameter's values and the first of a header's, and bytes
+    that are no UTF-8 become U+FFFD, which is another label. Raises RequestValidationError.
+    """
+    dependant = request.scope["route"].dependant
+    errors = []
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError:
+        errors.append(_invalid("path", "path", "must be UTF-8"))
+    query = request.scope["query_string"].decode("latin-1")
+    given = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
+    for name, count in Counter(name for name, _ in given).items():
+        if not _is_utf_8(name) or not all(_is_utf_8(text) for key, text in given if key == name):
+            shown = name.encode(errors="replace").decode()
+            errors.append(_invalid("query", shown, "must be UTF-8"))
+        elif count > 1 and name not in _repeatable(dependant):
+            errors.append(_invalid("query", name, "must be given once"))
+    headers = ["Content-Type", *(field.alias for field in dependant.header_params)]
+    errors += [
+        _invalid("header", name, "must be given once")
+        for name in headers
+        if len(request.headers.getlist(name)) > 1
+    ]
+    if errors:
+        raise RequestValidationError(errors)
+
+
+def _repeatable(dependant: Dependant) -> set[str]:
+    """The query parameters of an endpoint that may be given several times."""
+    names = set()
+    for parameter in dependant.query_params:
+        kind = parameter.field_info.annotation
+        fields = {parameter.alias: parameter.field_info}
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            fields = dict(kind.model_fields)
+        names |= {name for name, field in fields.items() if get_origin(field.annotation) is list}
+    return names
+
+
+def _is_utf_8(text: str) -> bool:
+    """Whether a text, decoded with surrogateescape, was UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _invalid(place: str, name: str, message: str) -> dict[str, Any]:
+    return {"type": "value_error", "loc": (place, name), "msg": message}
 
 
 async def no_query_parameters(request: Request) -> None:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Requ
 from service import errors
 from service.api.deps import NO_QUERY, ActorDep, ResourcesDep, json_response
 from service.api.json_body import JSON_ERRORS, json_body, json_of
+from service.api.labels import meant
 from service.api.openapi import IMAGE_PART, documented, form_body, images_part
 from service.api.schemas import (
     BATCH_IMAGES,
@@ -36,7 +37,8 @@ from service.api.uploads import (
 )
 from service.gallery import Act, Filters, ItemUpdate
 from service.http.exception_handlers import problem_of
-from service.images.decode import Box, Picture
+from service.images.decode import Box
+from service.kit.urls import route_path
 from service.pipeline import enrollment
 from service.pipeline.enrollment import Enrollment, Labels, Outcome
 from service.resources import Resources
@@ -62,7 +64,7 @@ async def _canonical(
     item_id: Annotated[str, Path(alias="id", json_schema_extra={"format": "uuid"})],
 ) -> str:
     """The id as it is stored. Raises ItemNotFound where it is no UUID."""
-    if request.url.path == "/gallery/batch":  # not an id, but a route that takes another method
+    if route_path(request.scope) == "/gallery/batch":  # a route that takes another method
         raise HTTPException(405)
     try:
         return str(UUID(item_id))
@@ -95,6 +97,7 @@ ItemId = Annotated[str, Depends(_canonical)]
 async def enroll(
     request: Request,
     state: ResourcesDep,
+    actor: ActorDep,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Enroll one crop. A 201 means durable: the next query can return the item.
@@ -107,11 +110,12 @@ async def enroll(
         check_image_count(upload.images, most=1)
         [image] = upload.whole()
         wanted = _enrollment(image, form, idempotency_key)
-        [outcome] = await enrollment.enroll(state.pipeline, [wanted])
+        [outcome] = await enrollment.enroll(state.pipeline, [wanted], actor)
     if isinstance(outcome, errors.ServiceError):
         raise outcome
     item = GalleryItem.model_validate(outcome.item)
-    return json_response(item, 201 if outcome.new else 200, Location=f"/gallery/{item.id}")
+    location = f"{request.scope['root_path']}/gallery/{item.id}"
+    return json_response(item, 201 if outcome.new else 200, Location=location)
 
 
 @router.post(
@@ -121,7 +125,7 @@ async def enroll(
     openapi_extra=form_body(BatchForm, images_part(BATCH_IMAGES, "Crops, each of its own.")),
     responses=documented(*UPLOAD_ERRORS, errors.StorageUnwritable, errors.StorageFull),
 )
-async def enroll_batch(request: Request, state: ResourcesDep) -> Response:
+async def enroll_batch(request: Request, state: ResourcesDep, actor: ActorDep) -> Response:
     """Enroll up to 256 crops in one transaction, each with a result of its own, in order.
 
     A bad image fails alone. Once this is answered, all items with 201 or 200 are durable.
@@ -143,7 +147,7 @@ async def enroll_batch(request: Request, state: ResourcesDep) -> Response:
             for place, (image, item) in pairs
             if place not in upload.refused
         }
-        enrolled = await enrollment.enroll(state.pipeline, list(wanted.values()))
+        enrolled = await enrollment.enroll(state.pipeline, list(wanted.values()), actor)
     outcomes: dict[int, Outcome] = {**upload.refused, **dict(zip(wanted, enrolled, strict=True))}
     return json_response(
         BatchAnswer(
@@ -157,7 +161,10 @@ async def enroll_batch(request: Request, state: ResourcesDep) -> Response:
 
 def _enrollment(image: bytes, form: EnrollForm | BatchItem, key: str | None) -> Enrollment:
     return Enrollment(
-        Picture(image, form.modality, None if form.box is None else Box(*form.box)),
+        image,
+        None if form.box is None else Box(*form.box),
+        form.modality,
+        form.polarity,
         Labels(form.person_id, form.camera_id, form.captured_at, form.metadata),
         key,
     )
@@ -178,8 +185,9 @@ async def list_items(
 ) -> GalleryPage:
     """List items in the order of enrollment, filtered, page by page."""
     filters = Filters(
-        person_id=tuple(parameters.person_id),
-        camera_id=tuple(parameters.camera_id),
+        **await meant(
+            state, "query", person_id=parameters.person_id, camera_id=parameters.camera_id
+        ),
         gallery_modality=tuple(parameters.modality),
         captured_from=parameters.captured_from,
         captured_to=parameters.captured_to,
@@ -196,23 +204,17 @@ async def list_items(
     )
 
 
-async def _one_person(request: Request) -> None:
-    """Refuse several: FastAPI would take the last one and ignore the others."""
-    if len(request.query_params.getlist("person_id")) > 1:
-        raise invalid_field("person_id", "must be given once")
-
-
 @router.delete(
     "",
     response_model=Erased,
-    dependencies=[Depends(_one_person)],
     responses=documented(errors.StorageUnwritable, errors.StorageFull),
 )
 async def erase_person(
     parameters: Annotated[EraseParameters, Query()], state: ResourcesDep, actor: ActorDep
 ) -> Erased:
     """Erase a person: rows, crops, features and index entries of every item with this label."""
-    erase = partial(state.gallery.delete_where, parameters.person_id, actor=actor)
+    labels = await meant(state, "query", person_id=[parameters.person_id])
+    erase = partial(state.gallery.delete_where, *labels["person_id"], actor=actor)
     deleted = await state.pipeline.stored(erase)
     return Erased(deleted=deleted)
 
@@ -236,7 +238,7 @@ async def get_item(item_id: ItemId, state: ResourcesDep) -> GalleryItem:
     responses={
         **documented(errors.ItemNotFound),
         200: {
-            "description": "The stored crop, as it was uploaded; a PNG where a box was given.",
+            "description": "The stored crop: the upload without metadata, or the box as PNG.",
             "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
         },
     },

@@ -1,8 +1,15 @@
-"""The HTTP protocol of one connection, which closes it where the client is too slow."""
+"""The HTTP protocol of one connection: it ends where the client is too slow, and in good order.
+
+A connection that is closed while its client still sends is reset by the kernel, and the reset may
+destroy an answer that the client has not read: a proxy then reports 502 where the service said 413.
+So the answer is sent, the sending half closed, and what still arrives is read and dropped, within
+bounds, until the client has closed its half.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +22,26 @@ from service.http.middleware import SecurityHeaders
 
 Awaited = Literal["headers", "body"]
 
+# Bounds of a connection that drops what arrives after its answer; `body_timeout` bounds it too.
+_LINGER_IDLE = 5.0  # seconds without a byte
+_LINGER_BYTES = 512_000_000
+_LINGERING = 256  # at the same time; the one that lingers longest makes room
+
+
+class _Transport:
+    """A connection as uvicorn sees it, which is closed in good order."""
+
+    def __init__(self, transport: Any, close: Callable[[], None]) -> None:
+        self._transport = transport
+        self.close = close
+        self.closed = False
+
+    def is_closing(self) -> bool:
+        return self.closed or self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
 
 class TimedProtocol(H11Protocol):
     """uvicorn's protocol, with time limits in seconds.
@@ -22,13 +49,20 @@ class TimedProtocol(H11Protocol):
     header_timeout: from a request's first byte, or from opening the connection, to the end of its
     headers. body_timeout: for what is left of a body once it was answered, and for a client
     that does not read its answer. Between requests uvicorn's own timeout applies; `service.api`
-    limits the time of a body that it reads.
+    limits the time of a body that it reads. lingering: all connections that drop what arrives.
     """
 
     def __init__(
-        self, *arguments: Any, header_timeout: float, body_timeout: float, **options: Any
+        self,
+        *arguments: Any,
+        header_timeout: float,
+        body_timeout: float,
+        lingering: Lingering,
+        **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
+        self._socket: Any = None
+        self._lingering, self._dropped, self._heard = lingering, 0, 0.0
         self._timeouts: dict[Awaited, float] = {"headers": header_timeout, "body": body_timeout}
         self._awaited: Awaited | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -37,10 +71,14 @@ class TimedProtocol(H11Protocol):
     # --- what uvicorn and the event loop call ---
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        self._socket = transport
+        super().connection_made(_Transport(transport, self._close))  # type: ignore[arg-type]
         self._await("headers")
 
     def data_received(self, data: bytes) -> None:
+        if self in self._lingering:
+            self._drop(len(data))
+            return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._await("headers")
@@ -59,7 +97,14 @@ class TimedProtocol(H11Protocol):
         super().timeout_keep_alive_handler()
         self._watch_if_closing()
 
+    def shutdown(self) -> None:
+        if self in self._lingering:
+            self._socket.close()
+        else:
+            super().shutdown()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lingering.pop(self, None)
         self._await(None)
         self._stop_watching()
         super().connection_lost(exc)
@@ -86,6 +131,45 @@ class TimedProtocol(H11Protocol):
         self.transport.close()
         self._watch_if_closing()
 
+    # --- closing while the client still sends ---
+
+    def _close(self) -> None:
+        """Close the connection, once the client has stopped sending if it has an answer to read."""
+        unread = self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or self.conn.trailing_data[0]
+        answered = self.conn.our_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
+        if self.transport.is_closing():
+            return
+        if not unread or not answered:
+            self._socket.close()
+            return
+        if len(self._lingering) >= _LINGERING:
+            oldest = next(iter(self._lingering))
+            del self._lingering[oldest]
+            oldest._socket.close()
+        self._lingering[self] = None
+        self.transport.closed = True  # type: ignore[attr-defined]
+        self._await(None)
+        self._heard = self.loop.time()
+        self.loop.call_later(_LINGER_IDLE, self._listen)
+        self._socket.write_eof()
+        self._socket.resume_reading()
+        self._watch_if_closing()
+
+    def _drop(self, count: int) -> None:
+        self._heard = self.loop.time()
+        self._dropped += count
+        if self._dropped > _LINGER_BYTES:
+            self._socket.close()
+
+    def _listen(self) -> None:
+        """Close the connection where nothing has arrived for a while."""
+        if self in self._lingering:
+            rest = self._heard + _LINGER_IDLE - self.loop.time()
+            if rest > 0:
+                self.loop.call_later(rest, self._listen)
+            else:
+                self._socket.close()
+
     # --- waiting for the client to send ---
 
     def _await(self, what: Awaited | None) -> None:
@@ -99,8 +183,7 @@ class TimedProtocol(H11Protocol):
             self._deadline = self.loop.call_later(self._timeouts[what], self._too_late)
 
     def _too_late(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
+        self._socket.close()
         self._watch_if_closing()
 
     # --- waiting for the client to read ---
@@ -128,9 +211,18 @@ class TimedProtocol(H11Protocol):
             self._reading = None
 
 
-def timed_protocol(header_timeout: float, body_timeout: float) -> Any:
+Lingering = dict[TimedProtocol, None]
+"""Connections that drop what arrives, the one that has done so longest first."""
+
+
+def timed_protocol(header_timeout: float, body_timeout: float, lingering: Lingering) -> Any:
     """The protocol class for uvicorn: `TimedProtocol` with these limits in seconds."""
-    return partial(TimedProtocol, header_timeout=header_timeout, body_timeout=body_timeout)
+    return partial(
+        TimedProtocol,
+        header_timeout=header_timeout,
+        body_timeout=body_timeout,
+        lingering=lingering,
+    )
 
 
 def _malformed_request() -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:

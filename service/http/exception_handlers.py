@@ -18,6 +18,7 @@ from service.auth.authorization import ROUTE_SCOPES
 from service.errors import ServiceError
 from service.http.problem import FieldProblem, Problem
 from service.kit.memory import is_out_of_memory
+from service.kit.urls import route_path
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -60,7 +61,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     kind, detail = _HTTP_ERRORS.get(error.status_code, (ServiceError, str(error.detail)))
     problem = kind(detail, headers=dict(error.headers or {}))
     if kind is errors.MethodNotAllowed:
-        problem.headers["Allow"] = ", ".join(_methods(request.url.path))
+        problem.headers["Allow"] = ", ".join(_methods(route_path(request.scope)))
     if kind is ServiceError:
         problem.status, problem.code = error.status_code, "http_error"
         problem.title = "HTTP error"
@@ -69,11 +70,10 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 def _methods(path: str) -> list[str]:
     """The methods that this path takes; FastAPI names only those of one of its routes."""
-    literally = [method for method, route in ROUTE_SCOPES if route == path]
-    return sorted(
-        literally
-        or {method for method, route in ROUTE_SCOPES if _pattern(route).fullmatch(path)}
-    )
+    methods = {method for method, route in ROUTE_SCOPES if route == path} or {
+        method for method, route in ROUTE_SCOPES if _pattern(route).fullmatch(path)
+    }
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _pattern(route: str) -> re.Pattern[str]:

@@ -1,7 +1,7 @@
 """The middleware of every request.
 
-Outermost first: `RequestLogMiddleware`, `SecurityHeaders`, `DrainMiddleware`, and `CrossOrigin`
-where other origins are allowed.
+Outermost first: `RequestLogMiddleware`, `SecurityHeaders`, `service.http.intake`,
+`DrainMiddleware`, and `CrossOrigin` where other origins are allowed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import OriginRefused, ShuttingDown
 from service.http import exception_handlers as problems
+from service.kit.urls import route_path
 from service.observability.logs import get_logger
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
@@ -79,7 +80,7 @@ class RequestLogMiddleware:
                 self._note(scope, status, time.perf_counter() - started, span)
 
     def _note(self, scope: Scope, status: int, seconds: float, span: object) -> None:
-        route = getattr(scope.get("route"), "path", "none")
+        route = getattr(scope.get("route"), "path_format", "none")
         method = scope["method"] if scope["method"] in _METHODS else "any"
         counted = method if route != "none" else "any"
         # 499, nginx's code: the client was gone before there was an answer.
@@ -160,7 +161,7 @@ class DrainMiddleware:
         self.app, self._drain = app, drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["path"] in _PROBES and scope["path"] != "/readyz"):
+        if scope["type"] != "http" or route_path(scope) in _PROBES - {"/readyz"}:
             await self.app(scope, receive, send)
             return
         if self._drain.closing:

@@ -219,8 +219,8 @@ def test_bad_paths_and_parameters(http: httpx.Client, method: str, path: str, st
 def test_a_wrong_method_is_told_the_right_ones(http: httpx.Client) -> None:
     answer = http.options(f"/gallery/{'0' * 32}")
     assert_problem(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "DELETE, GET, PATCH"
-    assert http.put("/gallery").headers["allow"] == "DELETE, GET, POST"
+    assert answer.headers["allow"] == "DELETE, GET, HEAD, PATCH"
+    assert http.put("/gallery").headers["allow"] == "DELETE, GET, HEAD, POST"
 
 
 @pytest.mark.parametrize("route", ["/gallery", "/query"])

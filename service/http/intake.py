@@ -1,0 +1,169 @@
+"""What a request says of itself, made sound before anything else reads it.
+
+How its body is framed, where it is addressed to, and what a trusted proxy says about the client.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from urllib.parse import unquote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import RequestMalformed
+from service.http import exception_handlers as problems
+from service.kit.urls import Address, address_in, checked_prefix
+
+_HOST = re.compile(r"(\[[\w:.%-]+\]|[\w.~!$&'()*+,;=%-]*)(:\d{0,5})?", re.ASCII)
+_ABSOLUTE = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE | re.DOTALL)
+
+# What is left of a body may be this long for its connection to be used again after an answer.
+_DRAINED_BYTES = 1_000_000
+
+
+class Intake:
+    """Refuses ambiguous framing and bad hosts, understands targets, and believes trusted proxies.
+
+    - Content-Length beside Transfer-Encoding, which another server on the way may read
+      differently, is refused, and so is a Host that is none (RFC 9112, 6.1 and 3.2).
+    - An absolute target (`GET http://host/path`) is served; its host replaces the header's.
+    - HEAD is answered as GET; the server leaves out the body.
+    - X-Forwarded-For, -Proto and -Prefix hold where `trusted` has the peer and they are sound.
+    - An answer that is given long before the end of a body says that the connection is closed.
+
+    root_path: where the service is mounted, unless a trusted proxy says so.
+    """
+
+    def __init__(self, app: ASGIApp, trusted: Sequence[str], root_path: str) -> None:
+        self.app, self._root_path = app, root_path
+        self._trusted = [ipaddress.ip_network(network) for network in trusted]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            _check_framing(scope)
+            _take_target_apart(scope)
+        except RequestMalformed as error:
+            await problems.response(Request(scope), error)(scope, receive, send)
+            return
+        prefix = self._believe(scope) or self._root_path
+        if prefix:
+            _mount(scope, prefix)
+        receive, send = _telling_early_answers(scope, receive, send)
+        if scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        inner = {**scope, "method": "GET"}
+        try:
+            await self.app(inner, receive, send)
+        finally:
+            scope["route"] = inner.get("route")  # for the log
+
+    def _believe(self, scope: Scope) -> str:
+        """Take over client and scheme from a trusted proxy → the prefix that it states, or ''."""
+        peer = address_in((scope.get("client") or ("", 0))[0])
+        if peer is None or not self._trusts(peer):
+            return ""
+        headers = Headers(scope=scope)
+        client = self._client(headers.getlist("x-forwarded-for"))
+        if client is not None:
+            scope["client"] = (str(client), 0)
+        schemes = [
+            scheme.strip().lower()
+            for value in headers.getlist("x-forwarded-proto")
+            for scheme in value.split(",")
+        ]
+        if schemes and set(schemes) <= {"http", "https"}:
+            scope["scheme"] = schemes[0]
+        prefixes = headers.getlist("x-forwarded-prefix")
+        try:
+            return checked_prefix(prefixes[0]) if len(prefixes) == 1 else ""
+        except ValueError:
+            return ""
+
+    def _client(self, forwarded: Sequence[str]) -> Address | None:
+        """The last address that no trusted proxy has; None where something else stands there."""
+        client = None
+        for hop in reversed(",".join(forwarded).split(",")):
+            client = address_in(hop)
+            if client is None or not self._trusts(client):
+                break
+        return client
+
+    def _trusts(self, address: Address) -> bool:
+        return any(address in network for network in self._trusted)
+
+
+def _check_framing(scope: Scope) -> None:
+    headers = Headers(scope=scope)
+    if "transfer-encoding" in headers and (
+        "content-length" in headers or scope["http_version"] == "1.0"
+    ):
+        raise RequestMalformed(
+            "the length of the body is stated in two ways; send Content-Length or, in HTTP/1.1, "
+            "Transfer-Encoding",
+            headers={"Connection": "close"},
+        )
+    if any(not _HOST.fullmatch(host) for host in headers.getlist("host")):
+        raise _bad_host()
+
+
+def _take_target_apart(scope: Scope) -> None:
+    """A target in absolute form as if it came in the usual one, with its host as the Host."""
+    absolute = _ABSOLUTE.fullmatch(scope["raw_path"])
+    if absolute is None:
+        return
+    host = absolute[1].decode("latin-1")
+    if not host or not _HOST.fullmatch(host):
+        raise _bad_host()
+    scope["raw_path"] = absolute[2] or b"/"
+    scope["path"] = unquote(scope["raw_path"].decode("latin-1"))
+    others = [header for header in scope["headers"] if header[0] != b"host"]
+    scope["headers"] = [(b"host", absolute[1]), *others]
+
+
+def _bad_host() -> RequestMalformed:
+    return RequestMalformed("the host of the request is no name or address; check what sends it")
+
+
+def _mount(scope: Scope, prefix: str) -> None:
+    """State where the service is mounted; the proxy may have taken the prefix off, or not."""
+    scope["root_path"] = prefix
+    if scope["path"] != prefix and not scope["path"].startswith(f"{prefix}/"):
+        scope["path"] = prefix + scope["path"]
+        scope["raw_path"] = prefix.encode() + scope["raw_path"]
+
+
+def _telling_early_answers(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """Receive and send, so that an answer long before the end of the body says `close`.
+
+    Otherwise a client would send all the rest to a connection that drops it, and one that waits
+    for `100 Continue` might send its next request where the body is expected.
+    """
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "0")
+    left = float("inf") if "transfer-encoding" in headers else int(length)
+    waits = headers.get("expect", "").lower() == "100-continue"
+
+    async def counted() -> Message:
+        nonlocal left, waits
+        waits = False  # the server asks for the body when it is first received
+        message = await receive()
+        if message["type"] == "http.request":
+            left = left - len(message["body"]) if message.get("more_body") else 0
+        return message
+
+    async def told(message: Message) -> None:
+        if message["type"] == "http.response.start" and (
+            left > _DRAINED_BYTES or (waits and left > 0)
+        ):
+            MutableHeaders(scope=message)["Connection"] = "close"
+        await send(message)
+
+    return counted, told
