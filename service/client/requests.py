@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from model.image_files import read_file
 from model.labels import LabelError, normalized_label
-from service.api.schemas import KEY_PATTERN, BatchItem, ItemPatch
+from service.api.schemas import KEY_PATTERN, BatchItem, CameraDefaults, ItemPatch
 from service.errors import BackupInvalid
 from service.gallery.backup.archive import check
 from service.http.problem import Problem
@@ -127,6 +127,12 @@ def camera_path(camera_id: str) -> str:
     return f"/cameras/{quote(label, safe='')}"
 
 
+def set_camera(camera_id: str, defaults: Mapping[str, Any]) -> Call:
+    """PUT /cameras/{camera_id}."""
+    body = CameraDefaults(**defaults).model_dump(mode="json")
+    return Call("PUT", camera_path(camera_id), json=body)
+
+
 def erase(person_id: str) -> Call:
     """DELETE /gallery?person_id=…, of that one person."""
     if not isinstance(person_id, str) or not person_id:
@@ -217,7 +223,7 @@ def whole(response: httpx.Response) -> httpx.Response:
 
     Raises ServiceProblem, and Unreachable where only the end of the connection ends the body.
     """
-    framing = {"Content-Length", "Transfer-Encoding"}
+    framing = {"content-length", "transfer-encoding"}  # httpx iterates over them so
     if checked(response).http_version != "HTTP/2" and framing.isdisjoint(response.headers):
         raise Unreachable(
             f"the answer of {response.url} does not say its length, so that it may be cut off; let "
