@@ -38,6 +38,7 @@ from torch import Tensor
 
 from model.config import MODALITIES, Metric, Modality
 from model.modulation import Modulation, lift, ranking_distance, squared_lifted_distance
+from model.training_facts import LearntPeople
 
 Normalisation = Literal["raw", "ratio", "log-ratio", "z-score"]
 NORMALISATIONS: tuple[Normalisation, ...] = ("raw", "ratio", "log-ratio", "z-score")
@@ -135,14 +136,26 @@ class CalibrationMap(_Record):
 class CalibrationFacts(_Record):
     """The part of a calibration that is JSON.
 
-    prior: the share of same-person pairs that the probabilities assume. dataset, identities: the
-    held-out people it was fitted on.
+    prior: the share of same-person pairs that the probabilities assume. dataset, identities, name,
+    images: the held-out people it was fitted on, see `people`.
     """
 
     prior: float = Field(gt=0, lt=1)
     dataset: str
     identities: tuple[int, ...]
     maps: tuple[CalibrationMap, ...]
+    name: str | None = None
+    images: str = ""
+
+    @property
+    def people(self) -> LearntPeople:
+        """Whom it was fitted on; by their numbers alone where an earlier release fitted it."""
+        return LearntPeople(
+            dataset=self.dataset,
+            name=self.name if self.images else self.dataset,
+            identities=list(self.identities),
+            images=self.images,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ class LearntPeople(BaseModel):
     """People of one data set whom a network, or a network that it started from, learnt from.
 
     dataset: the set's layout. name: of the set, where it has one; in two sets of one name a number
-    is the same person. identities: their numbers. images: digests of some of their files, by which
-    they are known in any folder, layout and numbering; none where the checkpoint is from a release
-    that did not keep them.
+    is the same person. identities: their numbers. images: digests of their files, one after the
+    other in base64, by which they are known in any folder, layout and numbering; empty where the
+    checkpoint is from a release that did not keep them.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -22,7 +22,7 @@ class LearntPeople(BaseModel):
     dataset: str
     name: str | None = None
     identities: list[int] = Field(default_factory=list)
-    images: list[str] = Field(default_factory=list)
+    images: str = Field(default="", pattern="^([A-Za-z0-9+/]{8})*$")  # six bytes each
 
 
 class TrainingFacts(BaseModel):

@@ -15,7 +15,7 @@ from training.acceleration import Switch
 from training.datasets import DatasetError, DatasetName
 from training.image_cache import CacheError, Unreadable
 from training.malloc import keep_large_blocks
-from training.options import Device
+from training.options import DatasetLabel, Device
 from training.recipe import RecipeError, recipe_yaml
 from training.run import (
     HoldOut,
@@ -71,6 +71,7 @@ def train(
         ),
     ] = None,
     dataset: Annotated[DatasetName, typer.Option(help="Layout of the roots.")] = DatasetName.SYSU,
+    dataset_name: DatasetLabel = None,
     trial: Annotated[
         int, typer.Option(help="RegDB: which of the ten splits, each a run of its own.")
     ] = 1,
@@ -136,7 +137,7 @@ def train(
     """
     keep_large_blocks()
     request = TrainingRequest(
-        TrainingSource(dataset, root, train_ids, trial, unreadable),
+        TrainingSource(dataset, root, train_ids, trial, unreadable, dataset_name),
         RunOptions(run, seed, device, cache, channels_last, compile),
         HoldOut(selection, validate_every, validation_share, validation_ids),
         InitialWeights(weights, start),
@@ -161,9 +162,9 @@ def train(
 
 def _introduce(prepared: PreparedRun) -> None:
     """All that decides the run, before its first step."""
-    trainer, skipped = prepared
+    trainer, notes = prepared
     say_lines(recipe_yaml(trainer.recipe).rstrip())
-    for sentence in skipped:
+    for sentence in notes:
         say(sentence, err=True)
     held_out = trainer.validation.identities if trainer.validation else []
     say(

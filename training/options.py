@@ -11,7 +11,27 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from model.labels import LabelError, normalized_label
+
+
+def _label(text: str | None) -> str | None:
+    try:
+        return None if text is None else normalized_label(text)
+    except LabelError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 Root = Annotated[Path, typer.Option(help="Folder of the dataset.")]
+DatasetLabel = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset-name",
+        metavar="NAME",
+        callback=_label,
+        help="Name of the data set: in two sets of one name, a number is the same person. Default: "
+        "the layout's, and none for a folder of your own images, where only files tell.",
+    ),
+]
 Trial = Annotated[int, typer.Option(help="RegDB: which of the ten splits.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model import CheckpointInfo
+from model.training_facts import TrainingFacts
 from training import distributed
 from training.datasets import DatasetName, Sample
 from training.device import chosen_device
 from training.image_cache import Unreadable, readable_samples
+from training.learnt import known_people
 from training.recipe import Recipe, load_recipe
 from training.samples import TrainingData, facts_of, held_out_samples, training_samples
 from training.state import STATE_FILE, TrainingError
@@ -32,6 +34,7 @@ class TrainingSource:
     dataset: layout of the roots. roots: folders with different people.
     train_ids: identity lists; None: the training side of every root, as its protocol says.
     trial: which of RegDB's ten splits.
+    name: of the data set, where it is stated; see `training.learnt`.
     unreadable: "stop" at images that cannot be decoded, or "skip" them.
     """
 
@@ -40,6 +43,7 @@ class TrainingSource:
     train_ids: Sequence[Path] | None = None
     trial: int = 1
     unreadable: Unreadable = "stop"
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,10 @@ class TrainingRequest:
 
 
 class PreparedRun(NamedTuple):
-    """A trainer before its next step, and a sentence for each image that was skipped."""
+    """A trainer before its next step, and what to know of its images, a sentence each."""
 
     trainer: Trainer
-    skipped: list[str]
+    notes: list[str]
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -155,7 +159,7 @@ def prepare_run(request: TrainingRequest) -> PreparedRun:
     held_out = request.hold_out.samples(source, samples)
     samples = without(samples, {sample.person_id for sample in held_out})
     samples, held_out, skipped = _decoded(request, recipe, samples, held_out)
-    facts = facts_of(source.dataset, source.trial, samples)
+    facts = facts_of(source.dataset, source.trial, samples, source.name)
     if skipped:
         facts["skipped_images"] = len(skipped)
     validation = None
@@ -163,7 +167,16 @@ def prepare_run(request: TrainingRequest) -> PreparedRun:
         interval = Interval.parse(request.hold_out.every or DEFAULT_INTERVAL)
         validation = Validation(source.dataset, held_out, interval)
     data = TrainingData(samples, validation, request.hold_out.selection, facts)
-    return PreparedRun(Trainer(recipe, data, options, request.initial), skipped)
+    trainer = Trainer(recipe, data, options, request.initial)
+    start = TrainingFacts.model_validate(trainer.facts).people()
+    known = known_people(start, held_out, source.dataset, source.name)
+    if validation and known:
+        skipped.append(
+            f"{len(known)} of the {len(validation.identities)} held-out "
+            "identities are among those whom the checkpoint of --start learnt from: figures of "
+            "validation flatter, hold out others"
+        )
+    return PreparedRun(trainer, skipped)
 
 
 def _decoded(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
+from training.learnt import learnt_people, name_of
 from training.validation import Selection, Validation, drawn_identities
 
 
@@ -29,15 +30,20 @@ class TrainingData:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def facts_of(dataset: DatasetName, trial: int, samples: Sequence[Sample]) -> dict[str, Any]:
+def facts_of(
+    dataset: DatasetName, trial: int, samples: Sequence[Sample], name: str | None = None
+) -> dict[str, Any]:
     """What a checkpoint says of the images that it was trained on.
 
-    By the identities `cmt evaluate` and `cmt calibrate` refuse people whom the network knows.
+    By the people it learnt from, `cmt evaluate` and `cmt calibrate` refuse whom the network knows.
+    name: of the data set, as stated.
     """
+    own = learnt_people(dataset, name_of(dataset, name), samples)
     facts: dict[str, Any] = {
         "dataset": dataset.value,
-        "identities": sorted({sample.person_id for sample in samples}),
+        "identities": own.identities,
         "images": len(samples),
+        "learnt_from": [own.model_dump()],
     }
     return facts | ({"trial": trial} if LAYOUTS[dataset].trials > 1 else {})
 
@@ -53,9 +59,9 @@ def training_samples(
     Raises DatasetError when an identity is in two roots (they would be two people) or in none.
     """
     layout = LAYOUTS[dataset]
-    wanted = (
-        {person for path in train_ids for person in layout.read_ids(path)} if train_ids else None
-    )
+    wanted: dict[int, str] | None = None
+    for path in train_ids or ():
+        wanted = (wanted or {}) | layout.read_ids(path)
     samples: list[Sample] = []
     for root in roots:
         found = layout.train(root, trial, wanted)
@@ -67,10 +73,11 @@ def training_samples(
                 "one number"
             )
         samples += found
-    missing = (wanted or set()) - {sample.person_id for sample in samples}
+    people = {sample.person_id for sample in samples}
+    missing = [name for number, name in (wanted or {}).items() if number not in people]
     if missing:
         raise DatasetError(
-            f"identity {min(missing)} ({len(missing)} missing in all) is in none of the roots; "
+            f"identity {missing[0]} ({len(missing)} missing in all) is in none of the roots; "
             "correct --train-ids or add its root"
         )
     if not Counter(sample.modality for sample in samples).keys() >= {"rgb", "ir"}:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model import CMT, CheckpointInfo, Modality, load_checkpoint, save_checkpoint
 from model.atomic_file import write_whole
+from model.training_facts import TrainingFacts
 from training import distributed
 from training.acceleration import Acceleration, Switch, choose_acceleration, decide_compile
 from training.augmentation import augment
@@ -25,6 +26,7 @@ from training.batches import BatchReader
 from training.classifiers import imprint
 from training.diagnosis import modulation_verdict, why_not_finite
 from training.image_cache import cached_images
+from training.learnt import united
 from training.objective import Labels, Objective
 from training.progress import RunProgress, in_words
 from training.recipe import Recipe, recipe_yaml
@@ -109,7 +111,7 @@ class Trainer:
 
         torch.manual_seed(options.seed)
         self.model, start = initial.network(recipe.model)
-        self.facts = {**data.facts, **start}
+        self.facts = {**data.facts, **start, "learnt_from": _united(data.facts, start)}
         distributed.use_global_batch_norm(self.model, self.device)
         self.objective = Objective(recipe, self.model, self.sampler.classes, options.seed)
         self.objective.to(self.device)
@@ -436,6 +438,12 @@ class Trainer:
         self.acceleration = self.acceleration.resumed(
             Acceleration(**state["acceleration"]), self.options.channels_last
         )
+
+
+def _united(*facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The people whom a run learns from, and those whom its start learnt from."""
+    people = [one for of in facts for one in TrainingFacts.model_validate(of).people()]
+    return [one.model_dump() for one in united(people)]
 
 
 def _check(recipe: Recipe, data: TrainingData) -> None:

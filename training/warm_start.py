@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from model import CMT, CheckpointInfo, CMTConfig, load_checkpoint
 
@@ -23,17 +24,21 @@ class InitialWeights:
     backbone: str | Path | None = None
     checkpoint: Path | None = None
 
-    def network(self, config: CMTConfig) -> tuple[CMT, dict[str, str]]:
+    def network(self, config: CMTConfig) -> tuple[CMT, dict[str, Any]]:
         """A new network with these weights, and what its checkpoint records of them.
+
+        "learnt_from" are the people of a whole network, see `training.learnt`.
 
         Raises StartError, or CheckpointError where the checkpoint cannot be read.
         """
         model = CMT(config, weights=self.backbone)
-        facts = {}
+        facts: dict[str, Any] = {}
         if self.backbone is not None:
             facts["weights"] = Path(self.backbone).name
         if self.checkpoint is not None:
-            facts["start"] = start_from(model, self.checkpoint).fingerprint
+            start = start_from(model, self.checkpoint)
+            facts["start"] = start.fingerprint
+            facts["learnt_from"] = [people.model_dump() for people in start.facts.people()]
         return model, facts
 
 

@@ -20,11 +20,11 @@ from model import CheckpointInfo, load_checkpoint
 from model.machine import machine
 from training.ablation.results import CellResult, SearchResult, write_json
 from training.datasets import LAYOUTS, DatasetName, Sample
-from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import score_model, summarise
 from training.evaluation.splits import Split
 from training.evaluation.sysu import TRIAL_FILE
+from training.learnt import known_people, learnt_people, name_of, refuse_known_people
 from training.recipe import Recipe
 from training.samples import TrainingData, facts_of, training_samples
 from training.trainer import CHECKPOINT_FILE, RunOptions, Trainer
@@ -70,18 +70,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class AblationData:
-    """Images to train on, images to test on, and the protocol's searches over the latter."""
+    """Images to train on, images to test on, and the protocol's searches over the latter.
+
+    name: of the data set, where it is stated; see `training.learnt`.
+    """
 
     dataset: DatasetName
     training: Sequence[Sample]
     test: Sequence[Sample]
     splits: Sequence[Split]
     facts: dict[str, Any]
-
-    @property
-    def test_identities(self) -> list[int]:
-        """The people of the test images, ascending."""
-        return sorted({sample.person_id for sample in self.test})
+    name: str | None = None
 
 
 @dataclass
@@ -143,8 +142,11 @@ def read_data(
     test_root: Path,
     test_ids: Path | None,
     trial: int = 1,
+    name: str | None = None,
 ) -> AblationData:
     """What every cell trains and is tested on; galleries are official where the set has its file.
+
+    name: of the data set of both sides, where it is stated.
 
     Raises DatasetError for folders that are not as their layout says, AblationError where someone
     is on both sides.
@@ -152,7 +154,8 @@ def read_data(
     layout = LAYOUTS[dataset]
     training = training_samples(roots, train_ids, dataset, trial)
     test = layout.test(test_root, trial, None if test_ids is None else layout.read_ids(test_ids))
-    both = {sample.person_id for sample in training} & {sample.person_id for sample in test}
+    learnt = [learnt_people(dataset, name_of(dataset, name), training)]
+    both = known_people(learnt, test, dataset, name)
     if both:
         raise AblationError(
             f"identity {min(both)} ({len(both)} in all) is trained on and tested; correct "
@@ -164,7 +167,7 @@ def read_data(
     facts["training"] = _facts(training, roots)
     facts["test"] = _facts(test, [test_root])
     splits = protocol_splits(dataset, test, trial_file=test_root / TRIAL_FILE)
-    return AblationData(dataset, training, test, splits, facts)
+    return AblationData(dataset, training, test, splits, facts, name)
 
 
 def _facts(samples: Sequence[Sample], roots: Sequence[Path]) -> dict[str, Any]:
@@ -274,7 +277,7 @@ class CellRunner:
                 f"{path} already has modality or instance alignment trained in, so that the rows "
                 "would not start alike; start from a network trained with both off"
             )
-        refuse_training_identities(info, self.data.dataset.value, self.data.test_identities)
+        refuse_known_people(info, self.data.test, self.data.dataset, self.data.name)
         facts = {"checkpoint": path.name, "fingerprint": info.fingerprint}
         return _Origin(InitialWeights(checkpoint=path), facts)
 
@@ -316,7 +319,8 @@ class CellRunner:
     ) -> CheckpointInfo | None:
         """Train to the end; None where time is up before, with all that was done saved."""
         samples = self.data.training
-        facts = facts_of(self.data.dataset, self.data.facts.get("trial", 1), samples)
+        trial = self.data.facts.get("trial", 1)
+        facts = facts_of(self.data.dataset, trial, samples, self.data.name)
         trainer = Trainer(
             recipe,
             TrainingData(samples, facts=facts),

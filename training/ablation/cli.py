@@ -27,7 +27,7 @@ from training.datasets import DatasetName
 from training.device import chosen_device
 from training.files import write_file
 from training.malloc import keep_large_blocks
-from training.options import Device, Root, Trial, check_picture, fields_as_options
+from training.options import DatasetLabel, Device, Root, Trial, check_picture, fields_as_options
 from training.recipe import load_recipe
 
 app = typer.Typer(
@@ -92,6 +92,7 @@ class CellOptions:
         str | None,
         typer.Option(help="Or: ImageNet weights of the backbone, 'imagenet' or a local file."),
     ] = None
+    dataset_name: DatasetLabel = None
     seeds: Seeds = "0"
     trial: Trial = 1
     cells: Annotated[
@@ -227,6 +228,7 @@ def tsne(
         typer.Option(help="List of identities to choose from. Default: the test side."),
     ] = None,
     people: Annotated[int, typer.Option(min=2, help="How many people to show.")] = 10,
+    dataset_name: DatasetLabel = None,
     seed: Annotated[int, typer.Option(help="Of the choice of people and of t-SNE.")] = 0,
     trial: Trial = 1,
     json_file: Json = None,
@@ -239,7 +241,7 @@ def tsne(
     """
     check_picture(picture)
     request = Figure4Request(
-        checkpoint, dataset, root, ids, trial, people, seed, chosen_device(device)
+        checkpoint, dataset, root, ids, trial, people, seed, chosen_device(device), dataset_name
     )
     drawn = figure_4(request)
     plot_figure_4(drawn, picture)
@@ -260,6 +262,7 @@ def _run(ablation: Ablation, asked: CellOptions) -> None:
         read_data(
             *(asked.dataset, asked.root, asked.train_ids, asked.eval_root, asked.eval_ids),
             asked.trial,
+            asked.dataset_name,
         ),
         asked.run,
         device=chosen_device(asked.device),

@@ -15,10 +15,10 @@ from model import CMT, CheckpointInfo, load_checkpoint
 from model.machine import machine
 from training.ablation.cells import AblationError
 from training.datasets import LAYOUTS, DatasetName, Sample
-from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.embedding import embed_samples
 from training.evaluation.metrics import FloatArray, IntArray
 from training.files import write_figure
+from training.learnt import refuse_known_people
 
 PERPLEXITY = 30.0
 MOST_PEOPLE = 20  # colours that can be told apart
@@ -53,7 +53,8 @@ class Figure4Request:
     """What Figure 4 is drawn of.
 
     checkpoint: with modality alignment. dataset, root: where the images are. ids: a list of
-    identities to choose from; None: the test side of `trial`. people: how many of them to show.
+    identities to choose from; None: the test side of `trial`. name: of the data set, where it is
+    stated. people: how many of them to show.
     seed: of the choice of people and of t-SNE. device: "cpu", "cuda", ….
     """
 
@@ -65,6 +66,7 @@ class Figure4Request:
     people: int = 10
     seed: int = 0
     device: str = "cpu"
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ def figure_4(request: Figure4Request) -> Figure4:
     ids = None if request.ids is None else layout.read_ids(request.ids)
     samples = layout.test(request.root, request.trial, ids)
     chosen = choose_people(samples, request.people, request.seed)
-    people = sorted({sample.person_id for sample in chosen})
-    refuse_training_identities(info, request.dataset, people)
+    refuse_known_people(info, chosen, request.dataset, request.name)
     clouds = clouds_of(model, chosen)
     return Figure4(info, clouds, alignments(clouds), embed_in_plane(clouds, request.seed))
 

@@ -1,15 +1,15 @@
 """A checkpoint and held-out people → its calibration, which `cmt calibrate` shows and stores."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model import CheckpointInfo, load_checkpoint
 from training.calibration.calibrate import Fit, fit_calibration
 from training.calibration.pairs import held_out_images
 from training.datasets import LAYOUTS, DatasetName
-from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.embedding import embed_samples
+from training.learnt import learnt_people, name_of, refuse_known_people
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class CalibrationRequest:
     """A calibration as it is asked for.
 
     dataset, root: layout and folder of the images. ids: a list of held-out identities.
+    name: of the data set, where it is stated; see `training.learnt`.
     prior: share of pairs of one person that the probabilities assume, in (0, 1).
     device: "cpu", "cuda", …. batch_size: images per forward pass. workers: processes that decode
         images; 0 decodes in this one.
@@ -30,6 +31,7 @@ class CalibrationRequest:
     device: str = "cpu"
     batch_size: int = 64
     workers: int = 0
+    name: str | None = None
 
 
 def calibrate_checkpoint(
@@ -44,10 +46,10 @@ def calibrate_checkpoint(
     layout = LAYOUTS[request.dataset]
     ids = layout.read_ids(request.ids)
     model, info = load_checkpoint(request.checkpoint, request.device)
-    trial = int(info.training.get("trial", 1)) if layout.trials > 1 else 1
+    trial = (info.facts.trial or 1) if layout.trials > 1 else 1
     samples = layout.test(request.root, trial, ids)
-    people = sorted({sample.person_id for sample in samples})
-    refuse_training_identities(info, request.dataset, people)
+    refuse_known_people(info, samples, request.dataset, request.name)
+    people = learnt_people(request.dataset, name_of(request.dataset, request.name), samples)
     samples = held_out_images(samples)
     progress(f"Embedding {len(samples)} images on {request.device}")
     embedded = embed_samples(model, samples, batch_size=request.batch_size, workers=request.workers)
@@ -56,4 +58,5 @@ def calibrate_checkpoint(
         prior=request.prior,
         progress=lambda what: progress(f"Fitting {what}"),
     )
-    return info, fit
+    facts = fit.calibration.facts.model_copy(update={"name": people.name, "images": people.images})
+    return info, replace(fit, calibration=replace(fit.calibration, facts=facts))

@@ -23,7 +23,15 @@ from training.calibration.plot import plot_reliability
 from training.datasets import DatasetName
 from training.device import chosen_device
 from training.files import write_report
-from training.options import BatchSize, Device, FiguresFile, Root, Workers, check_picture
+from training.options import (
+    BatchSize,
+    DatasetLabel,
+    Device,
+    FiguresFile,
+    Root,
+    Workers,
+    check_picture,
+)
 
 
 def calibrate(
@@ -36,6 +44,7 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option(help="Where the calibrated file goes. Default: in its place.")
     ] = None,
+    dataset_name: DatasetLabel = None,
     prior: Annotated[
         float,
         typer.Option(
@@ -62,6 +71,7 @@ def calibrate(
         device=chosen_device(device),
         batch_size=batch_size,
         workers=workers,
+        name=dataset_name,
     )
     console = Console(soft_wrap=True)
     with console.status(f"Reading {checkpoint} and the images of {root}") as status:

@@ -1,6 +1,6 @@
 """Evaluate one checkpoint, or one per trial: what `cmt evaluate` does.
 
-Also who may be evaluated with a checkpoint, and which checkpoints may share a table.
+Also which checkpoints may share a table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import Evaluation, ModelScores, score_model, summarise
 from training.evaluation.sysu import TRIAL_FILE
+from training.learnt import known_people, refuse_known_people
 
 TRIAL_FIELD = "{trial}"
 
@@ -36,6 +37,7 @@ class EvaluationRequest:
     dataset, root: layout and folder of the images.
     checkpoint: a file, or a pattern with "{trial}" for one file per trial.
     ids: a list of identities to evaluate on; None: the protocol's test side.
+    name: of the data set, where it is stated; see `training.learnt`.
     trial: of RegDB; None: the checkpoint's own, or all for which the pattern has a file.
     galleries: of SYSU-MM01.
     rerank: whether to re-rank as well, see `k_reciprocal`.
@@ -53,6 +55,7 @@ class EvaluationRequest:
     device: str = "cpu"
     batch_size: int = 64
     workers: int = 0
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,13 @@ def evaluate_checkpoints(
     for trial, file in checkpoint_files(request.dataset, request.checkpoint, request.trial):
         model, info = load_checkpoint(file, request.device)
         if trial is None:  # a checkpoint of RegDB says which split it is of
-            trial = int(info.training.get("trial", 1)) if layout.trials > 1 else 1
+            trial = (info.facts.trial or 1) if layout.trials > 1 else 1
         samples = layout.test(request.root, trial, ids)
-        identities = sorted({sample.person_id for sample in samples})
-        refuse_training_identities(info, request.dataset, identities)
+        refuse_known_people(info, samples, request.dataset, request.name)
         if checkpoints:
             _refuse_other_selection(file, selection_of(info), checkpoints[0])
         splits = protocol_splits(request.dataset, samples, trial_file=trial_file)
-        shared = calibrated_on(info, request.dataset, identities)
+        shared = calibrated_on(info, samples, request.dataset, request.name)
         with working(f"Embedding {len(samples)} images on {request.device}"):
             scores = score_model(
                 *(model, samples, splits),
@@ -154,36 +156,16 @@ def evaluate_checkpoints(
 
 def selection_of(info: CheckpointInfo) -> str:
     """How a run chose its weights: "last", or "val" by validation; early runs had no choice."""
-    return str(info.training.get("selection", "last"))
-
-
-def refuse_training_identities(
-    info: CheckpointInfo, dataset: str, identities: Sequence[int]
-) -> None:
-    """Refuse people that a network was trained on: figures on them say nothing about others.
-
-    Raises DatasetError where the checkpoint was trained on some of the identities, by its own
-    record.
-    """
-    if info.training.get("dataset") != dataset:
-        return
-    known = sorted(set(identities) & {int(i) for i in info.training.get("identities", [])})
-    if known:
-        raise DatasetError(
-            f"The checkpoint was trained on {len(known)} of these {len(identities)} identities "
-            f"({', '.join(map(str, known[:5]))}{', …' if len(known) > 5 else ''}); choose others "
-            "with --ids."
-        )
+    return info.facts.selection or "last"
 
 
 def calibrated_on(
-    info: CheckpointInfo, dataset: DatasetName, identities: Sequence[int]
+    info: CheckpointInfo, samples: Sequence[Sample], dataset: DatasetName, name: str | None
 ) -> int | None:
-    """How many of the identities the calibration was fitted on; None without a calibration."""
+    """How many of the people of `samples` the calibration was fitted on; None without one."""
     if info.calibration is None:
         return None
-    facts = info.calibration.facts
-    return len(set(identities) & set(facts.identities)) if facts.dataset == dataset else 0
+    return len(known_people([info.calibration.facts.people], samples, dataset, name))
 
 
 def checkpoint_files(

@@ -27,7 +27,15 @@ from training.evaluation.tables import (
     size_lines,
 )
 from training.files import write_report
-from training.options import BatchSize, Device, FiguresFile, Root, Workers, check_picture
+from training.options import (
+    BatchSize,
+    DatasetLabel,
+    Device,
+    FiguresFile,
+    Root,
+    Workers,
+    check_picture,
+)
 
 
 def evaluate(
@@ -43,6 +51,7 @@ def evaluate(
         Path | None,
         typer.Option(help="List of identities to evaluate on instead of the protocol's test side."),
     ] = None,
+    dataset_name: DatasetLabel = None,
     trial: Annotated[
         int | None,
         typer.Option(help="RegDB: only this split. Default: the checkpoint's own, or all ten."),
@@ -80,6 +89,7 @@ def evaluate(
         device=chosen_device(device),
         batch_size=batch_size,
         workers=workers,
+        name=dataset_name,
     )
 
     def scored(one: ScoredCheckpoint) -> None:

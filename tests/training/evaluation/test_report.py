@@ -21,9 +21,8 @@ from model import (
 )
 from model.cli import main
 from tests.paths import MINI
-from training.datasets import DatasetError, DatasetName, Sample, read_sysu
+from training.datasets import DatasetName, Sample, read_sysu
 from training.evaluation import evaluate_model, protocol_splits, rank_metrics
-from training.evaluation.checkpoints import refuse_training_identities
 from training.evaluation.embedding import embed_samples
 from training.evaluation.module_diagnostics import (
     bootstrap_interval,
@@ -298,11 +297,6 @@ def test_training_identities_are_refused(
     error = capsys.readouterr().err
     assert "trained on 1 of these 3 identities (370)" in error
     assert "--ids" in error
-    _, info = load_checkpoint(checkpoint)
-    refuse_training_identities(info, "sysu", [12, 218])
-    refuse_training_identities(info, "regdb", [7])  # other people with the same numbers
-    with pytest.raises(DatasetError, match="2 of these 3"):
-        refuse_training_identities(info, "sysu", [7, 8, 18])
 
 
 def test_errors_of_the_command_are_one_sentence(
