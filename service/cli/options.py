@@ -41,6 +41,12 @@ ModalityOption = Annotated[
         "camera's, else auto."
     ),
 ]
+PolarityOption = Annotated[
+    Literal["white_hot", "black_hot"] | None,
+    typer.Option(
+        help="Of infrared: black_hot where warm is dark. Default: the camera's, else white_hot."
+    ),
+]
 KeysFile = Annotated[
     Path, typer.Option("--file", envvar="CMT_API_KEYS_FILE", help="The file of keys.")
 ]
@@ -56,5 +62,6 @@ __all__ = [
     "Client",
     "KeysFile",
     "ModalityOption",
+    "PolarityOption",
     "Url",
 ]

@@ -17,11 +17,14 @@ from typing import Any, Self
 import httpx
 
 from model.atomic_file import whole_file
+from model.pictures import Polarity
 from service.api.schemas import (
     AuditRecords,
     BatchAnswer,
     BatchItem,
     BatchResult,
+    CameraRecord,
+    CameraRecords,
     Erased,
     GalleryItem,
     GalleryPage,
@@ -92,7 +95,8 @@ class Client:
         person_id: str | None = None,
         camera_id: str | None = None,
         captured_at: datetime | None = None,
-        modality: ModalityChoice = "auto",
+        modality: ModalityChoice | None = None,
+        polarity: Polarity | None = None,
         box: Sequence[int] | None = None,
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
@@ -103,6 +107,7 @@ class Client:
             "camera_id": camera_id,
             "captured_at": captured_at,
             "modality": modality,
+            "polarity": polarity,
             "metadata": metadata,
         }
         return calls.parsed(
@@ -130,7 +135,7 @@ class Client:
         box: Sequence[int] | None = None,
         **fields: Any,
     ) -> QueryAnswer:
-        """POST /query; fields: modality, top_k, candidates, exhaustive, modulation, group_by, …"""
+        """POST /query; fields: query_camera_id, modality, polarity, top_k, group_by, …"""
         return calls.parsed(self._send(calls.query(images, box, fields)), QueryAnswer)
 
     def list(self, **fields: Any) -> GalleryPage:
@@ -153,6 +158,31 @@ class Client:
     def erase(self, person_id: str) -> int:
         """DELETE /gallery?person_id=… → how many items were erased."""
         return calls.parsed(self._send(calls.erase(person_id)), Erased).deleted
+
+    def cameras(self) -> Sequence[CameraRecord]:
+        """GET /cameras: those that have defaults, by id."""
+        call = calls.Call("GET", "/cameras")
+        return calls.parsed(self._send(call), CameraRecords).cameras
+
+    def camera(self, camera_id: str) -> CameraRecord:
+        """GET /cameras/{camera_id}."""
+        call = calls.Call("GET", calls.camera_path(camera_id))
+        return calls.parsed(self._send(call), CameraRecord)
+
+    def set_camera(
+        self,
+        camera_id: str,
+        *,
+        modality: ModalityChoice | None = None,
+        polarity: Polarity | None = None,
+    ) -> CameraRecord:
+        """PUT /cameras/{camera_id}: its defaults, in place of those it had."""
+        call = calls.set_camera(camera_id, {"modality": modality, "polarity": polarity})
+        return calls.parsed(self._send(call), CameraRecord)
+
+    def delete_camera(self, camera_id: str) -> None:
+        """DELETE /cameras/{camera_id}: its defaults; its items stay."""
+        calls.checked(self._send(calls.Call("DELETE", calls.camera_path(camera_id))))
 
     def model(self) -> ModelCard:
         """GET /model."""
@@ -260,7 +290,8 @@ class AsyncClient:
         person_id: str | None = None,
         camera_id: str | None = None,
         captured_at: datetime | None = None,
-        modality: ModalityChoice = "auto",
+        modality: ModalityChoice | None = None,
+        polarity: Polarity | None = None,
         box: Sequence[int] | None = None,
         metadata: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
@@ -271,6 +302,7 @@ class AsyncClient:
             "camera_id": camera_id,
             "captured_at": captured_at,
             "modality": modality,
+            "polarity": polarity,
             "metadata": metadata,
         }
         return calls.parsed(
@@ -298,7 +330,7 @@ class AsyncClient:
         box: Sequence[int] | None = None,
         **fields: Any,
     ) -> QueryAnswer:
-        """POST /query; fields: modality, top_k, candidates, exhaustive, modulation, group_by, …"""
+        """POST /query; fields: query_camera_id, modality, polarity, top_k, group_by, …"""
         return calls.parsed(await self._send(calls.query(images, box, fields)), QueryAnswer)
 
     async def list(self, **fields: Any) -> GalleryPage:
@@ -323,6 +355,31 @@ class AsyncClient:
     async def erase(self, person_id: str) -> int:
         """DELETE /gallery?person_id=… → how many items were erased."""
         return calls.parsed(await self._send(calls.erase(person_id)), Erased).deleted
+
+    async def cameras(self) -> Sequence[CameraRecord]:
+        """GET /cameras: those that have defaults, by id."""
+        call = calls.Call("GET", "/cameras")
+        return calls.parsed(await self._send(call), CameraRecords).cameras
+
+    async def camera(self, camera_id: str) -> CameraRecord:
+        """GET /cameras/{camera_id}."""
+        call = calls.Call("GET", calls.camera_path(camera_id))
+        return calls.parsed(await self._send(call), CameraRecord)
+
+    async def set_camera(
+        self,
+        camera_id: str,
+        *,
+        modality: ModalityChoice | None = None,
+        polarity: Polarity | None = None,
+    ) -> CameraRecord:
+        """PUT /cameras/{camera_id}: its defaults, in place of those it had."""
+        call = calls.set_camera(camera_id, {"modality": modality, "polarity": polarity})
+        return calls.parsed(await self._send(call), CameraRecord)
+
+    async def delete_camera(self, camera_id: str) -> None:
+        """DELETE /cameras/{camera_id}: its defaults; its items stay."""
+        calls.checked(await self._send(calls.Call("DELETE", calls.camera_path(camera_id))))
 
     async def model(self) -> ModelCard:
         """GET /model."""

@@ -116,12 +116,12 @@ ITEM_ID = "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10"
 
 
 def sent_to() -> tuple[list[tuple[str, bytes]], httpx.MockTransport]:
-    """Method and target of what is sent through a transport whose answers are empty."""
+    """Method and target of what is sent through a transport that answers {} to everything."""
     seen: list[tuple[str, bytes]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append((request.method, request.url.raw_path))
-        return httpx.Response(200, content=b"", headers={"Content-Type": "image/jpeg"})
+        return httpx.Response(200, content=b"{}", headers={"Content-Type": "image/jpeg"})
 
     return seen, httpx.MockTransport(answer)
 
