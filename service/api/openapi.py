@@ -40,6 +40,7 @@ _EVERYWHERE: tuple[type[ServiceError], ...] = (
     errors.ShuttingDown,
     errors.KeysUnreadable,
     errors.DatabaseUnavailable,
+    errors.StorageMoved,
 )
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from model import CheckpointInfo
-from service.errors import DatabaseUnavailable, MemoryExhausted, ServiceError
+from service.errors import DatabaseUnavailable, MemoryExhausted, ServiceError, StorageMoved
 from service.gallery.feed import Position, Stored, Witness
 from service.gallery.index import snapshot
 from service.gallery.index.shard import Shard
@@ -110,7 +110,7 @@ class Follower:
         """Follow what is written in this context; if that fails, the next search tries again."""
         try:
             yield
-        except DatabaseUnavailable:
+        except (DatabaseUnavailable, StorageMoved):
             self._behind = True  # the commit may have happened and only its answer be lost
             raise
         self._behind = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
@@ -20,6 +20,7 @@ from service.errors import (
     IndexOutOfStep,
     ModelVersionConflict,
     ServiceError,
+    StorageMoved,
     StorageUnwritable,
 )
 from service.gallery.backup.backup import Backup, Backups
@@ -28,6 +29,7 @@ from service.gallery.follower import Follower, read_snapshot
 from service.gallery.index.shard import Counters, Statistics
 from service.gallery.records import (
     AuditPage,
+    Camera,
     Filters,
     IndexKind,
     Item,
@@ -42,7 +44,8 @@ from service.gallery.reembedding import Decode, Embed, Progress, Reembedding, de
 from service.gallery.search import Options, Query, answers
 from service.gallery.storage.audit import Act
 from service.gallery.storage.folder_lock import FolderLock
-from service.gallery.storage.store import Store
+from service.gallery.storage.private_files import tighten
+from service.gallery.storage.store import LabelField, Store, unknown_item
 from service.kit.shared_lock import SharedLock
 
 log = logging.getLogger(__name__)
@@ -95,6 +98,7 @@ class Gallery:
         folder = Path(data_dir)
         lock = FolderLock(folder)
         try:
+            tighten(folder)
             remove_leftovers(folder)
             config = info.config
             with ThreadPoolExecutor(1) as beside:
@@ -102,6 +106,7 @@ class Gallery:
                 store = Store(
                     *(folder, info.fingerprint, config.embedding_size, database_url),
                     configuration=config.model_dump(mode="json"),
+                    lock=lock,
                 )
             try:
                 follower = Follower(store, info, folder, device, index, reading.result())
@@ -161,8 +166,8 @@ class Gallery:
 
         All or none. model: fingerprint of the checkpoint that made the features, where it may
         have been changed since. Raises StorageFull where there is no space, ModelVersionConflict
-        for features of another checkpoint, and ValueError for those of another shape or not
-        finite in fp16.
+        for features of another checkpoint, LabelError (`model.labels`), and ValueError for
+        features of another shape or not finite in fp16.
         """
         with self._enrolling.shared():
             follower = self._of(model)
@@ -190,6 +195,30 @@ class Gallery:
         """The stored crop and its media type. Raises ItemNotFound."""
         return self._store.image(item_id)
 
+    def label(self, field: LabelField, text: str) -> str:
+        """`text` as a label of `model.labels`, for a filter or an erasure.
+
+        Raises LabelError for what is none, unless an item of an older release has it. Methods here
+        that take filters or a person accept any text, which then matches nothing.
+        """
+        return self._store.label(field, text)
+
+    def cameras(self) -> Sequence[Camera]:
+        """What is known of the cameras, by id."""
+        return self._store.cameras.list()
+
+    def find_cameras(self, camera_ids: Collection[str]) -> Mapping[str, Camera]:
+        """What is known of these cameras, by id; those of which nothing is are missing."""
+        return self._store.cameras.find(camera_ids)
+
+    def put_camera(self, camera: Camera, *, actor: str = "system") -> Camera:
+        """Store what holds for a camera, in place of what did. Raises LabelError."""
+        return self._store.cameras.put(camera, actor=actor)
+
+    def delete_camera(self, camera_id: str, *, actor: str = "system") -> bool:
+        """Forget what holds for a camera; its items stay. False: nothing was known of it."""
+        return self._store.cameras.delete(camera_id, actor=actor)
+
     def list(self, filters: Filters, limit: int, cursor: str | None = None) -> Page:
         """Items in order of enrollment. Raises CursorInvalid."""
         return self._store.list(filters, limit, cursor)
@@ -197,7 +226,7 @@ class Gallery:
     def update(self, item_id: str, changed: ItemUpdate, *, actor: str = "system") -> Item:
         """Give an item other labels or metadata; the next query filters by them.
 
-        actor: who did it, for the audit log, here and below. Raises ItemNotFound.
+        actor: who did it, for the audit log, here and below. Raises ItemNotFound and LabelError.
         """
         with self._changing() as store:
             return store.update(item_id, changed, actor=actor)
@@ -206,7 +235,9 @@ class Gallery:
         """Erase an item: once this returns, no query finds it. Raises ItemNotFound."""
         number = self._store.number_of(item_id)
         with self._changing() as store:
-            store.delete([number], actor=actor)
+            deleted = store.delete([number], actor=actor)
+        if not deleted:  # another call was first
+            raise unknown_item(item_id)
 
     def delete_where(self, person_id: str, *, actor: str = "system") -> int:
         """Erase a person's items → how many."""
@@ -360,9 +391,10 @@ class Gallery:
     def check(self) -> None:
         """Check index, model version and data folder.
 
-        Raises IndexOutOfStep, ModelVersionConflict, StorageUnwritable or DatabaseUnavailable,
-        naming what fails.
+        Raises StorageMoved, IndexOutOfStep, ModelVersionConflict, StorageUnwritable or
+        DatabaseUnavailable, naming what fails.
         """
+        self._store.database.check()
         stored, searchable = self._follower.counts()
         if stored != searchable:
             raise IndexOutOfStep(
@@ -439,17 +471,18 @@ class Gallery:
 
     def _keep(self) -> None:
         """Background work: follow other processes' changes, and renew the snapshot."""
-        failing = False
+        told = ""  # what goes on failing is said once
         while not self._closing.wait(SYNC_SECONDS):
             try:
+                self._current.store.database.check()  # else a snapshot would go to another folder
                 self._current.maintain()
                 self._current.store.finish_erasing()
-                failing = False
-            except DatabaseUnavailable as error:
-                if not failing:
-                    log.warning("%s", error.detail)
-                failing = True
+                told = ""
             except ServiceError as error:
-                log.warning("%s", error.detail)
+                if error.code != told:
+                    log.warning("data folder %s: %s", self._folder, error.detail)
+                    if isinstance(error, StorageMoved):
+                        self._current.store.database.save_log()
+                told = error.code
             except Exception:  # the next round tries again
                 log.exception("background work on the gallery failed")

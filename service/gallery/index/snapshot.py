@@ -22,13 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
 from model import CMTConfig
-from model.atomic_file import sync_folder
+from model.atomic_file import PRIVATE, sync_folder
 from service.gallery.feed import Position, Witness
 from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
@@ -40,6 +40,7 @@ from service.gallery.index.shard import Frozen
 FORMAT = 2
 FOLDER = "index"  # in the data folder
 MANIFEST = "MANIFEST"
+_FOLDER_MODE = 0o700  # there are labels and features in it
 _THREADS = 8  # that read and check at once: most wait for the disk, or for memory to be mapped
 # Bytes that are checked while they are still in the caches. CRC-32 finds every flipped bit, but not
 # tampering; a GB takes one core of an AMD EPYC 0.15 s, which hides behind the disk.
@@ -77,9 +78,9 @@ def save(
     witness: of that position. What was deleted by then is in none of the files. Raises
     OSError; the older snapshot then stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(_FOLDER_MODE, exist_ok=True)  # not its parent: a data folder may be moved away
     own = folder / uuid.uuid4().hex
-    own.mkdir()
+    own.mkdir(_FOLDER_MODE)
     try:
         manifest = _write_all(frozen, own)
         manifest |= {
@@ -152,6 +153,7 @@ def _write_index(frozen: Frozen, own: Path, files: list[_File]) -> dict[str, Any
     if index is None or not columns.alive[: len(index)].all():
         return None  # it cannot remove a deleted row: it is built again after loading
     path = own / "faiss"
+    _create(path).close()  # FAISS keeps the mode of a file that is there
     try:
         written = index.write(str(path))
     except RuntimeError as error:  # FAISS's error for a full disk or a missing folder
@@ -166,11 +168,15 @@ def _write_index(frozen: Frozen, own: Path, files: list[_File]) -> dict[str, Any
 
 
 def _write(path: Path, data: bytes | memoryview) -> _File:
-    with path.open("wb") as file:
+    with _create(path) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     return _File(path.name, len(data), zlib.crc32(data))
+
+
+def _create(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, PRIVATE), "wb")
 
 
 def _manifest(folder: Path, device: str, fingerprint: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ another and numbers become visible in order.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from service.errors import (
     StorageUnwritable,
 )
 from service.gallery.storage.folder_lock import FolderLock
+from service.gallery.storage.sqlite_file import BUSY_SECONDS, SqliteFile
 from service.kit.urls import without_password
 
 FILE_NAME = "gallery.sqlite3"
 _MIGRATIONS = Path(__file__).parent / "migrations"
-_BUSY_SECONDS = 30
 _TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
 _ADVISORY_LOCK = 0x636D745F72656964  # any number that no other program's lock has
 _POSTGRES_DISK_FULL = "53100"
@@ -48,13 +48,24 @@ class Database:
 
     url: `sqlite:///FILE` or `postgresql+psycopg://…`. An SQLite file outside of the data folder
     is locked like that folder, whose lock covers a file inside it. migrate: call `migrate` at once.
-    Raises DatabaseUnavailable, GalleryLocked, GalleryVersion, GalleryDamaged, StorageUnwritable.
+    lock: that of the data folder, without which nothing may be written. Raises DatabaseUnavailable,
+    GalleryLocked, GalleryVersion, GalleryDamaged, StorageUnwritable.
     """
 
-    def __init__(self, folder: Path, url: str | None = None, *, migrate: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        url: str | None = None,
+        *,
+        migrate: bool = True,
+        lock: FolderLock | None = None,
+    ) -> None:
         address = address_of(folder, url)
+        self._folder = folder
         self.sqlite = address.get_backend_name() == "sqlite"
         self._lock: FolderLock | None = None
+        self._folder_lock = lock
+        self._file: SqliteFile | None = None
         # SQLite's log may still hold erased pages: at first those of a process that died.
         self.wal_pending = self.sqlite
         self.copying = False  # a long transaction keeps that log open
@@ -62,7 +73,7 @@ class Database:
             home = Path(str(address.database)).resolve().parent
             if home != folder.resolve():
                 self._lock = FolderLock(home)
-            self.engine = _sqlite_engine(address)
+            self.engine = _sqlite_engine(address, self._connect)
         else:
             self.engine = _postgres_engine(address)
         self._writer = self.engine.execution_options(writes=True)
@@ -74,6 +85,9 @@ class Database:
             )
         )
         try:
+            if self.sqlite:
+                with self._reported():
+                    self._file = SqliteFile(Path(str(address.database)))
             self._check_durable()
             if migrate:
                 self.migrate()
@@ -84,8 +98,26 @@ class Database:
     def close(self) -> None:
         """Close every connection and release the file."""
         self.engine.dispose()
+        if self._file is not None:
+            self._file.close()
         if self._lock is not None:
             self._lock.release()
+
+    def check(self) -> None:
+        """Raise StorageMoved unless a restart would find what is written now.
+
+        Files that are open are also written to when they have been removed, or moved with their
+        folder. This takes a few microseconds.
+        """
+        for opened in (self._folder_lock, self._lock, self._file):
+            if opened is not None:
+                opened.check()
+
+    def save_log(self) -> None:
+        """After `check` has failed: leave as little as possible to files without a name."""
+        if self._file is not None:
+            with self._reported():
+                self._file.copy_log()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -95,9 +127,20 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction of the only writer; its writes are on the disk when it ends."""
-        with self._reported(), self._writer.begin() as connection:
-            yield connection
+        """A transaction of the only writer; its writes are on the disk when it ends.
+
+        Raises StorageMoved where nobody would find them there; what was moved between the two
+        checks may have been written all the same, as where a connection breaks during a commit.
+        """
+        with self._reported():
+            with self._writer.begin() as connection:
+                self.check()
+                yield connection
+            self.check()
+
+    def _connect(self) -> sqlite3.Connection:
+        assert self._file is not None
+        return self._file.connect()
 
     def truncate_log(self) -> bool:
         """Truncate SQLite's log, which still holds erased pages. False: readers kept it open."""
@@ -113,7 +156,7 @@ class Database:
                 cursor.execute(f"PRAGMA busy_timeout = {_TRUNCATE_MILLISECONDS}")
                 busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             finally:
-                cursor.execute(f"PRAGMA busy_timeout = {1000 * _BUSY_SECONDS}")
+                cursor.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}")
                 connection.close()
         self.wal_pending = bool(busy)
         return not busy
@@ -141,6 +184,7 @@ class Database:
                     "use the newer release that wrote it, or restore a backup"
                 )
             config.attributes["connection"] = connection
+            config.attributes["folder"] = self._folder
             command.upgrade(config, "head")
 
     @property
@@ -213,19 +257,8 @@ def address_of(folder: Path, url: str | None) -> URL:
     )
 
 
-def _sqlite_engine(address: URL) -> Engine:
-    engine = create_engine(address, connect_args={"timeout": _BUSY_SECONDS})
-
-    @event.listens_for(engine, "connect")
-    def set_up(connection: sqlite3.Connection, _record: Any) -> None:
-        # Python's module would begin transactions by its own rules: never before a SELECT.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode = WAL")  # readers continue while a writer commits
-        cursor.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
-        cursor.execute("PRAGMA secure_delete = ON")  # deleted pages are overwritten with zeros
-        cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.close()
+def _sqlite_engine(address: URL, connect: Callable[[], sqlite3.Connection]) -> Engine:
+    engine = create_engine(address, creator=connect)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -239,7 +272,7 @@ def _sqlite_engine(address: URL) -> Engine:
 def _postgres_engine(address: URL) -> Engine:
     # A lost server is noticed within seconds, and pool_pre_ping replaces connections that broke
     # since their last use.
-    limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * _BUSY_SECONDS}
+    limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * BUSY_SECONDS}
     try:
         engine = create_engine(
             address,
@@ -258,7 +291,7 @@ def _postgres_engine(address: URL) -> Engine:
         cursor.execute("SHOW synchronous_commit")
         if cursor.fetchone()[0] == "off":  # any other value waits for the disk
             cursor.execute("SET synchronous_commit = on")
-        cursor.execute(f"SET lock_timeout = '{_BUSY_SECONDS}s'")
+        cursor.execute(f"SET lock_timeout = '{BUSY_SECONDS}s'")
         cursor.close()
         connection.autocommit = False
 

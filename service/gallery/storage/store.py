@@ -8,17 +8,28 @@ from contextlib import contextmanager
 from copy import copy
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
 
+from model.labels import LabelError, normalized_label
 from service.errors import IdempotencyConflict, ItemNotFound, ServiceError
 from service.gallery.feed import Stored
-from service.gallery.records import Filters, Item, ItemUpdate, NewItem, Page, RequestKey
+from service.gallery.records import (
+    Filters,
+    Item,
+    ItemUpdate,
+    NewItem,
+    Page,
+    RequestKey,
+    meant_label,
+)
 from service.gallery.storage.audit import Act, Audit, write
+from service.gallery.storage.cameras import Cameras
 from service.gallery.storage.database import Database
+from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.group_commit import GroupCommit
 from service.gallery.storage.rows import (
     blocks,
@@ -30,6 +41,7 @@ from service.gallery.storage.rows import (
     record_of,
     request_of,
     row_of,
+    storable,
 )
 from service.gallery.storage.streaming import BLOCK, View, checked, record_changes
 from service.gallery.storage.tables import crops, features, items
@@ -38,6 +50,8 @@ from service.gallery.times import microseconds
 
 log = logging.getLogger(__name__)
 
+LabelField = Literal["person_id", "camera_id"]
+
 _CACHED = {"person_id", "camera_id", "captured_at"}  # what `Stored` has of an item
 
 
@@ -45,7 +59,8 @@ class Store:
     """The database of one data folder (or URL), seen with the features of one model version.
 
     model: the checkpoint's fingerprint. size: P·D. Thread-safe; writes that come together share
-    one transaction. `versions` are all model versions, `audit` is the log of who did what.
+    one transaction. `versions` are all model versions, `cameras` is what is known of the cameras,
+    `audit` is the log of who did what.
     """
 
     def __init__(
@@ -55,13 +70,15 @@ class Store:
         size: int,
         url: str | None = None,
         configuration: dict[str, Any] | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
         self.model = model
         self.size = size
-        self.database = Database(folder, url)
+        self.database = Database(folder, url, lock=lock)
         self._commits = GroupCommit(self.database)
         self.versions = Versions(self.database, self._commits)
         self.audit = Audit(self.database, self._commits, folder)
+        self.cameras = Cameras(self.database, self._commits)
         try:
             self.audit.load_key()  # now, so that a deletion needs no disk space for it
             self.versions.register(model, configuration)
@@ -88,12 +105,27 @@ class Store:
         """Whether other processes may write to it."""
         return not self.database.sqlite
 
+    def label(self, field: LabelField, text: str) -> str:
+        """`text` as a label. Raises LabelError for what is none, unless an item has it.
+
+        Filters and erasures take any text (`meant_label`); this tells who sent one that it cannot
+        match.
+        """
+        try:
+            return normalized_label(text)
+        except LabelError:
+            query = select(exists().where(items.c[field].in_(storable([text]))))
+            with self.database.reading() as connection:
+                if not connection.execute(query).scalar_one():
+                    raise
+            return text
+
     def add(self, new: Sequence[NewItem], rows: npt.NDArray[np.float16]) -> list[tuple[int, Item]]:
         """Commit items with their features (N×(P·D)) → their numbers and records, durable.
 
-        All or none. Raises ValueError for features of another shape or not finite and for a time
-        without offset, ModelVersionConflict where the gallery now uses another version, and
-        IdempotencyConflict where an item of the same Idempotency-Key was enrolled at the same
+        All or none. Raises LabelError, ValueError for features of another shape or not finite and
+        for a time without offset, ModelVersionConflict where the gallery now uses another version,
+        and IdempotencyConflict where an item of the same Idempotency-Key was enrolled at the same
         moment.
         """
         rows = checked(rows, len(new), self.size)
@@ -132,7 +164,7 @@ class Store:
         with self.database.reading() as connection:
             row = connection.execute(select(items).where(items.c.id == item_id)).one_or_none()
         if row is None:
-            raise _unknown(item_id)
+            raise unknown_item(item_id)
         return item_of(row)
 
     def enrolled_by(self, request: RequestKey) -> Item | None:
@@ -157,7 +189,7 @@ class Store:
         with self.database.reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
-            raise _unknown(item_id)
+            raise unknown_item(item_id)
         return bytes(row.data), row.media_type
 
     def number_of(self, item_id: str) -> int:
@@ -166,7 +198,7 @@ class Store:
         with self.database.reading() as connection:
             number = connection.execute(query).scalar_one_or_none()
         if number is None:
-            raise _unknown(item_id)
+            raise unknown_item(item_id)
         return int(number)
 
     def numbers_before(self, moment: datetime, limit: int) -> list[int]:
@@ -186,7 +218,10 @@ class Store:
         return found
 
     def update(self, item_id: str, changed: ItemUpdate, *, actor: str = "system") -> Item:
-        """Give an item new labels or metadata → the item as it is then. Raises ItemNotFound."""
+        """Give an item new labels or metadata → the item as it is then.
+
+        Raises ItemNotFound and LabelError.
+        """
         columns = columns_of(changed)
         mine = items.c.id == item_id
 
@@ -204,7 +239,7 @@ class Store:
 
         row = self._commits.run(work)
         if row is None:
-            raise _unknown(item_id)
+            raise unknown_item(item_id)
         if "person_id" in columns:
             self._cut_log()
         return item_of(row)
@@ -231,10 +266,12 @@ class Store:
 
     def erase_person(self, person_id: str, *, actor: str = "system") -> list[int]:
         """Erase all items of a person, also those that another process added → their numbers."""
+        person_id = meant_label(person_id)
         subject = self.audit.pseudonym(person_id)
 
         def work(connection: Connection) -> list[int]:
-            query = select(items.c.number).where(items.c.person_id == person_id)
+            mine = items.c.person_id.in_(storable([person_id]))
+            query = select(items.c.number).where(mine)
             gone = _erase(connection, connection.execute(query).scalars().all())
             write(connection, [Act(actor, "erase", subject, {"items": len(gone)})])
             return sorted(int(row.number) for row in gone)
@@ -245,7 +282,7 @@ class Store:
 
     def list(self, filters: Filters, limit: int, cursor: str | None) -> Page:
         """Items in order of enrollment, after `cursor`. Raises CursorInvalid."""
-        conditions = conditions_of(filters)
+        conditions = conditions_of(filters.meant())
         after = 0 if cursor is None else number_of_cursor(cursor)
         page = select(items).where(*conditions, items.c.number > after).order_by(items.c.number)
         with self.database.reading() as connection:
@@ -311,5 +348,6 @@ def _erase(connection: Connection, numbers: Sequence[int]) -> list[Row[Any]]:
     return gone
 
 
-def _unknown(item_id: str) -> ItemNotFound:
+def unknown_item(item_id: str) -> ItemNotFound:
+    """The error for an id that no item has, or no longer."""
     return ItemNotFound(f"no item has the id {item_id[:64]}; GET /gallery lists the items")

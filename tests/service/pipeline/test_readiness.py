@@ -12,11 +12,13 @@ import torch
 from model import CMT, load_checkpoint, save_checkpoint
 from service.errors import MemoryExhausted, NotReady, StorageFull
 from service.gallery import Act
+from service.gallery.storage.database import FILE_NAME
 from service.images.decode import Picture
 from service.pipeline import self_check as pulse
 from service.pipeline.audit_writer import AuditWriter
 from service.pipeline.self_check import SelfCheck
 from tests.service.conftest import Serve
+from tests.service.processes import ServiceProcess
 
 
 def test_a_checkpoint_that_gives_no_numbers_is_never_ready(
@@ -70,6 +72,35 @@ def test_readiness_follows_the_last_image(monkeypatch: pytest.MonkeyPatch) -> No
             heart.check()
 
     asyncio.run(work())
+
+
+def test_a_service_whose_folder_is_moved_acknowledges_nothing_until_it_is_back(
+    tiny_checkpoint: Path, tmp_path: Path, visible: list[Path]
+) -> None:
+    folder, away = tmp_path / "data", tmp_path / "away"
+
+    def enroll(http: httpx.Client, number: int) -> httpx.Response:
+        return http.post("/gallery", files={"image": visible[number].read_bytes()})
+
+    with ServiceProcess(folder, tiny_checkpoint) as service, service.client() as http:
+        first = enroll(http, 0).json()["id"]
+        folder.rename(away)
+        for answer in (enroll(http, 1), http.get("/readyz"), http.delete(f"/gallery/{first}")):
+            assert (answer.status_code, answer.json()["code"]) == (503, "storage_moved")
+            assert "moved or removed" in answer.json()["detail"]
+        assert http.post("/query", files={"image": visible[0].read_bytes()}).is_success
+        assert not folder.exists()  # nothing was made in its place
+        away.rename(folder)
+        assert http.get("/readyz").is_success
+        third = enroll(http, 2)
+        assert third.status_code == 201
+        (folder / FILE_NAME).unlink()
+        assert enroll(http, 3).json()["code"] == "storage_moved"
+        assert http.get("/readyz").status_code == 503
+        assert {item["id"] for item in http.get("/gallery").json()["items"]} == {
+            first,
+            third.json()["id"],
+        }
 
 
 class FullDisk:
