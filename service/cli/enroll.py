@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from model.image_files import ImageFiles, Skipped
 from model.terminal import Console, say
 from service.api.schemas import BatchItem
-from service.cli.options import DEFAULT_URL, ApiKey, Client, ModalityOption, Url
+from service.cli.options import DEFAULT_URL, ApiKey, Client, ModalityOption, PolarityOption, Url
 from service.client.bulk import (
     COLUMNS,
     EnrollmentError,
@@ -46,6 +46,7 @@ def enroll(
         str | None, typer.Option(help="Camera of all the files whose manifest has none.")
     ] = None,
     modality: ModalityOption = None,
+    polarity: PolarityOption = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -57,7 +58,12 @@ def enroll(
 
     Example: cmt enroll crops/gate --camera-id gate
     """
-    given = {"person_id": person_id, "camera_id": camera_id, "modality": modality}
+    given = {
+        "person_id": person_id,
+        "camera_id": camera_id,
+        "modality": modality,
+        "polarity": polarity,
+    }
     labels = BatchItem.model_validate({k: v for k, v in given.items() if v is not None})
     found = ImageFiles()
     if manifest is None:
