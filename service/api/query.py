@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from service import errors
 from service.api.deps import NO_QUERY, ActorDep, ResourcesDep, json_response
+from service.api.labels import meant
 from service.api.openapi import documented, form_body, images_part
 from service.api.schemas import (
     QUERY_IMAGES,
@@ -22,9 +23,11 @@ from service.api.uploads import (
     read_upload,
 )
 from service.gallery import Filters, Hit
-from service.images.decode import Box, Picture
+from service.images.decode import Box
 from service.pipeline.pipeline import Answer
+from service.pipeline.reading import picture_of
 from service.pipeline.search_batcher import Search
+from service.resources import Resources
 
 router = APIRouter(tags=["query"])
 
@@ -58,13 +61,26 @@ async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Respo
         if form.box is not None and len(upload.images) > 1:
             raise invalid_field("box", "goes with one image; cut the crops out before")
         box = None if form.box is None else Box(*form.box)
+        camera = await state.pipeline.camera(form.query_camera_id)
         answer = await state.pipeline.query(
-            [Picture(image, form.modality, box) for image in upload.whole()], _search(form), actor
+            [
+                picture_of(image, box, form.modality, form.polarity, camera)
+                for image in upload.whole()
+            ],
+            await _search(state, form),
+            actor,
         )
     return json_response(_answer(answer, form, len(upload.images)))
 
 
-def _search(form: QueryForm) -> Search:
+async def _search(state: Resources, form: QueryForm) -> Search:
+    labels = await meant(
+        state,
+        "body",
+        person_id=form.person_id,
+        camera_id=form.camera_id,
+        exclude_camera_id=form.exclude_camera_id,
+    )
     return Search(
         top_k=form.top_k,
         candidates=form.candidates,
@@ -72,9 +88,7 @@ def _search(form: QueryForm) -> Search:
         modulation=form.modulation,
         group_by=form.group_by,
         filters=Filters(
-            person_id=form.person_id,
-            camera_id=form.camera_id,
-            exclude_camera_id=form.exclude_camera_id,
+            **labels,
             gallery_modality=form.gallery_modality,
             captured_from=form.captured_from,
             captured_to=form.captured_to,
@@ -91,6 +105,7 @@ def _answer(answer: Answer, form: QueryForm, images: int) -> QueryAnswer:
         "query": {
             "modality": answer.modality,
             "modality_source": answer.modality_source,
+            "polarity": answer.polarity,
             "images": images,
         },
         "results": [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +14,9 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
 
+from model.labels import LabelError
 from service.errors import (
     CursorInvalid,
     DatabaseUnavailable,
@@ -20,12 +25,12 @@ from service.errors import (
     ItemNotFound,
     StorageUnwritable,
 )
-from service.gallery.records import Filters, ItemUpdate, NewItem, RequestKey
+from service.gallery.records import Camera, Filters, ItemUpdate, NewItem, RequestKey
 from service.gallery.storage.audit import KEY_FILE, Act
 from service.gallery.storage.database import FILE_NAME
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.store import Store
-from service.gallery.storage.tables import audit, changes, schema
+from service.gallery.storage.tables import AUDIT_TRIGGERS, audit, changes, schema
 from tests.service.postgres import PostgresServer
 from tests.service.stores import MODEL, SIZE, OpenStore, all_of, crop, new, rows
 
@@ -284,3 +289,117 @@ def test_a_transaction_cut_in_the_middle_is_unavailable(
         read_while_cut()
     assert store.count() == 2
     store.close()
+
+
+# --- labels, cameras, an audit log that only grows ---
+
+
+def test_labels_that_look_the_same_are_one(store: Store) -> None:
+    ((_, item),) = store.add(new(1, person_id="zoe\u0308", camera_id="Ho\u0302f"), rows(1))
+    assert (item.person_id, item.camera_id) == ("zo\u00eb", "H\u00f4f")
+    for name in ("zo\u00eb", "zoe\u0308"):
+        assert store.list(Filters(person_id=(name,)), 5, None).items == [item]
+        assert store.list(Filters(exclude_camera_id=("Ho\u0302f",)), 5, None).items == []
+    moved = store.update(item.id, ItemUpdate(person_id="A\u030ake", camera_id=None))
+    assert (moved.person_id, moved.camera_id) == ("\u00c5ke", None)
+    assert store.erase_person("\u212bke") == [1]
+
+
+@pytest.mark.parametrize("bad", [" zoe", "zo\u200be", "zo\ne", "z" * 129, ""])
+def test_a_text_that_is_no_label_changes_nothing(store: Store, bad: str) -> None:
+    ((_, item),) = store.add(new(1, person_id="zoe"), rows(1))
+    for fields in ({"person_id": bad}, {"camera_id": bad}):
+        with pytest.raises(LabelError):
+            store.add(new(2, **fields), rows(2))
+        with pytest.raises(LabelError):
+            store.update(item.id, ItemUpdate(**fields))
+        with pytest.raises(LabelError):
+            store.cameras.put(Camera(bad))
+    with pytest.raises(LabelError):
+        store.label("person_id", bad)
+    assert store.erase_person(bad) == []
+    assert store.list(Filters(person_id=(bad,)), 5, None).items == []
+    assert store.list(Filters(), 5, None).items == [item]
+    assert store.cameras.list() == []
+
+
+def test_texts_that_no_database_holds_match_nothing(store: Store) -> None:
+    store.add(new(2, camera_id="gate"), rows(2))
+    for text in ("\0", "a\0b", "\ud800"):
+        assert store.list(Filters(camera_id=(text,)), 5, None).total == 0
+        assert store.list(Filters(exclude_camera_id=(text,)), 5, None).total == 2
+        with pytest.raises(LabelError):
+            store.label("camera_id", text)
+
+
+def test_polarity_is_stored_with_the_item_and_its_crop(store: Store) -> None:
+    hot = [NewItem(replace(crop(1), polarity="black_hot")), NewItem(crop(2))]
+    added = store.add(hot, rows(2))
+    assert [item.polarity for _, item in added] == ["black_hot", None]
+    assert [store.get(item.id) for _, item in added] == [item for _, item in added]
+    store.versions.register("b" * 64)
+    assert [c.polarity for block in store.versions.missing("b" * 64) for c in block] == [
+        "black_hot",
+        None,
+    ]
+    assert {c.polarity for c in store.versions.sample(MODEL, 5)[0]} == {"black_hot", None}
+
+
+def test_a_camera_is_known_at_once_and_until_it_is_deleted(open_store: OpenStore) -> None:
+    store = open_store()
+    assert store.cameras.find(["gate/ä"]) == {}
+    put = store.cameras.put(Camera("gate/a\u0308", "ir", "black_hot"), actor="key:1")
+    store.cameras.put(Camera("Gate", "rgb"))
+    assert put == Camera("gate/ä", "ir", "black_hot")
+    other = open_store()
+    assert other.cameras.list() == [Camera("Gate", "rgb"), put]
+    assert other.cameras.find(["gate/ä", "nothing"]) == {"gate/ä": put}
+    changed = store.cameras.put(Camera("gate/ä", None, "white_hot"))
+    assert other.cameras.find({"gate/ä"}) == {"gate/ä": changed}
+    assert other.cameras.delete("gate/ä", actor="key:2")
+    assert not other.cameras.delete("gate/ä")
+    assert store.cameras.list() == [Camera("Gate", "rgb")]
+    entries = [(e.actor, e.action, e.details) for e in store.audit.page(9).entries[::-1]]
+    assert entries[0] == (
+        *("key:1", "camera"),
+        {"camera_id": "gate/ä", "modality": "ir", "polarity": "black_hot"},
+    )
+    assert entries[-1] == ("key:2", "camera", {"camera_id": "gate/ä"})
+    assert len(entries) == 4
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE audit SET actor = 'nobody'",
+        "UPDATE audit SET details = '{}' WHERE number = 1",
+        "DELETE FROM audit",
+        "DELETE FROM audit WHERE number = 1",
+        "REPLACE INTO audit (number, moment, actor, action, details) VALUES (1, 0, 'x', 'y', '{}')",
+        "INSERT INTO audit (number, moment, actor, action, details) VALUES (1, 0, 'x', 'y', '{}') "
+        "ON CONFLICT (number) DO UPDATE SET actor = 'x'",
+        "TRUNCATE audit",
+    ],
+)
+def test_the_database_refuses_to_change_the_audit_log(store: Store, statement: str) -> None:
+    first = "REPLACE" if store.shared else "TRUNCATE"
+    if statement.startswith(first):
+        pytest.skip("no statement of this database")
+    store.add(new(2, person_id="zoe"), rows(2))
+    store.audit.append(Act("key:1", "query"), Act("key:1", "list"))
+    before = store.audit.page(9)
+    with (
+        pytest.raises(DBAPIError, match="append-only"),
+        store.database.engine.begin() as connection,
+    ):
+        connection.exec_driver_sql(statement)
+    assert store.audit.page(9) == before
+    assert len(store.erase_person("zoe")) == 2  # which only adds an entry
+    assert store.audit.page(9).entries[1:] == before.entries
+
+
+def test_the_triggers_are_those_that_a_backup_may_have(tmp_path: Path) -> None:
+    Store(tmp_path, MODEL, SIZE).close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        query = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+        assert dict(connection.execute(query)) == AUDIT_TRIGGERS
