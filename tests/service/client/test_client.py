@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import httpx
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.auth.keys import KeyFile
@@ -162,17 +162,17 @@ def test_what_is_no_id_is_not_sent(text: str) -> None:
     assert seen == []
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20) | st.text("./%2eE?#a\\", max_size=6))
 @example("a/../b")
 @example("%2f..")
 @example("gate 3/north ä?x=1#y%41")
 def test_a_camera_is_asked_for_by_exactly_its_label(text: str) -> None:
-    with httpx.Client(base_url="http://service") as http:
-        try:
-            path = camera_path(text)
-        except ValueError:
-            return
-        target = http.build_request("DELETE", path).url.raw_path.decode()
+    try:
+        path = camera_path(text)
+    except ValueError:
+        return
+    target = httpx.URL("http://service").join(path).raw_path.decode()
     room, name = target.rsplit("/", 1)  # one segment, whatever proxy resolves it
     assert room == "/cameras"
     assert not set("?#") & set(name)
