@@ -9,6 +9,7 @@ import typer
 
 from model.terminal import say
 from service.cli.options import DEFAULT_URL, ApiKey, Client, Url
+from service.cli.outputs import Force, output
 
 DatabaseUrl = Annotated[
     str | None,
@@ -22,7 +23,7 @@ _ACTOR = "command line"
 
 def backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Such as gallery.zip.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    force: Force = False,
     data_dir: Annotated[
         Path | None, typer.Option(help="Work offline on a folder that no service has open.")
     ] = None,
@@ -36,25 +37,25 @@ def backup(
 ) -> None:
     """Write all that a gallery holds into one file, from a running service or offline.
 
-    The file has every crop and label, and can be read by its owner only.
+    The file has every crop and label, and can be read by its owner only. It is checked before it
+    gets its name: what was there before stays until then.
 
     Example: cmt backup gallery.zip
     """
     from service.gallery.backup.archive import peek
     from service.gallery.backup.backup import offline
 
-    if file.is_dir() or (file.exists() and not force):
-        raise typer.BadParameter(f"{file} exists; give another name, or --force to replace a file")
+    target = output(file, force=force)
     if data_dir is None:
         if temp_dir is not None:
             raise typer.BadParameter("--temp-dir needs --data-dir; a service uses its data folder")
         with Client(url, api_key=api_key) as client:
-            client.backup(file)
+            client.backup(target)
     else:
         with offline(data_dir, database_url) as backups:
-            backups.write(file, actor=_ACTOR, folder=temp_dir)
-    size = file.stat().st_size
-    say(f"Wrote {file}: {peek(file).counts['items']} items, {size / 1e6:,.1f} MB.")
+            backups.write(target, actor=_ACTOR, folder=temp_dir)
+    size = target.stat().st_size
+    say(f"Wrote {file}: {peek(target).counts['items']} items, {size / 1e6:,.1f} MB.")
 
 
 def restore(

@@ -21,11 +21,13 @@ from model.terminal import Console
 from service.api.schemas import QueryAnswer
 from service.cli.contact_sheet import Match, Row, SheetImage, matches, render
 from service.cli.enroll import report, send_with_progress
+from service.cli.outputs import Force, output
 from service.cli.query import sparkline
 from service.client import Client
 from service.client.bulk import read_manifest
 
 SHOWN = 5
+_TITLE = "Infrared queries, visible gallery"
 _ROLE = "role"  # the column that tells queries from the gallery
 
 
@@ -67,6 +69,7 @@ def demo(
     once: Annotated[
         bool, typer.Option("--once", help="End after the queries instead of serving on.")
     ] = False,
+    force: Force = False,
 ) -> None:
     """Enroll the example gallery, run the infrared queries, and serve until Ctrl-C.
 
@@ -79,6 +82,7 @@ def demo(
     from service.settings import Settings
 
     console = Console()
+    sheet = output(html, force=force or _is_own(html), special=True)
     manifest, checkpoint = examples / "manifest.csv", _checkpoint(examples)
     queries, expected = _queries(manifest), _expected(examples / "expected.json")
     try:
@@ -112,7 +116,7 @@ def demo(
                 f"Rank-1 with modulation {modulated:.0%}, without {unmodulated:.0%}; "
                 f"expected with modulation: at least {expected:.0%}.",
             ]
-            write_whole(html, render("Infrared queries, visible gallery", lines, _rows(outcomes)))
+            write_whole(sheet, render(_TITLE, lines, _rows(outcomes)))
             console.print()
             for line in (*lines, f"Contact sheet: {html.resolve()}"):
                 console.print(line)
@@ -122,6 +126,15 @@ def demo(
                     threading.Event().wait()
     if failures or modulated < expected:
         raise typer.Exit(1)
+
+
+def _is_own(html: Path) -> bool:
+    """Whether a file is the contact sheet of an earlier demo."""
+    try:
+        with html.open("rb") as file:
+            return f"<title>{_TITLE}</title>".encode() in file.read(1000)
+    except OSError:
+        return False
 
 
 def _run(client: Client, example: Example, gallery: int, console: Console) -> Outcome:

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from model.atomic_file import SHARED, whole_file, write_whole
+from model.atomic_file import PRIVATE, whole_file, write_whole
 from model.terminal import Console, printable, say, say_json
 from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
+from service.cli.outputs import Force, output, refuse_data_folder
 from service.client.bulk import EXPORTED, manifest_row
 from service.client.requests import item_path
 
@@ -21,6 +22,8 @@ gallery = typer.Typer(
 )
 
 PAGE = 1000
+_PRIVATE_FOLDER = 0o700
+_ITEMS, _MANIFEST = "items.jsonl", "manifest.csv"
 _PARTIAL = ".partial"
 _SHORT = 12  # digits of a fingerprint that tell checkpoints apart
 
@@ -76,23 +79,28 @@ def export(
     person_id: Annotated[list[str] | None, typer.Option(help="Any of these; repeat.")] = None,
     camera_id: Annotated[list[str] | None, typer.Option(help="Any of these; repeat.")] = None,
     modality: Annotated[list[Modality] | None, typer.Option()] = None,
+    force: Force = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Write crops, items.jsonl and a manifest.csv that `cmt enroll --manifest` reads.
 
-    May be interrupted and run again: crops that are there already are not fetched twice.
+    May be interrupted and run again: crops that are there already are not fetched twice, and the
+    two lists of an earlier export are replaced. Files are readable by their owner only.
 
     Example: cmt gallery export out --camera-id gate
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_data_folder(folder)
+    folder.mkdir(_PRIVATE_FOLDER, parents=True, exist_ok=True)
+    again = force or _is_export(folder)
+    items, manifest = (output(folder / name, force=again) for name in (_ITEMS, _MANIFEST))
     filters = {"person_id": person_id, "camera_id": camera_id, "modality": modality}
     there = {file.stem: file.name for file in folder.iterdir() if file.suffix != _PARTIAL}
     count, cursor = 0, None
     with (
         Client(url, api_key=api_key) as client,
-        whole_file(folder / "items.jsonl", SHARED) as lines,
-        whole_file(folder / "manifest.csv", SHARED) as table,
+        whole_file(items) as lines,
+        whole_file(manifest) as table,
     ):
         text = TextIOWrapper(table, "utf-8", newline="", write_through=True)
         rows = csv.writer(text)
@@ -114,14 +122,25 @@ def _fetch(client: Client, item_id: str, folder: Path) -> str:
     """Write an item's crop into `folder`, completely or not at all → the file's name."""
     data, media_type = client.image(item_id)
     file = folder / f"{item_id}.{media_type.removeprefix('image/')}"
-    write_whole(file, data)
+    write_whole(file, data, PRIVATE)
     return file.name
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether the lists in a folder are those of an earlier export."""
+    try:
+        with (folder / _MANIFEST).open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file), [])
+    except (OSError, ValueError, csv.Error):
+        return False
+    return header == list(EXPORTED) and (folder / _ITEMS).is_file()
 
 
 @gallery.command()
 def show(
     item_id: Annotated[str, typer.Argument(metavar="ID")],
     save: Annotated[Path | None, typer.Option(help="Write the stored crop to this file.")] = None,
+    force: Force = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -129,10 +148,11 @@ def show(
 
     Example: cmt gallery show 0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10 --save crop.png
     """
+    file = None if save is None else output(save, force=force, special=True)
     with Client(url, api_key=api_key) as client:
         say_json(client.get(item_id).model_dump_json(indent=2))
-        if save is not None:
-            write_whole(save, client.image(item_id)[0])
+        if file is not None:
+            write_whole(file, client.image(item_id)[0], PRIVATE)
 
 
 @gallery.command()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from model.atomic_file import write_whole
+from model.atomic_file import PRIVATE, write_whole
 from model.image_files import read_file
 from model.terminal import Console, printable, say, say_json
 from service.api.schemas import QueryAnswer
@@ -21,8 +21,10 @@ from service.cli.options import (
     Client,
     Modality,
     ModalityOption,
+    PolarityOption,
     Url,
 )
+from service.cli.outputs import Force, output
 
 Option = typer.Option
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -39,7 +41,11 @@ def query(
     group_by: Annotated[
         Literal["person_id"] | None, Option(help="Only the best image per person.")
     ] = None,
+    query_camera_id: Annotated[
+        str | None, Option(help="The camera that took the images; its defaults hold for them.")
+    ] = None,
     modality: ModalityOption = None,
+    polarity: PolarityOption = None,
     person_id: Annotated[list[str] | None, Option(help="Only these; repeat.")] = None,
     camera_id: Annotated[list[str] | None, Option(help="Only these; repeat.")] = None,
     exclude_camera_id: Annotated[list[str] | None, Option(help="Not these; repeat.")] = None,
@@ -47,6 +53,7 @@ def query(
     max_distance: Annotated[float | None, Option(help="Drop weaker results.")] = None,
     json: AsJson = False,
     html: Annotated[Path | None, Option(help="Write a contact sheet to this file.")] = None,
+    force: Force = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -58,6 +65,7 @@ def query(
 
     Example: cmt query infrared.png --group-by person_id --html sheet.html
     """
+    sheet = None if html is None else output(html, force=force, special=True)
     with Client(url, api_key=api_key) as client:
         answer = client.query(
             images,
@@ -66,7 +74,9 @@ def query(
             exhaustive=exhaustive,
             modulation=modulation,
             group_by=group_by,
+            query_camera_id=query_camera_id,
             modality=modality,
+            polarity=polarity,
             person_id=person_id,
             camera_id=camera_id,
             exclude_camera_id=exclude_camera_id,
@@ -74,7 +84,7 @@ def query(
             max_distance=max_distance,
             explain=True,
         )
-        if html is not None:
+        if sheet is not None:
             title = printable(", ".join(image.name for image in images))
             row = Row(
                 title=title,
@@ -83,7 +93,7 @@ def query(
                 answer=answer,
                 matches=matches(client, answer, top_k),
             )
-            write_whole(html, render("Who is this?", [_summary(answer)], [row]))
+            write_whole(sheet, render("Who is this?", [_summary(answer)], [row]), PRIVATE)
     if json:
         say_json(answer.model_dump_json(indent=2, exclude_unset=True))
     else:

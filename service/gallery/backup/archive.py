@@ -29,6 +29,7 @@ from service.errors import BackupInvalid
 
 DATABASE, KEY, MANIFEST = "gallery.sqlite3", "audit.key", "manifest.json"
 VERSION = 1
+START = b"PK\x03\x04"  # of every backup
 KEY_BYTES = 32
 _BLOCK = 1 << 20
 _MOST_MANIFEST = 1 << 20  # bytes, so that a file of another kind cannot fill the memory
@@ -197,8 +198,8 @@ def _opened(backup: Path) -> Iterator[ZipFile]:
 @contextmanager
 def _archive(backup: Path, file: BinaryIO) -> Iterator[ZipFile]:
     with _judged(backup):
-        start = file.read(4)
-    if start != b"PK\x03\x04":
+        start = file.read(len(START))
+    if start != START:
         raise BackupInvalid(f"{backup} is no backup; give a file that `cmt backup` wrote")
     with _judged(backup):
         archive = ZipFile(file)
