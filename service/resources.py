@@ -54,14 +54,15 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
     with ExitStack() as stack:
         embedder = _embedder(settings)
         gallery = stack.enter_context(closing(_gallery(settings, embedder)))
-        decoders = stack.enter_context(closing(_decoders(settings)))
+        decoders = stack.enter_context(closing(_decoders(settings, settings.decode_processes)))
+        checker = stack.enter_context(closing(_decoders(settings, 1)))
         stack.callback(tracing.close)
         admission = Admission(
             receiving=settings.max_receiving,
             working=settings.max_pending,
             bytes=settings.max_pending_bytes,
         )
-        pipeline = Pipeline(embedder, gallery, decoders, settings, metrics, tracing)
+        pipeline = Pipeline(embedder, gallery, decoders, checker, settings, metrics, tracing)
         stack.callback(pipeline.close)
         reembedder = ReembeddingJob(pipeline, settings)
         stack.callback(reembedder.close)
@@ -106,11 +107,12 @@ def _gallery(settings: Settings, embedder: Embedder) -> Gallery:
     )
 
 
-def _decoders(settings: Settings) -> Decoders:
+def _decoders(settings: Settings, processes: int) -> Decoders:
     return Decoders(
-        settings.decode_processes,
+        processes,
         ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
         seconds=settings.decode_timeout,
+        keep_metadata=settings.keep_image_metadata,
     )
 
 

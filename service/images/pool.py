@@ -4,71 +4,115 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, Pipe
-from queue import LifoQueue
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
-from service.errors import ImageUndecodable, RuntimeUnavailable, error_of
+from service.errors import (
+    DecodeBudgetSpent,
+    ImageUndecodable,
+    MemoryExhausted,
+    RuntimeUnavailable,
+    error_of,
+)
 from service.images.decode import Crop, ImageLimits, Picture
-from service.images.protocol import FACTS, Order
+from service.images.protocol import FACTS, READY, Order
+from service.images.turns import Share, Turns
 
 log = logging.getLogger(__name__)
 
-_GRACE = 2.0  # seconds beyond its own limit until a process that does not answer is killed
+# An image's limit is computing time. On a machine with other work to do it waits besides; what is
+# not answered by then does not wait for the image's sake.
+_PATIENCE = 3
+_GRACE = 2.0  # seconds beyond
+_START = 60.0  # seconds that a process may take to start
+_TRIES = 2  # deaths of one cause until the image is given up
+_RETRY_AFTER = 5
+
+# What an image can do to its process. Other signals come from outside: SIGKILL is the kernel's,
+# when memory runs out, or an operator's. More memory than a process may have is none of them: the
+# codec is refused it, and says so.
+_CRASHES = {
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGABRT,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+}
+
+
+@dataclass(eq=False)
+class _Job:
+    picture: Picture
+    height: int
+    width: int
+    limits: ImageLimits
+    answer: Future[Crop] = field(default_factory=Future)
 
 
 class Decoders:
     """`count` processes that decode one image each at a time. Thread-safe.
 
-    seconds: how long one image may take.
+    seconds: of computing that one image may take. keep_metadata: whether what is stored keeps EXIF
+    and the like.
     """
 
-    def __init__(self, count: int, limits: ImageLimits, *, seconds: float) -> None:
-        self._limits, self._seconds = limits, seconds
+    def __init__(
+        self, count: int, limits: ImageLimits, *, seconds: float, keep_metadata: bool = False
+    ) -> None:
+        self._limits, self._seconds, self._keep_metadata = limits, seconds, keep_metadata
+        self._turns: Turns[_Job] = Turns(count)
+        self._closing = False
         self._all = [_Worker() for _ in range(count)]
-        self._idle: LifoQueue[_Worker] = LifoQueue()
         for worker in self._all:
             worker.start()
-            self._idle.put(worker)
+        self._threads = [
+            threading.Thread(target=self._serve, args=(worker,), name="decode", daemon=True)
+            for worker in self._all
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        picture: Picture,
+        height: int,
+        width: int,
+        share: Share,
+        limits: ImageLimits | None = None,
+    ) -> Future[Crop]:
+        """Decode one upload, once it is its turn. Cancelled before that, it is never decoded.
+
+        height, width: of the network's input. The crop's picture has that size, so that what waits
+        for the network is small however large the upload was. share: of its request. limits:
+        instead of the pool's. The future raises ServiceError of status 413, 415 or 422 for what is
+        wrong with the image; MemoryExhausted where its process is killed from outside, again and
+        again; RuntimeUnavailable where no process starts.
+        """
+        job = _Job(picture, height, width, limits or self._limits)
+        self._turns.put(share, job)
+        job.answer.add_done_callback(
+            lambda answer: self._turns.remove(share, job) if answer.cancelled() else None
+        )
+        return job.answer
 
     def decode(
         self, picture: Picture, height: int, width: int, limits: ImageLimits | None = None
     ) -> Crop:
-        """Decode one upload, waiting for a free process.
-
-        height, width: of the network's input. The crop's picture has that size, so that what waits
-        for the network is small however large the upload was. limits: instead of the pool's. Raises
-        ServiceError of status 413, 415 or 422; RuntimeUnavailable where no process starts.
-        """
-        order = Order(
-            modality=picture.modality,
-            polarity=picture.polarity,
-            box=picture.box,
-            limits=limits or self._limits,
-            height=height,
-            width=width,
-            seconds=self._seconds,
-            sha256=picture.sha256,
-        )
-        worker = self._idle.get()
-        try:
-            facts, pixels, stored = self._answer(worker, order, picture.data)
-        finally:
-            self._idle.put(worker)
-        if "code" in facts:
-            raise error_of(facts["code"], facts["detail"])
-        return Crop(
-            image=Image.frombytes("RGB", (width, height), pixels),
-            data=picture.data if picture.box is None else stored,
-            **{name: facts[name] for name in FACTS},
-        )
+        """Decode one upload of nobody's request, waiting for its turn. See `submit`."""
+        return self.submit(picture, height, width, Share(""), limits).result()
 
     @property
     def processes(self) -> list[int]:
@@ -76,51 +120,129 @@ class Decoders:
         return [worker.process.pid for worker in self._all if worker.process is not None]
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes. What still waits is answered with RuntimeUnavailable."""
+        self._closing = True
+        for job in self._turns.close():
+            if job.answer.set_running_or_notify_cancel():
+                job.answer.set_exception(_ending())
+        for worker in self._all:
+            worker.stop()
+        for thread in self._threads:
+            thread.join()
         for worker in self._all:
             worker.kill()
 
-    def _answer(
+    def _serve(self, worker: _Worker) -> None:
+        """Decode what is next with one of the processes, until closed."""
+        while (found := self._turns.get()) is not None:
+            share, job = found
+            used = self._answer(worker, share, job)
+            self._turns.done(share, used)
+            del found, job  # while waiting for the next one, nothing is held
+
+    def _answer(self, worker: _Worker, share: Share, job: _Job) -> float:
+        """Answer one job → the seconds of decoding that it took."""
+        if not job.answer.set_running_or_notify_cancel():
+            return 0.0
+        if share.spent:
+            job.answer.set_exception(
+                DecodeBudgetSpent(
+                    f"the images of this request take longer than {share.seconds:g} seconds to "
+                    "decode, all together; send fewer or smaller ones at once"
+                )
+            )
+            return 0.0
+        begun, seconds = time.monotonic(), math.inf
+        try:
+            facts, pixels, stored = self._asked(worker, self._order(job), job.picture.data)
+            seconds = float(facts["seconds"])
+            if "code" in facts:
+                raise error_of(facts["code"], facts["detail"])
+            crop = Crop(
+                image=Image.frombytes("RGB", (job.width, job.height), pixels),
+                data=stored or job.picture.data,
+                **{name: facts[name] for name in FACTS},
+            )
+        except BaseException as error:
+            job.answer.set_exception(error)
+        else:
+            job.answer.set_result(crop)
+        # Computing time does not count what else the machine does. Never more than has passed.
+        return max(0.0, min(seconds, time.monotonic() - begun))
+
+    def _order(self, job: _Job) -> Order:
+        picture = job.picture
+        return Order(
+            modality=picture.modality,
+            polarity=picture.polarity,
+            box=picture.box,
+            limits=job.limits,
+            height=job.height,
+            width=job.width,
+            seconds=self._seconds,
+            keep_metadata=self._keep_metadata,
+            sha256=picture.sha256,  # computed here, off the event loop
+        )
+
+    def _asked(
         self, worker: _Worker, order: Order, data: bytes
     ) -> tuple[dict[str, Any], bytes, bytes]:
-        for last in (False, True):
+        deaths: list[str] = []
+        while True:
             try:
                 return worker.ask(order, data)
             except _Died as death:
                 worker.kill()
+                if self._closing:
+                    raise _ending() from death
                 log.warning("a decoding process ended (%s); another one takes its place", death)
-                if death.timeout:
+                deaths.append(death.cause)
+                if death.cause == "late":
                     raise ImageUndecodable(
                         f"the image takes longer than {self._seconds:g} seconds to decode; save it "
                         "again as JPEG or PNG"
                     ) from death
-                # It may have been killed for another reason: the image gets a second try.
-                if last:
+                if deaths.count(death.cause) < _TRIES:
+                    continue
+                if death.cause == "crashed":
                     raise ImageUndecodable(
                         "the image makes its decoder fail: it is damaged or of a variant that is "
                         "not supported; save it again as JPEG or PNG"
                     ) from death
-        raise AssertionError
+                raise MemoryExhausted(
+                    "the process that decodes the image was stopped from outside, as happens when "
+                    f"the machine runs out of memory; try again in {_RETRY_AFTER} seconds",
+                    headers={"Retry-After": str(_RETRY_AFTER)},
+                ) from death
+
+
+def _ending() -> RuntimeUnavailable:
+    return RuntimeUnavailable("the service ends; try again later")
 
 
 class _Died(Exception):  # noqa: N818 (what happened, not whose error)
-    """The process ended before it had answered."""
+    """The process ended before it had answered, or does not answer.
 
-    def __init__(self, status: int | None) -> None:
-        super().__init__("no answer" if status is None else f"status {status}")
-        self.timeout = status in (None, -signal.SIGALRM)
+    cause: `late`, the image took all its time; `crashed`, by the image; `killed`, from outside.
+    """
+
+    def __init__(self, what: str, cause: Literal["late", "crashed", "killed"]) -> None:
+        super().__init__(what)
+        self.cause = cause
 
 
 class _Worker:
-    """One process and its pipe, used only by the thread that took it from the idle ones."""
+    """One process and its pipe, used only by its thread."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection
+        self._ready = False
 
     def start(self) -> None:
         """Start the process. Raises RuntimeUnavailable."""
         self._pipe, theirs = Pipe()
+        self._ready = False
         command = [sys.executable, "-m", "service.images.worker", str(theirs.fileno())]
         # One thread is enough for NumPy there; each more would map memory of its own. It is a new
         # session, so that Ctrl-C reaches only the service, which then ends the process.
@@ -137,7 +259,8 @@ class _Worker:
             self._pipe.close()
             raise RuntimeUnavailable(
                 f"no process to decode images can be started ({error.strerror}); check the limits "
-                "on processes and memory"
+                "on processes and memory",
+                headers={"Retry-After": str(_RETRY_AFTER)},
             ) from error
         finally:
             theirs.close()
@@ -148,19 +271,43 @@ class _Worker:
             self.kill()
             self.start()
         try:
+            if not self._ready:
+                self._wait(_START)
+                self._ready = self._pipe.recv_bytes() == READY
             self._pipe.send_bytes(json.dumps(asdict(order)).encode())
             self._pipe.send_bytes(data)
-            if not self._pipe.poll(order.seconds + _GRACE):
-                raise _Died(None)
+            self._wait(_PATIENCE * order.seconds + _GRACE)
             facts = json.loads(self._pipe.recv_bytes())
             return facts, self._pipe.recv_bytes(), self._pipe.recv_bytes()
         except (EOFError, OSError) as error:
-            assert self.process is not None
-            raise _Died(self.process.wait()) from error
+            raise self._death() from error
+
+    def stop(self) -> None:
+        """Let its thread notice that it ends."""
+        if self.process is not None:
+            self.process.kill()
 
     def kill(self) -> None:
+        """End the process, and forget it."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self._pipe.close()
             self.process = None
+
+    def _wait(self, seconds: float) -> None:
+        if not self._pipe.poll(seconds):
+            # Its own alarm would have ended it long before if it computed: it was stopped.
+            raise _Died("no answer", "killed")
+
+    def _death(self) -> _Died:
+        """Why the process, whose pipe is closed, has ended."""
+        assert self.process is not None
+        try:
+            status = self.process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            return _Died("closed its pipe", "crashed")
+        if status == -signal.SIGPROF:
+            return _Died("out of time", "late")
+        by_image = self._ready and (status >= 0 or -status in _CRASHES)
+        return _Died(f"status {status}", "crashed" if by_image else "killed")

@@ -9,14 +9,15 @@ import json
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 from model.preprocess import resize
-from service.errors import ServiceError
-from service.images.decode import Box, Crop, ImageLimits, decode
-from service.images.protocol import FACTS, Order
+from service.errors import ImageTooLarge, ServiceError
+from service.images.decode import Box, ImageLimits, decode
+from service.images.protocol import FACTS, READY, Order
 
 # What decoding may use beyond the libraries. 20 million pixels of 16 bits need a tenth of it.
 _MEMORY = 2 << 30
@@ -27,18 +28,23 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_mapped() + _MEMORY, hard))
     pipe = Connection(int(sys.argv[1]))
+    pipe.send_bytes(READY)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             order, data = Order(**json.loads(pipe.recv_bytes())), pipe.recv_bytes()
-            # Unhandled, the alarm ends the process, even inside a codec that never returns.
-            signal.setitimer(signal.ITIMER_REAL, order.seconds)
-            answer = _work(order, data)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for part in answer:
+            # Unhandled, the alarm ends the process, even inside a codec that never returns. It
+            # counts computing, so that a busy machine does not make an image too slow.
+            signal.setitimer(signal.ITIMER_PROF, order.seconds)
+            begun = time.process_time()
+            facts, pixels, stored = _work(order, data)
+            facts["seconds"] = time.process_time() - begun
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            for part in (json.dumps(facts).encode(), pixels, stored):
                 pipe.send_bytes(part)
 
 
-def _work(order: Order, data: bytes) -> Sequence[bytes]:
+def _work(order: Order, data: bytes) -> tuple[dict[str, Any], bytes, bytes]:
+    """Facts, pixels, and the bytes to store where they are not those that were sent."""
     try:
         crop = decode(
             data,
@@ -46,18 +52,17 @@ def _work(order: Order, data: bytes) -> Sequence[bytes]:
             polarity=order.polarity,
             box=None if order.box is None else Box(*order.box),
             limits=ImageLimits(*order.limits),
+            keep_metadata=order.keep_metadata,
             sha256=order.sha256,
         )
+        pixels = resize(crop.image, order.height, order.width).tobytes()
     except ServiceError as error:
-        return [json.dumps({"code": error.code, "detail": error.detail}).encode(), b"", b""]
-    pixels = resize(crop.image, order.height, order.width)
-    # Without a box the uploaded bytes are stored, which the service has.
-    stored = b"" if order.box is None else crop.data
-    return [json.dumps(_facts(crop)).encode(), pixels.tobytes(), stored]
-
-
-def _facts(crop: Crop) -> dict[str, object]:
-    return {name: getattr(crop, name) for name in FACTS}
+        return {"code": error.code, "detail": error.detail}, b"", b""
+    except MemoryError:  # more than RLIMIT_AS allows; what the machine lacks is a signal instead
+        detail = "the image needs too much memory to decode; send a smaller crop"
+        return {"code": ImageTooLarge.code, "detail": detail}, b"", b""
+    stored = b"" if crop.data is data else crop.data
+    return {name: getattr(crop, name) for name in FACTS}, pixels, stored
 
 
 def _mapped() -> int:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from model.pictures import Polarity
 from service.errors import IdempotencyConflict, ServiceError
-from service.gallery import Item, NewItem, RequestKey
-from service.images.decode import Picture
+from service.gallery import Camera, Item, NewItem, RequestKey
+from service.images.decode import Box, ModalityChoice, Picture
 from service.kit.concurrency import gathered
 from service.pipeline.conflicts import retried
 from service.pipeline.pipeline import Embedding, Pipeline
+from service.pipeline.reading import picture_of
 
 # Images of one batch that are decoded or wait for the network at once; others get their turn.
 _WINDOW = 32
@@ -37,21 +39,37 @@ class Labels:
 
 @dataclass(frozen=True)
 class Enrollment:
-    """One crop to enroll. key: the client's Idempotency-Key."""
+    """One crop to enroll. modality, polarity: None where the sender gave none.
 
-    picture: Picture
+    key: the client's Idempotency-Key.
+    """
+
+    data: bytes
+    box: Box | None = None
+    modality: ModalityChoice | None = None
+    polarity: Polarity | None = None
     labels: Labels = field(default_factory=Labels)
     key: str | None = None
 
-    def request(self) -> RequestKey | None:
-        """The key with the SHA-256 of all that is enrolled under it."""
+    def picture(self, cameras: Mapping[str, Camera]) -> Picture:
+        """The picture to decode. cameras: what is known of them, by id."""
+        camera = cameras.get(self.labels.camera_id or "")
+        return picture_of(self.data, self.box, self.modality, self.polarity, camera)
+
+    def request(self, picture: Picture) -> RequestKey | None:
+        """The key with the SHA-256 of all that is enrolled under it, as its sender gave it."""
         if self.key is None:
             return None
-        digest = hashlib.sha256(bytes.fromhex(self.picture.sha256))
+        digest = hashlib.sha256(bytes.fromhex(picture.sha256))
         labels = self.labels
         captured = None if labels.captured_at is None else labels.captured_at.isoformat()
-        rest = [self.picture.modality, self.picture.box, labels.person_id, labels.camera_id]
-        digest.update(json.dumps([*rest, captured, labels.metadata], sort_keys=True).encode())
+        content = [
+            *(self.modality or "auto", self.box, labels.person_id, labels.camera_id),
+            *(captured, labels.metadata),
+        ]
+        if self.polarity is not None:  # which earlier releases did not know: their keys still hold
+            content.append(self.polarity)
+        digest.update(json.dumps(content, sort_keys=True).encode())
         return RequestKey(self.key, digest.hexdigest())
 
     def item(self, embedding: Embedding, request: RequestKey | None) -> NewItem:
@@ -77,25 +95,32 @@ class Enrolled:
 Outcome = Enrolled | ServiceError
 
 
-async def enroll(pipeline: Pipeline, wanted: Sequence[Enrollment]) -> list[Outcome]:
+async def enroll(pipeline: Pipeline, wanted: Sequence[Enrollment], actor: str) -> list[Outcome]:
     """Decode and embed crops, and store those that can be in one transaction.
 
     An image that is refused, and a key that stands for other content, fail alone. Raises the error
     of the transaction (StorageFull, StorageUnwritable, DatabaseUnavailable, ModelVersionConflict);
     nothing is stored then.
     """
-    return await _Batch(pipeline, wanted).run()
+    return await _Batch(pipeline, wanted, actor).run()
 
 
 class _Batch:
-    def __init__(self, pipeline: Pipeline, wanted: Sequence[Enrollment]) -> None:
+    def __init__(self, pipeline: Pipeline, wanted: Sequence[Enrollment], actor: str) -> None:
         self._pipeline, self._wanted = pipeline, wanted
+        self._share = pipeline.share(actor)
+        self._pictures: list[Picture] = []
         self._requests: list[RequestKey | None] = [None] * len(wanted)
         self._outcomes: dict[int, Outcome] = {}
         self._same: dict[int, int] = {}  # place → an earlier one with the same key and content
         self._embedded: dict[int, Embedding] = {}
 
     async def run(self) -> list[Outcome]:
+        ids = {one.labels.camera_id for one in self._wanted} - {None}
+        cameras: Mapping[str, Camera] = {}
+        if ids:
+            cameras = await self._pipeline.stored(partial(self._pipeline.gallery.find_cameras, ids))
+        self._pictures = [one.picture(cameras) for one in self._wanted]
         if any(one.key is not None for one in self._wanted):
             # This hashes the bytes of all images, so not on the event loop.
             self._requests = await self._pipeline.stored(self._all_requests)
@@ -111,7 +136,9 @@ class _Batch:
         return [self._outcomes[place] for place in range(len(self._wanted))]
 
     def _all_requests(self) -> list[RequestKey | None]:
-        return [one.request() for one in self._wanted]
+        return [
+            one.request(picture) for one, picture in zip(self._wanted, self._pictures, strict=True)
+        ]
 
     def _open(self) -> list[int]:
         """Places without an outcome so far."""
@@ -160,7 +187,7 @@ class _Batch:
         async with window:
             try:
                 self._embedded[place] = await self._pipeline.embedded(
-                    self._wanted[place].picture, query=False
+                    self._pictures[place], self._share
                 )
             except ServiceError as error:
                 self._outcomes[place] = error

@@ -11,8 +11,8 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -22,12 +22,14 @@ from anyio import create_task_group, sleep
 from anyio.abc import TaskGroup
 from torch import Tensor
 
+from model.pictures import Polarity
 from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
 from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
-from service.gallery import Act, Gallery, SearchResult
+from service.gallery import Act, Camera, Gallery, SearchResult
 from service.images import Decoders
 from service.images.decode import STORED_LIMITS, Crop, Modality, ModalitySource, Picture
+from service.images.turns import Share
 from service.kit.concurrency import gathered, in_thread
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
@@ -41,6 +43,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_Decode = Callable[[Picture, int, int], Future[Crop]]
+"""Lets a picture wait for its turn. Height and width are those of the network's input."""
+
 # SQLite has one writer; readers of a page or an image are short.
 _STORE_THREADS = 8
 _EXPIRE_EVERY = 600.0  # seconds
@@ -50,14 +55,15 @@ _EXPIRE_EVERY = 600.0  # seconds
 class Answer:
     """A ranking (`search_batcher.Ranking`), and the modality that its query was taken for.
 
-    model: fingerprint of the checkpoint. timings_ms: of decode, queue, embed, recall, rescore,
-    fetch, and total.
+    polarity: of its infrared images, None without one. model: fingerprint of the checkpoint.
+    timings_ms: of decode, queue, embed, recall, rescore, fetch, and total.
     """
 
     result: SearchResult
     similarities: list[float | None]
     modality: Modality | Literal["mixed"]
     modality_source: ModalitySource
+    polarity: Polarity | None
     model: str
     timings_ms: dict[str, float]
 
@@ -82,7 +88,8 @@ class _Decoded(NamedTuple):
 class Pipeline:
     """Runs queries, and what enrollments share with them.
 
-    engine: the one in use; see `switch`. The caller closes gallery and decoders.
+    engine: the one in use; see `switch`. checker: decodes for the self-check only, which thus never
+    waits behind uploads. The caller closes gallery and decoders.
     """
 
     def __init__(
@@ -90,20 +97,20 @@ class Pipeline:
         embedder: Embedder,
         gallery: Gallery,
         decoders: Decoders,
+        checker: Decoders,
         settings: Settings,
         metrics: Metrics,
         tracing: Tracing,
     ) -> None:
         self.gallery = gallery
-        self._decoders, self._settings = decoders, settings
+        self._decoders, self._checker, self._settings = decoders, checker, settings
         self._metrics, self._tracing = metrics, tracing
         self.engine = self._engine_of(embedder)
         self._background: TaskGroup | None = None
-        self._decoding = ThreadPoolExecutor(settings.decode_processes, "decode")
         self._searches = SearchBatcher(gallery)
         self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
         self.audit_writer = AuditWriter(gallery, metrics.audit_failures.inc)
-        self.self_check = SelfCheck(partial(self.embedded, query=True))
+        self.self_check = SelfCheck(self._check)
 
     async def run(self) -> None:
         """Run the background work: embedding, self-check, retention. Until cancelled."""
@@ -142,8 +149,7 @@ class Pipeline:
 
     def close(self) -> None:
         """End the threads, once nothing is in progress."""
-        for threads in (self._decoding, self._storing):
-            threads.shutdown(cancel_futures=True)
+        self._storing.shutdown(cancel_futures=True)
         self._searches.close()
         self.audit_writer.close()
 
@@ -151,16 +157,36 @@ class Pipeline:
         """Run a call to the gallery that reads or changes it, in a thread."""
         return await in_thread(self._storing, call)
 
+    async def camera(self, camera_id: str | None) -> Camera | None:
+        """What is known of a camera, now: another replica may just have changed it."""
+        if camera_id is None:
+            return None
+        found = await self.stored(partial(self.gallery.find_cameras, [camera_id]))
+        return found.get(camera_id)
+
     def decode_stored(self, picture: Picture, height: int, width: int) -> Crop:
         """Decode a crop of the gallery in one of the decoding processes. Raises ServiceError."""
         return self._decoders.decode(picture, height, width, STORED_LIMITS)
 
-    async def embedded(self, picture: Picture, *, query: bool) -> Embedding:
-        """Decode and embed one picture. Raises ServiceError."""
+    def share(self, actor: str) -> Share:
+        """A request's share of the decoders. actor: the caller, as it takes turns with others."""
+        return Share(actor, self._settings.decode_budget)
 
+    async def embedded(self, picture: Picture, share: Share) -> Embedding:
+        """Decode and embed one picture to enroll. share: of its request. Raises ServiceError."""
+        decode = partial(self._decoders.submit, share=share)
+        return await self._decoded_and_embedded(picture, decode, query=False)
+
+    async def _check(self, picture: Picture) -> Embedding:
+        decode = partial(self._checker.submit, share=Share("self-check"))
+        return await self._decoded_and_embedded(picture, decode, query=True)
+
+    async def _decoded_and_embedded(
+        self, picture: Picture, decode: _Decode, *, query: bool
+    ) -> Embedding:
         async def attempt() -> Embedding:
             with self.engine.batcher.in_flight():
-                return await self._embedded(await self._decoded(picture), query=query)
+                return await self._embedded(await self._decoded(picture, decode), query=query)
 
         return await retried(attempt)
 
@@ -175,7 +201,8 @@ class Pipeline:
 
     async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
         started = time.perf_counter()
-        decoded = await self._all_decoded(pictures)
+        share = self.share(actor)
+        decoded = await self._all_decoded(pictures, share)
         modalities = {one.crop.modality for one in decoded}
         modality = modalities.pop() if len(modalities) == 1 else "mixed"
         details = {"images": len(pictures), "modality": modality, **_described(search)}
@@ -185,7 +212,7 @@ class Pipeline:
         async def attempt() -> Answer:
             nonlocal decoded
             if any(one.engine is not self.engine for one in decoded):  # changed meanwhile
-                decoded = await self._all_decoded(pictures)
+                decoded = await self._all_decoded(pictures, share)
             return await self._answer(decoded, modality, search, started)
 
         try:
@@ -193,15 +220,18 @@ class Pipeline:
         finally:
             await noting
 
-    async def _all_decoded(self, pictures: Sequence[Picture]) -> list[_Decoded]:
-        return await gathered(self._decoded(picture) for picture in pictures)
+    async def _all_decoded(self, pictures: Sequence[Picture], share: Share) -> list[_Decoded]:
+        decode = partial(self._decoders.submit, share=share)
+        return await gathered(self._decoded(picture, decode) for picture in pictures)
 
-    async def _decoded(self, picture: Picture) -> _Decoded:
+    async def _decoded(self, picture: Picture, decode: _Decode) -> _Decoded:
         engine = self.engine
         config = engine.embedder.info.config
         started = time.perf_counter()
-        decode = partial(self._decoders.decode, picture, config.input_height, config.input_width)
-        crop = await in_thread(self._decoding, decode)
+        answer = decode(picture, config.input_height, config.input_width)
+        crop = await asyncio.wrap_future(answer)
+        if picture.by_camera and crop.modality_source == "given":
+            crop = replace(crop, modality_source="camera")
         took = time.perf_counter() - started
         self.note("decode", took)
         return _Decoded(crop, engine, took)
@@ -241,6 +271,7 @@ class Pipeline:
             similarities=similarities,
             modality=modality,
             modality_source=seen[0].crop.modality_source,
+            polarity=next((one.crop.polarity for one in seen if one.crop.polarity), None),
             model=engine.model,
             timings_ms={
                 **{stage: 1000 * seconds for stage, seconds in slowest.items()},

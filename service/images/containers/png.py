@@ -27,6 +27,7 @@ def plain(data: bytes, max_pixels: int) -> bytes:
     exif: bytes | None = None
     texts: dict[bytes, bytes] = {}
     exif_at: int | None = None
+    profiled = False
     for count, (kind, body, whole) in enumerate(_chunks(data)):
         check_parts(count)
         if kind == b"fdAT" or (kind == b"acTL" and int.from_bytes(body[:4], "big") > 1):
@@ -39,7 +40,8 @@ def plain(data: bytes, max_pixels: int) -> bytes:
         elif kind == b"IEND":
             pieces.append(whole if not body else _chunk(b"IEND", b""))
             break
-        elif kind == b"iCCP":
+        elif kind == b"iCCP" and not profiled:  # unpacking each of many would be dear
+            profiled = True
             pieces.append(_profile(body, whole))
         elif kind == b"eXIf":
             exif = body

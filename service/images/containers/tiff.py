@@ -160,6 +160,8 @@ def _directory(data: bytes, layout: _Layout) -> tuple[dict[int, _Entry], bool, l
         if length > layout.inline:
             (value,) = layout.unpack(layout.offset, data, value)
             used.append((value, value + length))
+        if length > MOST_UNPACKED and tag in _KEPT and tag != _PROFILE:
+            raise too_complex("tags of more than a megabyte")
         body = data[value : value + length] if length <= MOST_UNPACKED else b""
         clean &= before < tag
         before = tag

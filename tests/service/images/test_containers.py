@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +15,11 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from service.errors import ServiceError
+from service.errors import ImageMultiFrame, ImageTooLarge, ServiceError
 from service.images.containers import plain
 
 PIXELS = 20_000_000
+FEW_PIXELS = 200_000  # so that the dear files here need not be large
 SECRET = b"Zoe Secret, 52.5200 N"
 Kind = Literal["BMP", "JPEG", "PNG", "TIFF", "WEBP"]
 
@@ -48,7 +51,7 @@ def xmp(turn: int = 1) -> bytes:
 
 
 def profile() -> bytes:
-    """Display P3, as phones embed it, with a name in it."""
+    """A profile with a name in its description."""
     srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     description = srgb.index(b"mluc")
     srgb[description + 28 : description + 28 + 10] = SECRET[:10]
@@ -200,3 +203,227 @@ def test_pixels_stay_and_what_is_no_picture_goes(name: str) -> None:
         io.BytesIO(sent)
     ).getexif().get(ExifTags.Base.Orientation, 1)
     assert plain(kept, PIXELS) == kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("BMP", mode) for mode in ("RGB", "L", "P", "1", "RGBA")),
+        *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("PNG", mode) for mode in ("RGB", "L", "LA", "P", "1", "RGBA")),
+        *(("TIFF", mode) for mode in ("RGB", "L", "P", "1", "RGBA", "CMYK", "I", "F")),
+        *(("WEBP", mode) for mode in ("RGB", "RGBA")),
+    ],
+)
+def test_a_file_of_pixels_only_stays_as_it_is(kind: Kind, mode: str) -> None:
+    sent = saved(scene(mode), kind)
+    assert plain(sent, PIXELS) is sent
+
+
+def test_the_orientation_may_be_all_that_exif_says() -> None:
+    for order in ("<", ">"):
+        tags = Image.Exif()
+        tags.endian = order
+        tags[ExifTags.Base.Orientation] = 6
+        for kind in ("JPEG", "PNG", "WEBP"):
+            sent = saved(scene(), kind, exif=tags)
+            assert plain(sent, PIXELS) == sent
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_orientation_in_xmp_stays_in_force(kind: Kind) -> None:
+    options: dict[str, Any] = {"xmp": xmp(6)}
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp(6).decode())
+        options = {"pnginfo": info}
+    if kind == "TIFF":
+        options = {"tiffinfo": {700: xmp(6)}}
+    sent = saved(scene(), kind, **options)
+    kept = plain(sent, PIXELS)
+    assert shown(kept)[1] == shown(sent)[1] == (80, 48)
+    assert SECRET not in kept
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_profile_keeps_its_colors_and_nothing_else(kind: Kind) -> None:
+    kept = plain(saved(scene(), kind, icc_profile=profile()), PIXELS)
+    left = icc(kept)
+    assert left is not None
+    assert b"mluc" not in left
+    assert SECRET[:10] not in left
+    seen = [
+        ImageCms.profileToProfile(
+            scene(),
+            ImageCms.ImageCmsProfile(io.BytesIO(one)),
+            ImageCms.createProfile("LAB"),
+            outputMode="LAB",
+        )
+        for one in (left, profile())
+    ]
+    assert seen[0] is not None
+    assert seen[1] is not None
+    assert seen[0].tobytes() == seen[1].tobytes()
+
+
+def test_a_profile_that_is_none_goes() -> None:
+    kept = plain(saved(scene(), "JPEG", icc_profile=SECRET * 9000), PIXELS)
+    assert icc(kept) is None
+    assert SECRET not in kept
+
+
+@pytest.mark.parametrize(
+    "name", ["JPEG turned 6", "PNG", "WebP lossy", "BMP", "TIFF < lzw", "TIFF > raw"]
+)
+def test_damaged_files_are_cleaned_or_refused(name: str) -> None:
+    whole, chance = SENT[name](), random.Random(5)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice([1, 5])):
+            damaged[chance.randrange(chance.choice([64, len(damaged)]))] = chance.randrange(256)
+        cut = bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
+        with suppress(ServiceError):
+            plain(cut, PIXELS)
+
+
+def scans(width: int, height: int, count: int) -> bytes:
+    """A gray progressive JPEG of a first scan and `count` more, each of some dozen bytes."""
+    blocks = -(-width // 8) * -(-height // 8)
+    runs = -(-blocks // (1 << 14))
+    ends = int(("0" * 15 * runs).ljust(-(-15 * runs // 8) * 8, "1"), 2)
+    scan = ends.to_bytes(-(-15 * runs // 8), "big")
+    frame = struct.pack(">BHHB", 8, height, width, 1) + b"\1\x11\0"
+    table = bytes([1] + [0] * 15)
+    data = b"\xff\xd8" + segment(0xDB, bytes([0] + [1] * 64)) + segment(0xC2, frame)
+    data += segment(0xC4, b"\0" + table + b"\0") + segment(0xC4, b"\x10" + table + b"\xe0")
+    data += segment(0xDA, b"\1\1\0\0\0\0") + bytes(-(-blocks // 8))
+    for number in range(count):
+        bits = max(0, 12 - number)
+        data += segment(0xDA, bytes([1, 1, 0, 1, 63, (0 if number == 0 else bits + 1) << 4 | bits]))
+        data += scan
+    return data + b"\xff\xd9"
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def strips(count: int, compression: int, strip: bytes, rows: int = 1, lie: int = 0) -> bytes:
+    """A gray TIFF of 16 pixels a row in strips that are all the same bytes."""
+    size, at = len(strip) + lie, 8 + len(strip) + lie
+    entries = [
+        (256, 4, 1, 16),
+        (257, 4, 1, count * rows),
+        (258, 3, 1, 8),
+        (259, 3, 1, compression),
+        (262, 3, 1, 1),
+        (273, 4, count, at),
+        (277, 3, 1, 1),
+        (278, 4, 1, rows),
+        (279, 4, count, at + 4 * count),
+    ]
+    body = strip + bytes(lie) + struct.pack("<I", 8) * count + struct.pack("<I", size) * count
+    directory = struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", *e) for e in entries
+    )
+    return struct.pack("<2sHI", b"II", 42, 8 + len(body)) + body + directory + bytes(4)
+
+
+def runs(count: int) -> bytes:
+    """A BMP of run-length codes of one pixel each."""
+    body = b"\1\5" * count + b"\0\1"
+    head = struct.pack("<IiiHHIIiiII", 40, 400, 490, 1, 8, 1, len(body), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(body), 0, 0, 1078) + head + bytes(1024) + body
+
+
+DEAR: dict[str, Callable[[], bytes]] = {
+    "JPEG, many scans": lambda: scans(400, 500, 30),
+    "JPEG, many scans of a small picture": lambda: scans(64, 128, 200),
+    "JPEG, segments": lambda: (
+        b"\xff\xd8" + segment(0xE1, b"Exif\0\0") * 9_000 + scans(64, 128, 1)[2:]
+    ),
+    "PNG, profiles": lambda: (
+        saved(scene(), "PNG")[:33]
+        + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(100_000))) * 25_000
+        + saved(scene(), "PNG")[33:]
+    ),
+    "PNG, empty chunks": lambda: (
+        saved(scene(), "PNG")[:33] + chunk(b"IDAT", b"") * 25_000 + saved(scene(), "PNG")[33:]
+    ),
+    "WebP, chunks": lambda: webp(*[(b"abcd", b"")] * 25_000),
+    "TIFF, strips that are one": lambda: strips(25_000, 1, bytes(16)),
+    "TIFF, a million strips that are one": lambda: strips(1_000_000, 1, bytes(16)),
+    "TIFF, strips that overlap": lambda: strips(500, 8, zlib.compress(bytes(16)), lie=50_000),
+    "TIFF, JPEGs of many scans": lambda: strips(5, 7, scans(400, 490, 6), rows=8, lie=4_000),
+    "BMP, runs": lambda: runs(2_100_000),
+}
+
+
+def webp(*extra: tuple[bytes, bytes]) -> bytes:
+    """An extended WebP with more chunks before its picture."""
+    picture = saved(scene(), "WEBP")[12:]
+    canvas = bytes(4) + (47).to_bytes(3, "little") + (79).to_bytes(3, "little")
+    body = b"VP8X" + struct.pack("<I", 10) + canvas
+    body += b"".join(kind + struct.pack("<I", len(part)) + part for kind, part in extra) + picture
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+
+
+@pytest.mark.parametrize("name", DEAR)
+def test_what_is_cheap_to_send_and_dear_to_decode_is_refused(name: str) -> None:
+    with pytest.raises(ServiceError) as caught:
+        plain(DEAR[name](), FEW_PIXELS)
+    assert (caught.value.status, caught.value.code) == (422, "image_too_complex")
+    assert "save it again as an ordinary JPEG or PNG" in caught.value.detail
+
+
+def test_a_canvas_is_measured_before_it_is_allocated() -> None:
+    sent = bytearray(webp())
+    sent[24:30] = b"\xff\xff\x3f" * 2
+    with pytest.raises(ImageTooLarge):
+        plain(bytes(sent), PIXELS)
+
+
+ORDINARY: dict[str, Callable[[], bytes]] = {
+    "a progressive photograph": lambda: saved(scene("RGB", 400, 490), "JPEG", progressive=True),
+    "one without subsampling": lambda: saved(
+        scene("CMYK", 400, 490), "JPEG", progressive=True, optimize=True
+    ),
+    "a strip for each row": lambda: strips(5_000, 1, bytes(16)),
+    "many chunks of image data": lambda: in_small_chunks(saved(scene("RGB", 120, 120), "PNG")),
+}
+
+
+def in_small_chunks(png: bytes) -> bytes:
+    """A PNG whose image data come in chunks of 16 bytes."""
+    at = png.index(b"IDAT") - 4
+    end = png.index(b"IEND") - 4
+    image = png[at + 8 : end - 4]
+    parts = [chunk(b"IDAT", image[n : n + 16]) for n in range(0, len(image), 16)]
+    return png[:at] + b"".join(parts) + png[end:]
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_what_ordinary_encoders_write_passes(name: str) -> None:
+    sent = ORDINARY[name]()
+    assert shown(plain(sent, FEW_PIXELS)) == shown(sent)
+
+
+def test_comments_that_unpack_to_gigabytes_are_not_unpacked() -> None:
+    bomb = b"k\0\0" + zlib.compress(bytes(100_000_000), 9)
+    png = saved(scene(), "PNG")
+    assert plain(png[:33] + chunk(b"zTXt", bomb) + png[33:], PIXELS) == png
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_an_animation_is_not_taken_for_its_first_frame(kind: Kind) -> None:
+    sent = saved(scene(), kind, save_all=True, append_images=[scene("L").convert("RGB")])
+    with pytest.raises(ImageMultiFrame):
+        plain(sent, PIXELS)
+
+
+def test_the_further_pictures_of_a_phone_go() -> None:
+    sent = saved(scene(), "MPO", save_all=True, append_images=[scene("RGB", 32, 64)])
+    kept = plain(sent, PIXELS)
+    assert Image.open(io.BytesIO(kept)).format == "JPEG"
+    assert Image.open(io.BytesIO(kept)).tobytes() == Image.open(io.BytesIO(sent)).tobytes()
+    assert kept.count(b"\xff\xd9") == 1
