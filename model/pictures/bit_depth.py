@@ -111,14 +111,14 @@ def narrowed(planes: Sequence[Image.Image], samples: Samples) -> Image.Image:
         return first
     if samples.layout == "gray":
         return _narrow_gray(first, samples)
-    wide = np.asarray(first).astype(np.int64)
+    high = np.asarray(first)
     alpha: npt.NDArray[np.uint8] | None = None
     if samples.layout == "gray and alpha":
-        values, alpha = wide[..., 0] * 256 + wide[..., 1], np.asarray(first)[..., 2]
+        values, alpha = _wide(high[..., 0], high[..., 1]), high[..., 2]
     else:
-        values = (wide * 256 + np.asarray(planes[1]))[..., :3]
+        values = _wide(high[..., :3], np.asarray(planes[1])[..., :3])
         if first.mode == "RGBA":
-            alpha = np.asarray(first)[..., 3]
+            alpha = high[..., 3]
     if alpha is None or alpha.min() == alpha.max():
         return Image.fromarray(to_8_bit(values))
     valid = np.broadcast_to(
@@ -129,12 +129,17 @@ def narrowed(planes: Sequence[Image.Image], samples: Samples) -> Image.Image:
     return picture
 
 
+def _wide(high: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
+    return (high.astype(np.uint16) << 8) | low
+
+
 def _narrow_gray(image: Image.Image, samples: Samples) -> Image.Image:
     values = np.asarray(image)
     if samples.signed is not None and values.dtype.kind != "f":
         size = values.dtype.itemsize  # Pillow reads int8 as uint8, and uint32 as int32
         values = values.view(f"{'i' if samples.signed else 'u'}{size}")
-    values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
+    if values.dtype != np.uint16:
+        values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
     valid = np.isfinite(values)
     if samples.no_data is not None:
         valid &= values != samples.no_data
@@ -160,11 +165,20 @@ def to_8_bit(
         if (high - low) * _NARROW >= 1 << bits:
             floor, ceiling = 0.0, float((1 << bits) - 1)
     if (floor, ceiling) == (low, high) and values.ndim == 2:
-        inner, _ = without_borders(values.clip(low, high), np.ones(values.shape, bool))
+        inner, _ = without_borders(
+            values.astype(np.float64).clip(low, high), np.ones(values.shape, bool)
+        )
         if is_noise(inner):
             return np.zeros(values.shape, np.uint8)
-    if valid is not None:
-        values = np.where(valid, values, floor)
+    if values.dtype == np.uint16:  # most of all pictures: each of the few values is scaled once
+        result = _scaled(np.arange(1 << 16), floor, ceiling)[values]
+        if valid is not None:
+            result[~valid] = 0
+        return result
+    return _scaled(values if valid is None else np.where(valid, values, floor), floor, ceiling)
+
+
+def _scaled(values: npt.NDArray[Any], floor: float, ceiling: float) -> npt.NDArray[np.uint8]:
     scaled = (values - floor) * (255.0 / max(ceiling - floor, np.finfo(np.float64).tiny))
     return np.asarray(scaled.clip(0, 255).round(), dtype=np.uint8)
 

@@ -34,6 +34,8 @@ def values_of_the_scene(values: Values, valid: Mask | None = None) -> Values:
     """
     step = max(1, -(-max(values.shape[:2]) // _MOST))
     values = values[::step, ::step]
+    if values.dtype.kind == "u":  # differences of these would wrap
+        values = values.astype(np.int64)
     mask = np.ones(values.shape, bool) if valid is None else valid[::step, ::step]
     values, mask = without_borders(values, mask)
     values, mask = _without_telemetry(values, mask)
