@@ -38,6 +38,14 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
 _ADVISORY_LOCK = 0x636D745F72656964  # any number that no other program's lock has
 _POSTGRES_DISK_FULL = "53100"
+# At the start of a writing transaction, and for it alone: behind a pooler the next transaction of
+# this connection may be another session's. Any other value than off waits for the disk.
+_POSTGRES_WRITES = f"""
+    SELECT set_config('lock_timeout', '{BUSY_SECONDS}s', true),
+           set_config('synchronous_commit', coalesce(
+               nullif(current_setting('synchronous_commit'), 'off'), 'on'), true);
+    SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})
+"""
 # SQLite's primary result codes (the low byte of the extended ones).
 _SQLITE_READ_ONLY, _SQLITE_IO_ERROR, _SQLITE_CORRUPT, _SQLITE_FULL = 8, 10, 11, 13
 _SQLITE_CANNOT_OPEN, _SQLITE_NO_DATABASE = 14, 26
@@ -76,7 +84,11 @@ class Database:
             self.engine = _sqlite_engine(address, self._connect)
         else:
             self.engine = _postgres_engine(address)
-        self._writer = self.engine.execution_options(writes=True)
+        self._writer = self.engine.execution_options(
+            writes=True,
+            # Said in each transaction: a database or a role may have other defaults.
+            **({} if self.sqlite else {"isolation_level": "READ COMMITTED"}),
+        )
         self._reader = (
             self.engine
             if self.sqlite  # whose transactions read one state anyway
@@ -271,33 +283,27 @@ def _sqlite_engine(address: URL, connect: Callable[[], sqlite3.Connection]) -> E
 
 def _postgres_engine(address: URL) -> Engine:
     # A lost server is noticed within seconds, and pool_pre_ping replaces connections that broke
-    # since their last use.
+    # since their last use. A prepared statement belongs to a session, which a pooler may change
+    # with every transaction.
     limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * BUSY_SECONDS}
     try:
         engine = create_engine(
             address,
             pool_pre_ping=True,
-            connect_args={n: value for n, value in limits.items() if n not in address.query},
+            connect_args={
+                "prepare_threshold": None,
+                **{name: value for name, value in limits.items() if name not in address.query},
+            },
         )
     except ModuleNotFoundError as error:
         raise DatabaseUnavailable(
             "a PostgreSQL URL needs the package psycopg; run `pip install 'psycopg[binary]'`"
         ) from error
 
-    @event.listens_for(engine, "connect")
-    def set_up(connection: Any, _record: Any) -> None:
-        connection.autocommit = True  # otherwise a later rollback would undo the settings
-        cursor = connection.cursor()
-        cursor.execute("SHOW synchronous_commit")
-        if cursor.fetchone()[0] == "off":  # any other value waits for the disk
-            cursor.execute("SET synchronous_commit = on")
-        cursor.execute(f"SET lock_timeout = '{BUSY_SECONDS}s'")
-        cursor.close()
-        connection.autocommit = False
-
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         if connection.get_execution_options().get("writes", False):
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
+            # Without parameters psycopg sends several statements at once.
+            connection.exec_driver_sql(_POSTGRES_WRITES, execution_options={"no_parameters": True})
 
     return engine

@@ -1,0 +1,170 @@
+"""Durable on a PostgreSQL server whose database is set not to be, directly and behind a pooler that
+gives every transaction another session."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import make_url
+
+from model import CheckpointInfo
+from service.gallery import Filters, Gallery, NewItem
+from service.gallery.records import Camera
+from service.gallery.storage.tables import schema
+from tests.service.places import INFO, features, fill
+from tests.service.processes import wait_for
+from tests.service.stores import crop
+
+OTHER = CheckpointInfo("b" * 64, INFO.config)  # which `use_everything` leaves in use
+_PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+
+# Notes how every change of every table is committed: rows by triggers, which an event trigger puts
+# on each table when it is made, and the making itself.
+_WATCH = """
+CREATE TABLE watched (what text, setting text, isolation text);
+CREATE FUNCTION note_row() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO watched VALUES (TG_TABLE_NAME, current_setting('synchronous_commit'),
+                                current_setting('transaction_isolation'));
+    RETURN NULL;
+END $$;
+CREATE FUNCTION note_table() RETURNS event_trigger LANGUAGE plpgsql AS $$ DECLARE made record; BEGIN
+    FOR made IN SELECT * FROM pg_event_trigger_ddl_commands() LOOP
+        INSERT INTO watched VALUES (made.command_tag, current_setting('synchronous_commit'),
+                                    current_setting('transaction_isolation'));
+        IF made.command_tag = 'CREATE TABLE' THEN
+            EXECUTE format('CREATE TRIGGER watch AFTER INSERT OR UPDATE OR DELETE ON %s
+                            FOR EACH STATEMENT EXECUTE FUNCTION note_row()', made.object_identity);
+        END IF;
+    END LOOP;
+END $$;
+CREATE EVENT TRIGGER watch ON ddl_command_end WHEN TAG IN ('CREATE TABLE', 'ALTER TABLE')
+    EXECUTE FUNCTION note_table();
+"""
+
+
+def plain(url: str) -> str:
+    """The URL as libpq takes it."""
+    return url.replace("postgresql+psycopg://", "postgresql://")
+
+
+def lax_and_watched(url: str) -> None:
+    """Give a database defaults that lose what was acknowledged, and note what they do."""
+    name = make_url(url).database
+    with psycopg.connect(plain(url), autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")  # type: ignore[arg-type]
+        connection.execute(  # type: ignore[call-overload]
+            f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'"
+        )
+        connection.execute(_WATCH)
+
+
+def noted(url: str) -> set[tuple[str, str, str]]:
+    with psycopg.connect(plain(url)) as connection:
+        return set(connection.execute("SELECT DISTINCT * FROM watched").fetchall())
+
+
+def use_everything(folder: Path, url: str) -> None:
+    """Write to every table in every way that there is."""
+    with closing(Gallery.open(folder, INFO, database_url=url)) as gallery:
+        kept = fill(gallery)
+        gallery.put_camera(Camera("gate", "ir", "black_hot"))
+        gallery.delete_camera("gate")
+        gallery.reembed(
+            OTHER,
+            lambda crops: features(1, 5).expand(len(crops), -1, -1),
+            decode=lambda *_: crop(),
+        )
+        gallery.drop_version(INFO.fingerprint)
+        gallery.backup(folder / "backup.zip")
+        gallery.delete(kept[0])
+
+
+def test_every_writing_transaction_waits_for_the_disk(postgres_url: str, tmp_path: Path) -> None:
+    lax_and_watched(postgres_url)
+    use_everything(tmp_path, postgres_url)
+    seen = noted(postgres_url)
+    assert {(setting, isolation) for _, setting, isolation in seen} == {("on", "read committed")}
+    assert {"CREATE TABLE", *schema.tables} <= {what for what, _, _ in seen}
+
+
+@contextmanager
+def pooled(url: str, folder: Path) -> Iterator[str]:
+    """PgBouncer before a database: three sessions, each lent for one transaction → its URL."""
+    assert _PGBOUNCER is not None
+    server = make_url(url)
+    directory = str(server.query["host"])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = folder / "pgbouncer.ini"
+    config.write_text(
+        f"[databases]\n* = host={directory} port={server.port or 5432} user={server.username}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        "auth_type = any\npool_mode = transaction\ndefault_pool_size = 3\n"
+    )
+    command = [_PGBOUNCER, str(config)]
+    if os.geteuid() == 0:  # it refuses to be root; the server's own user reaches its socket
+        command[1:1] = ["-u", pwd.getpwuid(Path(directory, ".s.PGSQL.5432").stat().st_uid).pw_name]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    address = server.set(host="127.0.0.1", port=port, query={})
+
+    def listens() -> bool:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_for(listens, "pgbouncer does not listen")
+        yield address.render_as_string(hide_password=False)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.mark.skipif(_PGBOUNCER is None, reason="the package pgbouncer is not installed")
+def test_behind_a_transaction_pooler_nothing_is_refused_or_less_durable(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    lax_and_watched(postgres_url)
+    with pooled(postgres_url, tmp_path) as url:
+        use_everything(tmp_path / "first", url)
+        replicas = [Gallery.open(tmp_path / n, OTHER, database_url=url) for n in ("a", "b")]
+        enrolled: list[str] = []
+        failures: list[Exception] = []
+
+        def work(number: int) -> None:
+            gallery = replicas[number % 2]
+            try:
+                for step in range(15):
+                    y = features(1, 100 * number + step)
+                    (item,) = gallery.add([NewItem(crop(step), person_id=f"p{number}")], y)
+                    enrolled.append(item.id)
+                    gallery.search(y[0], None, top_k=3)
+                    gallery.list(Filters(person_id=(f"p{number}",)), 5)
+            except Exception as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for gallery in replicas:
+            gallery.check()
+            assert set(enrolled) <= {item.id for item in gallery.list(Filters(), 1000).items}
+            gallery.close()
+    assert failures == []
+    assert len(enrolled) == 90
+    assert {setting for _, setting, _ in noted(postgres_url)} == {"on"}
