@@ -2,8 +2,9 @@
 
 A connection that is closed while its client still sends is reset by the kernel, and the reset may
 destroy an answer that the client has not read: a proxy then reports 502 where the service said 413.
-So the answer is sent, the sending half closed, and what still arrives is read and dropped, within
-bounds, until the client has closed its half.
+So the answer is sent, and what still arrives is read and dropped, within bounds. The sending half
+is closed once the body has come to its end, or pauses: a proxy may take its end for a reason to
+close the connection of a client that still sends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from service.http.middleware import SecurityHeaders
 Awaited = Literal["headers", "body"]
 
 # Bounds of a connection that drops what arrives after its answer; `body_timeout` bounds it too.
-_LINGER_IDLE = 5.0  # seconds without a byte
+_LINGER_PAUSE = 1.0  # seconds without a byte after which the sending half is closed
+_LINGER_IDLE = 5.0  # seconds without a byte after which the connection is
 _LINGER_BYTES = 512_000_000
 _LINGERING = 256  # at the same time; the one that lingers longest makes room
 
@@ -62,7 +64,7 @@ class TimedProtocol(H11Protocol):
     ) -> None:
         super().__init__(*arguments, **options)
         self._socket: Any = None
-        self._lingering, self._dropped, self._heard = lingering, 0, 0.0
+        self._lingering, self._dropped, self._heard, self._ended = lingering, 0, 0.0, False
         self._timeouts: dict[Awaited, float] = {"headers": header_timeout, "body": body_timeout}
         self._awaited: Awaited | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -77,7 +79,7 @@ class TimedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self in self._lingering:
-            self._drop(len(data))
+            self._drop(data)
             return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
@@ -149,26 +151,44 @@ class TimedProtocol(H11Protocol):
         self._lingering[self] = None
         self.transport.closed = True  # type: ignore[attr-defined]
         self._await(None)
-        self._heard = self.loop.time()
-        self.loop.call_later(_LINGER_IDLE, self._listen)
-        self._socket.write_eof()
-        self._socket.resume_reading()
         self._watch_if_closing()
+        self._socket.resume_reading()
+        self._drop(b"")
+        self._listen()
 
-    def _drop(self, count: int) -> None:
+    def _drop(self, data: bytes) -> None:
+        """Read what arrives after the answer, to notice the end of the body."""
         self._heard = self.loop.time()
-        self._dropped += count
+        self._dropped += len(data)
         if self._dropped > _LINGER_BYTES:
             self._socket.close()
+            return
+        try:
+            if data:
+                self.conn.receive_data(data)
+            while isinstance(event := self.conn.next_event(), h11.Data):
+                pass
+        except h11.RemoteProtocolError:
+            return  # its end cannot be told
+        if event is not h11.NEED_DATA:
+            self._end_sending()
+
+    def _end_sending(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._socket.write_eof()
 
     def _listen(self) -> None:
-        """Close the connection where nothing has arrived for a while."""
-        if self in self._lingering:
-            rest = self._heard + _LINGER_IDLE - self.loop.time()
-            if rest > 0:
-                self.loop.call_later(rest, self._listen)
-            else:
-                self._socket.close()
+        """End the connection step by step where nothing arrives any more."""
+        if self not in self._lingering or self._socket.is_closing():
+            return
+        silence = self.loop.time() - self._heard
+        if silence >= _LINGER_IDLE:
+            self._socket.close()
+            return
+        if silence >= _LINGER_PAUSE:
+            self._end_sending()
+        self.loop.call_later(_LINGER_PAUSE, self._listen)
 
     # --- waiting for the client to send ---
 

@@ -258,11 +258,10 @@ def test_a_connection_that_was_ended_does_not_wait_for_its_client_to_read(
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         made.append(self)
         connection_made(self, transport)
-        self.timeout_keep_alive = 1  # second, where uvicorn has five
 
     monkeypatch.setattr(TimedProtocol, "connection_made", noted)
     with (
-        serve(tmp_path, header_timeout=HEADERS, body_timeout=BODY) as url,
+        serve(tmp_path, header_timeout=HEADERS, body_timeout=BODY, keep_alive_timeout=1) as url,
         socket.socket() as deaf,
     ):
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
