@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import rich.console
@@ -40,10 +41,17 @@ def say_lines(text: str, *, err: bool = False) -> None:
 
 
 def say_json(text: str) -> None:
-    """Print JSON of the same meaning: what does not print becomes an escape of JSON."""
-    typer.echo(
-        re.sub(r"[^\n -~]", lambda found: _shown(found[0]) or json.dumps(found[0])[1:-1], text)
-    )
+    """Print JSON of the same meaning: what does not print there becomes an escape of JSON."""
+    encoding = sys.stdout.encoding or "utf-8"
+
+    def shown(found: re.Match[str]) -> str:
+        try:
+            found[0].encode(encoding)
+        except UnicodeEncodeError:
+            return json.dumps(found[0])[1:-1]
+        return _shown(found[0]) or json.dumps(found[0])[1:-1]
+
+    typer.echo(re.sub(r"[^\n -~]", shown, text))
 
 
 class Console(rich.console.Console):

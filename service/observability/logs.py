@@ -10,8 +10,9 @@ import sys
 from typing import Literal, TextIO
 
 import structlog
-from structlog.types import Processor
+from structlog.types import EventDict, Processor
 
+from model.terminal import printable
 from service.observability.log_queue import QueueHandler
 
 Format = Literal["auto", "json", "console"]
@@ -50,9 +51,11 @@ def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> 
     readable = format == "console" or (format == "auto" and stream.isatty())
     last: list[Processor] = (
         [
+            structlog.processors.format_exc_info,
+            _printable,
             structlog.dev.ConsoleRenderer(
                 colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
-            )
+            ),
         ]
         if readable
         else [
@@ -75,6 +78,16 @@ def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> 
     root.setLevel(level.upper())
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _printable(logger: object, method: str, event: EventDict) -> EventDict:
+    """A line for people: what clients sent commands no terminal."""
+    return {
+        name: "\n".join(map(printable, value.split("\n") if name == "exception" else [value]))
+        if isinstance(value, str)
+        else value
+        for name, value in event.items()
+    }
 
 
 def dropped_lines() -> int:

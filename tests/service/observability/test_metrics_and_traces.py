@@ -52,6 +52,24 @@ def grown(before: dict[Any, float], after: dict[Any, float], name: str, **labels
     return after.get(key, 0.0) - before.get(key, 0.0)
 
 
+def test_readable_lines_command_no_terminal(lines: io.StringIO) -> None:
+    stream = io.StringIO()
+    configure_logs("console", "info", stream)
+    log = logging.getLogger("service")
+    log.info("enrolled \x1b[2J\x9b31m\nforged line")
+    try:
+        raise ValueError("\x1b]0;title\x07")
+    except ValueError:
+        log.exception("failed")
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    text = stream.getvalue()
+    assert r"enrolled \x1b[2J\x9b31m\nforged line" in text
+    assert r"ValueError: \x1b]0;title\x07" in text
+    assert "Traceback (most recent call last):\n" in text
+    assert not {"\x1b", "\x07", "\x9b"} & set(text)
+
+
 def test_every_answer_has_a_request_id(http: httpx.Client) -> None:
     generated = {http.get("/livez").headers["x-request-id"] for _ in range(3)}
     assert len(generated) == 3
