@@ -11,7 +11,6 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from alembic import command
 from alembic.config import Config
@@ -185,12 +184,10 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the tables to the newest revision. Raises GalleryVersion."""
-        config = Config()
-        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        config = _alembic()
         with self.writing() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
-            if current is not None and current not in known:
+            if current is not None and current not in known_revisions():
                 raise GalleryVersion(
                     f"the database has schema {current}, which this release does not know; "
                     "use the newer release that wrote it, or restore a backup"
@@ -248,6 +245,17 @@ class Database:
         return DatabaseUnavailable(
             f"the database {self._where} does not answer ({reason}); try again later"
         )
+
+
+def known_revisions() -> set[str]:
+    """Revisions of the tables that this release can migrate."""
+    return {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    return config
 
 
 def address_of(folder: Path, url: str | None) -> URL:

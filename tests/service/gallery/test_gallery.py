@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import islice
@@ -43,7 +43,9 @@ from service.gallery.storage.tables import schema
 from service.images.decode import Crop, decode
 from tests.paths import ROOT
 from tests.service.crash.subject import CONTEXT, STARTING_SECONDS
+from tests.service.places import MakePlace
 from tests.service.processes import wait_for
+from tests.service.stores import crop as small_crop
 
 CONFIG = CMTConfig(input_height=96, input_width=48, dim=8, heads=2)
 INFO = CheckpointInfo("a" * 64, CONFIG)
@@ -511,3 +513,35 @@ def test_what_a_crash_left_of_erased_items_is_cut_at_the_next_start(tmp_path: Pa
     wait_for(lambda: not holding(), "the log is not cut")
     again.close()
     assert holding() == []
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_of_simultaneous_deletions_of_an_item_one_succeeds(
+    make_place: MakePlace, tmp_path: Path, kind: str
+) -> None:
+    """In one process, and on PostgreSQL among two replicas."""
+    place = make_place(kind)
+    galleries = [Gallery.open(place.folder, INFO, database_url=place.url)]
+    if kind == "postgresql":
+        galleries.append(Gallery.open(tmp_path / "replica", INFO, database_url=place.url))
+    items = galleries[0].add([NewItem(small_crop(i)) for i in range(5)], features(5))
+    for item in items:
+        together = threading.Barrier(8)
+
+        def delete(number: int, item_id: str, together: threading.Barrier) -> str:
+            together.wait()
+            try:
+                galleries[number % len(galleries)].delete(item_id, actor=f"key:{number}")
+            except ItemNotFound:
+                return "not found"
+            return "deleted"
+
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(delete, n, item.id, together) for n in range(8)]
+            outcomes = sorted(call.result() for call in calls)
+        assert outcomes == ["deleted"] + ["not found"] * 7
+    entries = galleries[0].audit(100).entries
+    deleted = sorted(str(entry.subject) for entry in entries if entry.action == "delete")
+    assert deleted == sorted(item.id for item in items)
+    for gallery in galleries:
+        gallery.close()
