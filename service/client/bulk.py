@@ -205,14 +205,22 @@ def _send_some(client: Client, entries: Sequence[Entry]) -> tuple[int, list[Fail
         if len(sent) == 1:
             return len(entries), [*failures, Failure(sent[0].file, str(problem))]
         # Refused as a whole, for its size for example: what can be enrolled alone is.
-        alone = [_send_some(client, [entry]) for entry in sent]
-        return len(entries), failures + [failure for _, some in alone for failure in some]
-    failures += [
-        Failure(entry.file, result.problem.detail)
-        for entry, result in zip(sent, results, strict=True)
-        if result.problem is not None
-    ]
-    return len(entries), failures
+        return len(entries), failures + _sent_alone(client, sent)
+    again: list[Entry] = []
+    for entry, result in zip(sent, results, strict=True):
+        problem = result.problem
+        if problem is None:
+            continue
+        # Not the image's fault, but of the moment, or of the company it came in.
+        if len(sent) > 1 and (problem.status == 503 or problem.code == "decode_budget_spent"):
+            again.append(entry)
+        else:
+            failures.append(Failure(entry.file, problem.detail))
+    return len(entries), failures + _sent_alone(client, again)
+
+
+def _sent_alone(client: Client, entries: Sequence[Entry]) -> list[Failure]:
+    return [failure for entry in entries for failure in _send_some(client, [entry])[1]]
 
 
 def _with_key(entry: Entry, data: bytes) -> BatchItem:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from service.auth.keys import KeyFile
 from service.client import AsyncClient, Client, InvalidValue, ServiceProblem, Unreachable
+from service.client.bulk import Entry, send
 from service.client.requests import LONGEST_WAIT, camera_path, wait_before_retry
 from tests.service.conftest import Serve
 
@@ -264,3 +265,17 @@ def test_no_service_is_a_sentence() -> None:
 
     with pytest.raises(Unreachable, match="cmt serve"):
         asyncio.run(scenario())
+
+
+def test_files_that_had_no_time_left_in_their_batch_are_sent_alone(
+    serve: Serve, tmp_path: Path, visible: list[Path]
+) -> None:
+    with (
+        serve(tmp_path / "data", decode_budget=1e-6, decode_processes=1) as url,
+        Client(url) as client,
+    ):
+        results = client.enroll_batch([file.read_bytes() for file in visible])
+        codes = [one.problem.code for one in results if one.problem is not None]
+        assert codes == ["decode_budget_spent"] * (len(visible) - 1)
+        assert send(client, [Entry(file) for file in visible]) == []
+        assert client.list().total == len(visible) + 1
