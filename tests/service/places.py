@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from sqlalchemy import select
 from torch import Tensor
 
 from model import CheckpointInfo, CMTConfig
-from service.gallery import Filters, Gallery, ItemUpdate, NewItem, RequestKey
+from service.gallery import Camera, Filters, Gallery, ItemUpdate, NewItem, RequestKey
 from service.gallery.storage.store import Store
 from service.gallery.storage.tables import schema, secrets
 from tests.service.postgres import PostgresServer
@@ -24,6 +25,12 @@ from tests.service.stores import crop
 INFO = CheckpointInfo("a" * 64, CMTConfig(parts=2, dim=16, heads=2))
 SIZE = INFO.config.parts * INFO.config.dim
 KINDS = ("sqlite", "postgresql")
+# Takes back what the newest tables of SQLite have and those of release 0.1.0 have not.
+EARLIER_RELEASE = """
+    DROP TRIGGER audit_no_update; DROP TRIGGER audit_no_delete; DROP TRIGGER audit_no_replace;
+    DROP TABLE cameras; ALTER TABLE items DROP COLUMN polarity;
+    UPDATE alembic_version SET version_num = '0002';
+"""
 
 
 class Place(NamedTuple):
@@ -94,7 +101,7 @@ def fill(gallery: Gallery, count: int = 12) -> list[str]:
     """Items of all kinds, with a past: labels changed, some deleted → the ids of those left."""
     new = [
         NewItem(
-            crop(i),
+            replace(crop(i), polarity="black_hot" if i % 3 == 0 else "white_hot"),
             person_id=f"person-{i % 3}" if i % 4 else None,
             camera_id=None if i % 2 else 'gate "1"; \\t\\N ü',
             captured_at=datetime(2026, 1, 1 + i, tzinfo=UTC) if i % 2 else None,
@@ -104,6 +111,7 @@ def fill(gallery: Gallery, count: int = 12) -> list[str]:
         for i in range(count)
     ]
     items = gallery.add(new, features(count, 0))
+    gallery.put_camera(Camera("moved", "ir", "black_hot"), actor="key:1")
     gallery.update(items[1].id, ItemUpdate(camera_id="moved"), actor="key:1")
     gallery.delete(items[2].id, actor="key:2")
     gallery.delete_where("person-0", actor="key:2")

@@ -15,6 +15,7 @@ from model import CheckpointInfo, CMTConfig, Modulation
 from service.gallery import Filters, Gallery, NewItem
 from service.gallery.follower import read_snapshot
 from tests.paths import DATA
+from tests.service.places import EARLIER_RELEASE
 from tests.service.stores import crop
 
 CONFIG = CMTConfig(input_height=96, input_width=48, dim=8, heads=2)
@@ -48,17 +49,6 @@ def test_a_folder_of_an_earlier_release_opens_and_answers_the_same(
         gallery.check()
 
 
-def second_release(file: Path) -> None:
-    """Take back what the newest tables have and those of 0.1.0 have not."""
-    with sqlite3.connect(file) as connection:
-        for trigger in ("audit_no_update", "audit_no_delete", "audit_no_replace"):
-            connection.execute(f"DROP TRIGGER {trigger}")
-        connection.execute("DROP TABLE cameras")
-        connection.execute("ALTER TABLE items DROP COLUMN polarity")
-        connection.execute("UPDATE alembic_version SET version_num = '0002'")
-    connection.close()
-
-
 def test_a_snapshot_of_an_earlier_release_gives_no_old_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +59,8 @@ def test_a_snapshot_of_an_earlier_release_gives_no_old_spelling(
         with closing(Gallery.open(tmp_path, INFO)) as gallery:
             gallery.add([NewItem(crop(i), person) for i, person in enumerate(spellings)], features)
             assert gallery.save_index()
-    second_release(tmp_path / "gallery.sqlite3")
+    with closing(sqlite3.connect(tmp_path / "gallery.sqlite3")) as connection:
+        connection.executescript(EARLIER_RELEASE)
     assert read_snapshot(tmp_path, INFO, "cpu") is not None
     with closing(Gallery.open(tmp_path, INFO)) as gallery:
         for asked in spellings[:2]:

@@ -18,11 +18,12 @@ import torch
 
 from model import CheckpointInfo, CMTConfig
 from service.errors import BackupInvalid
-from service.gallery import Gallery, NewItem
+from service.gallery import Filters, Gallery, NewItem
 from service.gallery.backup.archive import MANIFEST
 from service.gallery.backup.restore import restore
 from service.gallery.storage.audit import KEY_FILE
 from service.gallery.storage.database import FILE_NAME
+from tests.service.places import EARLIER_RELEASE, KINDS, MakePlace
 from tests.service.stores import crop
 
 INFO = CheckpointInfo("a" * 64, CMTConfig(parts=2, dim=16, heads=2))
@@ -85,6 +86,27 @@ def test_what_these_tests_write_is_a_backup(good: Path, tmp_path: Path) -> None:
     with_manifest(parts, lambda manifest: None)
     with_database(parts, "VACUUM", tmp_path)
     assert restore(written(tmp_path / "x.zip", parts), tmp_path / "d").counts["items"] == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backup_of_an_earlier_release_gets_the_newest_tables(
+    kind: str, make_place: MakePlace, good: Path, tmp_path: Path
+) -> None:
+    parts, place = members(good), make_place(kind)
+    old = "UPDATE items SET person_id = 'zoe\u0308 ' WHERE number < 4;"
+    with_database(parts, EARLIER_RELEASE + old, tmp_path)
+
+    def earlier(manifest: dict[str, Any]) -> None:
+        manifest["revision"] = "0002"
+        del manifest["counts"]["cameras"]
+
+    with_manifest(parts, earlier)
+    restore(written(tmp_path / "x.zip", parts), place.folder, place.url)
+    with closing(place.open()) as gallery:
+        assert gallery.list(Filters(person_id=("zo\u00eb",)), 9).total == 3
+        entries = gallery.audit(9).entries
+        assert [entry.action for entry in entries[:2]] == ["restore", "respell"]
+        assert gallery.cameras() == []
 
 
 def test_cut_off_anywhere(good: Path, tmp_path: Path) -> None:
