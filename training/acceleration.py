@@ -1,26 +1,33 @@
 """bf16 autocast, channels_last and torch.compile: each only where it measures faster here.
 
-A choice is made once in a run and kept in its state: with another one, a resumed run would round
-differently. On another device it is made again.
+Each of them rounds in its own way, and a timing may come out differently the next time. So a choice
+is made once in a run and kept in its folder, where a person may read it and repeat it: with another
+one the same seed gives other weights. On another device it is made again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from model import CMT, CMTConfig
 from model.backbone import TwoStreamResNet
 from model.machine import machine
 from model.precision import Precision, PrecisionName, choose_precision
+from training.files import write_report
+from training.state import TrainingError
 
 Switch = Literal["auto", "on", "off"]
+
+DECISION_FILE = "acceleration.json"
 
 # torch.compile takes up to some minutes before the first step, and its trial as long: not worth it
 # in a run that is over soon.
@@ -64,9 +71,20 @@ class Acceleration:
         """
         if saved.device != self.device:
             return self
-        if channels_last == "auto":
-            return saved
-        return replace(saved, channels_last=self.channels_last, layout_reason=self.layout_reason)
+        return saved.with_channels_last(channels_last)
+
+    def with_channels_last(self, switch: Switch) -> Acceleration:
+        """The same with the memory format that the user chose, unless "auto"."""
+        if switch == "auto":
+            return self
+        return replace(self, channels_last=switch == "on", layout_reason=_layout_reason(switch))
+
+    @property
+    def as_options(self) -> str:
+        """The options of `cmt train` that choose the same without a timing."""
+        switches = {"--channels-last": self.channels_last, "--compile": bool(self.compiled)}
+        words = [f"{option} {'on' if used else 'off'}" for option, used in switches.items()]
+        return " ".join([f"--precision {self.dtype}", *words])
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -86,6 +104,34 @@ def device_name(device: torch.device) -> str:
     return str(machine()["cpu"])
 
 
+def write_decision(folder: Path, acceleration: Acceleration) -> None:
+    """Keep in a run's folder what was decided. Raises OSError."""
+    content = {**asdict(acceleration), "options": acceleration.as_options}
+    write_report(folder / DECISION_FILE, content)
+
+
+def read_decision(
+    folder: Path, device: torch.device, precision: PrecisionName
+) -> Acceleration | None:
+    """What was decided in a run's folder for this device, None where nothing was.
+
+    precision: of the recipe; one that it states is no decision.
+    Raises TrainingError where the file is damaged.
+    """
+    path = folder / DECISION_FILE
+    if not path.is_file():
+        return None
+    try:
+        saved = TypeAdapter(Acceleration).validate_json(path.read_bytes(), strict=True)
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} is damaged; remove it, and precision and memory format are measured again"
+        ) from error
+    if saved.device != device_name(device) or precision not in ("auto", saved.dtype):
+        return None
+    return saved
+
+
 @lru_cache(maxsize=8)
 def choose_acceleration(
     device: torch.device,
@@ -100,18 +146,23 @@ def choose_acceleration(
     """
     chosen = choose_precision(device.type, precision)
     if channels_last != "auto":
-        use, reason = channels_last == "on", "set by --channels-last"
+        use, reason = channels_last == "on", _layout_reason(channels_last)
     else:
         ratio = _layout_gain(device, chosen, network, images)
         use = ratio > _CLEAR_WIN
-        reason = f"the backbone ran {ratio:.2f}× as fast with it"
+        said = "on" if use else "off"
+        reason = f"channels_last {said}: the backbone ran {ratio:.2f}× as fast with it"
     return Acceleration(
         device=device_name(device),
         dtype=str(chosen.dtype).removeprefix("torch."),
         precision_reason=chosen.reason,
         channels_last=use,
-        layout_reason=f"channels_last {'on' if use else 'off'}: {reason}",
+        layout_reason=reason,
     )
+
+
+def _layout_reason(switch: Switch) -> str:
+    return f"channels_last {switch}: set by --channels-last"
 
 
 def decide_compile(

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from model import CheckpointInfo
+from model.precision import PrecisionName
 from model.terminal import say, say_lines
 from training import distributed
-from training.acceleration import Switch
 from training.datasets import DatasetError, DatasetName
 from training.image_cache import CacheError, Unreadable
 from training.malloc import keep_large_blocks
-from training.options import DatasetLabel, Device
+from training.options import ChannelsLast, Compile, DatasetLabel, Device
 from training.recipe import RecipeError, recipe_yaml
 from training.run import (
     HoldOut,
@@ -115,13 +115,12 @@ def train(
         Unreadable,
         typer.Option(help="What to do about images that cannot be decoded; they are named."),
     ] = "stop",
-    channels_last: Annotated[
-        Switch, typer.Option(help="Memory format; auto takes the faster one.")
-    ] = "auto",
-    compile: Annotated[
-        Switch,
-        typer.Option(help="torch.compile; auto tries it in runs that are long enough to gain."),
-    ] = "auto",
+    precision: Annotated[
+        PrecisionName | None,
+        typer.Option(help="In place of the recipe's; auto takes the faster one."),
+    ] = None,
+    channels_last: ChannelsLast = "auto",
+    compile: Compile = "auto",
     cache: Annotated[
         Path | None, typer.Option(help="Folder of decoded images. Default: inside the run.")
     ] = None,
@@ -142,7 +141,7 @@ def train(
         HoldOut(selection, validate_every, validation_share, validation_ids),
         InitialWeights(weights, start),
         recipe,
-        changes or (),
+        [*(changes or ()), *([f"precision={precision}"] if precision else [])],
         resume=resume,
         save_every=save_every,
         log_every=log_every,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from model.labels import LabelError, normalized_label
+from training.acceleration import Switch
 
 
 def _label(text: str | None) -> str | None:
@@ -31,6 +32,11 @@ DatasetLabel = Annotated[
         help="Name of the data set: in two sets of one name, a number is the same person. Default: "
         "the layout's, and none for a folder of your own images, where only files tell.",
     ),
+]
+ChannelsLast = Annotated[Switch, typer.Option(help="Memory format; auto takes the faster one.")]
+Compile = Annotated[
+    Switch,
+    typer.Option(help="torch.compile; auto tries it in runs that are long enough to gain."),
 ]
 Trial = Annotated[int, typer.Option(help="RegDB: which of the ten splits.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

@@ -19,7 +19,14 @@ from model import CMT, CheckpointInfo, Modality, load_checkpoint, save_checkpoin
 from model.atomic_file import write_whole
 from model.training_facts import TrainingFacts
 from training import distributed
-from training.acceleration import Acceleration, Switch, choose_acceleration, decide_compile
+from training.acceleration import (
+    Acceleration,
+    Switch,
+    choose_acceleration,
+    decide_compile,
+    read_decision,
+    write_decision,
+)
 from training.augmentation import augment
 from training.averaging import AveragedWeights, copy_of
 from training.batches import BatchReader
@@ -50,6 +57,8 @@ class RunOptions:
     device: "cpu", "cuda" or "cuda:1".
     cache: folder of decoded images; None: inside `folder`.
     channels_last, compile: see `choose_acceleration` and `decide_compile`.
+    decisions: folder in which is kept what of these a timing decided; None: `folder`. Runs that are
+        to be compared share one.
     """
 
     folder: Path
@@ -58,6 +67,12 @@ class RunOptions:
     cache: Path | None = None
     channels_last: Switch = "auto"
     compile: Switch = "auto"
+    decisions: Path | None = None
+
+    @property
+    def decision_folder(self) -> Path:
+        """Where decisions are kept: in `decisions`, or the run's folder."""
+        return self.decisions or self.folder
 
     @property
     def cache_folder(self) -> Path:
@@ -102,9 +117,13 @@ class Trainer:
         )
         self.schedule = Schedule(recipe, data.samples)
         self.share = distributed.share_of(recipe.identities, recipe.images)
-        self.acceleration = choose_acceleration(
-            self.device, recipe.model, self.share.total, recipe.precision, options.channels_last
-        )
+        decided = read_decision(options.decision_folder, self.device, recipe.precision)
+        if decided is not None:
+            self.acceleration = decided.with_channels_last(options.channels_last)
+        else:
+            self.acceleration = choose_acceleration(
+                self.device, recipe.model, self.share.total, recipe.precision, options.channels_last
+            )
         self._reader = BatchReader(self.sampler, self.share, pin=self.device.type == "cuda")
         self._images: tuple[tuple[int, int], np.ndarray] | None = None  # of which size, and they
         self._earlier: dict[str, Tensor] = {}
@@ -157,6 +176,9 @@ class Trainer:
             if self.initial.checkpoint is not None and self.step == 0:
                 progress.say(self._imprint())
             self._decide_compile(progress)
+            if first:
+                with writing(self.folder):
+                    write_decision(self.options.decision_folder, self.acceleration)
             before, started = self.seconds, time.monotonic()
             while self.step < end:
                 values = self.train_step()
@@ -215,6 +237,8 @@ class Trainer:
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
             "acceleration": self.acceleration.reasons,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
             "processes": distributed.count(),
             "selection": self.data.selection,
         }

@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 from model import CMTConfig, load_checkpoint
 from model.cli import main
 from tests.paths import MINI
+from training.acceleration import DECISION_FILE, choose_acceleration
 from training.datasets.sample import DatasetError, Sample
 from training.recipe import LossWeights, Recipe, RecipeError, Stage, load_recipe
 from training.run_log import CURVES_FILE, METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
@@ -48,6 +50,11 @@ def samples() -> list[Sample]:
     return training_samples([MINI], [MINI / "exp" / "train_id.txt"])
 
 
+def options(folder: Path, cache: Path | None = None) -> RunOptions:
+    """Without a timing that decides: two runs are equal to the last bit."""
+    return RunOptions(folder, cache=cache, channels_last="off")
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(folder / CHECKPOINT_FILE)[0].state_dict()
 
@@ -56,11 +63,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     samples: list[Sample], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    Trainer(recipe(), TrainingData(samples), RunOptions(tmp_path / "whole", cache=cache)).run(
-        save_every=100
-    )
+    Trainer(recipe(), TrainingData(samples), options(tmp_path / "whole", cache)).run(save_every=100)
     for stop in (2, 5, 8):  # three processes in a row; two of them stop in the middle
-        Trainer(recipe(), TrainingData(samples), RunOptions(tmp_path / "pieces", cache=cache)).run(
+        Trainer(recipe(), TrainingData(samples), options(tmp_path / "pieces", cache)).run(
             save_every=100, stop_at=stop
         )
     whole, pieces = weights_of(tmp_path / "whole"), weights_of(tmp_path / "pieces")
@@ -72,13 +77,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 def test_steps_since_the_last_saved_state_are_repeated_alike(
     samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(
-        recipe(), TrainingData(samples), RunOptions(tmp_path / "a", cache=tmp_path / "cache")
-    )
+    trainer = Trainer(recipe(), TrainingData(samples), options(tmp_path / "a", tmp_path / "cache"))
     trainer.run(save_every=2, stop_at=4)
-    lost = Trainer(
-        recipe(), TrainingData(samples), RunOptions(tmp_path / "a", cache=tmp_path / "cache")
-    )
+    lost = Trainer(recipe(), TrainingData(samples), options(tmp_path / "a", tmp_path / "cache"))
     step = lost.train_step
 
     def interrupted() -> dict[str, torch.Tensor]:
@@ -89,16 +90,55 @@ def test_steps_since_the_last_saved_state_are_repeated_alike(
     monkeypatch.setattr(lost, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lost.run(save_every=100)
-    resumed = Trainer(
-        recipe(), TrainingData(samples), RunOptions(tmp_path / "a", cache=tmp_path / "cache")
-    )
+    resumed = Trainer(recipe(), TrainingData(samples), options(tmp_path / "a", tmp_path / "cache"))
     assert resumed.step == 4
     resumed.run()
-    Trainer(
-        recipe(), TrainingData(samples), RunOptions(tmp_path / "b", cache=tmp_path / "cache")
-    ).run()
+    Trainer(recipe(), TrainingData(samples), options(tmp_path / "b", tmp_path / "cache")).run()
     for name, tensor in weights_of(tmp_path / "a").items():
         assert torch.equal(tensor, weights_of(tmp_path / "b")[name]), name
+
+
+def test_what_a_timing_decided_belongs_to_the_run(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faster(gain: float) -> None:
+        """The next timing finds channels_last `gain` times as fast."""
+        monkeypatch.setattr("training.acceleration._layout_gain", lambda *_: gain)
+        choose_acceleration.cache_clear()
+
+    def trainer(folder: str, **changes: Any) -> Trainer:
+        chosen = RunOptions(tmp_path / folder, cache=tmp_path / "cache", **changes)
+        return Trainer(recipe(), TrainingData(samples), chosen)
+
+    faster(1.5)
+    trainer("whole").run(save_every=100)
+    trainer("pieces").run(save_every=100, stop_at=3)
+    stopped = trainer("early")  # before its first saved state
+    monkeypatch.setattr(stopped, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    written = json.loads((tmp_path / "pieces" / DECISION_FILE).read_text())
+    assert written["options"] == "--precision float32 --channels-last on --compile off"
+
+    faster(0.5)
+    for folder in ("pieces", "early"):
+        resumed = trainer(folder)
+        assert resumed.acceleration.channels_last
+        resumed.run(save_every=100)
+    assert not trainer("new").acceleration.channels_last
+    assert not trainer("pieces", channels_last="off").acceleration.channels_last
+    trainer("stated", channels_last="on", compile="off").run(save_every=100)
+    for folder in ("pieces", "early", "stated"):
+        for name, tensor in weights_of(tmp_path / "whole").items():
+            assert torch.equal(tensor, weights_of(tmp_path / folder)[name]), (folder, name)
+    (tmp_path / "pieces" / DECISION_FILE).write_text('{"options": "", "device": 3}')
+    with pytest.raises(TrainingError, match="is damaged; remove it"):
+        trainer("pieces")
+    choose_acceleration.cache_clear()
+
+
+def interrupted() -> dict[str, torch.Tensor]:
+    raise KeyboardInterrupt
 
 
 def test_a_stage_may_freeze_what_computes_the_features(
@@ -111,9 +151,9 @@ def test_a_stage_may_freeze_what_computes_the_features(
     folder, cache = tmp_path / "pieces", tmp_path / "cache"
     seen = []
     for stop in (2, 3, 4, 6):  # a new process within the frozen stage, too
-        Trainer(changing, TrainingData(samples), RunOptions(folder, cache=cache)).run(stop_at=stop)
+        Trainer(changing, TrainingData(samples), options(folder, cache)).run(stop_at=stop)
         seen.append(weights_of(folder))
-    Trainer(changing, TrainingData(samples), RunOptions(tmp_path / "whole", cache=cache)).run()
+    Trainer(changing, TrainingData(samples), options(tmp_path / "whole", cache)).run()
     whole = weights_of(tmp_path / "whole")
     assert all(torch.equal(whole[name], seen[-1][name]) for name in whole)
 

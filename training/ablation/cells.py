@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from model import CheckpointInfo, load_checkpoint
 from model.machine import machine
 from training.ablation.results import CellResult, SearchResult, write_json
+from training.acceleration import Switch
 from training.datasets import LAYOUTS, DatasetName, Sample
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import score_model, summarise
@@ -193,18 +194,23 @@ class CellRunner:
         folder: Path,
         *,
         device: str = "cpu",
+        channels_last: Switch = "auto",
+        compile: Switch = "auto",
         budget: Budget | None = None,
         save_every: int = 100,
         say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        """budget: of all calls of `run`; None is no limit.
+        """channels_last, compile: as in `RunOptions`; what a timing decides holds for all cells.
 
+        budget: of all calls of `run`; None is no limit.
         save_every: steps between saved states; also how often the minutes are looked at.
         say: told which cell begins, and what each one reaches.
         """
         self.data = data
         self.folder = folder
         self.device = device
+        self.channels_last = channels_last
+        self.compile = compile
         self.budget = budget or Budget()
         self.save_every = save_every
         self.say = say
@@ -324,7 +330,15 @@ class CellRunner:
         trainer = Trainer(
             recipe,
             TrainingData(samples, facts=facts),
-            RunOptions(folder, seed=seed, device=self.device, cache=self.folder / "cache"),
+            RunOptions(
+                folder,
+                seed=seed,
+                device=self.device,
+                cache=self.folder / "cache",
+                channels_last=self.channels_last,
+                compile=self.compile,
+                decisions=self.folder,
+            ),
             weights,
         )
         write_json(folder / SETTINGS_FILE, settings)  # only now: what cannot begin claims nothing

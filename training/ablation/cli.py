@@ -27,7 +27,16 @@ from training.datasets import DatasetName
 from training.device import chosen_device
 from training.files import write_file
 from training.malloc import keep_large_blocks
-from training.options import DatasetLabel, Device, Root, Trial, check_picture, fields_as_options
+from training.options import (
+    ChannelsLast,
+    Compile,
+    DatasetLabel,
+    Device,
+    Root,
+    Trial,
+    check_picture,
+    fields_as_options,
+)
 from training.recipe import load_recipe
 
 app = typer.Typer(
@@ -110,6 +119,8 @@ class CellOptions:
         Path | None, typer.Option("--markdown", help="Write the tables to this file.")
     ] = None
     device: Device = "auto"
+    channels_last: ChannelsLast = "auto"
+    compile: Compile = "auto"
 
     def starting_point(self) -> Start:
         """Raises BadParameter unless it is given in exactly one way."""
@@ -266,6 +277,8 @@ def _run(ablation: Ablation, asked: CellOptions) -> None:
         ),
         asked.run,
         device=chosen_device(asked.device),
+        channels_last=asked.channels_last,
+        compile=asked.compile,
         budget=Budget(asked.cells, asked.max_minutes),
         save_every=asked.save_every,
         say=typer.echo,
