@@ -82,7 +82,8 @@ def stubborn(
             answer += received
     top, _, body = answer.partition(b"\r\n\r\n")
     status, *fields = top.decode().split("\r\n")
-    headers = httpx.Headers([tuple(field.split(": ", 1)) for field in fields])  # type: ignore[misc]
+    parted = [field.partition(": ") for field in fields]
+    headers = httpx.Headers([(name, value) for name, _, value in parted])
     code = re.search(r'"code":"(\w+)"', body.decode())
     return int(status.split()[1]), headers, code[1] if code else ""
 
