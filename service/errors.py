@@ -318,7 +318,7 @@ class IndexOutOfStep(ServiceError):
 
 
 class MemoryExhausted(ServiceError):
-    """No memory to embed an image."""
+    """No memory to decode or embed an image."""
 
     status, code, title = 503, "memory_exhausted", "Memory exhausted"
 

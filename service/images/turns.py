@@ -13,7 +13,9 @@ from typing import Generic, TypeVar
 
 J = TypeVar("J")
 
-_LONG = 1.0  # seconds of decoding after which a request leaves a place to the others
+# Seconds of decoding after which a request leaves a place to the others. So does one of which no
+# image has been decoded yet, for nothing is known of it.
+_LONG = 1.0
 
 
 @dataclass(eq=False)
@@ -94,8 +96,8 @@ class Turns(Generic[J]):
     def _next(self) -> Share | None:
         for requests in self._waiting.values():
             for share in requests:
-                long = share.used >= _LONG and self._places > 1
-                if not long or share.running < self._places - 1:
+                quick = 0 < share.used < _LONG
+                if share.running < (self._places if quick else max(1, self._places - 1)):
                     return share
         return None
 

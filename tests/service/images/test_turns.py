@@ -27,18 +27,25 @@ def test_owners_take_turns_and_so_do_the_requests_of_each() -> None:
     assert "".join(names(turns, 12)) == "1BxC2Dy3z456"
 
 
-def test_a_long_request_leaves_a_place_to_others() -> None:
+@pytest.mark.parametrize("used", [0.0, 10.0])
+def test_a_request_that_is_long_or_unknown_leaves_a_place_to_others(used: float) -> None:
     turns: Turns[str] = Turns(3)
-    long, short = Share("a"), Share("b")
+    long, short = Share("a", used=used), Share("b", used=0.1)
     for _ in range(5):
         turns.put(long, "long")
-    assert names(turns, 1) == ["long"]
-    long.used = 10.0
     assert [turns.get(), turns.get()] == [(long, "long")] * 2
     turns.put(short, "short")
     assert turns.get() == (short, "short")
-    turns.done(long, 1.0)
+    turns.done(long, 0.0)
     assert turns.get() == (long, "long")
+
+
+def test_a_quick_request_takes_all_places() -> None:
+    turns: Turns[str] = Turns(3)
+    share = Share("a", used=0.1)
+    for _ in range(3):
+        turns.put(share, "quick")
+    assert [turns.get(), turns.get(), turns.get()] == [(share, "quick")] * 3
 
 
 def test_a_job_that_is_removed_is_not_given() -> None:
