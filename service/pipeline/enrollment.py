@@ -116,7 +116,7 @@ class _Batch:
         self._embedded: dict[int, Embedding] = {}
 
     async def run(self) -> list[Outcome]:
-        ids = {one.labels.camera_id for one in self._wanted} - {None}
+        ids = {one.labels.camera_id for one in self._wanted if one.labels.camera_id is not None}
         cameras: Mapping[str, Camera] = {}
         if ids:
             cameras = await self._pipeline.stored(partial(self._pipeline.gallery.find_cameras, ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from sqlalchemy import Connection, delete, insert, select, update
 
@@ -11,7 +12,6 @@ from service.gallery.records import Camera
 from service.gallery.storage.audit import Act, write
 from service.gallery.storage.database import Database
 from service.gallery.storage.group_commit import GroupCommit
-from service.gallery.storage.rows import blocks
 from service.gallery.storage.tables import cameras
 
 
@@ -28,14 +28,12 @@ class Cameras:
         return sorted((Camera(*row) for row in rows), key=lambda camera: camera.camera_id)
 
     def find(self, camera_ids: Collection[str]) -> Mapping[str, Camera]:
-        """Those of these cameras that something is known of, by id."""
-        found: dict[str, Camera] = {}
-        if camera_ids:
-            with self._database.reading() as connection:
-                for part in blocks(sorted(camera_ids)):
-                    query = select(cameras).where(cameras.c.camera_id.in_(part))
-                    found.update((row.camera_id, Camera(*row)) for row in connection.execute(query))
-        return found
+        """Those of some cameras, as many as one request names, that something is known of."""
+        if not camera_ids:
+            return {}
+        query = select(cameras).where(cameras.c.camera_id.in_(camera_ids))
+        with self._database.reading() as connection:
+            return {row.camera_id: Camera(*row) for row in connection.execute(query)}
 
     def put(self, camera: Camera, *, actor: str = "system") -> Camera:
         """Store what holds for a camera, in place of what did → as stored. Raises LabelError."""
@@ -49,7 +47,7 @@ class Cameras:
             write(connection, [Act(actor, "camera", None, {"camera_id": camera_id, **values})])
 
         self._commits.run(work)
-        return Camera(camera_id, **values)
+        return replace(camera, camera_id=camera_id)
 
     def delete(self, camera_id: str, *, actor: str = "system") -> bool:
         """Forget what holds for a camera; its items stay. False: nothing was known."""

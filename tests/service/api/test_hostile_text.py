@@ -88,7 +88,7 @@ def test_text_that_no_label_may_be_is_refused_everywhere(
         assert http.delete("/gallery", params={"person_id": text}).status_code == 422
         camera = f"/cameras/{quote(text, safe='')}"
         for method in ("GET", "PUT", "DELETE"):
-            body = {} if method == "PUT" else None
+            body: dict[str, str] | None = {} if method == "PUT" else None
             assert http.request(method, camera, json=body).status_code in (404, 422)
     assert http.get("/gallery").json() == before
 

@@ -308,11 +308,11 @@ def test_labels_that_look_the_same_are_one(store: Store) -> None:
 @pytest.mark.parametrize("bad", [" zoe", "zo\u200be", "zo\ne", "z" * 129, ""])
 def test_a_text_that_is_no_label_changes_nothing(store: Store, bad: str) -> None:
     ((_, item),) = store.add(new(1, person_id="zoe"), rows(1))
-    for fields in ({"person_id": bad}, {"camera_id": bad}):
+    for changed in (ItemUpdate(person_id=bad), ItemUpdate(camera_id=bad)):
         with pytest.raises(LabelError):
-            store.add(new(2, **fields), rows(2))
+            store.add(new(2, **changed.fields), rows(2))
         with pytest.raises(LabelError):
-            store.update(item.id, ItemUpdate(**fields))
+            store.update(item.id, changed)
         with pytest.raises(LabelError):
             store.cameras.put(Camera(bad))
     with pytest.raises(LabelError):
