@@ -16,8 +16,8 @@ from model import CMT, Modality
 from model.backbone import TwoStreamResNet
 from model.benchmark import Spread, publish, seconds
 from model.config import MODALITIES
+from model.device import chosen_device
 from training.datasets import LAYOUTS, DatasetName, Sample
-from training.device import chosen_device
 from training.malloc import keep_large_blocks
 from training.options import Device
 from training.recipe import Recipe, Stage, load_recipe

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from model import CheckpointInfo
+from model.device import DeviceError
 from model.precision import PrecisionName
 from model.terminal import say, say_lines
 from training import distributed
@@ -35,6 +36,7 @@ from training.warm_start import InitialWeights, StartError
 EXPECTED_ERRORS = (
     CacheError,
     DatasetError,
+    DeviceError,
     RecipeError,
     StartError,
     TrainingError,

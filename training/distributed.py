@@ -31,6 +31,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from model.device import chosen_device
+
 # The others wait while the first process decodes a data set or validates.
 _PATIENCE = timedelta(hours=4)
 
@@ -101,12 +103,13 @@ def process_group(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if it did → this process's device.
 
     device: "cpu" or "cuda"; with several processes each takes the GPU of its number.
+    Raises DeviceError where there is none of that number.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = chosen_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     distributed.init_process_group(backend, timeout=_PATIENCE)

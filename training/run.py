@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model import CheckpointInfo
+from model.device import chosen_device
 from model.training_facts import TrainingFacts
 from training import distributed
 from training.datasets import DatasetName, Sample
-from training.device import chosen_device
 from training.image_cache import Unreadable, readable_samples
 from training.learnt import known_people
 from training.recipe import Recipe, load_recipe

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model import Modulation
 from model.benchmark import Comparison, compare, publish
+from model.device import chosen_device
 from service.bench.data import (
     CHECKPOINT,
     STATISTICS,
@@ -52,7 +53,7 @@ def rescore(
     rounds: Annotated[int, typer.Option(min=1, help="How often both sides run, in turn.")] = 3,
     statistics: Statistics = STATISTICS,
     checkpoint: Checkpoint = CHECKPOINT,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
 ) -> None:
     """Time modulated ranking: the service's exhaustive search against modulating the gallery.
@@ -63,6 +64,7 @@ def rescore(
 
     Example: cmt bench rescore --sizes 10000 --queries 1,32
     """
+    device = chosen_device(device)
     settings = {
         "sizes": sizes,
         "queries": queries,

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model import CMT, Modality, Modulation, load_checkpoint
+from model.device import DeviceError, chosen_device
 from model.precision import Precision, PrecisionName, choose_precision
 from model.preprocess import normalise, pixels_of
 from service.errors import RuntimeUnavailable
@@ -202,14 +203,10 @@ class TorchBackend:
 
 
 def _device(device: Device) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeUnavailable(
-            "PyTorch finds no CUDA device; check the driver and that PyTorch is built for CUDA, "
-            "or use device cpu"
-        )
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+    try:
+        return chosen_device(device)
+    except DeviceError as error:
+        raise RuntimeUnavailable(str(error)) from error
 
 
 def _test_pictures(model: CMT) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from model import torchvision_compat
+from model.device import DeviceError, chosen_device
 from model.precision import choose_precision
 
 
@@ -103,3 +104,25 @@ def test_openvino_is_imported_in_one_place() -> None:
         if importing.search(file.read_text().replace("if TYPE_CHECKING:\n    import openvino", ""))
     }
     assert found == {"model/quiet_openvino.py"}
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "CUDA", "mps", "cuda:²"])
+def test_names_of_no_device_are_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match="is no device; use auto, cpu, cuda"):
+        chosen_device(name)
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert chosen_device("cpu") == "cpu"
+    assert chosen_device("auto") in ("cpu", "cuda")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with pytest.raises(DeviceError, match="use device cpu" if not there else f"no GPU {there},"):
+        chosen_device(f"cuda:{there}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for build, remedy in (("12.4", "check the driver"), (None, "install the extra gpu")):
+        monkeypatch.setattr(torch.version, "cuda", build)
+        with pytest.raises(DeviceError, match=f"finds no CUDA device; {remedy}.*use device cpu"):
+            chosen_device("cuda")
+    assert chosen_device("auto") == "cpu"

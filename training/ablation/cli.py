@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from model.device import chosen_device
 from model.terminal import Console, say
 from training.ablation.cells import Budget, CellRunner, Start, read_data
 from training.ablation.render import show
@@ -24,7 +25,6 @@ from training.ablation.sweep import (
 from training.ablation.table3 import table3_ablation
 from training.ablation.tsne import Figure4Request, figure_4, figure_4_json, plot_figure_4
 from training.datasets import DatasetName
-from training.device import chosen_device
 from training.files import write_file
 from training.malloc import keep_large_blocks
 from training.options import (

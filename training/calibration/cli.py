@@ -15,13 +15,13 @@ from model.calibration import (
     Normalisation,
     Threshold,
 )
+from model.device import chosen_device
 from model.terminal import Console
 from training.calibration.calibrate import FALSE_ACCEPT_RATES
 from training.calibration.checkpoint import CalibrationRequest, calibrate_checkpoint
 from training.calibration.curves import FITS, Method
 from training.calibration.plot import plot_reliability
 from training.datasets import DatasetName
-from training.device import chosen_device
 from training.files import write_report
 from training.options import (
     BatchSize,

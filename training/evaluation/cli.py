@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from model.device import chosen_device
 from model.terminal import Console
 from training.datasets import DatasetName
-from training.device import chosen_device
 from training.evaluation.checkpoints import (
     TRIAL_FIELD,
     CheckpointEvaluation,
