@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +33,9 @@ def whole_file(path: Path, mode: int = PRIVATE) -> Iterator[BinaryIO]:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with os.fdopen(os.open(partial, flags, mode), "w+b") as file:
             try:
+                if mode == PRIVATE:
+                    with suppress(PermissionError):  # a file system without modes
+                        os.fchmod(file.fileno(), mode)  # the umask may take from the owner, too
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -70,6 +71,7 @@ def run(settings: Settings) -> None:
 
     Raises ServerError (address), CheckpointError or ServiceError (gallery) when it cannot start.
     """
+    os.umask(0o077)  # whatever a library writes into the data folder is its owner's alone
     bound = bind(settings.host, settings.port)
     app, server = _make(settings)
     sys.setswitchinterval(_SWITCH_SECONDS)

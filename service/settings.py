@@ -143,6 +143,13 @@ class Settings(BaseSettings):
             )
         return self
 
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():  # the current folder otherwise
+            raise ValueError("it is empty; name the folder of the gallery, such as data")
+        return value
+
     @field_validator("rate_limit")
     @classmethod
     def _is_rate(cls, value: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from model.terminal import say
-from service.cli.options import DEFAULT_URL, ApiKey, Client, Url
+from service.cli.options import DEFAULT_URL, ApiKey, Client, Url, data_dir_option, folder
 from service.cli.outputs import Force, output
 
 DatabaseUrl = Annotated[
@@ -25,12 +25,16 @@ def backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Such as gallery.zip.")],
     force: Force = False,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Work offline on a folder that no service has open.")
+        Path | None, data_dir_option("Work offline on a folder that no service has open.")
     ] = None,
     database_url: DatabaseUrl = None,
     temp_dir: Annotated[
         Path | None,
-        typer.Option(help="Offline: where a temporary copy goes, instead of the data folder."),
+        typer.Option(
+            help="Offline: where a temporary copy goes, instead of the data folder.",
+            metavar="DIR",
+            parser=folder,
+        ),
     ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -60,9 +64,7 @@ def backup(
 
 def restore(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `cmt backup` wrote.")],
-    data_dir: Annotated[
-        Path, typer.Option(envvar="CMT_DATA_DIR", help="Data folder of a new gallery.")
-    ],
+    data_dir: Annotated[Path, data_dir_option("Data folder of a new gallery.", variable=True)],
     database_url: DatabaseUrl = None,
 ) -> None:
     """Make a new gallery of a backup, all or nothing; no service may have the folder open.

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from model.atomic_file import write_whole
+from model.atomic_file import PRIVATE, write_whole
 from model.csv_table import read_table
 from model.terminal import Console
 from service.api.schemas import QueryAnswer
@@ -116,7 +116,7 @@ def demo(
                 f"Rank-1 with modulation {modulated:.0%}, without {unmodulated:.0%}; "
                 f"expected with modulation: at least {expected:.0%}.",
             ]
-            write_whole(sheet, render(_TITLE, lines, _rows(outcomes)))
+            write_whole(sheet, render(_TITLE, lines, _rows(outcomes)), PRIVATE)
             console.print()
             for line in (*lines, f"Contact sheet: {html.resolve()}"):
                 console.print(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model.terminal import Console
+from service.cli.options import data_dir_option
 
 _LOW_DISK = 1 << 30
 
@@ -23,12 +25,16 @@ class Trouble(Exception):  # noqa: N818 (a finding, not a failure of the command
     """What a check found wrong; the message says the remedy."""
 
 
+class Caution(Exception):  # noqa: N818
+    """What works and should be better; the message says the remedy."""
+
+
 def doctor(
     checkpoint: Annotated[
         Path | None, typer.Option(envvar="CMT_CHECKPOINT", help="Check this checkpoint too.")
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(envvar="CMT_DATA_DIR", help="Check this data folder too.")
+        Path | None, data_dir_option("Check this data folder too.", variable=True)
     ] = None,
     database_url: Annotated[
         str | None, typer.Option(envvar="CMT_DATABASE_URL", help="Check this database too.")
@@ -63,6 +69,8 @@ def doctor(
     for name, check in checks:
         try:
             mark, finding = Text("ok", "green"), check()
+        except Caution as caution:
+            mark, finding = Text("warning", "yellow"), str(caution)
         except Exception as error:  # whatever a library raises is the finding
             mark, finding, healthy = Text("wrong", "red"), str(error) or type(error).__name__, False
         table.add_row(name, mark, finding)
@@ -115,14 +123,29 @@ def _checkpoint(path: Path) -> str:
 
 
 def _data_dir(folder: Path) -> str:
+    from service.gallery.storage.folder_lock import take_lock
+    from service.gallery.storage.private_files import open_to_others, told
+
     if not folder.is_dir():
         raise Trouble(f"there is no folder {folder}; `cmt serve` makes it")
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"writable")
+        take_lock(probe.fileno(), folder)
+        keeps_modes = not os.fstat(probe.fileno()).st_mode & 0o077
     free = shutil.disk_usage(folder).free
     if free < _LOW_DISK:
         raise Trouble(f"only {free / 1e6:.0f} MB are free under {folder}; make room")
-    return f"writable, {free / 1e9:.0f} GB free"
+    if found := open_to_others(folder):
+        owner = found[0].stat().st_uid
+        if not keeps_modes:
+            raise Caution(told(folder, found, "its file system keeps no modes"))
+        if os.geteuid() not in (0, owner):
+            raise Caution(told(folder, found, f"it belongs to user {owner}"))
+        raise Caution(
+            f"others may use {len(found)} files or folders of {folder}, such as {found[0]}; the "
+            "next start of the service changes that"
+        )
+    return f"writable, lockable and private, {free / 1e9:.0f} GB free"
 
 
 def _decoding() -> str:

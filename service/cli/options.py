@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from service.client import DEFAULT_URL, Client
+
+_DATA_DIR = "CMT_DATA_DIR"
 
 
 class Modality(StrEnum):
@@ -47,6 +50,34 @@ PolarityOption = Annotated[
         help="Of infrared: black_hot where warm is dark. Default: the camera's, else white_hot."
     ),
 ]
+
+
+def folder(text: str) -> Path:
+    """Parse a folder's name. An empty one, as of an unset variable, is not the current folder."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty; name a folder, such as data")
+    return Path(text)
+
+
+def _refuse_empty_variable(given: Path | None) -> Path | None:
+    """Refuse an empty CMT_DATA_DIR, which Typer takes for one that is not set."""
+    if given is None and os.environ.get(_DATA_DIR) == "":
+        raise typer.BadParameter(f"{_DATA_DIR} is empty; set it to a folder, such as data")
+    return given
+
+
+def data_dir_option(text: str, *, variable: bool = False) -> Any:
+    """The option --data-dir with its help. variable: CMT_DATA_DIR stands for it, too."""
+    return typer.Option(
+        "--data-dir",
+        help=text,
+        metavar="DIR",
+        parser=folder,
+        envvar=_DATA_DIR if variable else None,
+        callback=_refuse_empty_variable if variable else None,
+    )
+
+
 KeysFile = Annotated[
     Path, typer.Option("--file", envvar="CMT_API_KEYS_FILE", help="The file of keys.")
 ]
@@ -64,4 +95,6 @@ __all__ = [
     "ModalityOption",
     "PolarityOption",
     "Url",
+    "data_dir_option",
+    "folder",
 ]

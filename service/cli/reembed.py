@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.terminal import say
-from service.cli.options import DEFAULT_URL, ApiKey, Client, Url
+from service.cli.options import DEFAULT_URL, ApiKey, Client, Url, data_dir_option
 
 _EVERY = 1.0  # seconds between two requests for its progress
 
@@ -28,7 +28,7 @@ def reembed(
         ),
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Work on this folder, while no service runs on it.")
+        Path | None, data_dir_option("Work on this folder, while no service runs on it.")
     ] = None,
     database_url: Annotated[
         str | None, typer.Option(envvar="CMT_DATABASE_URL", help="With --data-dir: its database.")

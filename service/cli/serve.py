@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from service.cli.options import data_dir_option
+
 Option = typer.Option
 
 
@@ -14,7 +16,9 @@ def serve(
     checkpoint: Annotated[
         Path | None, Option(help="The .safetensors file that `cmt train` wrote.")
     ] = None,
-    data_dir: Annotated[Path | None, Option(help="Folder of the gallery; made if missing.")] = None,
+    data_dir: Annotated[
+        Path | None, data_dir_option("Folder of the gallery; made if missing.")
+    ] = None,
     host: Annotated[str | None, Option(help="Address to bind, 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, Option(help="Port, 8000 by default; 0 takes a free one.")] = None,
     device: Annotated[

@@ -16,15 +16,16 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, inspect, literal, select
 
 from model.atomic_file import sync_folder, whole_file
-from service.errors import BackupInvalid, GalleryNotEmpty, GalleryVersion
+from service.errors import BackupInvalid, GalleryNotEmpty
 from service.gallery.backup.archive import Manifest, damaged, unpack
-from service.gallery.backup.contents import described
+from service.gallery.backup.contents import ContentsError, check_labels, check_rows, described
 from service.gallery.backup.postgres_transfer import from_file
 from service.gallery.backup.temporary_copy import remove_leftovers, scratch
 from service.gallery.index import snapshot
 from service.gallery.storage.audit import KEY_FILE, Act, write
-from service.gallery.storage.database import FILE_NAME, Database, address_of
+from service.gallery.storage.database import FILE_NAME, Database, address_of, known_revisions
 from service.gallery.storage.folder_lock import FolderLock
+from service.gallery.storage.private_files import tighten
 from service.gallery.storage.tables import schema
 
 _BESIDE = ("", "-wal", "-shm", "-journal")  # files of one SQLite database
@@ -44,6 +45,7 @@ def restore(
     """
     address = address_of(folder, url)
     with _locked(folder):
+        tighten(folder)
         if address.get_backend_name() != "sqlite":
             return _to_server(backup, folder, url, actor)
         file = Path(str(address.database)).resolve()
@@ -92,17 +94,26 @@ def _checked(backup: Path, place: Path, actor: str) -> Manifest:
         raise damaged(backup, "its database is none of a gallery") from error
     if found != manifest.model_copy(update={"members": {}}):
         raise damaged(backup, "its database is another than its manifest says")
+    if manifest.revision not in known_revisions():
+        raise BackupInvalid(
+            f"{backup} was written by a newer release, with tables of revision "
+            f"{manifest.revision}; restore it with that release"
+        )
     try:
+        check_rows(place / FILE_NAME)
         with closing(Database(place)) as database:
+            with database.reading() as connection:
+                check_labels(connection)
             with database.writing() as connection:
                 details = {"created_at": manifest.created_at.isoformat()}
                 write(connection, [Act(actor, "restore", details=details)])
             database.truncate_log()  # now the file alone is complete
-    except GalleryVersion as error:
+    except ContentsError as error:
         raise BackupInvalid(
-            f"{backup} was written by a newer release, with tables of revision "
-            f"{manifest.revision}; restore it with that release"
+            f"the backup {backup} holds what no gallery has written: {error}; use another one"
         ) from error
+    except sqlite3.Error as error:
+        raise damaged(backup, f"its database cannot be read: {error}") from error
     return manifest
 
 

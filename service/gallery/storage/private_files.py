@@ -12,7 +12,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +49,6 @@ def private_file(path: str) -> None:
         os.close(descriptor)
 
 
-class Open(NamedTuple):
-    """A file or folder that others may use, and why that could not be changed."""
-
-    path: Path
-    reason: str
-
-
 def tighten(folder: Path) -> None:
     """Take from others what they may do in a data folder; the log tells what was changed.
 
@@ -68,7 +60,7 @@ def tighten(folder: Path) -> None:
     if folder.stat().st_mode & stat.S_ISVTX or folder.resolve().parent == folder.resolve():
         log.warning("%s is everybody's; give the gallery a data folder of its own", folder)
         return
-    changed, refused = 0, list[Open]()
+    changed, refused, why = 0, list[Path](), ""
     for path, status in _entries(folder):
         wanted = _wanted(folder, path, status)
         if stat.S_IMODE(status.st_mode) == wanted:
@@ -77,7 +69,8 @@ def tighten(folder: Path) -> None:
         if reason is None:
             changed += 1
         elif status.st_mode & _OTHERS:
-            refused.append(Open(path, reason))
+            refused.append(path)
+            why = why or reason
     if changed:
         log.warning(
             "%d files or folders of the data folder %s were open to others or not to their owner; "
@@ -85,7 +78,7 @@ def tighten(folder: Path) -> None:
             *(changed, folder),
         )
     if refused:
-        log.warning("%s", told(folder, refused))
+        log.warning("%s", told(folder, refused, why))
 
 
 def open_to_others(folder: Path) -> list[Path]:
@@ -93,12 +86,12 @@ def open_to_others(folder: Path) -> list[Path]:
     return [path for path, status in _entries(folder) if status.st_mode & _OTHERS]
 
 
-def told(folder: Path, found: list[Open]) -> str:
-    """A sentence about what stays open to others."""
+def told(folder: Path, found: list[Path], reason: str) -> str:
+    """A sentence about what others may use. reason: why that is so for the first."""
     return (
         f"others may use {len(found)} files or folders of the data folder {folder}, such as "
-        f"{found[0].path} ({found[0].reason}); it holds personal data: mount it so that only the "
-        "service's user can enter it"
+        f"{found[0]} ({reason}); it holds personal data: mount it so that only the service's user "
+        "can enter it"
     )
 
 

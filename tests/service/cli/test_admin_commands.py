@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 from pathlib import Path
 
 import pytest
 
-from model import load_checkpoint
+from model import CheckpointInfo, CMTConfig, load_checkpoint
 from model.cli import main
 from service.auth.keys import KeyFile
 from service.client import Client
@@ -112,3 +114,98 @@ def test_doctor_looks_at_keys_and_database(
     assert "chmod 600" in printed
     assert "does not answer" in printed
     assert "secret" not in printed
+
+
+def test_cameras_have_defaults_until_they_are_deleted(
+    serve: Serve, tmp_path: Path, infrared: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(tmp_path / "data") as url, Client(url) as client:
+        at = ("--url", url)
+        inverted = ("--modality", "ir", "--polarity", "black_hot")
+        status, printed, _ = run(capsys, "cameras", "set", "yard/2 [red]", *inverted, *at)
+        assert (status, "yard/2 [red] are ir, black_hot" in printed) == (0, True)
+        assert run(capsys, "cameras", "set", "dome", *at)[0] == 2  # no default at all
+        status, printed, _ = run(capsys, "cameras", "list", *at)
+        assert [line.split() for line in printed.splitlines()] == [
+            ["camera", "modality", "polarity"],
+            ["yard/2", "[red]", "ir", "black_hot"],
+        ]
+        wanted = {"camera_id": "yard/2 [red]", "modality": "ir", "polarity": "black_hot"}
+        assert json.loads(run(capsys, "cameras", "list", "--json", *at)[1]) == wanted
+
+        labels = ("--camera-id", "yard/2 [red]")
+        assert run(capsys, "enroll", infrared[0], *labels, *at)[0] == 0
+        assert run(capsys, "enroll", infrared[0], *labels, "--polarity", "white_hot", *at)[0] == 0
+        items = client.list().items
+        assert [(item.modality_source, item.polarity) for item in items] == [
+            ("camera", "black_hot"),
+            ("camera", "white_hot"),
+        ]
+        query = ("query", infrared[0], "--json", *at)
+        for given, polarity in (
+            (("--query-camera-id", "yard/2 [red]"), "black_hot"),
+            (("--polarity", "black_hot"), "black_hot"),
+            ((), "white_hot"),
+        ):
+            answer = json.loads(run(capsys, *query, *given)[1])
+            assert (answer["query"]["polarity"], answer["searched"]) == (polarity, 2)
+
+        out = tmp_path / "out"
+        assert run(capsys, "gallery", "export", out, *at)[0] == 0
+        with (out / "manifest.csv").open(newline="") as file:
+            assert [row["polarity"] for row in csv.DictReader(file)] == ["black_hot", "white_hot"]
+        assert run(capsys, "cameras", "delete", "yard/2 [red]", *at)[0] == 0
+        status, _, told = run(capsys, "cameras", "delete", "yard/2 [red]", *at)
+        assert (status, "no defaults are stored" in told) == (1, True)
+        assert client.cameras() == []
+
+
+def test_doctor_tries_a_lock_and_looks_at_modes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = CheckpointInfo("a" * 64, CMTConfig(parts=2, dim=16, heads=2))
+    Gallery.open(tmp_path / "data", info).close()
+    look = ("doctor", "--data-dir", tmp_path / "data")
+    status, printed, _ = run(capsys, *look)
+    assert (status, "writable, lockable and private" in printed) == (0, True)
+    (tmp_path / "data" / "gallery.sqlite3").chmod(0o644)
+    status, printed, _ = run(capsys, *look)
+    assert (status, "warning" in printed, "others may use 1 files" in printed) == (0, True, True)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    status, printed, _ = run(capsys, *look)
+    assert (status, "wrong" in printed, "cannot lock files" in printed) == (1, True, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("serve", "--checkpoint", "x.safetensors"),
+        ("backup", "x.zip"),
+        ("restore", "x.zip"),
+        ("reembed", "x.safetensors"),
+        ("doctor",),
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize("given", ["", " "])
+def test_an_empty_data_folder_is_not_the_current_one(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    given: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, printed, told = run(capsys, *command, "--data-dir", given)
+    assert (status, printed) == (2, "")
+    assert "it is empty; name a folder" in told
+    if command[0] in ("serve", "doctor", "restore"):
+        monkeypatch.setenv("CMT_DATA_DIR", given)
+        status, printed, told = run(capsys, *command)
+        assert status in (1, 2)
+        assert "DATA_DIR" in told or "data_dir" in told
+    assert list(tmp_path.iterdir()) == []
