@@ -130,7 +130,8 @@ def narrowed(planes: Sequence[Image.Image], samples: Samples) -> Image.Image:
 
 
 def _wide(high: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
-    return (high.astype(np.uint16) << 8) | low
+    values: npt.NDArray[np.uint16] = np.left_shift(high, 8, dtype=np.uint16)
+    return np.bitwise_or(values, low, dtype=np.uint16)
 
 
 def _narrow_gray(image: Image.Image, samples: Samples) -> Image.Image:
@@ -171,7 +172,8 @@ def to_8_bit(
         if is_noise(inner):
             return np.zeros(values.shape, np.uint8)
     if values.dtype == np.uint16:  # most of all pictures: each of the few values is scaled once
-        result = _scaled(np.arange(1 << 16), floor, ceiling)[values]
+        table = _scaled(np.arange(1 << 16), floor, ceiling)
+        result: npt.NDArray[np.uint8] = table[values]
         if valid is not None:
             result[~valid] = 0
         return result

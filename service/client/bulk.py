@@ -208,14 +208,14 @@ def _send_some(client: Client, entries: Sequence[Entry]) -> tuple[int, list[Fail
         return len(entries), failures + _sent_alone(client, sent)
     again: list[Entry] = []
     for entry, result in zip(sent, results, strict=True):
-        problem = result.problem
-        if problem is None:
+        refused = result.problem
+        if refused is None:
             continue
         # Not the image's fault, but of the moment, or of the company it came in.
-        if len(sent) > 1 and (problem.status == 503 or problem.code == "decode_budget_spent"):
+        if len(sent) > 1 and (refused.status == 503 or refused.code == "decode_budget_spent"):
             again.append(entry)
         else:
-            failures.append(Failure(entry.file, problem.detail))
+            failures.append(Failure(entry.file, refused.detail))
     return len(entries), failures + _sent_alone(client, again)
 
 

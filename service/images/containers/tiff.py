@@ -51,7 +51,7 @@ class _Entry(NamedTuple):
     """A tag's type, the number of its values, and their bytes."""
 
     kind: int
-    count: int
+    values: int
     data: bytes
 
 
@@ -89,7 +89,7 @@ class _Layout:
         """The values of an entry. Raises ValueError where they are no integers."""
         if entry.kind not in _INTEGERS:
             raise ValueError("integers are wanted")
-        return list(self.unpack(f"{entry.count}{_INTEGERS[entry.kind]}", entry.data))
+        return list(self.unpack(f"{entry.values}{_INTEGERS[entry.kind]}", entry.data))
 
     def entry(self, values: list[int]) -> _Entry:
         """Integers as an entry."""
@@ -269,7 +269,7 @@ def _written(layout: _Layout, kept: dict[int, _Entry], where: int, pieces: list[
             if tag in places
             else entry.data.ljust(layout.inline, b"\0")
         )
-        out.append(layout.pack(f"HH{layout.offset}", tag, entry.kind, entry.count) + inline)
+        out.append(layout.pack(f"HH{layout.offset}", tag, entry.kind, entry.values) + inline)
     out.append(bytes(layout.inline))
     out += [kept[tag].data + bytes(-len(kept[tag].data) % layout.inline) for tag in places]
     out += [piece + bytes(len(piece) & 1) for piece in pieces]

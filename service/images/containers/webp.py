@@ -21,7 +21,7 @@ def plain(data: bytes, max_pixels: int) -> bytes:
     if end > len(data) or data[8:12] != b"WEBP":
         return data  # cut, or no WebP: decoding says so
     first, body = next(_chunks(data, _HEADER, end), (b"", b""))
-    check_pixels(*_size(first, body), max_pixels)
+    check_pixels(*size(first, body), max_pixels)
     if first != b"VP8X":  # anything else in the file belongs to the extended format
         return _riff([(first, body)])
     kept = [(first, body)]
@@ -67,8 +67,8 @@ def _frame(body: bytes) -> bytes:
     return body[:_FRAME_HEADER] + _written([(k, part) for k, part in inner if k in _PICTURE])
 
 
-def _size(kind: bytes, body: bytes) -> tuple[int, int]:
-    """Of the canvas; 0, 0 where the header is none."""
+def size(kind: bytes, body: bytes) -> tuple[int, int]:
+    """Width and height that the first chunk says; 0, 0 where it is none of a picture."""
     if kind == b"VP8X":
         return (
             int.from_bytes(body[4:7], "little") + 1,

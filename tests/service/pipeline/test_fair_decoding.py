@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -49,9 +50,9 @@ def test_queries_and_readiness_do_not_wait_for_a_batch_that_takes_long(
     assert codes == [None] * enrolled + ["decode_budget_spent"] * (IMAGES - enrolled)
 
 
-def send_batch(service: ServiceProcess, images: list[bytes]) -> list[dict[str, object]]:
+def send_batch(service: ServiceProcess, images: list[bytes]) -> list[dict[str, Any]]:
     with service.client(timeout=120) as http:
         answer = http.post("/gallery/batch", files=[("image", image) for image in images])
     assert answer.status_code == httpx.codes.OK
-    results: list[dict[str, object]] = answer.json()["results"]
+    results: list[dict[str, Any]] = answer.json()["results"]
     return results
