@@ -296,7 +296,7 @@ def test_readyz_names_the_part_that_fails(serve: Serve, tmp_path: Path) -> None:
         data.rename(tmp_path / "gone")
         answer = http.get("/readyz")
         assert answer.status_code == 503
-        assert answer.json()["code"] == "storage_unwritable"
+        assert answer.json()["code"] == "storage_moved"
         assert "data folder" in answer.json()["detail"]
         assert str(tmp_path) not in answer.text  # the route is open to everybody
         assert http.get("/livez").status_code == 200

@@ -25,10 +25,10 @@ NEXT = CheckpointInfo("b" * 64, CMTConfig(parts=3, dim=16, heads=2, input_height
 
 def new_item(shade: int, **fields: Any) -> NewItem:
     buffer = io.BytesIO()
-    flat = Image.new("RGB", (16, 32), (shade, 255 - shade, shade // 2))
-    light = Image.linear_gradient("L").resize((16, 32)).convert("RGB")
-    Image.blend(flat, light, 0.5).save(buffer, "PNG")
-    return NewItem(decode(buffer.getvalue()), **fields)
+    image = Image.new("RGB", (16, 32), (shade, 255 - shade, shade // 2))
+    image.paste(Image.linear_gradient("L").resize((16, 16)), (0, 16))  # not empty
+    image.save(buffer, "PNG")
+    return NewItem(decode(buffer.getvalue(), modality="rgb"), **fields)
 
 
 def embedder(info: CheckpointInfo) -> Callable[[Sequence[Crop]], Tensor]:
@@ -82,6 +82,18 @@ def test_every_item_is_found_by_the_next_checkpoint_after_the_switch(gallery: Ga
     }
     assert states == {OLD.fingerprint: ("retired", 99), NEXT.fingerprint: ("active", 99)}
     gallery.check()
+
+
+def test_a_crop_is_turned_to_the_same_polarity_again(gallery: Gallery) -> None:
+    data = new_item(60).crop.data
+    dark, light = (decode(data, modality="ir", polarity=p) for p in ("black_hot", "white_hot"))
+    assert dark.image.tobytes()[0] != light.image.tobytes()[0]
+    [item] = gallery.add([NewItem(dark)], embedder(OLD)([dark]))
+    gallery.reembed(NEXT, embedder(NEXT))
+    assert gallery.get(item.id).polarity == "black_hot"
+    for crop, near in ((dark, True), (light, False)):
+        [hit] = gallery.search(embedder(NEXT)([crop])[0], None, top_k=1).hits
+        assert (hit.distance < 0.01) == near
 
 
 def test_features_of_two_checkpoints_never_meet(gallery: Gallery) -> None:
