@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import ExifTags, Image, ImageOps
 
 from service.api.schemas import BATCH_IMAGES, BatchItem
 from service.client import Client
@@ -235,3 +238,24 @@ def test_two_persons_are_not_erased_at_once(http: httpx.Client, visible: list[Pa
     assert (refused.status_code, refused.json()["code"]) == (422, "parameters_invalid")
     for person in ("first", "second"):
         assert http.delete("/gallery", params={"person_id": person}).json() == {"deleted": 1}
+
+
+def test_originals_are_stored_without_what_is_no_picture(
+    http: httpx.Client, visible: list[Path]
+) -> None:
+    tags, buffer = Image.Exif(), io.BytesIO()
+    tags[ExifTags.Base.Orientation] = 6
+    tags.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSAreaInformation] = b"Zoe Secret"
+    with Image.open(visible[0]) as crop:
+        crop.save(buffer, "JPEG", exif=tags, comment=b"Zoe Secret")
+    sent = buffer.getvalue()
+    alone = http.post("/gallery", files={"image": sent}).json()
+    [one] = results(send(http, [sent]))
+    for item in alone, one["item"]:
+        stored = http.get(f"/gallery/{item['id']}/image").content
+        assert b"Zoe Secret" in sent
+        assert b"Zoe Secret" not in stored
+        assert item["sha256"] == hashlib.sha256(sent).hexdigest()
+        shown = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
+        assert shown.size == (item["width"], item["height"])
+        assert shown.tobytes() == ImageOps.exif_transpose(Image.open(buffer)).tobytes()
