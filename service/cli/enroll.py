@@ -12,7 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from model.image_files import ImageFiles, Skipped
 from model.terminal import Console, say
 from service.api.schemas import BatchItem
-from service.cli.options import DEFAULT_URL, ApiKey, Client, ModalityOption, PolarityOption, Url
+from service.cli.options import (
+    DEFAULT_URL,
+    ApiKey,
+    Client,
+    ModalityOption,
+    PolarityOption,
+    Url,
+    folder,
+)
 from service.client.bulk import (
     COLUMNS,
     EnrollmentError,
@@ -28,7 +36,11 @@ _SHOWN = 5  # names of what is left alone
 
 
 def enroll(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and folders.")],
+    paths: Annotated[
+        list[Path],
+        # An empty one, as of an unset variable, would be the current folder.
+        typer.Argument(metavar="PATH...", help="Files and folders.", parser=folder),
+    ],
     manifest: Annotated[
         Path | None,
         typer.Option(
@@ -40,10 +52,10 @@ def enroll(
         list[str] | None, typer.Option(help="Column of the manifest to leave out; repeat.")
     ] = None,
     person_id: Annotated[
-        str | None, typer.Option(help="Label of all the files whose manifest has none.")
+        str | None, typer.Option(help="Label of all files; with a manifest, of those without.")
     ] = None,
     camera_id: Annotated[
-        str | None, typer.Option(help="Camera of all the files whose manifest has none.")
+        str | None, typer.Option(help="Camera of all files; with a manifest, of those without.")
     ] = None,
     modality: ModalityOption = None,
     polarity: PolarityOption = None,

@@ -102,7 +102,7 @@ def test_enroll_tells_which_files_failed(
 
 def test_enroll_leaves_alone_what_is_nobodys_picture(
     client: Client, folder: Path, tmp_path: Path, visible: list[Path],
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for other in ("@eaDir/a.jpg/thumb.jpg", ".thumbnails/a.jpg", "0/._a.jpg"):
         (folder / other).parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +132,10 @@ def test_enroll_leaves_alone_what_is_nobodys_picture(
     assert f"{folder}/\\x1b[2J[bold]\\n.jpg: " in out
     assert "\x1b" not in out
     assert client.list().total == 6
+    monkeypatch.chdir(folder)
+    status, _, err = run(capsys, "enroll", "")  # a variable that is not set
+    assert status == 2
+    assert "it is empty" in err
     for command in (["query", folder / "live.png"], ["enroll", folder / "live.png"]):
         status, out, err = run(capsys, *command)
         assert status == 1

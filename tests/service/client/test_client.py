@@ -6,9 +6,11 @@ import asyncio
 import os
 import time
 import unicodedata
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote
+from uuid import UUID
 
 import httpx
 import pytest
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from service.auth.keys import KeyFile
 from service.client import AsyncClient, Client, InvalidValue, ServiceProblem, Unreachable
 from service.client.bulk import Entry, send
-from service.client.requests import LONGEST_WAIT, camera_path, wait_before_retry
+from service.client.requests import LONGEST_WAIT, camera_path, item_path, wait_before_retry
 from tests.service.conftest import Serve
 
 
@@ -161,6 +163,19 @@ def test_what_is_no_id_is_not_sent(text: str) -> None:
 
     asyncio.run(scenario())
     assert seen == []
+
+
+@settings(deadline=None)
+@given(st.text() | st.uuids().map(str) | st.text("0123456789abcdefABCDEF-/.%\n", max_size=38))
+def test_an_item_is_asked_for_by_exactly_its_id_or_not_at_all(text: str) -> None:
+    try:
+        path = item_path(text)
+    except InvalidValue:
+        with suppress(ValueError):
+            assert str(UUID(text)) != text.lower()
+        return
+    assert httpx.URL("http://service").join(path).raw_path == f"/gallery/{text}".encode()
+    assert set(text) <= set("0123456789abcdefABCDEF-")
 
 
 @settings(deadline=None)
