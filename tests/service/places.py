@@ -28,7 +28,8 @@ KINDS = ("sqlite", "postgresql")
 # Takes back what the newest tables of SQLite have and those of release 0.1.0 have not.
 EARLIER_RELEASE = """
     DROP TRIGGER audit_no_update; DROP TRIGGER audit_no_delete; DROP TRIGGER audit_no_replace;
-    DROP TABLE cameras; ALTER TABLE items DROP COLUMN polarity;
+    DROP TABLE IF EXISTS clock; DROP TABLE IF EXISTS undated; DROP TABLE cameras;
+    ALTER TABLE items DROP COLUMN polarity;
     UPDATE alembic_version SET version_num = '0002';
 """
 
