@@ -17,6 +17,7 @@ from model.backbone import TwoStreamResNet
 from model.benchmark import Spread, publish, seconds
 from model.config import MODALITIES
 from model.device import chosen_device
+from model.outputs import ResultsFile
 from training.datasets import LAYOUTS, DatasetName, Sample
 from training.malloc import keep_large_blocks
 from training.options import Device
@@ -40,7 +41,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Steps of each side in a round.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="How often all sides run, in turn.")] = 5,
     device: Device = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Images a second of the trainer's step, against the two-stream ResNet alone.
 

@@ -10,6 +10,7 @@ import typer
 
 from model import CheckpointInfo
 from model.device import DeviceError
+from model.outputs import folder_option
 from model.precision import PrecisionName
 from model.terminal import say, say_lines
 from training import distributed
@@ -49,7 +50,12 @@ def train(
         list[Path],
         typer.Option(help="Folder of the dataset; repeat for several with other people."),
     ],
-    run: Annotated[Path, typer.Option(help="Folder of the run: state, metrics and checkpoint.")],
+    run: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the run: state, metrics and checkpoint.", callback=folder_option
+        ),
+    ],
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -124,7 +130,10 @@ def train(
     channels_last: ChannelsLast = "auto",
     compile: Compile = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of decoded images. Default: inside the run.")
+        Path | None,
+        typer.Option(
+            help="Folder of decoded images. Default: inside the run.", callback=folder_option
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 250,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from model.labels import LabelError, normalized_label
+from model.outputs import file_option
 from training.acceleration import Switch
 
 
@@ -42,17 +43,12 @@ Trial = Annotated[int, typer.Option(help="RegDB: which of the ten splits.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-FiguresFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-
-PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+FiguresFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the figures to this file.", callback=file_option),
+]
 
 T = TypeVar("T")
-
-
-def check_picture(path: Path | None) -> None:
-    """Raises BadParameter for a picture that could not be written after minutes of computing."""
-    if path is not None and path.suffix not in PICTURE_SUFFIXES:
-        raise typer.BadParameter(f"{path} ends in none of {', '.join(PICTURE_SUFFIXES)}")
 
 
 def fields_as_options(command: Callable[[T], None]) -> Callable[..., None]:

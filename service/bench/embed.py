@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from model import CMT, load_checkpoint, preprocess
 from model.benchmark import Spread, compare, publish
+from model.outputs import ResultsFile
 from service.bench.crops import decoded, image_files
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
@@ -29,7 +30,7 @@ def embed(
     rounds: Annotated[int, typer.Option(help="How often both sides run, in turn.")] = 5,
     device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Time the service's embedder, preprocessing included, against the plain network in fp32.
 

@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from model.benchmark import Spread, publish, seconds
+from model.outputs import ResultsFile
 from service.bench.crops import BenchmarkDataError, decoded, image_files
 from service.bench.data import CHECKPOINT
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
@@ -42,7 +43,7 @@ def enroll(
     rounds: Annotated[int, typer.Option(min=1, help="How often all sides run, in turn.")] = 3,
     device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Images a second from files to durable rows, against embedding the decoded images alone.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model import Modulation, load_checkpoint, modulated_distance
 from model.benchmark import publish
+from model.outputs import ResultsFile
 from service.bench.crops import embedded
 from service.bench.data import CHECKPOINT, STATISTICS, Data, Source, unmodified
 from service.bench.population import CROPS_PER_PERSON, Population
@@ -25,7 +26,7 @@ def features(
     cache: Annotated[Path | None, typer.Option(help="Keep the crops' features here.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Leading directions per covariance.")] = 192,
     queries: Annotated[int, typer.Option(min=1, help="Queries of the comparison.")] = 500,
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Write means and covariances of a folder's features, and compare samples with the real ones.
 

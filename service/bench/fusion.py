@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model import CMT, Modulation, load_checkpoint
 from model.benchmark import publish
+from model.outputs import ResultsFile
 from service.bench.crops import (
     BenchmarkDataError,
     crop_files,
@@ -48,7 +49,7 @@ def fusion(
     draws: Annotated[int, typer.Option(min=1, help="How often queries and gallery are drawn.")] = (
         100
     ),
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Rank with K images of a person at once, in four ways; K = 1 is the single shot.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model import Modulation, project
 from model.benchmark import Spread, publish, seconds
+from model.outputs import ResultsFile, picture_option
 from service.bench.crops import embedded
 from service.bench.data import (
     CHECKPOINT,
@@ -52,8 +53,10 @@ def recall(
         typer.Option(help="SYSU-layout folder; its features are searched unmodified as well."),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep the roots' features here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw recall over latency here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw recall over latency here.", callback=picture_option)
+    ] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Measure recall@10 and latency of the two stages against the exhaustive modulated ranking.
 

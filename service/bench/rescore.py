@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from model import Modulation
 from model.benchmark import Comparison, compare, publish
 from model.device import chosen_device
+from model.outputs import ResultsFile
 from service.bench.data import (
     CHECKPOINT,
     STATISTICS,
@@ -54,7 +54,7 @@ def rescore(
     statistics: Statistics = STATISTICS,
     checkpoint: Checkpoint = CHECKPOINT,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Time modulated ranking: the service's exhaustive search against modulating the gallery.
 

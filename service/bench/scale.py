@@ -15,6 +15,7 @@ import typer
 
 from model import Modulation
 from model.benchmark import Spread, publish, seconds
+from model.outputs import ResultsFile, picture_option
 from service.bench.data import (
     CHECKPOINT,
     STATISTICS,
@@ -47,8 +48,10 @@ def scale(
     rounds: Annotated[int, typer.Option(min=1, help="How often all ways run, in turn.")] = 5,
     statistics: Statistics = STATISTICS,
     checkpoint: Checkpoint = CHECKPOINT,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curves here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the curves here.", callback=picture_option)
+    ] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Measure latency (exhaustive and in two stages) and memory of galleries of growing size.
 

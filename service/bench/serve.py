@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from model.benchmark import publish
+from model.outputs import ResultsFile, picture_option
 from model.terminal import say
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
@@ -54,8 +55,10 @@ def serve(
     ] = None,
     device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
-    plot: Annotated[Path | None, typer.Option(help="Draw latency and throughput here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw latency and throughput here.", callback=picture_option)
+    ] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Measure POST /query and POST /gallery over HTTP, against the bare model and other servers.
 

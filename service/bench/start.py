@@ -18,6 +18,7 @@ from rich.progress import track
 
 from model import CheckpointInfo, load_checkpoint
 from model.benchmark import Spread, publish, seconds
+from model.outputs import ResultsFile
 from service.bench.crops import BenchmarkDataError
 from service.bench.data import CHECKPOINT, STATISTICS, Checkpoint, Data, Source, Statistics
 from service.gallery import Gallery, NewItem
@@ -43,7 +44,7 @@ def start(
     rounds: Annotated[int, typer.Option(min=1, help="How often both sides run, in turn.")] = 5,
     statistics: Statistics = STATISTICS,
     checkpoint: Checkpoint = CHECKPOINT,
-    json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
+    json: ResultsFile = None,
 ) -> None:
     """Time opening a gallery of N items up to its first answer, in a process that runs already.
 

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from model.device import chosen_device
+from model.outputs import Outputs, file_option, folder_option, picture_option
 from model.terminal import Console, say
 from training.ablation.cells import Budget, CellRunner, Start, read_data
 from training.ablation.render import show
@@ -34,7 +35,6 @@ from training.options import (
     Device,
     Root,
     Trial,
-    check_picture,
     fields_as_options,
 )
 from training.recipe import load_recipe
@@ -52,9 +52,15 @@ sweep_app = typer.Typer(
 app.add_typer(sweep_app, name="sweep")
 
 Dataset = Annotated[DatasetName, typer.Option(help="Layout of the folders, and the protocol.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write all figures to this file.", callback=file_option),
+]
 Seeds = Annotated[str, typer.Option(help="Seeds, comma-separated; each repeats every cell.")]
-Curves = Annotated[Path | None, typer.Option(help="Write the curves to this .png, .svg or .pdf.")]
+Curves = Annotated[
+    Path | None,
+    typer.Option(help="Write the curves to this .png, .svg or .pdf.", callback=picture_option),
+]
 
 Number = TypeVar("Number", int, float)
 
@@ -73,7 +79,10 @@ class CellOptions:
     ]
     run: Annotated[
         Path,
-        typer.Option(help="Folder of the cells; the same command goes on with what is there."),
+        typer.Option(
+            help="Folder of the cells; the same command goes on with what is there.",
+            callback=folder_option,
+        ),
     ]
     dataset: Dataset = DatasetName.SYSU
     train_ids: Annotated[
@@ -116,7 +125,8 @@ class CellOptions:
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 100
     json_file: Json = None
     markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help="Write the tables to this file.")
+        Path | None,
+        typer.Option("--markdown", help="Write the tables to this file.", callback=file_option),
     ] = None
     device: Device = "auto"
     channels_last: ChannelsLast = "auto"
@@ -195,11 +205,10 @@ def figure_3_lambda(asked: LambdaOptions) -> None:
     Example: cmt ablate sweep lambda --root SYSU-MM01 --eval-root SYSU-MM01 --recipe paper
     --weights resnet50.pth --run runs/lambda --plot lambda.png
     """
-    check_picture(asked.plot)
     recipe = load_recipe(asked.recipe)
     values = _numbers(asked.values, float, "--values")
     swept = sweep_lambda(recipe, asked.starting_point(), values)
-    _run(sweep_ablation(swept, recipe, asked.dataset, asked.seed_numbers(), asked.plot), asked)
+    _run(sweep_ablation(swept, recipe, asked.dataset, asked.seed_numbers()), asked, asked.plot)
 
 
 @sweep_app.command("parts")
@@ -210,7 +219,6 @@ def figure_3_parts(asked: PartsOptions) -> None:
     Example: cmt ablate sweep parts --root RegDB --eval-root RegDB --recipe paper-regdb
     --weights resnet50.pth --run runs/parts --plot parts.png
     """
-    check_picture(asked.plot)
     recipe = load_recipe(asked.recipe)
     start = asked.starting_point()
     if asked.values is None:
@@ -223,7 +231,7 @@ def figure_3_parts(asked: PartsOptions) -> None:
             "--start, or use --pretrain"
         )
     swept = sweep_parts(recipe, start, values)
-    _run(sweep_ablation(swept, recipe, asked.dataset, asked.seed_numbers(), asked.plot), asked)
+    _run(sweep_ablation(swept, recipe, asked.dataset, asked.seed_numbers()), asked, asked.plot)
 
 
 @app.command()
@@ -231,7 +239,12 @@ def tsne(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint with modality alignment.")],
     root: Root,
     picture: Annotated[
-        Path, typer.Option("--plot", help="Write the picture to this .png, .svg or .pdf.")
+        Path,
+        typer.Option(
+            "--plot",
+            help="Write the picture to this .png, .svg or .pdf.",
+            callback=picture_option,
+        ),
     ],
     dataset: Dataset = DatasetName.SYSU,
     ids: Annotated[
@@ -250,24 +263,30 @@ def tsne(
     Example: cmt ablate tsne --checkpoint run/checkpoint.safetensors --root SYSU-MM01 --plot
     figure4.png
     """
-    check_picture(picture)
     request = Figure4Request(
         checkpoint, dataset, root, ids, trial, people, seed, chosen_device(device), dataset_name
     )
     drawn = figure_4(request)
-    plot_figure_4(drawn, picture)
     for alignment in drawn.alignments:
         say(
             f"{alignment.title}: same / other person's distance {alignment.distance_ratio:.3f}, "
             f"silhouette by person {alignment.silhouette:.3f}"
         )
-    say(f"Wrote {picture}")
+    outputs = Outputs()
+    with outputs.attempt(picture):
+        plot_figure_4(drawn, picture)
+        say(f"Wrote {picture}")
     if json_file is not None:
-        write_json(json_file, figure_4_json(request, drawn))
+        with outputs.attempt(json_file):
+            write_json(json_file, figure_4_json(request, drawn))
+    outputs.finish()
 
 
-def _run(ablation: Ablation, asked: CellOptions) -> None:
-    """Run the cells that the budget allows, and report on the whole seeds that are there."""
+def _run(ablation: Ablation, asked: CellOptions, plot: Path | None = None) -> None:
+    """Run the cells that the budget allows, and report on the whole seeds that are there.
+
+    plot: where the curves are drawn, of a sweep.
+    """
     keep_large_blocks()
     runner = CellRunner(
         read_data(
@@ -288,20 +307,26 @@ def _run(ablation: Ablation, asked: CellOptions) -> None:
     except KeyboardInterrupt:
         say(f"Interrupted; the same command goes on from {asked.run}.", err=True)
         raise typer.Exit(130) from None
-    report = ablation.report(results, runner.data)
+    report, outputs = ablation.report(results, runner.data), Outputs()
     if report is not None:
         show(Console(), report.grids)
         for line in report.lines:
             say(line)
+        if plot is not None and report.draw is not None:
+            with outputs.attempt(plot):
+                report.draw(plot)
         if asked.json_file is not None:
-            write_json(asked.json_file, report.content)
+            with outputs.attempt(asked.json_file):
+                write_json(asked.json_file, report.content)
         if asked.markdown_file is not None:
-            write_file(asked.markdown_file, report.markdown())
+            with outputs.attempt(asked.markdown_file):
+                write_file(asked.markdown_file, report.markdown())
     if len(results) < len(ablation.cells):
         say(
             f"{len(results)} of {len(ablation.cells)} cells are finished; the same command goes "
             f"on from {asked.run}."
         )
+    outputs.finish()
 
 
 def _numbers(text: str, kind: type[Number], option: str) -> list[Number]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from model.machine import machine
@@ -15,10 +16,14 @@ from training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Summary:
-    """What the whole seeds among finished cells say: tables, and the same as plain values."""
+    """What the whole seeds among finished cells say: tables, and the same as plain values.
+
+    draw: writes them as a picture, where there is one.
+    """
 
     grids: list[Grid]
     content: dict[str, Any]
+    draw: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,14 @@ class Report:
     """What an ablation says as far as it is finished.
 
     title: a heading. lines: what was trained and tested, a sentence each. grids: the tables.
-    content: everything as plain values, every cell's figures among them.
+    content: everything as plain values, every cell's figures among them. draw: see `Summary`.
     """
 
     title: str
     lines: list[str]
     grids: list[Grid]
     content: dict[str, Any]
+    draw: Callable[[Path], None] | None
 
     def markdown(self) -> str:
         """Heading, lines and tables as a Markdown document."""
@@ -71,6 +77,7 @@ class Ablation:
             lines=facts_lines(results, data),
             grids=summary.grids,
             content=facts | summary.content,
+            draw=summary.draw,
         )
 
 

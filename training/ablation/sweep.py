@@ -142,20 +142,18 @@ def sweep_ablation(
     recipe: Recipe,
     dataset: DatasetName,
     seeds: Sequence[int],
-    picture: Path | None = None,
 ) -> Ablation:
-    """Figure 3 (a) or (b): its cells, and the curves of those that are finished.
-
-    picture: where the curves are drawn each time that cells are summarised, if given.
-    """
+    """Figure 3 (a) or (b): its cells, and the curves of those that are finished."""
 
     def summarise(results: Sequence[CellResult]) -> Summary | None:
         found = summarise_sweep(sweep, results, dataset)
         if found is None:
             return None
-        if picture is not None:
+
+        def draw(picture: Path) -> None:
             plot_sweep(sweep, found, recipe, picture)
-        return Summary([grid(sweep, found, recipe)], sweep_json(sweep, found, recipe))
+
+        return Summary([grid(sweep, found, recipe)], sweep_json(sweep, found, recipe), draw)
 
     return Ablation(sweep.figure, recipe, sweep.cells(seeds), summarise)
 

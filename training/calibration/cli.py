@@ -16,6 +16,7 @@ from model.calibration import (
     Threshold,
 )
 from model.device import chosen_device
+from model.outputs import Outputs, file_option, picture_option
 from model.terminal import Console
 from training.calibration.calibrate import FALSE_ACCEPT_RATES
 from training.calibration.checkpoint import CalibrationRequest, calibrate_checkpoint
@@ -30,7 +31,6 @@ from training.options import (
     FiguresFile,
     Root,
     Workers,
-    check_picture,
 )
 
 
@@ -42,7 +42,10 @@ def calibrate(
         Path, typer.Option(help="List of identities that the checkpoint was not trained on.")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Where the calibrated file goes. Default: in its place.")
+        Path | None,
+        typer.Option(
+            help="Where the calibrated file goes. Default: in its place.", callback=file_option
+        ),
     ] = None,
     dataset_name: DatasetLabel = None,
     prior: Annotated[
@@ -51,7 +54,10 @@ def calibrate(
             min=0.001, max=0.999, help="Share of pairs of one person that probabilities assume."
         ),
     ] = 0.5,
-    plot: Annotated[Path | None, typer.Option(help="Write reliability diagrams here.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Write reliability diagrams here.", callback=picture_option),
+    ] = None,
     json_file: FiguresFile = None,
     device: Device = "auto",
     batch_size: BatchSize = 64,
@@ -65,7 +71,8 @@ def calibrate(
     Example: cmt calibrate --checkpoint run/last.safetensors --dataset sysu --root SYSU-MM01
     --ids SYSU-MM01/exp/val_id.txt --plot reliability.png
     """
-    check_picture(plot)
+    if output is None:
+        file_option(checkpoint)
     request = CalibrationRequest(
         *(checkpoint, dataset, root, ids, prior),
         device=chosen_device(device),
@@ -81,16 +88,21 @@ def calibrate(
         console.print(_table(facts, modulated))
     for line in fit.left_out:
         console.print(line)
-    store_calibration(checkpoint, output or checkpoint, fit.calibration, info.fingerprint)
-    console.print(f"Stored in {output or checkpoint}; its fingerprint is unchanged.")
+    outputs, target = Outputs(), output or checkpoint
+    with outputs.attempt(target):
+        store_calibration(checkpoint, target, fit.calibration, info.fingerprint)
+        console.print(f"Stored in {target}; its fingerprint is unchanged.")
     if json_file is not None:
         content = {
             "checkpoint": {"file": checkpoint.name, "fingerprint": info.fingerprint},
             "calibration": fit.to_json(),
         }
-        write_report(json_file, content)
+        with outputs.attempt(json_file):
+            write_report(json_file, content)
     if plot is not None:
-        plot_reliability(facts, fit.reliabilities, plot)
+        with outputs.attempt(plot):
+            plot_reliability(facts, fit.reliabilities, plot)
+    outputs.finish()
 
 
 def _table(facts: CalibrationFacts, modulated: bool) -> Table:

@@ -13,7 +13,7 @@ from model.terminal import Console
 from training.datasets import LAYOUTS, DatasetName, find_layout
 from training.datasets.check import DatasetCheck, check_dataset
 from training.files import write_report
-from training.options import Trial
+from training.options import FiguresFile, Trial
 
 SHOWN_IDENTITIES = 10  # identities of a list; --json has all
 
@@ -36,9 +36,7 @@ def check(
         typer.Option(help="Layout of ROOT. Default: the one whose folders it has."),
     ] = None,
     trial: Trial = 1,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the counts to this file.")
-    ] = None,
+    json_file: FiguresFile = None,
 ) -> None:
     """Count identities, cameras, images and unreadable files, beside the set's published counts.
 

@@ -6,7 +6,6 @@ images): what is measured does not depend on their content.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -15,6 +14,7 @@ import typer
 
 from model import Modulation, modulated_distance
 from model.benchmark import Comparison, compare, publish
+from model.outputs import ResultsFile
 from training.evaluation.metrics import FloatArray, IntArray, RankMetrics, rank_metrics
 from training.evaluation.scoring import distances
 from training.evaluation.splits import TRIALS
@@ -50,9 +50,7 @@ def evaluate(
     parts: Annotated[int, typer.Option(min=1)] = 6,
     dim: Annotated[int, typer.Option(min=1, help="Channels of a part.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="How often both sides run, in turn.")] = 3,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file.")
-    ] = None,
+    json_file: ResultsFile = None,
 ) -> None:
     """The full SYSU-MM01 protocol from features: ours against the usual loop over queries.
 

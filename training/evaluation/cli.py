@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from model.device import chosen_device
+from model.outputs import Outputs, folder_option, picture_option
 from model.terminal import Console
 from training.datasets import DatasetName
 from training.evaluation.checkpoints import (
@@ -34,7 +35,6 @@ from training.options import (
     FiguresFile,
     Root,
     Workers,
-    check_picture,
 )
 
 
@@ -67,10 +67,16 @@ def evaluate(
         bool, typer.Option(help="Also k-reciprocal re-ranking, in rows of its own.")
     ] = False,
     json_file: FiguresFile = None,
-    plot: Annotated[Path | None, typer.Option(help="Write CMC curves to this picture.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Write CMC curves to this picture.", callback=picture_option),
+    ] = None,
     sheets: Annotated[
         Path | None,
-        typer.Option(help="Write pictures of the best and worst queries to this folder."),
+        typer.Option(
+            help="Write pictures of the best and worst queries to this folder.",
+            callback=folder_option,
+        ),
     ] = None,
     device: Device = "auto",
     batch_size: BatchSize = 64,
@@ -81,7 +87,6 @@ def evaluate(
     Example: cmt evaluate --dataset sysu --root SYSU-MM01 --checkpoint run/best.safetensors
     --json result.json
     """
-    check_picture(plot)
     if convention is not GalleryChoice.AUTO and dataset is not DatasetName.SYSU:
         raise typer.BadParameter(f"only SYSU-MM01 has a choice of galleries, {dataset} has none")
     request = EvaluationRequest(
@@ -92,19 +97,25 @@ def evaluate(
         name=dataset_name,
     )
 
+    outputs = Outputs()
+
     def scored(one: ScoredCheckpoint) -> None:
         if sheets is not None:
             folder = sheets / one.file.stem if TRIAL_FIELD in checkpoint else sheets
             for split_scores in one.scores.splits:
-                write_sheets(one.samples, split_scores, folder)
+                with outputs.attempt(folder):
+                    write_sheets(one.samples, split_scores, folder)
 
     console = Console(soft_wrap=True)
     found = evaluate_checkpoints(request, working=console.status, scored=scored)
     _show(console, found)
     if json_file is not None:
-        write_report(json_file, found.to_json())
+        with outputs.attempt(json_file):
+            write_report(json_file, found.to_json())
     if plot is not None:
-        plot_cmc(found.evaluation, plot)
+        with outputs.attempt(plot):
+            plot_cmc(found.evaluation, plot)
+    outputs.finish()
 
 
 def _show(console: Console, found: CheckpointEvaluation) -> None:

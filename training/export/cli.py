@@ -13,6 +13,7 @@ from rich.text import Text
 
 from model import load_checkpoint
 from model.graphs import MODULATION
+from model.outputs import folder_option
 from model.terminal import Console
 from training.export.export import write_export
 from training.export.folder import check_output
@@ -33,7 +34,10 @@ def export(
     checkpoint: Annotated[Path, typer.Option(help="The .safetensors file to export.")],
     output: Annotated[
         Path,
-        typer.Option(help="Folder of the export; an earlier one there is replaced as a whole."),
+        typer.Option(
+            help="Folder of the export; an earlier one there is replaced as a whole.",
+            callback=folder_option,
+        ),
     ],
     formats: Annotated[
         FormatChoice, typer.Option("--format", help="What to write.")

@@ -299,6 +299,19 @@ def test_training_identities_are_refused(
     assert "--ids" in error
 
 
+def test_figures_are_printed_where_they_cannot_be_written(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = ["--json", "/dev/full", "--plot", str(tmp_path / "cmc.png")]
+    assert main([*arguments(tiny_checkpoint), *written]) == 1
+    said = capsys.readouterr()
+    assert "Checkpoint selection: last" in said.out
+    assert "all-search single-shot" in said.out
+    assert said.err.startswith("Error: not written: /dev/full: No space left on device")
+    assert said.err.count("\n") == 1
+    assert (tmp_path / "cmc.png").is_file()
+
+
 def test_errors_of_the_command_are_one_sentence(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
