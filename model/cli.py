@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import io
+import logging
 import os
 import sys
 import traceback
@@ -133,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"Error: {_one_line(error.format_message())}", err=True)
         return error.exit_code
     except Exception as error:
+        for handler in logging.getLogger().handlers:
+            handler.flush()  # the error comes last, though a thread may write the log
         if verbose:
             say_lines(traceback.format_exc().rstrip(), err=True)
         say(f"Error: {_sentence(error)}", err=True)
