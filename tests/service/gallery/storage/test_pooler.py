@@ -118,7 +118,9 @@ def pooled(url: str, folder: Path) -> Iterator[str]:
     address = server.set(host="127.0.0.1", port=port, query={})
 
     def listens() -> bool:
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        if process.poll() is not None:
+            assert process.stderr is not None
+            pytest.fail(f"pgbouncer ended: {process.stderr.read()}")
         try:
             socket.create_connection(("127.0.0.1", port)).close()
         except OSError:
