@@ -287,6 +287,12 @@ class InternalError(ServiceError):
 # 503
 
 
+class ClockWrong(ServiceError):
+    """The machine's clock cannot be right."""
+
+    status, code, title = 503, "clock_wrong", "Clock wrong"
+
+
 class DatabaseUnavailable(ServiceError):
     """The database cannot be reached or does not answer."""
 

@@ -104,6 +104,7 @@ def _gallery(settings: Settings, embedder: Embedder) -> Gallery:
         database_url=settings.database_url,
         candidates=settings.candidates,
         index=settings.index,
+        clock_confirmed=settings.clock_confirmed,
     )
 
 
@@ -128,6 +129,11 @@ def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: P
     )
     metrics.watch(
         "cmt_log_lines_dropped", "Lines of the log that nobody read in time.", dropped_lines
+    )
+    metrics.watch(
+        "cmt_retention_waits",
+        "1 while too old items are not deleted, as where the clock cannot be right.",
+        lambda: pipeline.retention_waits,
     )
     metrics.watch(
         "cmt_uploads_receiving", "Uploads whose body arrives.", lambda: admission.receiving

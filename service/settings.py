@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import tomllib
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,8 @@ class Settings(BaseSettings):
 
     retention_days: float | None = Field(default=None, gt=0, le=36_500)
     """Items enrolled longer ago are deleted; without it none is."""
+    clock_confirmed: date | None = None
+    """Today's date, where retention waits because the clock differs much from what it was."""
     trusted_proxies: tuple[str, ...] = ()
     """Addresses or networks of reverse proxies whose X-Forwarded-For, -Proto and -Prefix are
     trusted."""

@@ -41,6 +41,7 @@ _EVERYWHERE: tuple[type[ServiceError], ...] = (
     errors.KeysUnreadable,
     errors.DatabaseUnavailable,
     errors.StorageMoved,
+    errors.ClockWrong,
 )
 
 

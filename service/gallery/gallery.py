@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,6 +46,7 @@ from service.gallery.storage.audit import Act
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.private_files import tighten
 from service.gallery.storage.store import LabelField, Store, unknown_item
+from service.gallery.times import utc_now
 from service.kit.shared_lock import SharedLock
 
 log = logging.getLogger(__name__)
@@ -86,14 +87,17 @@ class Gallery:
         database_url: str | None = None,
         candidates: int = DEFAULT_CANDIDATES,
         index: IndexKind | None = None,
+        clock_confirmed: date | None = None,
+        read_clock: Callable[[], datetime] = utc_now,
     ) -> Gallery:
         """Open or create the gallery in `data_dir`.
 
         Its index is read from the folder's snapshot and follows the store from there; without one
         that fits it is built from the store. device: "cpu" or "cuda", where the features live.
-        index: forces a kind of recall index, None takes what measures best for the size. Raises a
-        ServiceError, one sentence: GalleryLocked, GalleryVersion (newer schema), GalleryDamaged,
-        DatabaseUnavailable, StorageUnwritable, StorageFull.
+        index: forces a kind of recall index, None takes what measures best for the size.
+        clock_confirmed, read_clock: what `retain` goes by, see `service.gallery.storage.clock`.
+        Raises a ServiceError, one sentence: GalleryLocked, GalleryVersion (newer schema),
+        GalleryDamaged, DatabaseUnavailable, StorageUnwritable, StorageFull.
         """
         folder = Path(data_dir)
         lock = FolderLock(folder)
@@ -107,6 +111,8 @@ class Gallery:
                     *(folder, info.fingerprint, config.embedding_size, database_url),
                     configuration=config.model_dump(mode="json"),
                     lock=lock,
+                    confirmed=clock_confirmed,
+                    read_clock=read_clock,
                 )
             try:
                 follower = Follower(store, info, folder, device, index, reading.result())
@@ -244,8 +250,17 @@ class Gallery:
         with self._changing() as store:
             return len(store.erase_person(person_id, actor=actor))
 
+    def retain(self, days: float | None) -> int:
+        """Erase what was enrolled more than so many days ago → how many; None: nothing.
+
+        Raises ClockWrong, and erases nothing, while the machine's clock cannot be believed. Call it
+        regularly, also with None: only so the gallery learns how far it can be.
+        """
+        now = self._store.clock.observe()
+        return 0 if days is None else self.expire(now - timedelta(days=days))
+
     def expire(self, before: datetime, *, actor: str = "retention") -> int:
-        """Erase the items that were enrolled before this moment → how many."""
+        """Erase the items that were surely enrolled before this moment → how many."""
         gone = 0
         while numbers := self._store.numbers_before(before, _EXPIRED_AT_ONCE):
             with self._changing() as store:

@@ -8,6 +8,11 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
+def utc_now() -> datetime:
+    """The time that the machine's clock shows."""
+    return datetime.now(UTC)
+
+
 def microseconds(moment: datetime) -> int:
     """Microseconds since 1970 UTC.
 

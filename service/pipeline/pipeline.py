@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -48,7 +47,7 @@ _Decode = Callable[[Picture, int, int], Future[Crop]]
 
 # SQLite has one writer; readers of a page or an image are short.
 _STORE_THREADS = 8
-_EXPIRE_EVERY = 600.0  # seconds
+_RETAIN_EVERY = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,7 @@ class Pipeline:
         self._metrics, self._tracing = metrics, tracing
         self.engine = self._engine_of(embedder)
         self._background: TaskGroup | None = None
+        self.retention_waits = False  # what is too old stays for now
         self._searches = SearchBatcher(gallery)
         self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
         self.audit_writer = AuditWriter(gallery, metrics.audit_failures.inc)
@@ -118,7 +118,7 @@ class Pipeline:
             self._background = group
             group.start_soon(self.engine.run)
             group.start_soon(self.self_check.run)
-            group.start_soon(self._expire)
+            group.start_soon(self._retain)
 
     def switch(self, embedder: Embedder) -> None:
         """Embed with another checkpoint from now on; call it when the gallery has switched.
@@ -280,18 +280,19 @@ class Pipeline:
             },
         )
 
-    async def _expire(self) -> None:
-        """Delete items that are older than `retention_days`."""
+    async def _retain(self) -> None:
+        """Delete items that are older than `retention_days`, while the clock can be believed."""
         days = self._settings.retention_days
-        while days is not None:
-            before = datetime.now(UTC) - timedelta(days=days)
+        while True:
             try:
-                gone = await self.stored(partial(self.gallery.expire, before))
+                gone = await self.stored(partial(self.gallery.retain, days))
+                self.retention_waits = False
                 if gone:
                     log.info("%d items were older than %g days and are deleted", gone, days)
             except ServiceError as error:
-                log.warning("items that are too old are not deleted yet: %s", error.detail)
-            await sleep(_EXPIRE_EVERY)
+                self.retention_waits = days is not None
+                log.warning("the age of items is not looked at yet: %s", error.detail)
+            await sleep(_RETAIN_EVERY)
 
 
 def _described(search: Search) -> dict[str, Any]:

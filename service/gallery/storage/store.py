@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from datetime import UTC, datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from service.gallery.records import (
 )
 from service.gallery.storage.audit import Act, Audit, write
 from service.gallery.storage.cameras import Cameras
+from service.gallery.storage.clock import Clock, note_undated, older_than
 from service.gallery.storage.database import Database
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.group_commit import GroupCommit
@@ -44,9 +45,9 @@ from service.gallery.storage.rows import (
     storable,
 )
 from service.gallery.storage.streaming import BLOCK, View, checked, record_changes
-from service.gallery.storage.tables import crops, features, items
+from service.gallery.storage.tables import crops, features, items, undated
 from service.gallery.storage.versions import Versions, refuse_retired
-from service.gallery.times import microseconds
+from service.gallery.times import utc_now
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class Store:
 
     model: the checkpoint's fingerprint. size: P·D. Thread-safe; writes that come together share
     one transaction. `versions` are all model versions, `cameras` is what is known of the cameras,
-    `audit` is the log of who did what.
+    `audit` is the log of who did what, `clock` knows how far the machine's can be believed.
+    confirmed, read_clock: for `Clock`.
     """
 
     def __init__(
@@ -71,6 +73,9 @@ class Store:
         url: str | None = None,
         configuration: dict[str, Any] | None = None,
         lock: FolderLock | None = None,
+        *,
+        confirmed: date | None = None,
+        read_clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self.model = model
         self.size = size
@@ -79,7 +84,9 @@ class Store:
         self.versions = Versions(self.database, self._commits)
         self.audit = Audit(self.database, self._commits, folder)
         self.cameras = Cameras(self.database, self._commits)
+        self.clock = Clock(self.database, self._commits, confirmed=confirmed, read=read_clock)
         try:
+            self.clock.start()
             self.audit.load_key()  # now, so that a deletion needs no disk space for it
             self.versions.register(model, configuration)
         except BaseException:
@@ -131,7 +138,7 @@ class Store:
         rows = checked(rows, len(new), self.size)
         if not new:
             return []
-        now = datetime.now(UTC)
+        now = self.clock.now()
         records = [record_of(item, self.model, now) for item in new]
         numbered = insert(items).returning(items.c.number)
 
@@ -155,6 +162,8 @@ class Store:
                     for n, row in zip(numbers, rows, strict=True)
                 ],
             )
+            if self.clock.doubt(now) is not None:
+                note_undated(connection, numbers)
             return numbers
 
         return list(zip(self._commits.run(work), records, strict=True))
@@ -202,9 +211,9 @@ class Store:
         return int(number)
 
     def numbers_before(self, moment: datetime, limit: int) -> list[int]:
-        """Row numbers of the first `limit` items that were enrolled before a moment."""
-        old = items.c.enrolled_at < microseconds(moment)
-        query = select(items.c.number).where(old).order_by(items.c.number).limit(limit)
+        """Row numbers of the first `limit` items that were surely enrolled before a moment."""
+        old = select(items.c.number).outerjoin(undated, undated.c.number == items.c.number)
+        query = old.where(older_than(moment)).order_by(items.c.number).limit(limit)
         with self.database.reading() as connection:
             return [int(number) for number in connection.execute(query).scalars()]
 

@@ -112,6 +112,28 @@ cameras = Table(
     Column("polarity", String(9)),
 )
 
+# One row: the latest time at which the gallery ran with a clock that it believed.
+clock = Table(
+    "clock",
+    schema,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("moment", BigInteger, nullable=False),
+)
+
+# Items that were enrolled while the clock was not believed. seen_at: when it first was, after that.
+undated = Table(
+    "undated",
+    schema,
+    Column(
+        "number",
+        RowNumber,
+        ForeignKey("items.number", ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("seen_at", BigInteger),
+)
+
 # Who did what, append-only: see `AUDIT_TRIGGERS`. subject: an item's id or a person's keyed hash.
 # details: JSON text.
 audit = Table(
