@@ -203,6 +203,7 @@ def test_of_a_newer_release(good: Path, tmp_path: Path) -> None:
         "CREATE TABLE more (x)",
         "CREATE TRIGGER t AFTER INSERT ON items BEGIN DELETE FROM audit; END",
         "CREATE VIEW v AS SELECT 1",
+        "DROP TRIGGER audit_no_delete",
         "DROP TRIGGER audit_no_delete; CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit "
         "BEGIN SELECT 1; END",
     ],
