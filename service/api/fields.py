@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import unicodedata
 from datetime import UTC, datetime
@@ -13,9 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import from_json
 
 from model.labels import MAX_LABEL, normalized_label
-
-METADATA_BYTES = 8192
-METADATA_DEPTH = 16
+from service.gallery.metadata import METADATA_BYTES, check_metadata
 
 _RFC_3339 = re.compile(
     r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
@@ -58,21 +54,8 @@ def _metadata(value: Any) -> Any:
     """JSON text, or a value parsed from it → an object that every database and reader takes."""
     if isinstance(value, str):
         value = _parsed(value)
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object, not another JSON value")
-    if not _is_portable(value, METADATA_DEPTH):
-        raise ValueError(
-            f"must nest at most {METADATA_DEPTH} deep, without NUL characters and with numbers of "
-            "at most 64 bits"
-        )
-    if len(_compact(value)) > METADATA_BYTES:
-        raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
+    check_metadata(value)
     return value
-
-
-def _compact(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode(errors="replace")
 
 
 def _parsed(text: str) -> Any:
@@ -85,29 +68,6 @@ def _parsed(text: str) -> Any:
         if str(error).startswith("must be"):
             raise
         raise ValueError('must be a JSON object, such as {"note": "gate 3"}') from error
-
-
-def _is_portable(value: Any, depth: int) -> bool:
-    if depth < 0:
-        return False
-    if isinstance(value, dict):
-        return all(_is_portable(k, 0) and _is_portable(v, depth - 1) for k, v in value.items())
-    if isinstance(value, list):
-        return all(_is_portable(element, depth - 1) for element in value)
-    if isinstance(value, str):
-        return "\0" not in value and _is_whole(value)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, int) or -(2**63) <= value < 2**63
-
-
-def _is_whole(text: str) -> bool:
-    """Whether there is no half of a surrogate pair, which JSON may name and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # What OpenAPI can say of `model.labels`: the length is that of normalization form C.

@@ -42,7 +42,7 @@ __all__ = [
 
 ModalitySource = Literal["given", "camera", "detected"]
 
-_MEDIA_TYPES: dict[Format, str] = {
+MEDIA_TYPES: dict[Format, str] = {
     "JPEG": "image/jpeg",
     "PNG": "image/png",
     "WEBP": "image/webp",
@@ -129,7 +129,7 @@ def decode(
         bit_depth=reading.bit_depth,
         sha256=sha256 or hashlib.sha256(data).hexdigest(),
         data=(data if keep_metadata else shown) if box is None else _png(reading.upright),
-        media_type=_MEDIA_TYPES[reading.format if box is None else "PNG"],
+        media_type=MEDIA_TYPES[reading.format if box is None else "PNG"],
         polarity=reading.polarity,
     )
 

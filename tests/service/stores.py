@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,11 +30,13 @@ class OpenStore(Protocol):
 
 
 def crop(seed: int = 0) -> Crop:
-    """Bytes that no other seed gives; the store looks at none of them."""
-    data = random.Random(seed).randbytes(400)
+    """A picture that no other seed gives; the store looks at none of its bytes."""
+    picture = Image.frombytes("L", (16, 32), random.Random(seed).randbytes(16 * 32))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=0)
     return Crop(
         image=Image.new("RGB", (16, 32)),
-        data=data,
+        data=buffer.getvalue(),
         media_type="image/png",
         modality="ir",
         modality_source="given",

@@ -18,7 +18,12 @@ from sqlalchemy import Connection, inspect, literal, select
 from model.atomic_file import sync_folder, whole_file
 from service.errors import BackupInvalid, GalleryNotEmpty
 from service.gallery.backup.archive import Manifest, damaged, unpack
-from service.gallery.backup.contents import ContentsError, check_labels, check_rows, described
+from service.gallery.backup.contents import (
+    ContentsError,
+    check_labels,
+    check_rows,
+    described,
+)
 from service.gallery.backup.postgres_transfer import from_file
 from service.gallery.backup.temporary_copy import remove_leftovers, scratch
 from service.gallery.index import snapshot
@@ -110,7 +115,8 @@ def _checked(backup: Path, place: Path, actor: str) -> Manifest:
             database.truncate_log()  # now the file alone is complete
     except ContentsError as error:
         raise BackupInvalid(
-            f"the backup {backup} holds what no gallery has written: {error}; use another one"
+            f"the backup {backup} is damaged or was changed, for no gallery writes such a row: "
+            f"{error}; use another one"
         ) from error
     except sqlite3.Error as error:
         raise damaged(backup, f"its database cannot be read: {error}") from error

@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Row, and_, not_, or_
 
 from model.labels import normalized_label
 from service.errors import CursorInvalid
+from service.gallery.metadata import check_metadata
 from service.gallery.records import Filters, Item, ItemUpdate, NewItem
 from service.gallery.storage.tables import items
 from service.gallery.times import microseconds, moment_of
@@ -39,8 +40,9 @@ _SAME_NAME = (
 def record_of(new: NewItem, model: str, now: datetime) -> Item:
     """The item that a new one becomes, with a new id.
 
-    Raises LabelError, and ValueError as `microseconds`.
+    Raises LabelError, and ValueError as `check_metadata` and `microseconds`.
     """
+    check_metadata(new.metadata)
     crop = new.crop
     captured = new.captured_at
     return Item(
@@ -107,6 +109,7 @@ def columns_of(changes: ItemUpdate) -> dict[str, Any]:
         if name in columns:
             columns[name] = _label(columns[name])
     if "metadata" in columns:
+        check_metadata(columns["metadata"])
         columns["details"] = json.dumps(columns.pop("metadata"))
     captured = columns.get("captured_at")
     if captured is not None:
