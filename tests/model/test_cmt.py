@@ -340,7 +340,7 @@ def test_both_of_torchvisions_resnet50_and_what_training_scripts_make_of_it(tmp_
     for number, (name, content) in enumerate(files.items()):
         torch.save(content, tmp_path / name)
         with torch.no_grad():
-            backbone.layer4[2].conv3.weight.fill_(number)
+            backbone.get_parameter("layer4.2.conv3.weight").fill_(number)
         backbone.load_imagenet(tmp_path / name)
         own = backbone.state_dict()
         assert torch.equal(own["layer4.2.conv3.weight"], first["layer4.2.conv3.weight"])
@@ -388,10 +388,10 @@ def test_weights_of_another_network_are_refused_by_the_name_of_a_tensor(tmp_path
 
     def refused(content: object, match: str) -> None:
         torch.save(content, tmp_path / "odd.pth")
-        before = backbone.layer2[0].bn1.weight.clone()
+        before = backbone.get_parameter("layer2.0.bn1.weight").clone()
         with pytest.raises(ValueError, match=match):
             backbone.load_imagenet(tmp_path / "odd.pth")
-        assert torch.equal(backbone.layer2[0].bn1.weight, before)
+        assert torch.equal(backbone.get_parameter("layer2.0.bn1.weight"), before)
 
     state = without_counters(torchvision_state("resnet18"))
     # A deeper network holds all tensors of this one, and more.

@@ -240,7 +240,9 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(
     assert "'tflite' is not one of" in refused(output, "--format", "tflite")
     assert "but there is no such folder" in refused(output, "--images", tmp_path / "nowhere")
     (folder_images / "manifest.csv").write_text("file,modality\nir/gone.jpg,ir\n")
-    assert "gone.jpg: No such file or directory; restore" in refused(output, "--images", folder_images)
+    assert "gone.jpg: No such file or directory; restore" in refused(
+        output, "--images", folder_images
+    )
     (folder_images / "manifest.csv").write_text("name\nir/gone.jpg\n")
     assert "columns file and modality" in refused(output, "--images", folder_images)
     (folder_images / "manifest.csv").unlink()

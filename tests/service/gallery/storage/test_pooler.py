@@ -61,8 +61,8 @@ def lax_and_watched(url: str) -> None:
     """Give a database defaults that lose what was acknowledged, and note what they do."""
     name = make_url(url).database
     with psycopg.connect(plain(url), autocommit=True) as connection:
-        connection.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")  # type: ignore[arg-type]
-        connection.execute(  # type: ignore[call-overload]
+        connection.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+        connection.execute(
             f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'"
         )
         connection.execute(_WATCH)
