@@ -159,10 +159,9 @@ def train(
     )
     try:
         train_run(request, begin=_introduce, end=partial(_conclude, run / CHECKPOINT_FILE))
-    except RunInterrupted:
+    except RunInterrupted as interrupted:
         if distributed.is_first():
-            again = f"the same command with --resume goes on from {run}."
-            say(f"Interrupted; {again}", err=True)
+            say(_after_interruption(interrupted, save_every), err=True)
         raise typer.Exit(130) from None
     except EXPECTED_ERRORS:
         if distributed.is_first():
@@ -193,6 +192,19 @@ def _introduce(prepared: PreparedRun) -> None:
     say(
         f"{reasons['device']}{f' × {processes}' if processes > 1 else ''}: "
         f"{reasons['precision']}; {reasons['memory_format']}"
+    )
+
+
+def _after_interruption(interrupted: RunInterrupted, save_every: int) -> str:
+    """What is kept of the run, and how to go on."""
+    if interrupted.saved is None:
+        return (
+            f"Interrupted after step {interrupted.step}, before the first state was saved "
+            f"(--save-every {save_every}): the same command begins anew. Decoded images are kept."
+        )
+    return (
+        f"Interrupted after step {interrupted.step}; the same command with --resume goes on from "
+        f"step {interrupted.saved}, the last that was saved."
     )
 
 

@@ -111,7 +111,11 @@ class PreparedRun(NamedTuple):
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """Ctrl-C between two steps; the run can be resumed from its last saved state."""
+    """Ctrl-C after `step` steps; the state after `saved` of them is kept, None where none is."""
+
+    def __init__(self, step: int, saved: int | None) -> None:
+        super().__init__(step, saved)
+        self.step, self.saved = step, saved
 
 
 def train_run(
@@ -133,7 +137,7 @@ def train_run(
         try:
             info = prepared.trainer.run(save_every=request.save_every, log_every=request.log_every)
         except KeyboardInterrupt:
-            raise RunInterrupted from None
+            raise RunInterrupted(prepared.trainer.step, prepared.trainer.saved) from None
         if distributed.is_first():
             end(info)
     return info
@@ -147,7 +151,8 @@ def prepare_run(request: TrainingRequest) -> PreparedRun:
     and ValueError for an interval that is none.
     """
     source, options = request.source, request.options
-    if (options.folder / STATE_FILE).is_file() and not request.resume:
+    resumable = (options.folder / STATE_FILE).is_file()
+    if resumable and not request.resume:
         raise TrainingError(
             f"{options.folder} holds a run already; add --resume to go on with it, or choose "
             "another folder"
@@ -168,15 +173,18 @@ def prepare_run(request: TrainingRequest) -> PreparedRun:
         validation = Validation(source.dataset, held_out, interval)
     data = TrainingData(samples, validation, request.hold_out.selection, facts)
     trainer = Trainer(recipe, data, options, request.initial)
+    notes = list(skipped)
     start = TrainingFacts.model_validate(trainer.facts).people()
     known = known_people(start, held_out, source.dataset, source.name)
     if validation and known:
-        skipped.append(
+        notes.append(
             f"{len(known)} of the {len(validation.identities)} held-out "
             "identities are among those whom the checkpoint of --start learnt from: figures of "
             "validation flatter, hold out others"
         )
-    return PreparedRun(trainer, skipped)
+    if request.resume and not resumable:
+        notes.append(f"There is no state in {options.folder} to resume: the run begins anew.")
+    return PreparedRun(trainer, notes)
 
 
 def _decoded(

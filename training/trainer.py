@@ -89,7 +89,7 @@ class Trainer:
     weights so far. Under torchrun it is one of several processes that train as one, see
     `training.distributed`.
 
-    step: steps done.
+    step: steps done. saved: after how many of them the last state was saved, None before the first.
     acceleration: what is used on this device, and why.
     """
 
@@ -139,6 +139,7 @@ class Trainer:
             self._parameter_groups(), weight_decay=recipe.weight_decay
         )
         self.step = 0
+        self.saved: int | None = None
         self.seconds = 0.0
         self.validated: dict[str, Any] | None = None  # the last validation: step and figures
         self.best: dict[str, Any] | None = None  # the best one, with its weights
@@ -449,9 +450,11 @@ class Trainer:
             "best": self.best,
         }
         save_state(self.folder, self._description(), state)
+        self.saved = self.step
 
     def _load(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
+        self.saved = self.step
         self.objective.load_state_dict(state["objective"])
         self.optimiser.load_state_dict(state["optimiser"])
         if self.averaged is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from training.samples import TrainingData, training_samples
 from training.state import STATE_FILE, TrainingError
 from training.trainer import CHECKPOINT_FILE, RECIPE_FILE, RunOptions, Trainer
 
+CMT_COMMAND = "from model.cli import main; raise SystemExit(main())"
 ALL = LossWeights(triplet_parts=0.5)
 
 
@@ -398,3 +402,35 @@ def test_a_damaged_image_stops_the_command_or_is_skipped_by_a_flag(
     facts = load_checkpoint(tmp_path / "run" / CHECKPOINT_FILE)[1].training
     assert facts["skipped_images"] == 1
     assert facts["images"] == len(training_samples([root], None)) - 1
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_promises_what_was_saved_and_nothing_else(saved: bool, tmp_path: Path) -> None:
+    content = recipe(stages=(Stage(steps=100_000, lr=1e-3),)).model_dump(mode="json")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    ids, run = MINI / "exp" / "train_id.txt", tmp_path / "run"
+    command = [
+        *(sys.executable, "-c", CMT_COMMAND, "train", "--root", str(MINI), "--train-ids", str(ids)),
+        *("--recipe", str(tmp_path / "small.yaml"), "--run", str(run), "--device", "cpu"),
+        *("--channels-last", "off", "--compile", "off", "--log-every", "1", "--resume"),
+        *("--save-every", "1" if saved else "1000"),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(line.startswith("step 2/") for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        begin, *_, end = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert "There is no state in" in begin
+    if saved:
+        step = int(end.partition("goes on from step ")[2].partition(",")[0])
+        assert torch.load(run / STATE_FILE, weights_only=True)["step"] == step >= 1
+    else:
+        assert "before the first state was saved (--save-every 1000)" in end
+        assert "begins anew" in end
+        assert "--resume" not in end
+        assert not (run / STATE_FILE).exists()

@@ -305,7 +305,7 @@ def _run(ablation: Ablation, asked: CellOptions, plot: Path | None = None) -> No
     try:
         results = runner.run(ablation.cells)
     except KeyboardInterrupt:
-        say(f"Interrupted; the same command goes on from {asked.run}.", err=True)
+        say(f"Interrupted; the same command goes on with what was saved in {asked.run}.", err=True)
         raise typer.Exit(130) from None
     report, outputs = ablation.report(results, runner.data), Outputs()
     if report is not None:
