@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, inspect, literal, select
 
 from model.atomic_file import sync_folder, whole_file
-from service.errors import BackupInvalid, GalleryNotEmpty
+from service.errors import BackupInvalid, GalleryDamaged, GalleryNotEmpty
 from service.gallery.backup.archive import Manifest, damaged, unpack
 from service.gallery.backup.contents import (
     ContentsError,
@@ -27,7 +27,7 @@ from service.gallery.backup.contents import (
 from service.gallery.backup.postgres_transfer import from_file
 from service.gallery.backup.temporary_copy import remove_leftovers, scratch
 from service.gallery.index import snapshot
-from service.gallery.storage.audit import KEY_FILE, Act, write
+from service.gallery.storage.audit import KEY_FILE, Act, read_key, write
 from service.gallery.storage.database import FILE_NAME, Database, address_of, known_revisions
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.private_files import tighten
@@ -105,6 +105,10 @@ def _checked(backup: Path, place: Path, actor: str) -> Manifest:
             f"{manifest.revision}; restore it with that release"
         )
     try:
+        read_key(place / KEY_FILE)
+    except GalleryDamaged as error:
+        raise damaged(backup, f"its {KEY_FILE} is no key") from error
+    try:
         check_rows(place / FILE_NAME)
         with closing(Database(place)) as database:
             with database.reading() as connection:
@@ -129,7 +133,7 @@ def _place_key(source: Path, target: Path) -> None:
     if not target.exists():
         with whole_file(target) as file:
             file.write(key)
-    elif target.read_bytes() != key:
+    elif not target.is_file() or target.read_bytes() != key:
         raise GalleryNotEmpty(
             f"{target} is the key of another gallery's audit log; give a new data folder, or move "
             "that file away"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, insert, select
 
 from model.atomic_file import sync_folder
-from service.errors import StorageFull, StorageUnwritable
+from service.errors import GalleryDamaged, StorageFull, StorageUnwritable
 from service.gallery.records import AuditEntry, AuditPage
 from service.gallery.storage.database import Database
 from service.gallery.storage.group_commit import GroupCommit
@@ -26,7 +26,7 @@ from service.gallery.times import microseconds, moment_of
 
 KEY_FILE = "audit.key"
 KEY_NAME = "audit"
-_KEY_BYTES = 32
+KEY_BYTES = 32
 
 
 class Act(NamedTuple):
@@ -93,7 +93,7 @@ class Audit:
     def load_key(self) -> bytes:
         """The key of pseudonyms, created when a gallery is first opened.
 
-        Raises StorageFull or StorageUnwritable.
+        Raises StorageFull, StorageUnwritable or GalleryDamaged.
         """
         if self._key is None:
             self._key = self._file_key() if self._database.sqlite else self._shared_key()
@@ -105,18 +105,19 @@ class Audit:
         def find_or_make(connection: Connection) -> bytes:
             key = connection.execute(query).scalar_one_or_none()
             if key is None:
-                key = random_bytes.token_bytes(_KEY_BYTES)
+                key = random_bytes.token_bytes(KEY_BYTES)
                 connection.execute(insert(secrets).values(name=KEY_NAME, data=key))
             return bytes(key)
 
-        return self._commits.run(find_or_make)
+        key = self._commits.run(find_or_make)
+        return checked_key(key, "the audit log's key in the table secrets")
 
     def _file_key(self) -> bytes:
         path = self._folder / KEY_FILE
         try:
             if not path.exists():
-                _write_whole(path, random_bytes.token_bytes(_KEY_BYTES))
-            return path.read_bytes()
+                _write_whole(path, random_bytes.token_bytes(KEY_BYTES))
+            return read_key(path)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise StorageFull(
@@ -126,6 +127,29 @@ class Audit:
                 f"the audit log's key {path} cannot be read or made ({error.strerror}); check the "
                 "owner and mount of the data folder"
             ) from error
+
+
+def read_key(path: Path) -> bytes:
+    """The key in a file. Raises OSError, and GalleryDamaged for what is none."""
+    key = b""
+    if path.is_file():  # reading a named pipe would wait for a writer
+        with path.open("rb") as file:
+            key = file.read(KEY_BYTES + 1)
+    return checked_key(key, f"the audit log's key {path}")
+
+
+def checked_key(key: bytes, what: str) -> bytes:
+    """`key`, if one can be that. Raises GalleryDamaged.
+
+    With an empty key, or one of zeros as a file system leaves after a power cut, everybody could
+    try out which persons the pseudonyms stand for.
+    """
+    if len(key) != KEY_BYTES or len(set(key)) == 1:
+        raise GalleryDamaged(
+            f"{what} is not {KEY_BYTES} random bytes; put it back from a backup, or remove it, and "
+            "persons have other pseudonyms from then on"
+        )
+    return key
 
 
 def write(connection: Connection, acts: Iterable[Act]) -> None:

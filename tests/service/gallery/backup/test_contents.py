@@ -21,6 +21,7 @@ from service.errors import BackupInvalid
 from service.gallery import Filters, Gallery, NewItem
 from service.gallery.backup.restore import restore
 from service.gallery.metadata import METADATA_BYTES
+from service.gallery.storage.audit import KEY_FILE
 from service.gallery.storage.database import FILE_NAME
 from tests.service.gallery.backup.test_damage import (  # noqa: F401 - one is a fixture
     INFO,
@@ -160,14 +161,15 @@ def test_features_that_the_checkpoint_in_use_lacks(good: Path, tmp_path: Path) -
     refused(written(tmp_path / "x.zip", parts), "no features of the checkpoint in use", tmp_path)
 
 
-@pytest.mark.parametrize("size", [0, 31, 33])
-def test_a_key_of_another_length(size: int, good: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("key", [b"", bytes(range(31)), bytes(range(33)), bytes(32)])
+def test_what_is_no_key(key: bytes, good: Path, tmp_path: Path) -> None:  # noqa: F811
     parts = members(good)
-    key = parts["audit.key"] = bytes(range(size))
+    parts[KEY_FILE] = key
     manifest = json.loads(parts["manifest.json"])
-    manifest["members"]["audit.key"] = {"size": size, "sha256": hashlib.sha256(key).hexdigest()}
+    facts = {"size": len(key), "sha256": hashlib.sha256(key).hexdigest()}
+    manifest["members"][KEY_FILE] = facts
     parts["manifest.json"] = json.dumps(manifest).encode()
-    refused(written(tmp_path / "x.zip", parts), f"audit.key has {size} bytes, not 32", tmp_path)
+    refused(written(tmp_path / "x.zip", parts), f"{KEY_FILE} (has|is no key)", tmp_path)
 
 
 def test_every_kind_of_picture_comes_back(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import DBAPIError
 
 from model.labels import LabelError
 from service.errors import (
     CursorInvalid,
     DatabaseUnavailable,
+    GalleryDamaged,
     GalleryLocked,
     IdempotencyConflict,
     ItemNotFound,
@@ -30,7 +32,7 @@ from service.gallery.storage.audit import KEY_FILE, Act
 from service.gallery.storage.database import FILE_NAME
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.store import Store
-from service.gallery.storage.tables import AUDIT_TRIGGERS, audit, changes, schema
+from service.gallery.storage.tables import AUDIT_TRIGGERS, audit, changes, schema, secrets
 from tests.service.postgres import PostgresServer
 from tests.service.stores import MODEL, SIZE, OpenStore, all_of, crop, new, rows
 
@@ -179,6 +181,30 @@ def test_pseudonyms_need_the_key_and_stay_the_same(open_store: OpenStore, tmp_pa
         assert open_store().audit.pseudonym("p") != pseudonym
     else:
         assert not (tmp_path / KEY_FILE).exists()
+
+
+@pytest.mark.parametrize("key", [b"", b"short", b"x" * 31, b"long" * 9, bytes(32)])
+def test_what_is_no_key_is_refused_at_the_start(
+    key: bytes, open_store: OpenStore, tmp_path: Path
+) -> None:
+    with closing(open_store()) as store:
+        if store.database.sqlite:
+            (tmp_path / KEY_FILE).write_bytes(key)
+        else:
+            with store.database.writing() as connection:
+                connection.execute(update(secrets).values(data=key))
+    with pytest.raises(GalleryDamaged, match="put it back from a backup, or remove it"):
+        open_store()
+
+
+def test_a_key_that_would_never_come_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / KEY_FILE)
+    with pytest.raises(GalleryDamaged, match="is not 32 random bytes"):
+        Store(tmp_path, MODEL, SIZE)
+    (tmp_path / KEY_FILE).unlink()
+    (tmp_path / KEY_FILE).mkdir()
+    with pytest.raises(GalleryDamaged, match="is not 32 random bytes"):
+        Store(tmp_path, MODEL, SIZE)
 
 
 def test_the_log_is_paged_newest_first(store: Store) -> None:

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from alembic import context, op
 
 from model.labels import cleaned_label
+from service.gallery.storage.audit import checked_key, read_key
 
 revision = "0003"
 down_revision = "0002"
@@ -154,9 +155,10 @@ def _audit_key(connection: sa.Connection) -> bytes | None:
     """The key of pseudonyms: a file beside SQLite's database, or a row."""
     if connection.dialect.name == "sqlite":
         file = context.config.attributes["folder"] / "audit.key"
-        return file.read_bytes() if file.is_file() else None
+        return read_key(file) if file.exists() else None
     query = sa.select(_secrets.c.data).where(_secrets.c.name == "audit")
-    return connection.execute(query).scalar_one_or_none()
+    key = connection.execute(query).scalar_one_or_none()
+    return None if key is None else checked_key(key, "the audit log's key in the table secrets")
 
 
 def _pseudonym(key: bytes, text: str) -> str:
