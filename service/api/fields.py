@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
 from pydantic_core import from_json
 
 from model.labels import MAX_LABEL, normalized_label
@@ -16,6 +16,7 @@ from service.gallery.metadata import METADATA_BYTES, check_metadata
 _RFC_3339 = re.compile(
     r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
 )
+_NO_TIME = "is no time that exists between the years 1 and 9999"
 _BOX = re.compile(r"\d{1,6},\d{1,6},\d{1,6},\d{1,6}", re.ASCII)
 
 
@@ -35,10 +36,24 @@ def _timestamp(value: Any) -> Any:
         return value
     if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
         raise ValueError("must be a time with an offset, such as 2026-03-01T14:05:00+01:00")
+    leap = value[17:19] == "60"  # which Python does not know
+    text = f"{value[:17]}59{value[19:]}" if leap else value
     try:
-        return datetime.fromisoformat(value.upper()).astimezone(UTC)
+        time = datetime.fromisoformat(text.upper()).astimezone(UTC)
+        if not leap:
+            return time
+        if (time.hour, time.minute) == (23, 59):  # the only minute of a day that may have one
+            return time + timedelta(seconds=1)
     except (ValueError, OverflowError) as error:
-        raise ValueError("is no time that exists between the years 1 and 9999") from error
+        raise ValueError(_NO_TIME) from error
+    raise ValueError(_NO_TIME)
+
+
+def _not_before_from(value: datetime | None, info: ValidationInfo) -> datetime | None:
+    start = info.data.get("captured_from")
+    if value is not None and start is not None and value < start:
+        raise ValueError("must not be before captured_from")
+    return value
 
 
 def _box(value: Any) -> Any:
@@ -87,6 +102,8 @@ Timestamp = Annotated[
     BeforeValidator(_timestamp),
     WithJsonSchema({"type": "string", "format": "date-time"}),
 ]
+# The end of a time range, in a model that has `captured_from` before it.
+CapturedTo = Annotated[Timestamp | None, AfterValidator(_not_before_from)]
 Box = Annotated[
     tuple[int, int, int, int],
     BeforeValidator(_box),

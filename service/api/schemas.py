@@ -20,6 +20,7 @@ from model.pictures import Polarity
 from service.api.fields import (
     AnyLabel,
     Box,
+    CapturedTo,
     Label,
     Metadata,
     MetadataObject,
@@ -159,7 +160,7 @@ class QueryForm(FormModel):
     exclude_camera_id: tuple[AnyLabel, ...] = Field((), description="None of these.")
     gallery_modality: tuple[Modality, ...] = Field((), description="Any of these.")
     captured_from: Timestamp | None = None
-    captured_to: Timestamp | None = None
+    captured_to: CapturedTo = None
     max_distance: float | None = Field(
         default=None,
         ge=0,
@@ -180,7 +181,7 @@ class ListParameters(BaseModel):
     camera_id: list[AnyLabel] = Field([], description="Any of these.")
     modality: list[Modality] = Field([], description="Any of these.")
     captured_from: Timestamp | None = None
-    captured_to: Timestamp | None = None
+    captured_to: CapturedTo = None
     limit: int = Field(100, ge=1, le=1000)
     cursor: Annotated[str, AfterValidator(plain_text)] | None = Field(
         default=None, max_length=512, description="`next_cursor` of the page before."

@@ -178,7 +178,8 @@ def _add_manifest(archive: ZipFile, manifest: Manifest, members: Mapping[str, Me
 
 
 def _entry(name: str, manifest: Manifest) -> ZipInfo:
-    entry = ZipInfo(name, manifest.created_at.timetuple()[:6])
+    # ZIP knows no time before 1980, which a clock without a battery shows.
+    entry = ZipInfo(name, max(manifest.created_at.timetuple()[:6], (1980, 1, 1, 0, 0, 0)))
     entry.external_attr = 0o600 << 16  # unpacked files are private
     return entry
 

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from schemathesis.generation import GenerationMode
 
 from model import load_checkpoint
 from model.labels import cleaned_label
-from service.api.fields import MetadataObject
+from service.api.fields import MetadataObject, Timestamp
 from service.auth.keys import KeyFile
 from service.gallery import Camera, Gallery
 from tests.service.conftest import Serve
@@ -40,6 +41,7 @@ LABELS = ("person_id", "camera_id", "exclude_camera_id", "query_camera_id")
 UNUSED = {"max_response_time", "object_level_authorization"}
 AnyCase = schemathesis.Case[Any]
 _METADATA: TypeAdapter[dict[str, Any]] = TypeAdapter(MetadataObject)
+_TIME: TypeAdapter[datetime] = TypeAdapter(Timestamp)
 
 
 @dataclass
@@ -143,12 +145,14 @@ def outcome(guarded: httpx.Client, visible: list[Path], infrared: list[Path]) ->
 def sensible(_context: schemathesis.HookContext, case: AnyCase) -> AnyCase:
     """A case that the schema allows, made to be what only the descriptions demand: a cursor that
     was given out, a box inside of the image, JSON in a text field, a checkpoint that is there, a
-    model version that there was, a camera that is known, labels that can be seen."""
+    model version that there was, a camera that is known, labels that can be seen, a range of times
+    that ends after it begins."""
     if case.meta is None or case.meta.generation.mode is not GenerationMode.POSITIVE:
         return case
     if isinstance(case.query, dict):
         case.query.pop("cursor", None)
         seen(case.query)
+        ordered(case.query)
     if case.path_parameters and "fingerprint" in case.path_parameters:
         case.path_parameters["fingerprint"] = random.choice(SPARE)
     if case.path_parameters and "camera_id" in case.path_parameters:
@@ -157,6 +161,7 @@ def sensible(_context: schemathesis.HookContext, case: AnyCase) -> AnyCase:
     if not isinstance(body, dict):
         return case
     seen(body)
+    ordered(body)
     images = body.get("image")
     count = len(images) if isinstance(images, list) else 1
     if body.get("box"):
@@ -182,6 +187,14 @@ def seen(fields: dict[str, Any]) -> None:
             fields[name] = [cleaned_label(text) or "x" for text in value]
         elif value:  # an empty text of a form counts as not given
             fields[name] = cleaned_label(value) or "x"
+
+
+def ordered(fields: dict[str, Any]) -> None:
+    """Let a range of times end after it begins."""
+    ends = ("captured_from", "captured_to")
+    if all(isinstance(fields.get(name), str) and fields[name] for name in ends):
+        times = sorted((fields[name] for name in ends), key=_TIME.validate_python)
+        fields.update(zip(ends, times, strict=True))
 
 
 def portable(labels: dict[str, Any], name: str) -> dict[str, Any]:

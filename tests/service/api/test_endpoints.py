@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -73,6 +73,15 @@ def test_item_says_what_was_enrolled(http: httpx.Client, visible: list[Path]) ->
     assert http.delete(path).status_code == 204
     assert http.get(path).json()["code"] == "item_not_found"
     assert http.get(f"{path}/image").status_code == http.delete(path).status_code == 404
+
+
+@pytest.mark.parametrize("told", ["2016-12-31T23:59:60Z", "2017-01-01T00:59:60+01:00"])
+def test_a_leap_second_is_the_next_second(
+    http: httpx.Client, visible: list[Path], told: str
+) -> None:
+    item = enroll(http, visible[0], captured_at=told)
+    assert datetime.fromisoformat(item["captured_at"]) == datetime(2017, 1, 1, tzinfo=UTC)
+    assert http.delete(f"/gallery/{item['id']}").status_code == 204
 
 
 def test_modality_is_detected_and_can_be_given(http: httpx.Client, infrared: list[Path]) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from service.errors import (
     StorageFull,
 )
 from service.gallery import Filters, Gallery, ItemUpdate, NewItem, RequestKey
-from service.gallery.backup.archive import peek
+from service.gallery.backup.archive import Manifest, packed, peek
 from service.gallery.backup.backup import Backup, offline
 from service.gallery.backup.postgres_transfer import to_file
 from service.gallery.backup.restore import restore
@@ -361,6 +362,17 @@ def test_the_database_is_readable_by_sqlite_alone(make_place: MakePlace, tmp_pat
             assert database.execute("PRAGMA foreign_key_check").fetchall() == []
             assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
             assert database.execute("SELECT count(*) FROM secrets").fetchone() == (0,)
+
+
+def test_a_backup_of_1970_is_an_archive(tmp_path: Path) -> None:
+    """ZIP knows no time before 1980, and a clock without a battery starts in 1970."""
+    made = datetime(1970, 1, 1, 0, 2, tzinfo=UTC)
+    manifest = Manifest(created_at=made, revision="0001", active=None, counts={})
+    file = tmp_path / "backup.zip"
+    file.write_bytes(b"".join(packed(manifest, io.BytesIO(b"rows"), b"k" * 32)))
+    with ZipFile(file) as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    assert peek(file).created_at == made
 
 
 @pytest.mark.parametrize("limit", [2**31 - 1, 100], ids=["small", "beyond 2 GB"])
