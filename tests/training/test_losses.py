@@ -45,6 +45,9 @@ def test_identity_loss_is_cross_entropy_summed_over_parts() -> None:
             expected += (log_total - scores[labels[sample]]) / 4
     assert identity_loss(logits, labels).item() == pytest.approx(expected)
     assert identity_loss(torch.zeros(4, 3, 5), labels).item() == pytest.approx(3 * math.log(5))
+    # Equation (10) adds the means over the visible and over the infrared half.
+    halves = identity_loss(logits[:2], labels[:2]) + identity_loss(logits[2:], labels[2:])
+    assert halves.item() == pytest.approx(2 * expected)
 
 
 def test_centres_are_equation_6() -> None:
