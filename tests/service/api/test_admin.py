@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from model import CMT, load_checkpoint, save_checkpoint
 from service.auth.keys import KeyFile
 from service.client import Client
 from service.gallery import Gallery, NewItem
+from service.gallery.storage.database import FILE_NAME
 from service.images.decode import decode
 from tests.conftest import alive
 from tests.service.conftest import Serve
-from tests.service.processes import wait_for
+from tests.service.processes import gauge, wait_for
 
 
 @pytest.fixture
@@ -84,6 +87,24 @@ def test_what_is_too_old_goes(serve: Serve, tmp_path: Path, visible: list[Path])
         entries = client.audit().entries
         [deleted] = [entry for entry in entries if entry.action == "delete"]
         assert (deleted.actor, deleted.subject) == ("retention", old.id)
+
+
+def test_retention_waits_for_a_clock_until_its_date_is_confirmed(
+    serve: Serve, tmp_path: Path, visible: list[Path]
+) -> None:
+    with serve(tmp_path) as url, Client(url) as client:
+        client.enroll(visible[0])
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:
+        database.execute("UPDATE clock SET moment = moment + 86400 * 1000000")  # it ran tomorrow
+        database.commit()
+    days = 0.1 / 86400
+    with serve(tmp_path, retention_days=days) as url, httpx.Client(base_url=url) as http:
+        wait_for(lambda: gauge(http, "cmt_retention_waits") == 1, "retention does not say it waits")
+        assert http.get("/gallery").json()["total"] == 1
+        assert http.get("/readyz").is_success
+    today = datetime.now(UTC).date()
+    with serve(tmp_path, retention_days=days, clock_confirmed=today) as url, Client(url) as client:
+        wait_for(lambda: client.list().total == 0, "it is not deleted")
 
 
 def test_only_what_is_old_expires(tiny_checkpoint: Path, tmp_path: Path, visible: Any) -> None:
