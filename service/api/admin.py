@@ -87,6 +87,8 @@ async def audit(
     parameters: Annotated[AuditParameters, Query()], state: ResourcesDep, actor: ActorDep
 ) -> AuditRecords:
     """Who did what, newest first. Persons appear under pseudonyms."""
+    state.pipeline.refusals.write()
+    await state.pipeline.audit_writer.flush()
     read = partial(state.gallery.audit, parameters.limit, parameters.cursor)
     page = await state.pipeline.stored(read)
     await state.pipeline.audit_writer.note(Act(actor, "audit"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, cast
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
@@ -62,42 +62,82 @@ async def authorise(
     if route in ROUTE_SCOPES and ROUTE_SCOPES[route] is None:
         return
     resources = request.state.resources
-    keyring = resources.keyring
+    try:
+        rate = _let_in(request, route, credentials)
+    except (Unauthorized, ScopeMissing, OriginRefused) as error:
+        host = request.client.host if request.client else None
+        key = getattr(request.state, "actor", None)
+        resources.pipeline.refusals.note(key, host, error.code, " ".join(route))
+        raise
+    resources.rates.count(request.state.actor, rate)
+
+
+def _let_in(
+    request: Request, route: tuple[str, str], credentials: HTTPAuthorizationCredentials | None
+) -> str | None:
+    """Set the caller → its own rate, if it has one."""
+    keyring = request.state.resources.keyring
+    _refuse_other_sites(request)
     if keyring.open:
-        _refuse_other_sites(request)
+        _refuse_other_hosts(request)
         request.state.actor = f"address:{request.client.host if request.client else 'unknown'}"
-        resources.rates.count(request.state.actor)
-        return
+        return None
     key = None if credentials is None else keyring.find(credentials.credentials)
     if key is None:
         raise Unauthorized(
             "send a known key as `Authorization: Bearer KEY`; `cmt keys create` makes one",
             headers={"WWW-Authenticate": "Bearer"},
         )
+    request.state.actor = f"key:{key.id}"
     scope = ROUTE_SCOPES.get(route)
     if scope not in key.scopes:
         raise ScopeMissing(f"this key may not do that; use one with the scope {scope!r}")
-    request.state.actor = f"key:{key.id}"
-    resources.rates.count(request.state.actor, key.rate)
+    return cast("str | None", key.rate)
 
 
 def _refuse_other_sites(request: Request) -> None:
-    """Keep a page from the web, open in this machine's browser, away from a service without keys.
+    """Keep other sites' pages, open in the browser of somebody who may call, from calling.
 
-    Such a page reaches loopback by a plain form (it then sends its Origin) or by a domain of its
-    own that resolves to 127.0.0.1 (the Host is then that domain).
+    A script of theirs sends its Origin; the browser would carry out the request and only hide the
+    answer. A picture or an old form sends none, but browsers add Sec-Fetch-Site (all of them since
+    2023), and other clients send neither. Following a link is no call: the other site learns
+    nothing. Where there are keys a page has none to send, but a proxy in between may add one.
     """
-    host = request.headers.get("host", "")
-    if not _is_local_name(host):
+    allowed = request.state.resources.settings.cors_origins
+    origin = request.headers.get("origin")
+    if origin in allowed:
+        return
+    own = request.headers.get("host", "")
+    keys = not request.state.resources.keyring.open
+    if origin is not None and not keys and _authority(origin) != own:
+        raise _of_another_site(origin[:100])
+    site = request.headers.get("sec-fetch-site", "none").lower()
+    if site not in ("none", "same-origin") and not _is_navigation(request):
+        raise _of_another_site("other sites" if origin is None else origin[:100])
+
+
+def _of_another_site(origin: str) -> OriginRefused:
+    return OriginRefused(
+        f"pages of {origin} may not call this service; add the origin to CMT_CORS_ORIGINS, and let "
+        "the page send it (for a picture, by the attribute crossorigin)"
+    )
+
+
+def _is_navigation(request: Request) -> bool:
+    """Whether somebody follows a link or bookmark, in a window of its own."""
+    return (
+        request.method in ("GET", "HEAD")
+        and request.headers.get("sec-fetch-mode") == "navigate"
+        and request.headers.get("sec-fetch-dest") == "document"
+    )
+
+
+def _refuse_other_hosts(request: Request) -> None:
+    """Keep a page of the web away whose own domain resolves to 127.0.0.1: without keys only."""
+    if not _is_local_name(request.headers.get("host", "")):
         raise OriginRefused(
             "without API keys the service answers only as localhost or a loopback address; call "
             "it by that, or set CMT_API_KEYS_FILE"
-        )
-    origin = request.headers.get("origin")
-    allowed = request.state.resources.settings.cors_origins
-    if origin is not None and origin not in allowed and _authority(origin) != host:
-        raise OriginRefused(
-            f"pages of {origin[:100]} may not call this service; add the origin to CMT_CORS_ORIGINS"
         )
 
 

@@ -254,6 +254,7 @@ def _malformed_request() -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
         "Content-Length": str(len(content)),
         "Content-Security-Policy": SecurityHeaders.DATA,
         "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store",
         "Connection": "close",
     }

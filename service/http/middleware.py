@@ -123,6 +123,8 @@ class SecurityHeaders:
                 page = headers.get("content-type", "").startswith("text/html")
                 headers["Content-Security-Policy"] = self.PAGE if page else self.DATA
                 headers["X-Content-Type-Options"] = "nosniff"
+                # Pages of `cors_origins` read by CORS, which this does not concern.
+                headers["Cross-Origin-Resource-Policy"] = "same-origin"
                 headers["Referrer-Policy"] = "no-referrer"
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)

@@ -33,6 +33,11 @@ class AuditWriter:
         self._waiting.append(act)
         await self.flush()
 
+    def post(self, act: Act) -> None:
+        """Log an act soon, without waiting for the disk."""
+        self._waiting.append(act)
+        self._thread.submit(self._flush)
+
     async def flush(self) -> None:
         """Write what waits."""
         if self._waiting:

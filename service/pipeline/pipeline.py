@@ -34,6 +34,7 @@ from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.pipeline.audit_writer import AuditWriter
 from service.pipeline.conflicts import retried
+from service.pipeline.refusals import Refusals
 from service.pipeline.search_batcher import EmbeddedQuery, Search, SearchBatcher
 from service.pipeline.self_check import SelfCheck
 from service.settings import Settings
@@ -110,6 +111,7 @@ class Pipeline:
         self._searches = SearchBatcher(gallery)
         self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
         self.audit_writer = AuditWriter(gallery, metrics.audit_failures.inc)
+        self.refusals = Refusals(self.audit_writer)
         self.self_check = SelfCheck(self._check)
 
     async def run(self) -> None:
@@ -118,6 +120,7 @@ class Pipeline:
             self._background = group
             group.start_soon(self.engine.run)
             group.start_soon(self.self_check.run)
+            group.start_soon(self.refusals.run)
             group.start_soon(self._retain)
 
     def switch(self, embedder: Embedder) -> None:
@@ -151,6 +154,7 @@ class Pipeline:
         """End the threads, once nothing is in progress."""
         self._storing.shutdown(cancel_futures=True)
         self._searches.close()
+        self.refusals.write()
         self.audit_writer.close()
 
     async def stored(self, call: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -272,14 +273,111 @@ def test_other_sites_may_not_use_a_service_without_keys(http: httpx.Client) -> N
         assert http.get("/gallery", headers=headers).status_code == 200
 
 
+def test_a_request_of_another_sites_page_is_refused_without_an_origin(
+    http: httpx.Client, guarded: Guarded
+) -> None:
+    _, token = guarded.file.create("of a proxy that adds it", SCOPES)
+    key = {"Authorization": f"Bearer {token}"}
+    link = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    picture = {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
+    for client, headers in ((http, {}), (guarded.http, key)):
+        for site in ("cross-site", "same-site", "Cross-Site", "else"):
+            other = {**headers, "Sec-Fetch-Site": site}
+            for method, path, mode in (
+                ("GET", "/gallery", picture),
+                ("GET", f"/gallery/{NOBODY}/image", picture),
+                ("GET", "/gallery", {**link, "Sec-Fetch-Dest": "iframe"}),
+                ("POST", "/query", link),  # a form
+                ("POST", "/gallery", {}),
+                ("POST", "/admin/backup", {}),
+                ("DELETE", "/gallery?person_id=x", {}),
+            ):
+                answer = client.request(method, path, headers={**other, **mode})
+                assert (answer.status_code, answer.json()["code"]) == (403, "origin_refused")
+                assert "crossorigin" in answer.json()["detail"]
+            for path in ("/docs", "/docs/docs.js", "/gallery", "/livez"):
+                assert client.get(path, headers={**other, **link}).status_code == 200
+        for site in ("same-origin", "none"):
+            assert client.get("/gallery", headers={**headers, "Sec-Fetch-Site": site}).is_success
+
+
+def test_answers_are_for_pages_of_this_origin_only(http: httpx.Client) -> None:
+    for path in ("/gallery", "/docs", "/docs/docs.js", "/livez", "/nowhere"):
+        assert http.get(path).headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def refused(http: httpx.Client, **headers: str) -> list[dict[str, Any]]:
+    """The entries of refused callers, oldest first."""
+    entries = http.get("/admin/audit?limit=1000", headers=headers).json()["entries"]
+    return [entry for entry in reversed(entries) if entry["action"] == "refused"]
+
+
+def test_refused_callers_are_in_the_audit_log(serve: Serve, tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    admin = {"Authorization": f"Bearer {file.create('boss', ['admin'])[1]}"}
+    desk, token = file.create("desk", ["query"])
+    wrong = "cmt_" + "w" * 43
+    with (
+        serve(tmp_path / "data", api_keys_file=file.path, trusted_proxies=("127.0.0.1",)) as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+    ):
+        for _ in range(3):
+            http.get("/gallery", headers={"Authorization": f"Bearer {wrong}"})
+        http.post("/query", headers={"X-Forwarded-For": "203.0.113.7"})
+        http.delete(f"/gallery/{NOBODY}", headers={"Authorization": f"Bearer {token}"})
+        http.get("/gallery", headers={**admin, "Sec-Fetch-Site": "cross-site"})
+        entries = refused(http, **admin)
+        assert [(entry["actor"], entry["subject"], entry["details"]) for entry in entries] == [
+            (actor, None, details)
+            for actor, details in (
+                ("address:127.0.0.1",
+                 {"code": "unauthorized", "count": 1, "route": "GET /gallery"}),
+                ("address:203.0.113.7",
+                 {"code": "unauthorized", "count": 1, "route": "POST /query"}),
+                (f"key:{desk.id}",
+                 {"code": "scope_missing", "count": 1, "route": "DELETE /gallery/{id}"}),
+                ("address:127.0.0.1",
+                 {"code": "origin_refused", "count": 1, "route": "GET /gallery"}),
+                ("address:127.0.0.1", {"code": "unauthorized", "count": 2}),
+            )
+        ]  # fmt: skip
+        # However many addresses there are: IPv6 by networks, and beyond some all in one entry.
+        for number in range(200):
+            http.get("/gallery", headers={"X-Forwarded-For": f"2001:db8:0:1::{number:x}"})
+            http.get("/gallery", headers={"X-Forwarded-For": f"198.51.100.{number}"})
+        new = refused(http, **admin)[len(entries) :]
+        assert len(new) < 40
+        assert sum(entry["details"]["count"] for entry in new) == 400
+        assert ("address:2001:db8:0:1::/64", 199) in [
+            (entry["actor"], entry["details"]["count"]) for entry in new
+        ]
+        assert new[-1]["actor"] == "address:others"
+    for path in (tmp_path / "data").rglob("*"):
+        assert not path.is_file() or wrong.encode() not in path.read_bytes()
+
+
+def test_refusals_of_the_last_minute_are_written_at_the_end(serve: Serve, tmp_path: Path) -> None:
+    origin = {"Origin": "https://evil.example"}
+    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False) as http:
+        for _ in range(5):
+            assert http.get("/gallery", headers=origin).status_code == 403
+    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False) as http:
+        assert [entry["details"]["count"] for entry in refused(http)] == [1, 4]
+
+
 def test_an_origin_that_is_allowed_gets_in(serve: Serve, tmp_path: Path) -> None:
     origin = {"Origin": "https://desk.example"}
     with (
         serve(tmp_path, cors_origins=("https://desk.example",)) as url,
         httpx.Client(base_url=url, trust_env=False) as http,
     ):
-        answer = http.get("/gallery", headers=origin)
-        assert answer.headers["access-control-allow-origin"] == "https://desk.example"
+        for site in ({}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}):
+            answer = http.get("/gallery", headers={**origin, **site})
+            assert answer.headers["access-control-allow-origin"] == "https://desk.example"
+            assert answer.status_code == 200
+        # A picture, by <img crossorigin>: there is none of this id.
+        other = {**origin, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}
+        assert http.get(f"/gallery/{NOBODY}/image", headers=other).status_code == 404
         assert http.get("/gallery", headers={"Origin": "https://x.example"}).status_code == 403
 
 
