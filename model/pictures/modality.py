@@ -1,21 +1,269 @@
-"""Whether a picture is visible or infrared."""
+"""Whether a picture is visible or infrared, and infrared in one channel however it is colored.
+
+Infrared cameras deliver one channel. What they color it with is one of three things, each of which
+leaves fewer degrees of freedom than clothes do:
+
+- a tint: the hue depends on the brightness alone, and linearly (an IR-cut filter that is stuck, an
+  offset of the chroma, sepia, a green phosphor). `_one_hue`;
+- something drawn along the edges, on a picture that has one hue without them (a detector's box, its
+  label, a line of text). `_one_hue` of what is inside;
+- a palette: strong colors on one curve through the cube of colors. `_Curve`.
+
+How well that tells them from visible pictures: `scripts/modality_table.py`, with its table in
+`docs/gallery.md`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-CHROMA_TOLERANCE = 6
-_BLOCK = 4
+Array = npt.NDArray[Any]
+
+# A picture without chroma: levels of 255 between channels, at the 99th percentile of the blocks.
+_NEUTRAL = 6.0
+_LEAST_STEP = 5  # what is lossless now may have been a frame of a video
+_WEBP_STEP = 9
+# A block is averaged: noise of sensor and codec cancels there, colors of clothes do not.
+_BLOCK, _BLOCKS_ACROSS = 4, 12
 
 
-def has_chroma(image: Image.Image) -> bool:
-    """Whether an RGB image shows colour beyond the noise of sensor and codec."""
-    blocks = np.asarray(image.reduce(_BLOCK), dtype=np.int16)
-    chroma = blocks.max(axis=2) - blocks.min(axis=2)
-    return bool(np.percentile(chroma, 99) > CHROMA_TOLERANCE)
+class _Tolerance(NamedTuple):
+    """How many levels blocks of one hue may lie off it, at a percentile of the blocks.
+
+    least: always. step: for each level of the step in which the codec rounds chroma. tint: for each
+    level of the tint.
+    """
+
+    percentile: int
+    least: float
+    step: float
+    tint: float
+
+
+_HUE = (_Tolerance(90, 2.0, 0.2, 0.04), _Tolerance(99, 3.0, 0.3, 0.06))
+# What is drawn colors its neighbourhood in a JPEG, so more is allowed beside it.
+_HUE_INSIDE = (_Tolerance(90, 3.5, 0.25, 0.04), _Tolerance(99, 5.0, 0.35, 0.06))
+_FAINT = 6.0  # levels of chroma without a direction of their own
+_EDGE = 6  # what is drawn lies in the outer 1/6 of width and height
+_DRAWN = 60.0  # levels of chroma that a drawn line has somewhere
+# A palette: a chroma in three quarters of the picture that clothes have in few, on a bent curve
+# without gaps that nine tenths of the colors are near to: much nearer than to gray, or, of many
+# hues, nearer than to one hue.
+_VIVID, _VERY_VIVID, _GAP = 28.0, 70.0, 160.0
+_NEARER_THAN_GRAY, _NEARER_THAN_ONE_HUE = 6.0, 0.7
+_BENT, _MANY_HUES, _FAR_HUES = 20.0, 18.0, 100.0
+_TINTED = 40.0  # levels of chroma from which on the brightest channel is nearer to the sensor's
+_ACROSS = 48  # pixels that a curve is sought in
+
+
+def is_visible(image: Image.Image, step: int = 0) -> bool:
+    """Whether an RGB image shows the colors of things, and not those of an infrared camera.
+
+    step: levels to which its codec rounded chroma, as far as that is known.
+    """
+    if np.percentile(_chroma(_fine(image, _BLOCK)), 99) <= _NEUTRAL:
+        return False
+    step = max(step, _LEAST_STEP)
+    factor = max(_BLOCK, min(image.size) // _BLOCKS_ACROSS)
+    blocks = np.asarray(image.reduce(factor), dtype=np.float64)
+    if _one_hue(blocks, step, _HUE):
+        return False
+    height, width = (max(1, n // _EDGE) for n in blocks.shape[:2])
+    inner = blocks[height:-height, width:-width]
+    if inner.size and _chroma(_fine(image)).max() >= _DRAWN and _one_hue(inner, step, _HUE_INSIDE):
+        return False
+    return not _is_palette(image)
+
+
+def chroma_step(image: Image.Image) -> int:
+    """Levels to which the codec of an opened image rounded chroma, averaged over a block."""
+    tables = getattr(image, "quantization", None)  # of a JPEG
+    if tables:
+        return max(int(table[0]) for table in tables.values())
+    return _WEBP_STEP if image.format == "WEBP" else 0
 
 
 def as_infrared(image: Image.Image) -> Image.Image:
-    """An RGB image of an infrared camera → its brightness, as three equal channels."""
-    return image.convert("L").convert("RGB")
+    """An RGB image of an infrared camera → what its sensor saw, as three equal channels.
+
+    A palette is followed from its dark, cold end to its bright, warm one.
+    """
+    pixels = np.asarray(image)
+    chroma = _chroma(pixels)
+    if not chroma.any():
+        return image
+    if _is_palette(image):
+        gray = Image.fromarray(_Curve.through(_fine(image)).along(pixels))
+    elif np.median(chroma) > _TINTED:
+        gray = Image.fromarray(pixels.max(axis=2))
+    else:
+        gray = image.convert("L")
+    return gray.convert("RGB")
+
+
+def _fine(image: Image.Image, least: int = 1) -> Array:
+    """The image in blocks of few pixels."""
+    return np.asarray(image.reduce(max(least, min(image.size) // _ACROSS)), dtype=np.float64)
+
+
+def _chroma(pixels: Array) -> Array:
+    """Levels between the largest and the smallest of the channels."""
+    return np.asarray(np.ptp(pixels, axis=2))
+
+
+def _one_hue(blocks: Array, step: int, tolerances: Sequence[_Tolerance]) -> bool:
+    """Whether the chroma of blocks is a linear function of their brightness, of one direction."""
+    off, ends = _off_one_hue(blocks, share=0.7)  # so that what is drawn does not count
+    tint = float(np.median(_chroma(blocks)))
+    if any(
+        np.percentile(off, of.percentile) > of.least + of.step * step + of.tint * tint
+        for of in tolerances
+    ):
+        return False
+    faint = bool((np.linalg.norm(ends, axis=1) < _FAINT).any())
+    return faint or float(ends[0] @ ends[1]) > 0
+
+
+def _off_one_hue(colors: Array, share: float) -> tuple[Array, Array]:
+    """Levels by which colors lie off the hue that fits best to `share` of them.
+
+    Also returns the chroma (R − Y and B − Y) of that hue in the dark and in the bright.
+    """
+    luma, chroma = _luma_and_chroma(colors)
+    terms = np.stack([np.ones(len(luma)), luma], axis=1)
+    fit = np.stack([np.median(chroma, axis=0), np.zeros(2)])
+    for _ in range(4):
+        off = np.abs(chroma - terms @ fit).max(axis=1)
+        kept = off <= np.quantile(off, share)
+        fit = np.linalg.lstsq(terms[kept], chroma[kept], rcond=None)[0]
+    red, blue = (chroma - terms @ fit).T
+    green = -(0.299 * red + 0.114 * blue) / 0.587
+    rest = np.stack([red, green, blue, np.zeros(len(red))])
+    dark, bright = np.percentile(luma, (2, 98))
+    ends = np.array([[1.0, dark], [1.0, bright]]) @ fit
+    return rest.max(axis=0) - rest.min(axis=0), ends
+
+
+def _luma_and_chroma(colors: Array) -> tuple[Array, Array]:
+    """…×3 colors → N lumas Y, and N×2 of R − Y and B − Y."""
+    colors = colors.reshape(-1, 3)
+    luma = colors @ (0.299, 0.587, 0.114)
+    return luma, colors[:, [0, 2]] - luma[:, None]
+
+
+def _is_palette(image: Image.Image) -> bool:
+    pixels = _fine(image)
+    vivid = float(np.percentile(_chroma(pixels), 25))
+    if vivid < _VIVID:
+        return False
+    half, far = np.percentile(_off_one_hue(pixels, share=1.0)[0], (50, 99))
+    if far < _BENT:
+        return False
+    curve = _Curve.through(pixels)
+    distances, along = curve.project(pixels.reshape(-1, 3))
+    within = np.sort(along)[len(along) // 20 : -len(along) // 20]
+    if np.diff(within).max(initial=0.0) * curve.length > _GAP:  # a few flat colors
+        return False
+    near = 1 + float(np.percentile(distances, 90))
+    if vivid >= max(_VERY_VIVID, _NEARER_THAN_GRAY * near):
+        return True
+    return bool(half >= max(_MANY_HUES, _NEARER_THAN_ONE_HUE * near) and far >= _FAR_HUES)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A line through the colors of a picture: N×3 corners, from cold to hot."""
+
+    corners: Array
+
+    _STEP = 12  # levels of 255 in which colors are counted
+    _MOST = 160  # colors that a line is laid through
+
+    @classmethod
+    def through(cls, pixels: Array) -> _Curve:
+        """The longest way along the shortest tree that joins the most frequent colors."""
+        colors = pixels.reshape(-1, 3)
+        _, place, counts = np.unique(
+            (colors // cls._STEP) @ (4096, 64, 1), return_inverse=True, return_counts=True
+        )
+        sums = [np.bincount(place, channel) for channel in colors.T]
+        means = np.stack(sums, axis=1) / counts[:, None]
+        frequent = np.argsort(-counts, kind="stable")[: cls._MOST]
+        frequent = frequent[counts[frequent] >= min(3, counts.max())]
+        corners = _longest_way(means[frequent])
+        # Hot is bright and warm: of the two ends, that with more red and green than blue.
+        towards = corners @ (1.0, 0.6, -0.4)
+        if np.corrcoef(np.arange(len(corners)), towards)[0, 1] < 0:
+            corners = corners[::-1]
+        return cls(corners)
+
+    @property
+    def length(self) -> float:
+        """In levels."""
+        return float(np.linalg.norm(np.diff(self.corners, axis=0), axis=1).sum())
+
+    def project(self, colors: Array) -> tuple[Array, Array]:
+        """N×3 colors → their distances from the line, and how far along it they lie, in [0, 1]."""
+        steps = np.diff(self.corners, axis=0)
+        lengths = np.linalg.norm(steps, axis=1).clip(1e-9)
+        starts = np.concatenate([[0.0], lengths.cumsum()])
+        best = np.full(len(colors), np.inf)
+        along = np.zeros(len(colors))
+        for corner, step, length, start in zip(
+            self.corners[:-1], steps, lengths, starts[:-1], strict=True
+        ):
+            share = ((colors - corner) @ step / length**2).clip(0, 1)
+            distance = ((colors - corner - share[:, None] * step) ** 2).sum(axis=1)
+            nearer = distance < best
+            best[nearer] = distance[nearer]
+            along[nearer] = start + share[nearer] * length
+        return np.sqrt(best), along / starts[-1]
+
+    def along(self, pixels: Array) -> npt.NDArray[np.uint8]:
+        """H×W×3 pixels → H×W, 0 at the cold end and 255 at the hot one."""
+        colors, place = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+        _, along = self.project(colors.astype(np.float64))
+        values = np.asarray((along * 255).round(), dtype=np.uint8)
+        return values[place].reshape(pixels.shape[:2])
+
+
+def _longest_way(points: Array) -> Array:
+    """N×3 points → those on the longest path of their minimum spanning tree, in order."""
+    apart = np.linalg.norm(points[:, None] - points[None], axis=2)
+    count = len(points)
+    neighbours: list[list[int]] = [[] for _ in range(count)]
+    nearest, parent = apart[0].copy(), np.zeros(count, dtype=int)
+    outside = np.ones(count, dtype=bool)
+    outside[0] = False
+    while outside.any():
+        new = int(np.where(outside, nearest, np.inf).argmin())
+        neighbours[new].append(int(parent[new]))
+        neighbours[int(parent[new])].append(new)
+        outside[new] = False
+        closer = outside & (apart[new] < nearest)
+        nearest[closer], parent[closer] = apart[new][closer], new
+
+    def farthest(start: int) -> tuple[int, dict[int, int]]:
+        reached, before, todo = {start: 0.0}, {start: -1}, [start]
+        while todo:
+            point = todo.pop()
+            for other in neighbours[point]:
+                if other not in reached:
+                    reached[other] = reached[point] + float(apart[point, other])
+                    before[other] = point
+                    todo.append(other)
+        return max(reached, key=lambda point: reached[point]), before
+
+    one_end, _ = farthest(0)
+    point, before = farthest(one_end)
+    way = []
+    while point != -1:
+        way.append(point)
+        point = before[point]
+    return points[way]

@@ -18,7 +18,7 @@ from model.config import Modality
 from model.pictures import bit_depth
 from model.pictures.content import is_blank
 from model.pictures.errors import PictureError, truncated
-from model.pictures.modality import as_infrared, has_chroma
+from model.pictures.modality import as_infrared, chroma_step, is_visible
 from model.pictures.whole import check_file, loaded
 
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF"]
@@ -120,7 +120,7 @@ def read(
             "the image shows nothing but one shade or noise",
             "send a picture of a person, and see whether the camera is covered",
         )
-    detected: Modality = "rgb" if has_chroma(upright) else "ir"
+    detected: Modality = "rgb" if is_visible(upright, chroma_step(image)) else "ir"
     taken: Modality = detected if modality == "auto" else modality
     shown = upright if taken == "rgb" else as_infrared(upright)
     if taken == "ir" and polarity == "black_hot":

@@ -144,12 +144,13 @@ def _check_pixels(image: Image.Image, jpeg: _Jpeg) -> None:
 
 
 def _loaded_png(image: Image.Image, opened: Callable[[], Image.Image]) -> Image.Image:
-    ground = _load_on(image, _GROUNDS[0])
+    one, other = _GROUNDS if image.mode != "1" else (0, 255)
+    ground = _load_on(image, one)
     # The last row to be decoded is one of the lowest two, interlaced or not.
     lowest = image.crop((0, max(0, image.height - 2), image.width, image.height))
     if ground in set(lowest.get_flattened_data()):
         again = opened()
-        _load_on(again, _GROUNDS[1])
+        _load_on(again, other)
         if again.tobytes() != image.tobytes():
             raise truncated()
     return image
