@@ -26,9 +26,10 @@ class LossWeights(BaseModel):
     `identity` is of the mean over all images, half of (10), which adds the modalities' means.
 
     Two more, 0 in the paper's recipe: `triplet_parts`, of the triplet of every part, averaged over
-    the parts (HCT's public code adds them up: its weight 2 for six parts is 12 here), and `identity_features`, the identity loss of the raw part features F beside that of
-    the complete ones. Without it nothing asks F to tell people apart, and from random
-    initialisation the compensation memorises the training people instead: see docs/training.md.
+    the parts (HCT's public code adds them up: its weight 2 for six parts is 12 here), and
+    `identity_features`, the identity loss of the raw part features F beside that of the complete
+    ones. Without it nothing asks F to tell people apart, and from random initialisation the
+    compensation memorises the training people instead: see docs/training.md.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

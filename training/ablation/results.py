@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from training.evaluation.metrics import QueryScores
+from training.evaluation.metrics import QueryScores, mean_precision
 from training.evaluation.module_diagnostics import CompensationDiagnostics, ModulationDiagnostics
 from training.evaluation.report import SplitEvaluation
 from training.evaluation.scoring import SplitScores
@@ -51,8 +51,8 @@ class RankingResult(_Stored):
             figures.append(
                 TrialFigures(**ranks, mean_ap=summary.mean_ap, mean_inp=summary.mean_inp)
             )
-        precision = np.mean([scores.average_precision for scores in trials], axis=0)
-        kept = precision[trials[0].answerable]
+        precision, answerable = mean_precision(trials)
+        kept = precision[answerable]
         return cls(trials=figures, average_precision=[round(float(ap), 6) for ap in kept])
 
     def mean(self, figure: str) -> float:
@@ -82,7 +82,7 @@ class SearchResult(_Stored):
     def of(cls, scores: SplitScores, summary: SplitEvaluation) -> SearchResult:
         """From what the evaluation computed of one search."""
         has_modulation = summary.modulation is not None
-        answerable = scores.unmodulated[0].answerable
+        _, answerable = mean_precision(scores.unmodulated)
         return cls(
             setting=summary.setting,
             shots=summary.shots,

@@ -23,11 +23,16 @@ TRIAL_FIELD = "{trial}"
 
 
 class GalleryChoice(StrEnum):
-    """Who is to draw SYSU-MM01's galleries; AUTO takes the official draws where they are there."""
+    """How galleries are drawn, where public code has two ways.
+
+    SYSU-MM01: AUTO takes the OFFICIAL draws where they are there, else SEEDED ones. LLCM: AUTO is
+    SEEDED; AUTHORS is what the scripts of its authors compute, see `protocol_splits`.
+    """
 
     AUTO = "auto"
     OFFICIAL = "official"
     SEEDED = "seeded"
+    AUTHORS = "authors"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class EvaluationRequest:
     ids: a list of identities to evaluate on; None: the protocol's test side.
     name: of the data set, where it is stated; see `training.learnt`.
     trial: of RegDB; None: the checkpoint's own, or all for which the pattern has a file.
-    galleries: of SYSU-MM01.
+    galleries: of SYSU-MM01 and LLCM.
     rerank: whether to re-rank as well, see `k_reciprocal`.
     device: "cpu", "cuda", …. batch_size: images per forward pass. workers: processes that decode
         images; 0 decodes in this one.
@@ -128,7 +133,8 @@ def evaluate_checkpoints(
         refuse_known_people(info, samples, request.dataset, request.name)
         if checkpoints:
             _refuse_other_selection(file, selection_of(info), checkpoints[0])
-        splits = protocol_splits(request.dataset, samples, trial_file=trial_file)
+        authors = request.galleries is GalleryChoice.AUTHORS
+        splits = protocol_splits(request.dataset, samples, trial_file=trial_file, authors=authors)
         shared = calibrated_on(info, samples, request.dataset, request.name)
         with working(f"Embedding {len(samples)} images on {request.device}"):
             scores = score_model(

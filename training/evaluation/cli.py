@@ -37,6 +37,12 @@ from training.options import (
     Workers,
 )
 
+_AUTO = GalleryChoice.AUTO
+CONVENTIONS = {
+    DatasetName.SYSU: (_AUTO, GalleryChoice.OFFICIAL, GalleryChoice.SEEDED),
+    DatasetName.LLCM: (_AUTO, GalleryChoice.SEEDED, GalleryChoice.AUTHORS),
+}
+
 
 def evaluate(
     dataset: Annotated[DatasetName, typer.Option(help="Layout and protocol of ROOT.")],
@@ -59,10 +65,11 @@ def evaluate(
     convention: Annotated[
         GalleryChoice,
         typer.Option(
-            help=f"SYSU-MM01's galleries: the official ones of {TRIAL_FILE}, or seeded draws; auto "
-            "takes the official ones where the file is there."
+            help=f"Galleries. SYSU-MM01: official, of {TRIAL_FILE}, or seeded draws; auto takes "
+            "the official ones where the file is there. LLCM: seeded draws (auto), or what its "
+            "authors' scripts compute for visible to infrared (authors)."
         ),
-    ] = GalleryChoice.AUTO,
+    ] = _AUTO,
     rerank: Annotated[
         bool, typer.Option(help="Also k-reciprocal re-ranking, in rows of its own.")
     ] = False,
@@ -87,8 +94,11 @@ def evaluate(
     Example: cmt evaluate --dataset sysu --root SYSU-MM01 --checkpoint run/best.safetensors
     --json result.json
     """
-    if convention is not GalleryChoice.AUTO and dataset is not DatasetName.SYSU:
-        raise typer.BadParameter(f"only SYSU-MM01 has a choice of galleries, {dataset} has none")
+    if convention not in CONVENTIONS.get(dataset, (_AUTO,)):
+        raise typer.BadParameter(
+            f"--convention {convention} does not go with {dataset}: SYSU-MM01 has official and "
+            "seeded galleries, LLCM seeded ones and those of its authors"
+        )
     request = EvaluationRequest(
         *(dataset, root, checkpoint, ids, trial, convention, rerank),
         device=chosen_device(device),

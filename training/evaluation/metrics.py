@@ -4,6 +4,9 @@ Sources: the public evaluation code of SYSU-MM01 (Wu et al., ICCV 2017), RegDB (
 Sensors 2017) and LLCM (Zhang and Wang, CVPR 2023); mINP is from Ye et al. (TPAMI 2021).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -47,6 +50,14 @@ class QueryScores:
     average_precision: FloatArray
     inverse_negative_penalty: FloatArray
 
+    def placed(self, rows: IntArray, count: int) -> QueryScores:
+        """The same as scores of `count` queries, of which these are at `rows`; others are 0."""
+        fields_of = {field.name: getattr(self, field.name) for field in fields(QueryScores)}
+        spread = {name: np.zeros(count, dtype=of.dtype) for name, of in fields_of.items()}
+        for name, of in fields_of.items():
+            spread[name][rows] = of
+        return QueryScores(**spread)
+
     def summary(self, max_rank: int = 20) -> RankMetrics:
         """Average over the answerable queries.
 
@@ -63,6 +74,14 @@ class QueryScores:
             mean_ap=float(self.average_precision[self.answerable].mean()),
             mean_inp=float(self.inverse_negative_penalty[self.answerable].mean()),
         )
+
+
+def mean_precision(trials: Sequence[QueryScores]) -> tuple[FloatArray, BoolArray]:
+    """Each query's average precision, mean over the trials in which it is answerable (0 where it
+    never is), and whether it ever is."""
+    times = np.sum([scores.answerable for scores in trials], axis=0)
+    total = np.sum([scores.average_precision for scores in trials], axis=0)
+    return total / np.maximum(times, 1), times > 0
 
 
 def rank_metrics(

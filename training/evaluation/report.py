@@ -14,7 +14,7 @@ from model import CMT, Calibration
 from model.config import MODALITIES
 from training.datasets import DatasetName, Sample
 from training.evaluation.embedding import Embedded, embed_samples
-from training.evaluation.metrics import QueryScores
+from training.evaluation.metrics import QueryScores, mean_precision
 from training.evaluation.module_diagnostics import (
     CompensationDiagnostics,
     ModulationDiagnostics,
@@ -104,7 +104,7 @@ class SplitEvaluation:
 
     setting, shots: as in published tables, see `Split`.
     title: both in words.
-    convention: "official", "seeded" or "whole", what drew the galleries.
+    convention: "official", "seeded", "whole" or "authors", see `Split`.
     trials: galleries, over all models.
     identities, queries, gallery: sizes, mean over trials (queries: those that have a positive).
     modulated, unmodulated: rankings with the query's γ, β and with γ = 1, β = 0.
@@ -278,13 +278,9 @@ def _open_set(models: Sequence[SplitScores]) -> OpenSetEvaluation:
 def _modulation_diagnostics(models: Sequence[SplitScores]) -> ModulationDiagnostics:
     gains, people = [], []
     for model in models:
-        # Whether a query has a positive depends on identity and camera only, hence on no trial.
-        answerable = model.modulated[0].answerable
-        differences = [
-            scores.average_precision - plain.average_precision
-            for scores, plain in zip(model.modulated, model.unmodulated, strict=True)
-        ]
-        gains.append(np.mean(differences, axis=0)[answerable])
+        precision, answerable = mean_precision(model.modulated)
+        plain, _ = mean_precision(model.unmodulated)
+        gains.append((precision - plain)[answerable])
         people.append(model.query_people[answerable])
     # A person who is tested in several of RegDB's trials is drawn with all of them.
     low, high = bootstrap_interval(np.concatenate(gains), np.concatenate(people))

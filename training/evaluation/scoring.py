@@ -43,7 +43,8 @@ class SplitScores:
     reranked: after k-reciprocal re-ranking of the modulated distances; None where not asked.
     gamma_beta: mean γ, its deviation over queries, ‖β‖/‖y‖ (see `ModulationDiagnostics`).
     top_changes: shares of queries whose nearest ten modulation changes, or changes or reorders.
-    nearest: Q×10 indices of the samples that rank first in the first trial, modulated.
+    nearest: Q×10 indices of the samples that rank first in the first trial, modulated; of no
+        meaning for queries that it does not ask.
     open_set: trials of open-set identification by the name of the score: "modulated distance",
         "unmodulated distance" and, where the checkpoint has a calibration for this search,
         "modulated calibrated" and "unmodulated calibrated".
@@ -142,46 +143,66 @@ class _Space:
             if model.config.metric == "euclidean":
                 np.square(self.between, out=self.between)
 
-    def reranked(self, columns: IntArray) -> FloatArray | None:
-        """Q×N of one gallery, given as columns of the pool."""
+    def reranked(self, rows: IntArray, columns: IntArray) -> FloatArray | None:
+        """Distances of one trial: its queries and gallery as rows and columns of the space."""
         if self.between is None:
             return None
-        count = self.queries.size
-        chosen = np.concatenate([np.arange(count), count + columns])
-        return k_reciprocal(self.between[np.ix_(chosen, chosen)], count)
+        chosen = np.concatenate([rows, self.queries.size + columns])
+        return k_reciprocal(self.between[np.ix_(chosen, chosen)], rows.size)
+
+
+class _Trial:
+    """One trial of a search: its queries and gallery among those of a `_Space`."""
+
+    def __init__(self, space: _Space, samples: Sequence[Sample], split: Split, trial: int) -> None:
+        people = np.array([sample.person_id for sample in samples])
+        cameras = np.array([sample.camera for sample in samples])
+        self.gallery = split.galleries[trial]
+        self.rows = split.rows(trial)
+        self.columns = np.searchsorted(space.pool, self.gallery)
+        self._split = split
+        queries = split.queries[self.rows]
+        self.people = people[queries], people[self.gallery]
+        self._labels = (*self.people, cameras[queries], cameras[self.gallery])
+        self.excluded = excluded_pairs(*self._labels, split.protocol)
+
+    def of(self, matrix: FloatArray) -> FloatArray:
+        """Of a space's Q×N the entries of this trial."""
+        asked = matrix if self._split.asked is None else matrix[self.rows]
+        return np.take(asked, self.columns, axis=1)
+
+    def scores(self, distance: FloatArray) -> QueryScores:
+        """Of all queries of the search; those that the trial does not ask are not answerable."""
+        scores = score_queries(distance, *self._labels, self._split.protocol)
+        if self._split.asked is None:
+            return scores
+        return scores.placed(self.rows, self._split.queries.size)
 
 
 def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> SplitScores:
-    people = np.array([sample.person_id for sample in samples])
-    cameras = np.array([sample.camera for sample in samples])
     modulated, unmodulated, raw, reranked, changes = [], [], [], [], []
     nearest: IntArray | None = None
     open_set: dict[str, list[OpenSetTrial]] = {name: [] for name in space.open_set_scores}
-    for trial, gallery in enumerate(split.galleries):
-        labels = (
-            *(people[split.queries], people[gallery]),
-            *(cameras[split.queries], cameras[gallery]),
-        )
-        columns = np.searchsorted(space.pool, gallery)
-        with_modulation, without = (
-            np.take(m, columns, axis=1) for m in (space.modulated, space.unmodulated)
-        )
-        modulated.append(score_queries(with_modulation, *labels, split.protocol))
-        unmodulated.append(score_queries(without, *labels, split.protocol))
+    for number in range(len(split.galleries)):
+        trial = _Trial(space, samples, split, number)
+        with_modulation, without = trial.of(space.modulated), trial.of(space.unmodulated)
+        modulated.append(trial.scores(with_modulation))
+        unmodulated.append(trial.scores(without))
         if space.raw is not None:
-            raw.append(score_queries(np.take(space.raw, columns, axis=1), *labels, split.protocol))
-        again = space.reranked(columns)
+            raw.append(trial.scores(trial.of(space.raw)))
+        again = space.reranked(trial.rows, trial.columns)
         if again is not None:
-            reranked.append(score_queries(again, *labels, split.protocol))
-        excluded = excluded_pairs(*labels, split.protocol)
-        changes.append(top_changes(with_modulation, without, excluded))
+            reranked.append(trial.scores(again))
+        changes.append(top_changes(with_modulation, without, trial.excluded))
         for name, score in space.open_set_scores.items():
-            people_of = (people[split.queries], people[gallery])
             open_set[name].append(
-                open_set_trial(np.take(score, columns, axis=1), *people_of, excluded, trial)
+                open_set_trial(trial.of(score), *trial.people, trial.excluded, number)
             )
         if nearest is None:
-            nearest = gallery[nearest_kept(with_modulation, excluded, NEAREST_KEPT)]
+            found = trial.gallery[nearest_kept(with_modulation, trial.excluded, NEAREST_KEPT)]
+            nearest = np.zeros((split.queries.size, found.shape[1]), dtype=np.int64)
+            nearest[trial.rows] = found
+    people = np.array([sample.person_id for sample in samples])
     assert nearest is not None  # a search has at least one trial
     everyone = np.concatenate([split.queries, *split.galleries])
     return SplitScores(

@@ -12,7 +12,7 @@ from training.datasets import DatasetError, Sample
 from training.evaluation.metrics import IntArray, Protocol
 
 TRIALS = 10
-Convention = Literal["official", "seeded", "whole"]
+Convention = Literal["official", "seeded", "whole", "authors"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,11 @@ class Split:
     setting: "all" or "indoor" on SYSU-MM01, else the direction, as in published tables.
     shots: "single" or "multi" on SYSU-MM01, else empty.
     convention: "official" where the archive's own trial file chose the galleries, "seeded"
-        where Python's `random` did, "whole" where the gallery is every image.
-    queries: indices of the queries.
+        where Python's `random` did, "whole" where the gallery is every image, "authors" where
+        the queries are drawn and the gallery is every image.
+    queries: indices of the queries of all trials.
     galleries: indices of each trial's gallery.
+    asked: which places of `queries` each trial asks; None: every trial asks all of them.
     """
 
     protocol: Protocol
@@ -34,6 +36,11 @@ class Split:
     convention: Convention
     queries: IntArray
     galleries: list[IntArray]
+    asked: list[IntArray] | None = None
+
+    def rows(self, trial: int) -> IntArray:
+        """Places in `queries` of those that a trial asks."""
+        return np.arange(self.queries.size) if self.asked is None else self.asked[trial]
 
     @property
     def title(self) -> str:

@@ -127,6 +127,8 @@ def size_lines(evaluation: Evaluation) -> list[str]:
         "official": "from the official trial file",
         "seeded": "drawn by the seeded convention",
         "whole": "the whole gallery",
+        "authors": "by the scripts of the set's authors: drawn infrared images ask all visible "
+        "ones",
     }
     return [
         f"{split.title}: {split.identities:.0f} identities, {split.queries:.0f} queries, "

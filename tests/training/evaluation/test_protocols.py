@@ -58,6 +58,54 @@ def test_llcm_galleries_are_the_draws_of_public_code(llcm_root: Path) -> None:
         assert {samples[i].modality for i in split.queries} == {"rgb" if word == "nir" else "ir"}
 
 
+def test_llcm_by_its_authors_scripts_is_their_matrix_transposed(
+    tiny_model: CMT, llcm_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Visible to infrared: the drawn infrared images ask all visible ones, in ten trials."""
+    samples = LAYOUTS[DatasetName.LLCM].test(llcm_root)
+    stated = protocol_splits(DatasetName.LLCM, samples)
+    splits = protocol_splits(DatasetName.LLCM, samples, authors=True)
+    assert np.array_equal(splits[1].queries, stated[1].queries)
+    assert (splits[1].convention, splits[0].convention) == ("seeded", "authors")
+    people = np.array([s.person_id for s in samples])
+    cameras = np.array([s.camera for s in samples])
+    y = embed_samples(tiny_model, samples).embedding
+    scores = score_model(tiny_model, samples, splits, rerank=True).splits[0]
+    visible, ranks, precisions = stated[0].queries, [], []
+    for trial, drawn in enumerate(stated[0].galleries):
+        assert np.array_equal(splits[0].queries[splits[0].rows(trial)], drawn)
+        with torch.no_grad():
+            modulated = modulate(y[visible], tiny_model.modulation(y[drawn]))
+        distance = (y[drawn][:, None] - modulated).flatten(2).norm(dim=2)
+        plain = rank_metrics(
+            *(distance, people[drawn], people[visible], cameras[drawn], cameras[visible], "llcm")
+        )
+        found = scores.modulated[trial].summary()
+        assert found.mean_ap == pytest.approx(plain.mean_ap, abs=1e-6)
+        assert found.cmc == pytest.approx(plain.cmc)
+        ranks.append(plain.cmc[0])
+        precisions.append(plain.mean_ap)
+    evaluation = summarise(DatasetName.LLCM, [score_model(tiny_model, samples, splits)])
+    figures = evaluation.splits[0].modulated
+    assert figures.rank_1.mean == pytest.approx(np.mean(ranks))
+    assert figures.mean_ap.std == pytest.approx(np.std(precisions), abs=1e-6)
+    # Each query's gain is its mean over the trials that ask it.
+    modulation = evaluation.splits[0].modulation
+    assert modulation is not None
+    assert np.isfinite(modulation.map_gain)
+
+    file, out = tmp_path / "c.safetensors", tmp_path / "out.json"
+    save(tiny_model, file)
+    for choice, convention in (("authors", "authors"), ("seeded", "seeded"), ("auto", "seeded")):
+        more = ("--convention", choice, "--json", out, "--sheets", tmp_path / choice)
+        assert evaluate("llcm", llcm_root, file, *more) == 0
+        printed = capsys.readouterr().out
+        assert ("drawn infrared images ask all visible ones" in printed) == (choice == "authors")
+        written = json.loads(out.read_text())["splits"]
+        assert [split["convention"] for split in written] == [convention, "seeded"]
+    assert evaluate("llcm", llcm_root, file, "--convention", "official") == 2
+
+
 def test_one_modality_is_refused(folder_root: Path) -> None:
     visible = [s for s in LAYOUTS[DatasetName.FOLDER].test(folder_root) if s.modality == "rgb"]
     with pytest.raises(DatasetError, match="infrared images"):
@@ -196,7 +244,11 @@ def test_pictures_and_reranking_of_every_layout(
 
 @pytest.mark.parametrize(
     ("more", "word"),
-    [(("--plot", "cmc.xyz"), "cmc.xyz"), (("--convention", "seeded"), "only SYSU-MM01")],
+    [
+        (("--plot", "cmc.xyz"), "cmc.xyz"),
+        (("--convention", "seeded"), "--convention seeded does not go with folder: SYSU-MM01"),
+        (("--convention", "authors"), "--convention authors does not go with folder: SYSU-MM01"),
+    ],
 )
 def test_options_that_cannot_work_are_refused_before_any_work(
     folder_root: Path, more: tuple[str, ...], word: str, capsys: pytest.CaptureFixture[str]
