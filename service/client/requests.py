@@ -238,8 +238,8 @@ def check_backup(file: BinaryIO, name: Path, url: httpx.URL) -> None:
         check(file, name)
     except BackupInvalid as error:
         raise Unreachable(
-            f"{url} ended its answer in the middle: what came is no whole backup, and nothing was "
-            "written; look into the log of the service and of the proxy, and try again"
+            f"{url} sent no whole backup, as where an answer ends in the middle, and nothing was "
+            "written; look into the logs of the service and the proxy, and try again"
         ) from error
 
 
