@@ -168,6 +168,7 @@ class Database:
                 busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             finally:
                 cursor.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}")
+                cursor.close()  # first, or a backup could get the connection with it still open
                 connection.close()
         self.wal_pending = bool(busy)
         return not busy
