@@ -52,10 +52,10 @@ _HUE_INSIDE = (_Tolerance(90, 3.5, 0.25, 0.04), _Tolerance(99, 5.0, 0.35, 0.06))
 _FAINT = 6.0  # levels of chroma without a direction of their own
 _EDGE = 6  # what is drawn lies in the outer 1/6 of width and height
 _DRAWN = 60.0  # levels of chroma that a drawn line has somewhere
-# A palette: a chroma in three quarters of the picture that clothes have in few, on a bent curve
-# without gaps that nine tenths of the colors are near to: much nearer than to gray, or, of many
+# A palette: a chroma in three quarters of the picture that clothes have in few, on a bent curve of
+# many small steps that nine tenths of the colors are near to: much nearer than to gray, or, of many
 # hues, nearer than to one hue.
-_VIVID, _VERY_VIVID, _GAP = 28.0, 70.0, 160.0
+_VIVID, _VERY_VIVID, _STEP = 28.0, 70.0, 20.0
 _NEARER_THAN_GRAY, _NEARER_THAN_ONE_HUE = 6.0, 0.7
 _BENT, _MANY_HUES, _FAR_HUES = 20.0, 18.0, 100.0
 _TINTED = 40.0  # levels of chroma from which on the brightest channel is nearer to the sensor's
@@ -166,10 +166,9 @@ def _is_palette(image: Image.Image) -> bool:
     if far < _BENT:
         return False
     curve = _Curve.through(pixels)
-    distances, along = curve.project(pixels.reshape(-1, 3))
-    within = np.sort(along)[len(along) // 20 : -len(along) // 20]
-    if np.diff(within).max(initial=0.0) * curve.length > _GAP:  # a few flat colors
+    if curve.step > _STEP:  # a few flat colors
         return False
+    distances, _ = curve.project(pixels.reshape(-1, 3))
     near = 1 + float(np.percentile(distances, 90))
     if vivid >= max(_VERY_VIVID, _NEARER_THAN_GRAY * near):
         return True
@@ -199,14 +198,16 @@ class _Curve:
         corners = _longest_way(means[frequent])
         # Hot is bright and warm: of the two ends, that with more red and green than blue.
         towards = corners @ (1.0, 0.6, -0.4)
-        if np.corrcoef(np.arange(len(corners)), towards)[0, 1] < 0:
+        if np.arange(len(corners)) @ (towards - towards.mean()) < 0:
             corners = corners[::-1]
         return cls(corners)
 
     @property
-    def length(self) -> float:
-        """In levels."""
-        return float(np.linalg.norm(np.diff(self.corners, axis=0), axis=1).sum())
+    def step(self) -> float:
+        """Median length of its steps, in levels."""
+        if len(self.corners) < 2:
+            return float("inf")
+        return float(np.median(np.linalg.norm(np.diff(self.corners, axis=0), axis=1)))
 
     def project(self, colors: Array) -> tuple[Array, Array]:
         """N×3 colors → their distances from the line, and how far along it they lie, in [0, 1]."""
