@@ -270,7 +270,9 @@ def address_of(folder: Path, url: str | None) -> URL:
     if address is not None:
         if address.drivername == "postgresql+psycopg":
             return address
-        if address.drivername == "sqlite" and address.database not in (None, "", ":memory:"):
+        name = address.database or ":memory:"
+        is_file = not address.query and not name.startswith((":", "file:"))
+        if address.drivername == "sqlite" and is_file:
             return address
     raise DatabaseUnavailable(
         "the database URL is none that a gallery can live in; give sqlite:///FILE or "

@@ -38,11 +38,13 @@ class SqliteFile:
                 "and mount of the file and its folder"
             ) from error
         self._keep_private()
-        self._files = [OpenFile("the database file", lambda: self._path)]
-        self._first = self.connect()
+        self._first = self._opened()
         try:
-            self._files.append(OpenFile("the log of the database file", self._log))
-            self.check()
+            # Now that it is open for writing: an overlay file system copies it when that happens.
+            self._files = (
+                OpenFile("the database file", lambda: self._path),
+                OpenFile("the log of the database file", self._log),
+            )
         except BaseException:
             self.close()
             raise
@@ -51,6 +53,16 @@ class SqliteFile:
         """Open one more connection, in autocommit mode. Raises StorageMoved and sqlite3.Error."""
         # SQLite goes by names: it would open, or make, whatever has them now.
         self.check()
+        connection = self._opened()
+        try:
+            self.check()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _opened(self) -> sqlite3.Connection:
+        """A connection to the file that has the name now, with its log open."""
         connection = sqlite3.connect(
             f"file:{quote(os.fsencode(self._path))}?mode=rw",
             uri=True,
@@ -73,7 +85,6 @@ class SqliteFile:
             cursor.execute("PRAGMA foreign_keys = ON")
             cursor.execute("PRAGMA schema_version").fetchone()  # opens the log, too
             cursor.close()
-            self.check()
         except BaseException:
             connection.close()
             raise

@@ -255,7 +255,10 @@ def test_a_file_in_use_is_refused_by_whatever_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "nonsense", "sqlite://", "sqlite:///:memory:", "mysql://host/db", "postgresql://h/d"],
+    [
+        *("", "nonsense", "sqlite://", "sqlite:///:memory:", "mysql://host/db", "postgresql://h/d"),
+        *("sqlite:///file:x.sqlite3?uri=true", "sqlite:///x.sqlite3?mode=ro"),
+    ],
 )
 def test_other_databases_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(DatabaseUnavailable, match="postgresql\\+psycopg"):
