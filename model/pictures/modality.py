@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 # A picture without chroma: levels of 255 between channels, at the 99th percentile of the blocks.
 _NEUTRAL = 6.0
 _LEAST_STEP = 5  # what is lossless now may have been a frame of a video
-_WEBP_STEP = 9
+_WEBP_STEP = 12  # as of a middling quality: the file does not say it plainly
 # A block is averaged: noise of sensor and codec cancels there, colors of clothes do not.
 _BLOCK, _BLOCKS_ACROSS = 4, 12
 
@@ -46,9 +46,9 @@ class _Tolerance(NamedTuple):
     tint: float
 
 
-_HUE = (_Tolerance(90, 2.0, 0.2, 0.04), _Tolerance(99, 3.0, 0.3, 0.06))
+_HUE = (_Tolerance(90, 3.0, 0.2, 0.04), _Tolerance(99, 4.5, 0.3, 0.06))
 # What is drawn colors its neighbourhood in a JPEG, so more is allowed beside it.
-_HUE_INSIDE = (_Tolerance(90, 3.5, 0.25, 0.04), _Tolerance(99, 5.0, 0.35, 0.06))
+_HUE_INSIDE = (_Tolerance(90, 4.0, 0.25, 0.04), _Tolerance(99, 6.0, 0.35, 0.06))
 _FAINT = 6.0  # levels of chroma without a direction of their own
 _EDGE = 6  # what is drawn lies in the outer 1/6 of width and height
 _DRAWN = 60.0  # levels of chroma that a drawn line has somewhere
