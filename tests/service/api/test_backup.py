@@ -311,8 +311,10 @@ def test_a_backup_that_a_proxy_cuts_off_replaces_nothing(
 ) -> None:
     url, _ = big
     new, old = tmp_path / "new.zip", tmp_path / "old.zip"
+    wait_until_free()
     with old_proxy(url, lengths=lengths) as through:
         assert run(capsys, "backup", old, "--url", through)[0] == 0
+    wait_until_free()  # the proxy has all of it before the service has ended it
     before = old.read_bytes()
     # In the first block, in the middle of a crop, and just before the end.
     for cut in (1000, len(before) // 2, len(before) - 1):

@@ -128,6 +128,7 @@ def outcome(guarded: httpx.Client, visible: list[Path], infrared: list[Path]) ->
             "seed": 11,
             "headers": {"Authorization": guarded.headers["authorization"]},
             "continue-on-failure": True,
+            "request-timeout": 120,  # on a busy machine ten seconds are too few
             "generation": generation,
             "phases": {"stateful": {"max-steps": 6}},
         }

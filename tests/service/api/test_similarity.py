@@ -164,6 +164,7 @@ def test_the_command_line_and_the_contact_sheet_show_it(
     assert f" {best['similarity']:.3f} " in printed
     assert "…" not in printed
     assert f"similarity {best['similarity']:.3f}" in sheet.read_text()
-    assert main(["query", str(visible[0]), "--url", url, "--html", str(sheet)]) == 0
+    again = ["query", str(visible[0]), "--url", url, "--html", str(sheet), "--force"]
+    assert main(again) == 0
     assert "same" not in capsys.readouterr().out
     assert "similarity 0" not in sheet.read_text()
