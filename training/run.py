@@ -160,6 +160,8 @@ def prepare_run(request: TrainingRequest) -> PreparedRun:
     recipe = load_recipe(
         request.recipe or DEFAULT_RECIPES.get(source.dataset, "paper"), request.changes
     )
+    if request.initial != RANDOM_WEIGHTS:
+        request.initial.network(recipe.model)  # wrong weights are told before images are decoded
     samples = training_samples(source.roots, source.train_ids, source.dataset, source.trial)
     held_out = request.hold_out.samples(source, samples)
     samples = without(samples, {sample.person_id for sample in held_out})

@@ -404,6 +404,16 @@ def test_a_damaged_image_stops_the_command_or_is_skipped_by_a_flag(
     assert facts["images"] == len(training_samples([root], None)) - 1
 
 
+def test_wrong_weights_are_told_before_anything_is_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--root", str(MINI), "--run", str(tmp_path / "run"), "--device", "cpu"]
+    for option, error in (("--weights", "no weights file"), ("--start", "no checkpoint at")):
+        assert main(["train", *where, option, str(tmp_path / "absent.pth")]) == 1
+        assert error in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_ctrl_c_promises_what_was_saved_and_nothing_else(saved: bool, tmp_path: Path) -> None:
     content = recipe(stages=(Stage(steps=100_000, lr=1e-3),)).model_dump(mode="json")
