@@ -37,28 +37,32 @@ def values_of_the_scene(values: Values, valid: Mask | None = None) -> Values:
     if values.dtype.kind == "u":  # differences of these would wrap
         values = values.astype(np.int64)
     mask = np.ones(values.shape, bool) if valid is None else valid[::step, ::step]
-    values, mask = without_borders(values, mask)
+    for _ in range(_BORDERS):
+        values, mask = without_borders(values, mask)
     values, mask = _without_telemetry(values, mask)
     found = values[mask]
     low, high = _limits(found)
     return found[(found >= low) & (found <= high)]
 
 
-def without_borders(values: Values, mask: Mask, apart: int = 0) -> tuple[Values, Mask]:
+def without_borders(
+    values: Values, mask: Mask, *, apart: int = 0, share: float = 1.0
+) -> tuple[Values, Mask]:
     """Cut off lines along the four edges that hold one value, or none that is valid.
 
-    mask: where values are valid. apart: what still counts as one value.
+    mask: where values are valid. apart: what still counts as one value. share: of the lines, that a
+    border may have at most. What is nothing but borders is left as it is.
     """
     inner, inner_mask = values, mask
-    for _ in range(_BORDERS):
-        for turn in range(4):
-            side, side_mask = np.rot90(inner, turn), np.rot90(inner_mask, turn)
-            alike = (np.abs(side - side[:1, :1]) <= apart) | ~side_mask
-            same = alike.all(axis=tuple(range(1, side.ndim)))
-            cut = len(same) if same.all() else int(same.argmin())
-            if cut >= len(side) - 1:  # nothing but a border: there is no scene inside it
-                return values, mask
-            inner, inner_mask = np.rot90(side[cut:], -turn), np.rot90(side_mask[cut:], -turn)
+    for turn in range(4):
+        side, side_mask = np.rot90(inner, turn), np.rot90(inner_mask, turn)
+        alike = (np.abs(side - side[:1, :1]) <= apart) | ~side_mask
+        same = alike.all(axis=tuple(range(1, side.ndim)))
+        cut = len(same) if same.all() else int(same.argmin())
+        cut = min(cut, int(share * len(side)))
+        if cut >= len(side) - 1:
+            return values, mask
+        inner, inner_mask = np.rot90(side[cut:], -turn), np.rot90(side_mask[cut:], -turn)
     return inner, inner_mask
 
 
@@ -99,4 +103,7 @@ def _limits(found: Values) -> tuple[float, float]:
             fewer = end - start < best[1] - best[0]
             if apart and fewer and pixels >= _SHARE * found.size:
                 best = (start, end)
-    return float(levels[best[0]]), float(levels[best[1] - 1])
+    low, high = float(levels[best[0]]), float(levels[best[1] - 1])
+    if best != (0, len(levels)):  # the outliers of the scene itself are still there
+        return _limits(found[(found >= low) & (found <= high)])
+    return low, high

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from service.errors import ServiceError
-from service.images.decode import Box, Crop, ImageLimits, decode
+from service.images.decode import STORED_LIMITS, Box, Crop, ImageLimits, decode
+from tests.paths import MINI
 
 WIDTH, HEIGHT = 40, 64
 
@@ -166,9 +167,9 @@ def test_a_box_is_cut_after_orientation_and_stored_without_loss() -> None:
     exif = Image.Exif()
     exif[274] = 6
     turned = picture(80, 128).transpose(Image.Transpose.ROTATE_90)
-    crop = decode(saved(turned, "PNG", exif=exif), box=Box(36, 30, 20, 40))
+    crop = decode(saved(turned, "PNG", exif=exif), box=Box(30, 44, 20, 40))
     assert (crop.width, crop.height, crop.media_type) == (20, 40, "image/png")
-    assert (pixels(crop) == np.asarray(picture(80, 128))[30:70, 36:56]).all()
+    assert (pixels(crop) == np.asarray(picture(80, 128))[44:84, 30:50]).all()
     again = decode(crop.data)
     assert (pixels(again) == pixels(crop)).all()
 
@@ -324,6 +325,299 @@ def test_a_visible_picture_has_no_polarity() -> None:
     crop = decode(saved(picture(), "PNG"), polarity="black_hot")
     assert crop.polarity is None
     assert (pixels(crop) == pixels(decode(saved(picture(), "PNG")))).all()
+
+
+def shaded() -> Image.Image:
+    """A gray picture with the kind of detail that a codec needs its bytes for."""
+    light = np.linspace(40, 220, 4 * WIDTH)[None, :] * np.ones((4 * HEIGHT, 1))
+    noise = np.random.default_rng(2).normal(0, 12, light.shape)
+    return Image.fromarray((light + noise).clip(0, 255).astype(np.uint8))
+
+
+def half_jpeg(**options: Any) -> bytes:
+    """Cut in the middle of its data, with an end marker put after."""
+    data = saved(shaded().convert(options.pop("mode", "RGB")), "JPEG", **options)
+    return data[: len(data) // 2] + b"\xff\xd9"
+
+
+def half_png(bits: int, samples: int, colour: int) -> bytes:
+    """Half of the rows, with a whole stream and right checksums."""
+    row = b"\0" + bytes(range(WIDTH)) * (samples * bits // 8)
+    return png(WIDTH, HEIGHT, bits, colour, row * (HEIGHT // 2))
+
+
+def half_webp(lossless: bool) -> bytes:
+    data = saved(shaded(), "WEBP", lossless=lossless)
+    chunk = data[20 : 20 + (len(data) - 20) // 4 * 2]
+    sizes = (12 + len(chunk)).to_bytes(4, "little"), len(chunk).to_bytes(4, "little")
+    return b"RIFF" + sizes[0] + data[8:16] + sizes[1] + chunk
+
+
+def tiff_of_half_a_strip() -> bytes:
+    whole = tiff(np.asarray(shaded().resize((WIDTH, HEIGHT))), "<")
+    size = struct.pack("<HHII", 279, 4, 1, WIDTH * HEIGHT)
+    assert size in whole
+    return whole.replace(size, struct.pack("<HHII", 279, 4, 1, WIDTH * HEIGHT // 2))
+
+
+def tiff_of_a_half_jpeg() -> bytes:
+    jpeg = half_jpeg(mode="L")
+    data = tiff(np.zeros((4 * HEIGHT, 4 * WIDTH), np.uint8), "<", compression=7)
+    size = struct.pack("<HHII", 279, 4, 1, 16 * WIDTH * HEIGHT)
+    start = len(data) - 16 * WIDTH * HEIGHT
+    return data[:start].replace(size, struct.pack("<HHII", 279, 4, 1, len(jpeg))) + jpeg
+
+
+HALVES: dict[str, Callable[[], bytes]] = {
+    "JPEG": half_jpeg,
+    "JPEG, bytes behind": lambda: half_jpeg() + b"anything" * 99 + b"\xff\xd9",
+    "JPEG, gray": lambda: half_jpeg(mode="L"),
+    "JPEG, four channels": lambda: half_jpeg(mode="CMYK"),
+    "JPEG, progressive": lambda: half_jpeg(progressive=True),
+    "JPEG, restarts": lambda: half_jpeg(restart_marker_blocks=4),
+    "PNG, gray": lambda: half_png(8, 1, 0),
+    "PNG, 16 bits": lambda: half_png(16, 1, 0),
+    "PNG, colour": lambda: half_png(8, 3, 2),
+    "PNG, alpha": lambda: half_png(8, 4, 6),
+    "WebP": lambda: half_webp(False),
+    "WebP, lossless": lambda: half_webp(True),
+    "BMP": lambda: saved(shaded(), "BMP")[:9000],
+    "TIFF": tiff_of_half_a_strip,
+    "TIFF, JPEG": tiff_of_a_half_jpeg,
+}
+
+
+@pytest.mark.parametrize("form", HALVES)
+def test_a_picture_whose_pixels_are_not_all_there_is_refused(form: str) -> None:
+    assert refused(HALVES[form]()).code == "image_truncated"
+
+
+def test_a_large_half_picture_is_refused_and_a_whole_one_accepted() -> None:
+    """From a million pixels on the second look is taken on suspicion only."""
+    data = saved(shaded().resize((1000, 1100)), "JPEG", quality=30)
+    assert decode(data).width == 1000
+    assert refused(data[: len(data) // 2] + b"\xff\xd9").code == "image_truncated"
+
+
+@pytest.mark.parametrize("end", [b"", bytes(3000), b"\xff" * 3000, b"\r\n"])
+def test_a_jpeg_without_its_end_marker_is_refused_whatever_follows(end: bytes) -> None:
+    data = saved(picture(), "JPEG")
+    assert data.endswith(b"\xff\xd9")
+    assert refused(data[:-2] + end).code == "image_truncated"
+
+
+def test_what_cameras_put_behind_the_end_marker_does_no_harm() -> None:
+    data = saved(picture(), "JPEG")
+    behind = random.Random(4).randbytes(500)
+    assert (pixels(decode(data + behind)) == pixels(decode(data))).all()
+
+
+def test_a_picture_that_is_stored_already_is_not_judged_again() -> None:
+    for data in (half_jpeg(), saved(Image.new("L", (WIDTH, HEIGHT)), "PNG")):
+        assert decode(data, limits=STORED_LIMITS).modality == "ir"
+
+
+def warm_person() -> np.ndarray:
+    """Kelvin: a room of 294 K with some noise, and a person of 299 to 303 K in its middle."""
+    y, x = np.mgrid[:128, :64]
+    body = np.exp(-(((y - 64) / 40) ** 2) - ((x - 32) / 10) ** 2)
+    return np.asarray(294 + 9 * body + np.random.default_rng(3).normal(0, 0.2, body.shape))
+
+
+def centikelvin(kelvin: np.ndarray) -> bytes:
+    return png16((100 * kelvin).round().clip(0, 65535).astype(np.uint16), 0)
+
+
+def framed(values: np.ndarray, value: float, sides: str) -> np.ndarray:
+    """With a border of `value` on top, bottom, left, right (their first letters)."""
+    values, width = values.copy(), 6
+    places: dict[str, Any] = {
+        "t": np.s_[:width],
+        "b": np.s_[-width:],
+        "l": np.s_[:, :width],
+        "r": np.s_[:, -width:],
+    }
+    for side in sides:
+        values[places[side]] = value
+    return values
+
+
+PERSON = np.s_[32:96, 20:44]
+
+
+@pytest.mark.parametrize("sides", ["tblr", "t", "b", "l", "r", "lr"])
+@pytest.mark.parametrize("value", [0, 1.0, 250, 400, 655.35])
+def test_a_border_does_not_set_the_range_of_a_thermal_picture(value: float, sides: str) -> None:
+    plain = pixels(decode(centikelvin(warm_person())))[PERSON]
+    other = pixels(decode(centikelvin(framed(warm_person(), value, sides))))[PERSON]
+    assert np.ptp(plain) > 200
+    assert np.abs(other - plain).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "value", [0, -9999, -32768, -1e38, -273.15, 1e20, 9999, np.nan, np.inf, -np.inf]
+)
+def test_what_stands_for_no_value_does_not_set_the_range(value: float) -> None:
+    celsius = (warm_person() - 273.15).astype("f4")
+    plain = pixels(decode(tiff(celsius, "<")))[PERSON]
+    holes = celsius.copy()
+    holes[:20, :20] = holes[100:, 40:] = value
+    for other in (framed(celsius, value, "tblr"), holes):
+        assert np.abs(pixels(decode(tiff(other, "<")))[PERSON] - plain).max() <= 3
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_telemetry_does_not_set_the_range(lines: int) -> None:
+    plain = pixels(decode(centikelvin(warm_person())))[PERSON]
+    for top in (655.0, 3.0):
+        values = warm_person()
+        values[-lines:] = np.random.default_rng(1).uniform(0, top, (lines, 64))
+        assert np.abs(pixels(decode(centikelvin(values)))[PERSON] - plain).max() <= 3
+
+
+def test_the_range_is_that_of_the_box() -> None:
+    """A hot lamp beside the person does not matter to a crop of the person."""
+    scene = np.concatenate([warm_person(), np.full((128, 20), 480.0)], axis=1)
+    crop = decode(centikelvin(scene), box=Box(0, 0, 64, 128))
+    assert (pixels(crop) == pixels(decode(centikelvin(warm_person())))).all()
+
+
+@pytest.mark.parametrize("alpha", [65535, 4095, 0])
+def test_16_bit_gray_with_alpha_is_the_gray_picture(alpha: int) -> None:
+    values = ramp(4095)
+    crop = decode(png16(np.stack([values, np.full_like(values, alpha)], axis=2), 4))
+    assert (pixels(crop) == pixels(decode(png16(values, 0)))).all()
+    assert crop.bit_depth == 16
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP"])
+def test_an_alpha_of_zero_everywhere_is_no_alpha(kind: str) -> None:
+    image = picture()
+    image.putalpha(0)
+    options = {"WEBP": {"lossless": True, "exact": True}}.get(kind, {})
+    data = saved(image, kind, **options)
+    if kind == "BMP":  # Pillow writes alpha with a header that says nothing of it
+        data = bmp_with_alpha(image)
+    assert (pixels(decode(data)) == np.asarray(picture())).all()
+
+
+def bmp_with_alpha(image: Image.Image) -> bytes:
+    """A BMP with a V5 header, whose masks name an alpha."""
+    bottom_up = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    rows = np.asarray(bottom_up)[..., [2, 1, 0, 3]].tobytes()
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    head = struct.pack("<IiiHHIIiiII", 124, *image.size, 1, 32, 3, len(rows), 0, 0, 0, 0)
+    head += masks + b"sRGB"
+    head += bytes(124 - len(head))
+    return b"BM" + struct.pack("<IHHI", 138 + len(rows), 0, 0, 138) + head + rows
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_signed_bytes_are_stretched_as_wider_signed_values_are(order: Order) -> None:
+    values = ramp(255).astype("i2") - 128
+    expected = pixels(decode(tiff(values, order)))
+    assert (pixels(decode(tiff(values.astype("i1"), order))) == expected).all()
+
+
+def test_unsigned_32_bits_are_not_taken_for_negative() -> None:
+    values = ramp(60_000).astype("u4") * 70_000
+    gray = pixels(decode(tiff(values, "<")))[..., 0]
+    assert (np.diff(gray.ravel()) >= 0).all()
+    assert np.ptp(gray) == 255
+
+
+def covered(base: float, deviation: float, bits: int) -> bytes:
+    noise = np.random.default_rng(0).normal(base, deviation, (128, 64)).round()
+    if bits == 16:
+        return png16(noise.clip(0, 65535).astype(np.uint16), 0)
+    return saved(Image.fromarray(noise.clip(0, 255).astype(np.uint8)), "PNG")
+
+
+BLANK: dict[str, Callable[[], bytes]] = {
+    "black": lambda: saved(Image.new("L", (64, 128)), "PNG"),
+    "white": lambda: saved(Image.new("RGB", (64, 128), (255, 255, 255)), "JPEG"),
+    "a blue screen": lambda: saved(Image.new("RGB", (64, 128), (0, 0, 200)), "WEBP"),
+    "noise on black": lambda: covered(0, 3, 8),
+    "noise on gray": lambda: covered(90, 8, 8),
+    "noise in a narrow band of 16 bits": lambda: covered(7000, 4, 16),
+    "no value at all": lambda: tiff(np.full((128, 64), np.nan, "f4"), "<"),
+    "black in a white frame": lambda: saved(
+        Image.fromarray(framed(np.zeros((128, 64), np.uint8), 255, "tblr")), "PNG"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLANK)
+def test_a_picture_that_shows_nothing_is_refused(name: str) -> None:
+    assert refused(BLANK[name]()).code == "image_blank"
+
+
+def crops(cameras: str) -> list[Image.Image]:
+    return [Image.open(file).convert("RGB") for c in cameras for file in MINI.glob(f"cam{c}/*/*")]
+
+
+def test_a_dark_picture_is_not_blank() -> None:
+    for image in crops("123456"):
+        dark = image.point(lambda level: level // 5)
+        assert decode(saved(dark, "JPEG"), modality="ir").width == image.width
+
+
+def test_visible_crops_are_visible_and_infrared_ones_infrared() -> None:
+    assert {decode(saved(image, "JPEG")).modality for image in crops("1245")} == {"rgb"}
+    assert {decode(saved(image, "JPEG")).modality for image in crops("36")} == {"ir"}
+
+
+def tinted(image: Image.Image, *factors: float) -> Image.Image:
+    values = np.asarray(image) * np.array(factors)
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+
+
+def drawn(image: Image.Image, text: str = "") -> Image.Image:
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((1, 1, image.width - 2, image.height - 2), outline=(0, 255, 0), width=2)
+    if text:
+        draw.rectangle((1, 1, image.width - 2, 11), fill=(0, 200, 0))
+        draw.text((2, 0), text, fill=(255, 255, 255))
+    return image
+
+
+COLOURED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "a filter that is stuck": lambda image: tinted(image, 1.08, 0.96, 1.08),
+    "an offset": lambda image: image.point(
+        [*range(256), *range(256), *range(12, 256), *[255] * 12]
+    ),
+    "sepia": lambda image: tinted(image, 1.07, 0.86, 0.67),
+    "phosphor": lambda image: tinted(image, 0.1, 1, 0.15),
+    "a box": drawn,
+    "a box with its label": lambda image: drawn(image, "person .93"),
+    "a tint and a box": lambda image: drawn(tinted(image, 1.06, 0.97, 1.06)),
+}
+
+
+@pytest.mark.parametrize("form", COLOURED)
+def test_infrared_is_infrared_however_it_is_coloured(form: str) -> None:
+    taken = [decode(saved(COLOURED[form](i), "JPEG", quality=90)) for i in crops("36")]
+    assert sum(crop.modality == "ir" for crop in taken) >= 0.9 * len(taken)
+    assert all((np.ptp(pixels(crop), axis=2) == 0).all() for crop in taken if crop.polarity)
+
+
+PALETTE = [(0, 0, 30), (40, 0, 130), (170, 20, 140), (230, 80, 40), (255, 180, 20), (255, 255, 210)]
+
+
+def test_a_palette_is_turned_back_into_one_channel() -> None:
+    found = 0
+    for image in crops("36"):
+        gray = np.asarray(image.convert("L"), dtype=float)
+        low, high = np.percentile(gray, (1, 99))
+        place = ((gray - low) / (high - low) * 5).clip(0, 5)
+        channels = [np.interp(place, range(6), channel) for channel in zip(*PALETTE, strict=True)]
+        coloured = Image.fromarray(np.stack(channels, axis=2).round().astype(np.uint8))
+        crop = decode(saved(coloured, "JPEG", quality=90))
+        assert crop.modality == "ir"
+        order = np.corrcoef(place.ravel(), pixels(crop)[..., 0].ravel())[0, 1]
+        found += order > 0.9  # also: what is hot is bright
+    assert found >= 0.9 * len(crops("36"))
 
 
 GIF = saved(picture(), "GIF")
