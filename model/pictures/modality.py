@@ -94,10 +94,11 @@ def as_infrared(image: Image.Image) -> Image.Image:
 
     A palette is followed from its dark, cold end to its bright, warm one.
     """
+    red, green, blue = image.split()
+    if red.tobytes() == green.tobytes() == blue.tobytes():
+        return image
     pixels = np.asarray(image)
     chroma = _chroma(pixels)
-    if not chroma.any():
-        return image
     if _is_palette(image):
         gray = Image.fromarray(_Curve.through(_fine(image)).along(pixels))
     elif np.median(chroma) > _TINTED:
@@ -114,7 +115,9 @@ def _fine(image: Image.Image, least: int = 1) -> Array:
 
 def _chroma(pixels: Array) -> Array:
     """Levels between the largest and the smallest of the channels."""
-    return np.asarray(np.ptp(pixels, axis=2))
+    red, green, blue = np.moveaxis(pixels, 2, 0)
+    most = np.maximum(np.maximum(red, green), blue)
+    return np.asarray(most - np.minimum(np.minimum(red, green), blue))
 
 
 def _one_hue(blocks: Array, step: int, tolerances: Sequence[_Tolerance]) -> bool:
@@ -141,13 +144,20 @@ def _off_one_hue(colors: Array, share: float) -> tuple[Array, Array]:
     for _ in range(4):
         off = np.abs(chroma - terms @ fit).max(axis=1)
         kept = off <= np.quantile(off, share)
-        fit = np.linalg.lstsq(terms[kept], chroma[kept], rcond=None)[0]
+        fit = _fitted(luma[kept], chroma[kept])
     red, blue = (chroma - terms @ fit).T
     green = -(0.299 * red + 0.114 * blue) / 0.587
     rest = np.stack([red, green, blue, np.zeros(len(red))])
     dark, bright = np.percentile(luma, (2, 98))
     ends = np.array([[1.0, dark], [1.0, bright]]) @ fit
     return rest.max(axis=0) - rest.min(axis=0), ends
+
+
+def _fitted(luma: Array, chroma: Array) -> Array:
+    """The least squares of N×2 chroma = offset + slope · luma: 2×2, the offset first."""
+    deviation = luma - luma.mean()
+    slope = deviation @ chroma / max(float(deviation @ deviation), 1e-9)
+    return np.stack([chroma.mean(axis=0) - luma.mean() * slope, slope])
 
 
 def _luma_and_chroma(colors: Array) -> tuple[Array, Array]:

@@ -120,8 +120,7 @@ def read(
             "the image shows nothing but one shade or noise",
             "send a picture of a person, and see whether the camera is covered",
         )
-    detected: Modality = "rgb" if is_visible(upright, chroma_step(image)) else "ir"
-    taken: Modality = detected if modality == "auto" else modality
+    taken = modality if modality != "auto" else _detected(upright, chroma_step(image))
     shown = upright if taken == "rgb" else as_infrared(upright)
     if taken == "ir" and polarity == "black_hot":
         shown = ImageOps.invert(shown)
@@ -134,6 +133,10 @@ def read(
         detected=modality == "auto",
         polarity=polarity if taken == "ir" else None,
     )
+
+
+def _detected(image: Image.Image, step: int) -> Modality:
+    return "rgb" if is_visible(image, step) else "ir"
 
 
 def _kind(data: bytes) -> Format:

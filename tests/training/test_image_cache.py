@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 
 from model import CMTConfig, preprocess
-from model.preprocess import normalise
+from model.pictures import POLICY
+from model.preprocess import normalise, resize
+from service.images.decode import decode
 from training import image_cache
 from training.datasets.sample import DatasetError, Sample
 from training.image_cache import CacheError, cached_images, readable_samples
@@ -225,3 +227,41 @@ def test_of_two_processes_one_decodes_and_the_other_waits(
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(outputs) == [b"", b"d" * len(samples)]
     assert_right(cached_images(samples, *SIZE, cache), samples)
+
+
+def test_pictures_of_every_kind_are_read_as_the_service_reads_them(tmp_path: Path) -> None:
+    light = np.linspace(0, 1, 64)[:, None] * np.ones((64, 32))
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.fromarray((4095 * light).astype(np.uint16)).save(tmp_path / "12 bits in 16.png")
+    Image.fromarray((29_000 + 900 * light).astype(np.uint16)).save(tmp_path / "thermal.tif")
+    Image.fromarray((16 + 20 * light).astype(np.float32)).save(tmp_path / "celsius.tif")
+    gray = Image.fromarray((255 * light).astype(np.uint8))
+    gray.convert("RGB").save(tmp_path / "turned.jpg", exif=turned)
+    see_through = gray.convert("RGBA")
+    see_through.paste((255, 0, 0, 0), (0, 0, 8, 8))
+    see_through.save(tmp_path / "alpha.png")
+    Image.merge("RGB", [gray, gray.point(lambda v: v // 2), gray]).save(tmp_path / "tint.png")
+    samples = [Sample(path, 1, 3, "ir") for path in sorted(tmp_path.iterdir())]
+    cached = cached_images(samples, 64, 32, tmp_path / "cache")
+    for sample, pixels in zip(samples, cached, strict=True):
+        served = decode(sample.path.read_bytes(), modality="ir").image
+        assert (pixels.transpose(1, 2, 0) == resize(served, 64, 32)).all(), sample.path
+        assert np.ptp(pixels) > 200, sample.path
+
+
+def test_a_half_picture_is_unreadable(samples: list[Sample], tmp_path: Path) -> None:
+    whole = samples[1].path.read_bytes()
+    samples[1].path.write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
+    with pytest.raises(DatasetError, match=r"1\.jpg cannot be decoded .*truncated"):
+        cached_images(samples, *SIZE, tmp_path / "cache")
+
+
+def test_images_read_by_other_rules_are_not_taken_from_the_cache(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached_images(samples, *SIZE, tmp_path / "cache")
+    monkeypatch.setattr(image_cache, "POLICY", POLICY + 1)
+    no_decoding(monkeypatch)
+    with pytest.raises(AssertionError, match="decoded although"):
+        cached_images(samples, *SIZE, tmp_path / "cache")
