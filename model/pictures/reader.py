@@ -113,8 +113,12 @@ def read(
     orientation = _orientation(image)
     planes = _guarded(lambda: _planes(data, kind, samples, limits))
     upright = _guarded(lambda: _upright(planes, samples, orientation, box))
+
+    def frame() -> Image.Image:
+        return _guarded(lambda: _upright(planes, samples, orientation, None))
+
     _check_small(upright.width, upright.height, limits)
-    if limits.judged and is_blank(upright):
+    if limits.judged and is_blank(upright if box is None else frame()):
         raise PictureError(
             "image_blank",
             "the image shows nothing but one shade or noise",
