@@ -5,7 +5,7 @@ visible ones are dulled, darkened, cast and drawn upon; all are saved by several
 second one at 64×128. The table counts those taken for the other modality, in percent. Settings were
 chosen on the people of even numbers; the table is of those of odd numbers (`--half`).
 
-Example: python scripts/modality_table.py --root synth-sysu-val-b --every 4
+Example: OPENBLAS_NUM_THREADS=1 python scripts/modality_table.py --root synth-sysu-val-b --every 10
 """
 
 from __future__ import annotations
