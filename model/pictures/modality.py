@@ -56,7 +56,7 @@ _DRAWN = 60.0  # levels of chroma that a drawn line has somewhere
 # many small steps that nine tenths of the colors are near to: much nearer than to gray, or, of many
 # hues, nearer than to one hue.
 _VIVID, _VERY_VIVID, _STEP = 28.0, 70.0, 20.0
-_NEARER_THAN_GRAY, _NEARER_THAN_ONE_HUE = 6.0, 0.7
+_NEARER_THAN_GRAY, _NEARER_THAN_ONE_HUE = 6.0, 0.6
 _BENT, _MANY_HUES, _FAR_HUES = 20.0, 18.0, 100.0
 _TINTED = 40.0  # levels of chroma from which on the brightest channel is nearer to the sensor's
 _ACROSS = 48  # pixels that a curve is sought in
@@ -223,7 +223,7 @@ class _Curve:
 
     def project(self, colors: Array) -> tuple[Array, Array]:
         """N×3 colors → their distances from the line, and how far along it they lie, in [0, 1]."""
-        corners = np.concatenate([self.corners[:-1:3], self.corners[-1:]])  # enough, and faster
+        corners = np.concatenate([self.corners[:-1:2], self.corners[-1:]])  # enough, and faster
         steps = np.diff(corners, axis=0)
         lengths = np.linalg.norm(steps, axis=1).clip(1e-9)
         starts = np.concatenate([[0.0], lengths.cumsum()])
