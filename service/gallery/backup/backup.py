@@ -37,7 +37,8 @@ _STEPS = 10_000  # of SQLite's virtual machine, between two checks whether to st
 class Backup:
     """One state of a gallery, to be read once, as blocks of about 1 MB, and then closed.
 
-    Its copy is an unlinked file, which disappears with the process at the latest.
+    Its copy is an unlinked file, which disappears with the process at the latest. It closes by
+    itself before its last block is given: whoever has all of it can have the next one begun.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Backup:
     ) -> None:
         self._manifest, self._database, self._key = manifest, database, key
         self._release = release
+        self._size = packed_size(manifest, os.fstat(database.fileno()).st_size)
 
     @property
     def name(self) -> str:
@@ -54,10 +56,16 @@ class Backup:
     @property
     def size(self) -> int:
         """Bytes of all blocks together."""
-        return packed_size(self._manifest, os.fstat(self._database.fileno()).st_size)
+        return self._size
 
     def __iter__(self) -> Iterator[bytes]:
-        return packed(self._manifest, self._database, self._key)
+        blocks = packed(self._manifest, self._database, self._key)
+        held = next(blocks)
+        for block in blocks:
+            yield held
+            held = block
+        self.close()
+        yield held
 
     def close(self) -> None:
         """Remove the copy and let the next backup begin. A second call does nothing."""
