@@ -28,8 +28,8 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_mapped() + _MEMORY, hard))
     pipe = Connection(int(sys.argv[1]))
-    pipe.send_bytes(READY)
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the service has ended
+        pipe.send_bytes(READY)
         while True:
             order, data = Order(**json.loads(pipe.recv_bytes())), pipe.recv_bytes()
             # Unhandled, the alarm ends the process, even inside a codec that never returns. It
