@@ -166,7 +166,8 @@ def prepare_run(request: TrainingRequest) -> PreparedRun:
     held_out = request.hold_out.samples(source, samples)
     samples = without(samples, {sample.person_id for sample in held_out})
     samples, held_out, skipped = _decoded(request, recipe, samples, held_out)
-    facts = facts_of(source.dataset, source.trial, samples, source.name)
+    selected_on = held_out if request.hold_out.selection == "val" else []
+    facts = facts_of(source.dataset, source.trial, samples, source.name, selected_on)
     if skipped:
         facts["skipped_images"] = len(skipped)
     validation = None

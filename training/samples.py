@@ -31,12 +31,16 @@ class TrainingData:
 
 
 def facts_of(
-    dataset: DatasetName, trial: int, samples: Sequence[Sample], name: str | None = None
+    dataset: DatasetName,
+    trial: int,
+    samples: Sequence[Sample],
+    name: str | None = None,
+    selected_on: Sequence[Sample] = (),
 ) -> dict[str, Any]:
     """What a checkpoint says of the images that it was trained on.
 
     By the people it learnt from, `cmt evaluate` and `cmt calibrate` refuse whom the network knows.
-    name: of the data set, as stated.
+    name: of the data set, as stated. selected_on: the images that its weights are chosen on.
     """
     own = learnt_people(dataset, name_of(dataset, name), samples)
     facts: dict[str, Any] = {
@@ -45,6 +49,9 @@ def facts_of(
         "images": len(samples),
         "learnt_from": [own.model_dump()],
     }
+    if selected_on:
+        selecting = learnt_people(dataset, name_of(dataset, name), selected_on)
+        facts["selected_on"] = [selecting.model_dump()]
     return facts | ({"trial": trial} if LAYOUTS[dataset].trials > 1 else {})
 
 

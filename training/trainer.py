@@ -130,7 +130,7 @@ class Trainer:
 
         torch.manual_seed(options.seed)
         self.model, start = initial.network(recipe.model)
-        self.facts = {**data.facts, **start, "learnt_from": _united(data.facts, start)}
+        self.facts = {**data.facts, **start, **_united(data.facts, start)}
         distributed.use_global_batch_norm(self.model, self.device)
         self.objective = Objective(recipe, self.model, self.sampler.classes, options.seed)
         self.objective.to(self.device)
@@ -467,10 +467,13 @@ class Trainer:
         )
 
 
-def _united(*facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The people whom a run learns from, and those whom its start learnt from."""
-    people = [one for of in facts for one in TrainingFacts.model_validate(of).people()]
-    return [one.model_dump() for one in united(people)]
+def _united(*facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The people whom a run learns from or is selected on, and those of its start."""
+    each = [TrainingFacts.model_validate(of) for of in facts]
+    learnt_from = united(one for of in each for one in of.people())
+    selected_on = united(one for of in each for one in of.selecting_people())
+    people = {"learnt_from": learnt_from, "selected_on": selected_on}
+    return {name: [one.model_dump() for one in of] for name, of in people.items()}
 
 
 def _check(recipe: Recipe, data: TrainingData) -> None:

@@ -27,7 +27,7 @@ class InitialWeights:
     def network(self, config: CMTConfig) -> tuple[CMT, dict[str, Any]]:
         """A new network with these weights, and what its checkpoint records of them.
 
-        "learnt_from" are the people of a whole network, see `training.learnt`.
+        "learnt_from" and "selected_on" are the people of a whole network, see `training.learnt`.
 
         Raises StartError, or CheckpointError where the checkpoint cannot be read.
         """
@@ -39,6 +39,7 @@ class InitialWeights:
             start = start_from(model, self.checkpoint)
             facts["start"] = start.fingerprint
             facts["learnt_from"] = [people.model_dump() for people in start.facts.people()]
+            facts["selected_on"] = [p.model_dump() for p in start.facts.selecting_people()]
         return model, facts
 
 

@@ -104,6 +104,32 @@ def test_people_are_handed_on_through_every_start(
     assert "(ann)" in refusal(capsys)
 
 
+def test_people_on_whom_weights_were_chosen_are_not_measured_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = people(tmp_path / "set", ["1", "2", "3", "4", "val", "wal", "7", "8"])
+    held_out = ("--validation-ids", listed(tmp_path, "val", "wal"), "--train-ids")
+    some = (*held_out, listed(tmp_path, 1, 2, "val"))
+    chosen = train(root, tmp_path / "a", *some, "--selection", "val")
+    child = train(root, tmp_path / "b", "--train-ids", listed(tmp_path, 3, 4), "--start", chosen)
+    ids = ("--ids", listed(tmp_path, 1, "val", "wal", 7))
+    for checkpoint in (chosen, child):
+        capsys.readouterr()
+        assert evaluate(root, checkpoint, *ids) == 1
+        assert (
+            "was trained on 1 of these 4 identities (1) and selected by validation on 2 of them "
+            "(wal, val); choose others with --ids."  # ordered by what their names become
+        ) in refusal(capsys)
+        assert evaluate(root, checkpoint, "--ids", listed(tmp_path, 7, 8)) == 0
+    # Curves may be fitted on them, and figures that choose nothing are only shown.
+    everyone = ("--dataset", "folder", "--root", root, "--ids", listed(tmp_path, "val", "wal"))
+    capsys.readouterr()
+    main([*map(str, ("calibrate", "--checkpoint", chosen, *everyone, "--device", "cpu"))])
+    assert "selected" not in capsys.readouterr().err
+    shown = train(root, tmp_path / "c", *some)
+    assert evaluate(root, shown, "--ids", listed(tmp_path, "val", "wal")) == 0
+
+
 def test_copies_are_recognised_and_namesakes_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +178,11 @@ def test_numbers_of_the_public_layouts_need_no_files(
         _, info = load_checkpoint(file)
         with pytest.raises(DatasetError, match=r"2 of these 8 identities \(1, 2\)"):
             refuse_known_people(info, samples, dataset, None)
+        facts = {"dataset": dataset.value, "held_out": [3, 91], "selection": "val"}
+        save_checkpoint(file, tiny_model, training=facts)
+        selected = load_checkpoint(file)[1]
+        with pytest.raises(DatasetError, match=r"selected by validation on 1 of these .* \(3\)"):
+            refuse_known_people(selected, samples, dataset, None)
         refuse_known_people(info, samples, dataset, "another set")
         if dataset is not DatasetName.REGDB:  # other people with the same numbers
             refuse_known_people(info, samples, DatasetName.REGDB, None)

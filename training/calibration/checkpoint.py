@@ -48,7 +48,7 @@ def calibrate_checkpoint(
     model, info = load_checkpoint(request.checkpoint, request.device)
     trial = (info.facts.trial or 1) if layout.trials > 1 else 1
     samples = layout.test(request.root, trial, ids)
-    refuse_known_people(info, samples, request.dataset, request.name)
+    refuse_known_people(info, samples, request.dataset, request.name, selecting_may=True)
     people = learnt_people(request.dataset, name_of(request.dataset, request.name), samples)
     samples = held_out_images(samples)
     progress(f"Embedding {len(samples)} images on {request.device}")
