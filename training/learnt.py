@@ -37,6 +37,11 @@ def name_of(dataset: DatasetName, stated: str | None) -> str | None:
     return dataset.value
 
 
+def stated_name(people: LearntPeople) -> str | None:
+    """The name of their set where it is not what `name_of` gives without a stated one."""
+    return people.name if people.name != name_of(DatasetName(people.dataset), None) else None
+
+
 def learnt_people(
     dataset: DatasetName, name: str | None, samples: Sequence[Sample]
 ) -> LearntPeople:

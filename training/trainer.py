@@ -33,7 +33,7 @@ from training.batches import BatchReader
 from training.classifiers import imprint
 from training.diagnosis import modulation_verdict, why_not_finite
 from training.image_cache import cached_images
-from training.learnt import united
+from training.learnt import stated_name, united
 from training.objective import Labels, Objective
 from training.progress import RunProgress, in_words
 from training.recipe import Recipe, recipe_yaml
@@ -422,10 +422,12 @@ class Trainer:
     def _description(self) -> dict[str, Any]:
         """What must be the same for a state to be resumed."""
         images = [(s.person_id, s.camera, s.modality, s.path.name) for s in self.data.samples]
+        own = TrainingFacts.model_validate(self.data.facts).people()
         description = {
             "seed": self.options.seed,
             "people": f"{self.sampler.classes} ({_digest(self.sampler.people)})",
             "training images": f"{len(images)} ({_digest(images)})",
+            "dataset name": stated_name(own[0]) if own else None,
             "selection": self.data.selection,
             "start": self.facts.get("start"),
             "weights": self.facts.get("weights"),

@@ -163,6 +163,15 @@ def test_a_stated_name_says_whose_numbers_they_are(
     assert "name their set with --dataset-name" in error
     assert evaluate(autumn, checkpoint, "--dataset-name", "station") == 0
     assert evaluate(autumn, checkpoint, "--dataset-name", "campus ") == 2
+    # The name goes into the checkpoint, so a resumed run has the one that it began with.
+    again = ["train", "--dataset", "folder", "--root", tmp_path / "spring", "--run"]
+    again += [tmp_path / "run", "--recipe", tmp_path / "run.yaml", "--device", "cpu", "--resume"]
+    for given, said in (((), "None"), (("--dataset-name", "station"), "station")):
+        capsys.readouterr()
+        assert main([*map(str, (*again, *given))]) == 1
+        error = f"holds a run with dataset name campus, here {said}; resume with the same"
+        assert error in capsys.readouterr().err
+    assert main([*map(str, (*again, "--dataset-name", "campus"))]) == 0
 
 
 def test_numbers_of_the_public_layouts_need_no_files(
