@@ -19,7 +19,7 @@ from training.evaluation import protocol_splits, rank_metrics
 from training.evaluation.embedding import embed_samples
 from training.evaluation.figures import BORDER, CAPTION, RIGHT, THUMBNAIL, write_sheets
 from training.evaluation.module_diagnostics import CompensationDiagnostics
-from training.evaluation.published import published_rows
+from training.evaluation.published import PAPER, TITLES, published_rows
 from training.evaluation.report import Evaluation, score_model, summarise
 from training.recipe import load_recipe
 from training.run import DEFAULT_RECIPES
@@ -317,8 +317,23 @@ def test_published_rows_are_the_papers() -> None:
     assert (cmt.rank_1, cmt.rank_10, cmt.rank_20, cmt.mean_ap) == (84.87, 99.41, 99.97, 74.1)
     (hi_cmd,) = (r for r in regdb if r.method == "Hi-CMD")
     assert hi_cmd.rank_20 is None
-    assert len(sysu) == 49
-    assert len(regdb) == 28
+    assert [sum(r.source == PAPER for r in of_set) for of_set in (sysu, regdb)] == [49, 28]
+
+
+@pytest.mark.parametrize("dataset", TITLES)
+def test_later_rows_name_their_source_and_fit_the_tables(dataset: DatasetName) -> None:
+    rows = published_rows(TITLES[dataset])
+    known = {(way, shots) for way in ("all", "indoor") for shots in ("single", "multi")}
+    if dataset is not DatasetName.SYSU:
+        known = {("visible-to-infrared", ""), ("infrared-to-visible", "")}
+    assert {(row.setting, row.shots) for row in rows} == known
+    assert len({(r.method, r.venue, r.setting, r.shots) for r in rows}) == len(rows)
+    first_later = next(place for place, row in enumerate(rows) if row.source != PAPER)
+    for row in rows[first_later:]:
+        assert row.source not in {"", PAPER}
+        assert row.rank_1 is not None
+        assert 0 < row.rank_1 <= (row.rank_10 or 100) <= (row.rank_20 or 100) <= 100
+    assert {row.method for row in rows} >= {"DEEN", "BIT"}
 
 
 def test_the_papers_recipe_for_regdb_differs_in_pooling_only() -> None:
