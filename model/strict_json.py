@@ -26,6 +26,19 @@ def read_json(text: str) -> Any:
     )
 
 
+def refuse_repeats(text: str | bytes) -> None:
+    """Raises ValueError, in words for people, where an object of a JSON text has a name twice.
+
+    Readers take the first or the last of the two. text: UTF-8; what is no JSON is left to its
+    reader.
+    """
+    try:
+        from_json(text, allow_inf_nan=False)
+    except ValueError:
+        return
+    json.loads(text, object_pairs_hook=_without_repeats)
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

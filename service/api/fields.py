@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, Wit
 from pydantic_core import from_json
 
 from model.labels import MAX_LABEL, normalized_label
+from model.strict_json import refuse_repeats
 from service.gallery.metadata import METADATA_BYTES, check_metadata
 
 _RFC_3339 = re.compile(
@@ -27,6 +28,19 @@ def plain_text(value: str) -> str:
     """
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
         raise ValueError("must not hold control characters")
+    return value
+
+
+def names_once(value: Any) -> Any:
+    """Return `value` unless it is JSON text with a name twice in an object: which one counts?
+
+    Raises ValueError.
+    """
+    if isinstance(value, str | bytes):
+        try:
+            refuse_repeats(value)
+        except ValueError as error:
+            raise ValueError(f"must have each name once in an object, and {error}") from error
     return value
 
 
@@ -78,7 +92,7 @@ def _parsed(text: str) -> Any:
         encoded = text.encode()
         if len(encoded) > METADATA_BYTES:
             raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
-        return from_json(encoded, allow_inf_nan=False)
+        return from_json(names_once(encoded), allow_inf_nan=False)
     except ValueError as error:
         if str(error).startswith("must be"):
             raise

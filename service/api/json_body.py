@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from service.api.fields import names_once
 from service.api.schemas import form_errors
 from service.api.uploads import bounded, in_time, is_utf8_of
 from service.errors import BodyTimeout, BodyTooLarge, ContentTypeUnsupported
@@ -36,9 +37,15 @@ def json_of(model: type[M]) -> Callable[[Request], Awaitable[M]]:
         if body and not is_utf8_of(request, b"application/json"):
             raise ContentTypeUnsupported("send the body as application/json, in UTF-8")
         try:
-            return model.model_validate_json(body)
+            found = model.model_validate_json(body)
         except ValidationError as error:
             raise RequestValidationError(form_errors(error)) from error
+        try:
+            names_once(body)
+        except ValueError as error:
+            wrong = {"type": "repeated", "loc": ("body",), "msg": str(error)}
+            raise RequestValidationError([wrong]) from error
+        return found
 
     return read
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Json,
@@ -26,6 +27,7 @@ from service.api.fields import (
     MetadataObject,
     OptionalLabel,
     Timestamp,
+    names_once,
     plain_text,
 )
 from service.http.problem import Problem
@@ -110,7 +112,7 @@ class BatchItem(BaseModel):
 class BatchForm(FormModel):
     """What accompanies the images of POST /gallery/batch."""
 
-    items: Json[list[BatchItem]] | None = Field(
+    items: Annotated[Json[list[BatchItem]] | None, BeforeValidator(names_once)] = Field(
         default=None,
         description="JSON array with one object per image, in order: person_id, camera_id, "
         "captured_at, modality, polarity, box, metadata (an object), key. Without it no image has "

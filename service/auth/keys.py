@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import hmac
-import json
 import logging
 import os
 import secrets
@@ -18,11 +17,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.atomic_file import PRIVATE, write_whole
+from model.strict_json import read_json
 from service.auth.rate_limit import checked_rate
 from service.errors import KeysUnreadable
 
@@ -101,14 +101,12 @@ class KeyFile:
 
     def _parsed(self, content: bytes) -> list[Key]:
         try:
-            json.loads(content, object_pairs_hook=_without_repeated_names)
+            read_json(content.decode())
             return _Keys.model_validate_json(content).keys
         except ValidationError as error:
             first = error.errors(include_input=False, include_context=False)[0]
             place = ".".join(map(str, first["loc"]))
             reason = f"{place}: {first['msg']}" if place else first["msg"]
-        except RecursionError:
-            reason = "it nests too deep"
         except ValueError as error:
             reason = str(error)
         raise self._unreadable(reason)
@@ -237,14 +235,6 @@ def version_of(status: os.stat_result) -> Version:
 def _without_waiting(path: str, flags: int) -> int:
     """Open a file; opening a named pipe would otherwise wait for its writer."""
     return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse what readers of JSON take differently, such as two lists of scopes."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
-    return found
 
 
 def _digest(token: str) -> str:

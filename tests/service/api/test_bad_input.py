@@ -71,6 +71,7 @@ BAD_ENROLL_FIELDS = [
     {"metadata": "[1]"},
     {"metadata": "7"},
     {"metadata": '{"a": NaN}'},
+    {"metadata": '{"a": 1, "b": 2, "a": 3}'},
     {"metadata": '{"a": 1e999}'},
     {"metadata": '{"a": "\\u0000"}'},
     {"metadata": '{"\\u0000": 1}'},

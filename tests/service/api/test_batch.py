@@ -110,6 +110,8 @@ def test_a_key_twice_in_one_batch(http: httpx.Client, visible: list[Path]) -> No
         (json.dumps([{}, {"metadata": {"a": "x" * 9000}}]), "items.1.metadata"),
         ('[{}, {"key": "not a key"}]', "items.1.key"),
         ('[{}, {"captured_at": "yesterday"}]', "items.1.captured_at"),
+        ('[{}, {"person_id": "anna", "person_id": "ben"}]', "items"),
+        ('[{"metadata": {"a": 1, "b": {"c": 1, "c": 2}}}, {}]', "items"),
     ],
 )
 def test_wrong_items_enroll_nothing(
