@@ -123,6 +123,8 @@ def _checkpoint(path: Path) -> str:
 
 
 def _data_dir(folder: Path) -> str:
+    from service.gallery.storage.audit import KEY_FILE, read_key
+    from service.gallery.storage.database import FILE_NAME
     from service.gallery.storage.folder_lock import take_lock
     from service.gallery.storage.private_files import open_to_others, told
 
@@ -135,6 +137,13 @@ def _data_dir(folder: Path) -> str:
     free = shutil.disk_usage(folder).free
     if free < _LOW_DISK:
         raise Trouble(f"only {free / 1e6:.0f} MB are free under {folder}; make room")
+    if (folder / KEY_FILE).exists():
+        read_key(folder / KEY_FILE)
+    elif (folder / FILE_NAME).exists():
+        raise Caution(
+            f"the audit log's key {folder / KEY_FILE} is missing: put it back from a backup, or "
+            "the next start of the service makes another, and persons have other pseudonyms then"
+        )
     if found := open_to_others(folder):
         owner = found[0].stat().st_uid
         if not keeps_modes:

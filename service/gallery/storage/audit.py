@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hmac
 import json
+import logging
 import os
 import secrets as random_bytes
 import tempfile
@@ -23,6 +24,8 @@ from service.gallery.storage.group_commit import GroupCommit
 from service.gallery.storage.rows import cursor_of, number_of_cursor
 from service.gallery.storage.tables import audit, secrets
 from service.gallery.times import microseconds, moment_of
+
+log = logging.getLogger(__name__)
 
 KEY_FILE = "audit.key"
 KEY_NAME = "audit"
@@ -93,7 +96,8 @@ class Audit:
     def load_key(self) -> bytes:
         """The key of pseudonyms, created when a gallery is first opened.
 
-        Raises StorageFull, StorageUnwritable or GalleryDamaged.
+        A gallery that lost it gets another one, for it must be able to start; the log and an entry
+        say so. Raises StorageFull, StorageUnwritable or GalleryDamaged.
         """
         if self._key is None:
             self._key = self._file_key() if self._database.sqlite else self._shared_key()
@@ -105,6 +109,7 @@ class Audit:
         def find_or_make(connection: Connection) -> bytes:
             key = connection.execute(query).scalar_one_or_none()
             if key is None:
+                _tell_of_new_key(connection, "the audit log's key in the table secrets")
                 key = random_bytes.token_bytes(KEY_BYTES)
                 connection.execute(insert(secrets).values(name=KEY_NAME, data=key))
             return bytes(key)
@@ -116,6 +121,8 @@ class Audit:
         path = self._folder / KEY_FILE
         try:
             if not path.exists():
+                lost = f"the audit log's key {path}"
+                self._commits.run(lambda connection: _tell_of_new_key(connection, lost))
                 _write_whole(path, random_bytes.token_bytes(KEY_BYTES))
             return read_key(path)
         except OSError as error:
@@ -167,6 +174,19 @@ def write(connection: Connection, acts: Iterable[Act]) -> None:
     ]
     if rows:
         connection.execute(insert(audit), rows)
+
+
+def _tell_of_new_key(connection: Connection, what: str) -> None:
+    """Log that a gallery with entries lost its key; a new gallery has none yet."""
+    if connection.execute(select(audit.c.number).limit(1)).first() is None:
+        return
+    log.warning(
+        "%s is missing and made anew: the same person has another pseudonym from now on; to "
+        "compare with earlier entries, stop the service, put the key back from a backup, and start "
+        "again",
+        what,
+    )
+    write(connection, [Act("system", "new_key")])
 
 
 def _write_whole(path: Path, data: bytes) -> None:

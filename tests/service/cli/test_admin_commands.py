@@ -172,6 +172,16 @@ def test_doctor_tries_a_lock_and_looks_at_modes(
     status, printed, _ = run(capsys, *look)
     assert (status, "warning" in printed, "others may use 1 files" in printed) == (0, True, True)
 
+    key = tmp_path / "data" / "audit.key"
+    key.rename(tmp_path / "elsewhere")
+    status, printed, _ = run(capsys, *look)
+    assert (status, "warning" in printed) == (0, True)
+    assert {"missing:", "backup,", "pseudonyms"} <= set(printed.split())
+    key.write_bytes(b"short")
+    status, printed, _ = run(capsys, *look)
+    assert (status, "wrong" in printed, "32 random bytes" in printed) == (1, True, True)
+    (tmp_path / "elsewhere").rename(key)
+
     def fail(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import DBAPIError
 
 from model.labels import LabelError
@@ -169,18 +169,45 @@ def test_a_person_renamed_by_an_update_leaves_no_byte(tmp_path: Path) -> None:
     store.close()
 
 
+def lose_key(store: Store, folder: Path) -> None:
+    if store.database.sqlite:
+        (folder / KEY_FILE).unlink()
+    else:
+        with store.database.writing() as connection:
+            connection.execute(delete(secrets))
+
+
 def test_pseudonyms_need_the_key_and_stay_the_same(open_store: OpenStore, tmp_path: Path) -> None:
     store = open_store()
     assert (tmp_path / KEY_FILE).exists() == store.database.sqlite
+    if store.database.sqlite:
+        assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
     pseudonym = store.audit.pseudonym("p")
     assert pseudonym != store.audit.pseudonym("q")
     assert open_store().audit.pseudonym("p") == pseudonym
-    if store.database.sqlite:
-        assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
-        (tmp_path / KEY_FILE).unlink()
-        assert open_store().audit.pseudonym("p") != pseudonym
-    else:
-        assert not (tmp_path / KEY_FILE).exists()
+    lose_key(store, tmp_path)
+    assert open_store().audit.pseudonym("p") != pseudonym
+
+
+def test_a_lost_key_is_made_anew_and_told(
+    open_store: OpenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(open_store()) as store:
+        lose_key(store, tmp_path)
+    with closing(open_store()) as store:  # there is no entry yet whose pseudonyms it could break
+        assert store.audit.page(10).entries == []
+        assert "is missing and made anew" not in caplog.text
+        store.audit.append(Act("key-1", "query", persons=("p",)))
+        lose_key(store, tmp_path)
+    for _ in range(2):
+        with closing(open_store()) as store:
+            entries = store.audit.page(10).entries
+            assert [(e.actor, e.action) for e in entries] == [
+                ("system", "new_key"),
+                ("key-1", "query"),
+            ]
+    assert caplog.text.count("is missing and made anew") == 1
+    assert "put the key back from a backup" in caplog.text
 
 
 @pytest.mark.parametrize("key", [b"", b"short", b"x" * 31, b"long" * 9, bytes(32)])
