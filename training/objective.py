@@ -112,7 +112,8 @@ class Objective(nn.Module):
                 centroid_gradient=recipe.centroid_gradient,
             )
             terms["consistency"] = weights.consistency, consistency
-        if recipe.model.instance_alignment and weights.modulation:
+        modulates = recipe.model.instance_alignment or recipe.modulation_without_generators
+        if modulates and weights.modulation:
             gamma, beta = modulation = self.model.modulation(output.embedding)
             loss = modulation_discriminative(
                 output.embedding,

@@ -85,12 +85,15 @@ class Recipe(BaseModel):
 
     Where the paper is silent: margin 0.3 (HCT's), centroids as fixed targets of L_cyc, the form of
     L_mod, no label smoothing, no weight averaging. `identities` N and `images` K per identity and
-    modality make a batch of 2·N·K images. `compensation_gradient`: whether the losses of F̂ reach F,
-    from which it is computed. The classifiers learn at a stage's learning rate; `features_lr`,
-    `alignment_lr` and `generator_lr` multiply it for what computes F, for the modality alignment,
-    and for g_γ and g_β. `frozen_batch_norm`: normalise F by the statistics that the run starts
-    with, those of a whole training set in place of a batch's. `ema` is the decay of the averaged
-    weights that are saved (0 saves the last ones).
+    modality make a batch of 2·N·K images. `compensation_gradient`: whether the losses of F̂ reach
+    F, from which it is computed. `modulation_form`, `modulation_temperature`, `modulation_across`:
+    see `training.losses.modulation_discriminative`. `modulation_without_generators`: L_mod although
+    the network has no g_γ, g_β (no instance alignment), with γ = 1 and β = 0; it then trains F
+    alone, which tells what L_mod gives from what modulation gives. The classifiers learn at a
+    stage's learning rate; `features_lr`, `alignment_lr` and `generator_lr` multiply it for what
+    computes F, for the modality alignment, and for g_γ and g_β. `frozen_batch_norm`: normalise F by
+    the statistics that the run starts with, those of a whole training set in place of a batch's.
+    `ema` is the decay of the averaged weights that are saved (0 saves the last ones).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -111,6 +114,7 @@ class Recipe(BaseModel):
     modulation_form: ModulationForm = "batch_hard"
     modulation_temperature: float = Field(default=0.1, gt=0)
     modulation_across: bool = False
+    modulation_without_generators: bool = False
     features_lr: float = Field(default=1.0, gt=0)
     alignment_lr: float = Field(default=1.0, gt=0)
     generator_lr: float = Field(default=1.0, gt=0)

@@ -7,20 +7,23 @@ A cell owns a folder. `settings.json` says what it is and is compared before any
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from model import CheckpointInfo, load_checkpoint
+from model import CMT, CheckpointInfo, load_checkpoint
 from model.machine import machine
-from training.ablation.results import CellResult, SearchResult, write_json
+from training.ablation.controls import choose_strength, with_controls
+from training.ablation.results import CellResult, SearchResult, Strength, write_json
 from training.acceleration import Switch
 from training.datasets import LAYOUTS, DatasetName, Sample
+from training.evaluation.embedding import embed_samples
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import score_model, summarise
 from training.evaluation.splits import Split
@@ -73,7 +76,8 @@ class Cell:
 class AblationData:
     """Images to train on, images to test on, and the protocol's searches over the latter.
 
-    name: of the data set, where it is stated; see `training.learnt`.
+    name: of the data set, where it is stated; see `training.learnt`. selection: images of further
+    people, on whom the strength of modulation is chosen; none where it is not.
     """
 
     dataset: DatasetName
@@ -82,6 +86,7 @@ class AblationData:
     splits: Sequence[Split]
     facts: dict[str, Any]
     name: str | None = None
+    selection: Sequence[Sample] = ()
 
 
 @dataclass
@@ -114,11 +119,21 @@ class _Origin:
     facts: dict[str, Any]
 
 
-def switched(recipe: Recipe, *, modality_alignment: bool, instance_alignment: bool) -> Recipe:
-    """`recipe` with each module on or off. The losses of a module that is off vanish with it."""
-    return changed_model(
+def switched(
+    recipe: Recipe,
+    *,
+    modality_alignment: bool,
+    instance_alignment: bool,
+    plain_l_mod: bool = False,
+) -> Recipe:
+    """`recipe` with each module on or off. The losses of a module that is off vanish with it.
+
+    plain_l_mod: but for L_mod, which then has γ = 1, β = 0 and trains F alone.
+    """
+    changed = changed_model(
         recipe, modality_alignment=modality_alignment, instance_alignment=instance_alignment
     )
+    return changed.model_copy(update={"modulation_without_generators": plain_l_mod})
 
 
 def changed_model(recipe: Recipe, **changes: Any) -> Recipe:
@@ -144,34 +159,57 @@ def read_data(
     test_ids: Path | None,
     trial: int = 1,
     name: str | None = None,
+    selection: tuple[Path, Path | None] | None = None,
 ) -> AblationData:
     """What every cell trains and is tested on; galleries are official where the set has its file.
 
-    name: of the data set of both sides, where it is stated.
+    name: of the data set of all sides, where it is stated. selection: folder and list of the people
+    on whom settings are chosen, like `test_root` and `test_ids`.
 
     Raises DatasetError for folders that are not as their layout says, AblationError where someone
-    is on both sides.
+    is on two sides.
     """
     layout = LAYOUTS[dataset]
+
+    def held_out(root: Path, ids: Path | None) -> list[Sample]:
+        return layout.test(root, trial, None if ids is None else layout.read_ids(ids))
+
     training = training_samples(roots, train_ids, dataset, trial)
-    test = layout.test(test_root, trial, None if test_ids is None else layout.read_ids(test_ids))
-    learnt = [learnt_people(dataset, name_of(dataset, name), training)]
-    both = known_people(learnt, test, dataset, name)
-    if both:
-        raise AblationError(
-            f"identity {min(both)} ({len(both)} in all) is trained on and tested; correct "
-            "--train-ids or --eval-ids"
-        )
+    test = held_out(test_root, test_ids)
+    chosen = [] if selection is None else held_out(*selection)
+    refuse_overlap(
+        {"--train-ids": training, "--eval-ids": test, "--select-ids": chosen}, dataset, name
+    )
     facts: dict[str, Any] = {"dataset": dataset.value}
     if layout.trials > 1:
         facts["trial"] = trial
-    facts["training"] = _facts(training, roots)
-    facts["test"] = _facts(test, [test_root])
+    facts["training"] = sample_facts(training, roots)
+    facts["test"] = sample_facts(test, [test_root])
+    if selection is not None:
+        facts["selection"] = sample_facts(chosen, [selection[0]])
     splits = protocol_splits(dataset, test, trial_file=test_root / TRIAL_FILE)
-    return AblationData(dataset, training, test, splits, facts, name)
+    return AblationData(dataset, training, test, splits, facts, name, chosen)
 
 
-def _facts(samples: Sequence[Sample], roots: Sequence[Path]) -> dict[str, Any]:
+def refuse_overlap(
+    sides: Mapping[str, Sequence[Sample]], dataset: DatasetName, name: str | None
+) -> None:
+    """Refuse people who are on two sides.
+
+    sides: the option that lists them → their images.
+    Raises AblationError, naming one of them.
+    """
+    for (one, mine), (other, theirs) in itertools.combinations(sides.items(), 2):
+        learnt = [learnt_people(dataset, name_of(dataset, name), mine)]
+        both = known_people(learnt, theirs, dataset, name) if mine and theirs else ()
+        if both:
+            raise AblationError(
+                f"identity {min(both)} ({len(both)} in all) is on two sides that must have "
+                f"different people; correct {one} or {other}"
+            )
+
+
+def sample_facts(samples: Sequence[Sample], roots: Sequence[Path]) -> dict[str, Any]:
     """Counts, and a digest of which images these are, independent of where the folders are."""
     digest = hashlib.sha256()
     for s in samples:
@@ -283,7 +321,8 @@ class CellRunner:
                 f"{path} already has modality or instance alignment trained in, so that the rows "
                 "would not start alike; start from a network trained with both off"
             )
-        refuse_known_people(info, self.data.test, self.data.dataset, self.data.name)
+        for samples in (self.data.test, self.data.selection):
+            refuse_known_people(info, samples, self.data.dataset, self.data.name)
         facts = {"checkpoint": path.name, "fingerprint": info.fingerprint}
         return _Origin(InitialWeights(checkpoint=path), facts)
 
@@ -293,7 +332,11 @@ class CellRunner:
         settings = {
             "recipe": bare.model_dump(mode="json"),
             "seed": 0,
-            "data": {side: facts for side, facts in self.data.facts.items() if side != "test"},
+            "data": {
+                side: facts
+                for side, facts in self.data.facts.items()
+                if side not in ("test", "selection")
+            },
         }
         finished = _finished(folder, settings)
         if finished is None:
@@ -358,6 +401,18 @@ class CellRunner:
         model, info = load_checkpoint(folder / CHECKPOINT_FILE, self.device)
         scores = score_model(model, self.data.test, self.data.splits)
         evaluation = summarise(self.data.dataset, [scores])
+        searches = [
+            SearchResult.of(*of_search)
+            for of_search in zip(scores.splits, evaluation.splits, strict=True)
+        ]
+        strength = None
+        if model.config.instance_alignment:
+            strength = self._strength(model)
+            embedded = embed_samples(model, self.data.test)
+            searches = [
+                with_controls(model, embedded, *of_search, strength)
+                for of_search in zip(self.data.splits, searches, strict=True)
+            ]
         return CellResult(
             name=cell.name,
             row=cell.row,
@@ -367,12 +422,17 @@ class CellRunner:
             seconds=trained.training["seconds"],
             settings=settings,
             machine=machine(),
-            searches=[
-                SearchResult.of(*of_search)
-                for of_search in zip(scores.splits, evaluation.splits, strict=True)
-            ],
+            searches=searches,
             compensation=evaluation.compensation,
+            strength=strength,
         )
+
+    def _strength(self, model: CMT) -> Strength | None:
+        """Chosen on the protocol's first search of the selection; None where there is none."""
+        if not self.data.selection:
+            return None
+        search = protocol_splits(self.data.dataset, self.data.selection)[0]
+        return choose_strength(model, embed_samples(model, self.data.selection), search)
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

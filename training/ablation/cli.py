@@ -11,7 +11,7 @@ import typer
 from model.device import chosen_device
 from model.outputs import Outputs, file_option, folder_option, picture_option
 from model.terminal import Console, say
-from training.ablation.cells import Budget, CellRunner, Start, read_data
+from training.ablation.cells import AblationData, Budget, CellRunner, Start, read_data
 from training.ablation.render import show
 from training.ablation.report import Ablation
 from training.ablation.results import write_json
@@ -57,6 +57,10 @@ Json = Annotated[
     typer.Option("--json", help="Write all figures to this file.", callback=file_option),
 ]
 Seeds = Annotated[str, typer.Option(help="Seeds, comma-separated; each repeats every cell.")]
+SelectIds = Annotated[
+    Path | None,
+    typer.Option(help="List of identities of --select-root. Default: its protocol's test side."),
+]
 Curves = Annotated[
     Path | None,
     typer.Option(help="Write the curves to this .png, .svg or .pdf.", callback=picture_option),
@@ -132,6 +136,19 @@ class CellOptions:
     channels_last: ChannelsLast = "auto"
     compile: Compile = "auto"
 
+    def data(self) -> AblationData:
+        """What the cells train and are tested on, with the errors of `read_data`."""
+        return read_data(
+            *(self.dataset, self.root, self.train_ids, self.eval_root, self.eval_ids),
+            self.trial,
+            self.dataset_name,
+            self.selection(),
+        )
+
+    def selection(self) -> tuple[Path, Path | None] | None:
+        """Folder and list of the people on whom settings are chosen; None where nothing is."""
+        return None
+
     def starting_point(self) -> Start:
         """Raises BadParameter unless it is given in exactly one way."""
         if sum(given is not None for given in (self.start, self.pretrain, self.weights)) != 1:
@@ -149,6 +166,20 @@ class Table3Options(CellOptions):
     """Options of Table 3."""
 
     seeds: Seeds = "0,1,2"
+    select_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the people on whom the strength of modulation is chosen. Default: it "
+            "is not, and the table has no row of it."
+        ),
+    ] = None
+    select_ids: SelectIds = None
+
+    def selection(self) -> tuple[Path, Path | None] | None:
+        """The people of --select-root. Raises BadParameter for a list alone."""
+        if self.select_root is None and self.select_ids is not None:
+            raise typer.BadParameter("--select-ids is a list of people of --select-root; give both")
+        return None if self.select_root is None else (self.select_root, self.select_ids)
 
 
 @dataclass(frozen=True)
@@ -187,6 +218,9 @@ class PartsOptions(CellOptions):
 @fields_as_options
 def table3(asked: Table3Options) -> None:
     """Table 3: the base, +MAM, +IAM and both, from one start, over seeds, with paired tests.
+
+    Beside them what tells modulation from the loss that trains it: L_mod with γ = 1 and β = 0,
+    every query given the mean γ, β, and the strength of modulation that is best on other people.
 
     Interrupt it at any moment; the same command goes on.
 
@@ -289,11 +323,7 @@ def _run(ablation: Ablation, asked: CellOptions, plot: Path | None = None) -> No
     """
     keep_large_blocks()
     runner = CellRunner(
-        read_data(
-            *(asked.dataset, asked.root, asked.train_ids, asked.eval_root, asked.eval_ids),
-            asked.trial,
-            asked.dataset_name,
-        ),
+        asked.data(),
         asked.run,
         device=chosen_device(asked.device),
         channels_last=asked.channels_last,

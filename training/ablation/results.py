@@ -17,6 +17,10 @@ from training.evaluation.report import SplitEvaluation
 from training.evaluation.scoring import SplitScores
 from training.files import write_file
 
+# The ways of ranking, as tables name them.
+MODULATED, UNMODULATED = "modulated", "unmodulated"
+WEAKENED, MEAN = "strength s", "mean γ, β"
+
 _NUMBERS = re.compile(r"\[\s+(-?\d[-+.,\deE\s]*)\s+\]")
 
 
@@ -63,8 +67,10 @@ class RankingResult(_Stored):
 class SearchResult(_Stored):
     """One search of the protocol, see `SplitEvaluation`.
 
-    `query_people` is the person of every query in the order of `average_precision`. `modulated`
-    is None where the network has no instance alignment: it ranks without γ, β.
+    `query_people` is the person of every query in the order of `average_precision`. Where the
+    network has no instance alignment it ranks without γ, β, and all rankings but `unmodulated` are
+    None. `mean_modulation`, `weakened`: see `training.ablation.controls`; None in results of
+    earlier releases, and the second where no strength was chosen.
     """
 
     setting: str
@@ -77,6 +83,8 @@ class SearchResult(_Stored):
     modulated: RankingResult | None
     unmodulated: RankingResult
     modulation: ModulationDiagnostics | None
+    mean_modulation: RankingResult | None = None
+    weakened: RankingResult | None = None
 
     @classmethod
     def of(cls, scores: SplitScores, summary: SplitEvaluation) -> SearchResult:
@@ -101,9 +109,35 @@ class SearchResult(_Stored):
         """The network's own ranking: modulated where it has instance alignment."""
         return self.modulated or self.unmodulated
 
+    @property
+    def rankings(self) -> dict[str, RankingResult]:
+        """The ways of ranking by their names in tables, its own first."""
+        rankings = {
+            MODULATED: self.modulated,
+            WEAKENED: self.weakened,
+            MEAN: self.mean_modulation,
+            UNMODULATED: self.unmodulated,
+        }
+        return {name: ranking for name, ranking in rankings.items() if ranking is not None}
+
+
+class Strength(_Stored):
+    """A strength s of modulation and its centre c: γ' = c + s·(γ − c), β' = s·β.
+
+    tried, mean_ap: every strength that was tried and its mAP, on the people it was chosen on.
+    """
+
+    strength: float
+    centre: float
+    tried: list[float]
+    mean_ap: list[float]
+
 
 class CellResult(_Stored):
-    """One cell: what was trained (`settings`), and the figures of its checkpoint."""
+    """One cell: what was trained (`settings`), and the figures of its checkpoint.
+
+    strength: that of the ranking `weakened`; None where none was chosen.
+    """
 
     name: str
     row: str
@@ -115,6 +149,7 @@ class CellResult(_Stored):
     machine: dict[str, Any]
     searches: list[SearchResult]
     compensation: dict[str, CompensationDiagnostics | None] | None
+    strength: Strength | None = None
 
     @property
     def first(self) -> SearchResult:
@@ -128,9 +163,9 @@ class CellResult(_Stored):
         content["start"] = self.settings["start"]
         for search in content["searches"][1:]:
             del search["query_people"]
-            for way in ("modulated", "unmodulated"):
-                if search[way] is not None:
-                    del search[way]["average_precision"]
+            for ranking in search.values():
+                if isinstance(ranking, dict):
+                    ranking.pop("average_precision", None)
         return content
 
 

@@ -11,7 +11,13 @@ from training.ablation.cells import AblationError, Cell, Start, changed_model
 from training.ablation.paired import SeedSpread
 from training.ablation.render import Grid
 from training.ablation.report import Ablation, Summary
-from training.ablation.results import CellResult, RankingResult, whole_seeds
+from training.ablation.results import (
+    MODULATED,
+    UNMODULATED,
+    CellResult,
+    RankingResult,
+    whole_seeds,
+)
 from training.ablation.table3 import (
     BASE,
     BASE_TITLE,
@@ -195,7 +201,7 @@ def summarise_sweep(
         for row, title in point.rows.items():
             of_row = [by_cell[row, seed] for seed in seeds]
             cells += of_row
-            found = rankings_of_row(of_row)
+            found = [of for of in rankings_of_row(of_row) if of[0] in (MODULATED, UNMODULATED)]
             for way, rankings in found:
                 name = title if len(found) == 1 else f"{title}, {way}"
                 values, of_values = lines.setdefault(name, ([], []))

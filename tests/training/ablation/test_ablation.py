@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
-from model import load_checkpoint
+from model import Modulation, load_checkpoint
 from model.cli import main
 from tests.paths import MINI
+from tests.training.conftest import draw
 from training.ablation.cells import (
     AblationData,
     AblationError,
@@ -22,6 +24,7 @@ from training.ablation.cells import (
     changed_model,
     read_data,
 )
+from training.ablation.controls import ranking_under
 from training.ablation.paired import SeedSpread, compare_paired
 from training.ablation.results import (
     CellResult,
@@ -37,10 +40,21 @@ from training.ablation.sweep import (
     sweep_lambda,
     sweep_parts,
 )
-from training.ablation.table3 import ROWS, comparable, summarise_table3, table3_cells
+from training.ablation.table3 import (
+    BASE,
+    MAM,
+    ROWS,
+    comparable,
+    row_recipe,
+    summarise_table3,
+    table3_cells,
+)
 from training.ablation.tsne import Cloud, align
-from training.datasets import DatasetName
+from training.datasets import LAYOUTS, DatasetName
+from training.evaluation.embedding import Embedded, embed_samples
 from training.evaluation.metrics import FloatArray, IntArray
+from training.evaluation.protocols import protocol_splits
+from training.evaluation.splits import Split
 from training.recipe import Recipe, load_recipe
 from training.trainer import CHECKPOINT_FILE
 
@@ -92,19 +106,34 @@ def arguments(folder: Path, *more: str) -> list[str]:
     ]
 
 
+def other_people(folder: Path) -> list[str]:
+    """Three people more, drawn to `folder`, as the options by which settings are chosen on them."""
+    for person in (901, 902, 903):
+        for camera in range(1, 7):
+            draw(folder / f"cam{camera}" / f"{person:04d}" / "0001.jpg", person, camera)
+    ids = folder / "ids.txt"
+    ids.write_text("901,902,903")
+    return ["--select-root", str(folder), "--select-ids", str(ids)]
+
+
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which Table 3 was made in two calls, two seeds, with its JSON and Markdown."""
     folder = tmp_path_factory.mktemp("ablation")
-    command = ["ablate", "table3", *arguments(folder, "--seeds", "0,1")]
-    command += ["--pretrain", str(folder / "start.yaml")]
+    command = table3_command(folder)
     command += ["--json", str(folder / "table3.json"), "--markdown", str(folder / "table3.md")]
-    assert main([*command, "--cells", "5"]) == 0
+    assert main([*command, "--cells", "7"]) == 0
     one_seed = json.loads((folder / "table3.json").read_text())
     assert (one_seed["seeds"], one_seed["complete"]) == ([0], False)
     assert not (folder / "run" / "mam-seed1").exists()  # seed by seed: base came first
     assert main(command) == 0
     return folder
+
+
+def table3_command(folder: Path) -> list[str]:
+    """`cmt ablate table3`, two seeds, from a start that it makes, as in the fixture `ablation`."""
+    command = ["ablate", "table3", *arguments(folder, "--seeds", "0,1")]
+    return [*command, "--pretrain", str(folder / "start.yaml"), *other_people(folder / "others")]
 
 
 def result_of(folder: Path, cell: str) -> CellResult:
@@ -130,13 +159,14 @@ def test_table_3_has_every_row_beside_the_published_ones(ablation: Path) -> None
     assert Recipe.model_validate(content["recipe"]) == recipe()
     first = "all-search single-shot"
     rows = {(r["row"], r["ranking"]): r for r in content["rows"] if r["search"] == first}
+    ways = ["modulated", "strength s", "mean γ, β", "unmodulated"]
     assert list(rows) == [
         ("base", "unmodulated"),
         ("base+MAM", "unmodulated"),
-        ("base+IAM", "modulated"),
-        ("base+IAM", "unmodulated"),
-        ("base+MAM+IAM", "modulated"),
-        ("base+MAM+IAM", "unmodulated"),
+        *(("base+IAM", way) for way in ways),
+        *(("base+MAM+IAM", way) for way in ways),
+        ("base, L_mod with γ = 1, β = 0", "unmodulated"),
+        ("base+MAM, L_mod with γ = 1, β = 0", "unmodulated"),
     ]
     seeds = [result_of(ablation, f"iam-seed{seed}").first for seed in (0, 1)]
     means = [sum(t.mean_ap for t in modulated(s).trials) / 10 for s in seeds]
@@ -157,7 +187,7 @@ def test_table_3_has_every_row_beside_the_published_ones(ablation: Path) -> None
 def test_the_rows_of_a_seed_differ_in_the_switches_only(ablation: Path) -> None:
     start = json.loads((ablation / "run" / "pretrain" / "result.json").read_text())["fingerprint"]
     recipes = {}
-    for row in ROWS:
+    for row in ROWS[:4]:
         _, info = load_checkpoint(ablation / "run" / f"{row.name}-seed1" / CHECKPOINT_FILE)
         assert info.training["start"] == start
         assert info.training["seed"] == 1
@@ -169,6 +199,17 @@ def test_the_rows_of_a_seed_differ_in_the_switches_only(ablation: Path) -> None:
         losses = json.loads(last).keys()
         assert ("consistency" in losses, "modulation" in losses) == switches
     assert set(recipes.values()) == {recipe()}
+    for row in ROWS[4:]:  # L_mod as the only difference to the row without it
+        _, info = load_checkpoint(ablation / "run" / f"{row.name}-seed1" / CHECKPOINT_FILE)
+        assert not info.config.instance_alignment
+        plain = Recipe.model_validate(info.training["recipe"])
+        assert plain.modulation_without_generators
+        without = plain.model_copy(update={"modulation_without_generators": False})
+        assert without == row_recipe(recipe(), MAM if row.modality_alignment else BASE)
+        last = (ablation / "run" / f"{row.name}-seed1" / METRICS_FILE).read_text().splitlines()[-1]
+        losses = json.loads(last)
+        assert (losses["gamma_mean"], losses["gamma_std"], losses["beta_share"]) == (1, 0, 0)
+        assert "modulation" in losses
     _, pretrained = load_checkpoint(ablation / "run" / "pretrain" / CHECKPOINT_FILE)
     assert not pretrained.config.modality_alignment
     assert not pretrained.config.instance_alignment
@@ -183,7 +224,8 @@ def test_a_result_holds_what_a_paired_test_needs(ablation: Path) -> None:
     assert set(both.compensation) == {"rgb", "ir"}
     assert both.first.title == "all-search single-shot"
     for search in both.searches:
-        for ranking in (modulated(search), search.unmodulated):
+        assert search.rankings.keys() == {"modulated", "strength s", "mean γ, β", "unmodulated"}
+        for ranking in search.rankings.values():
             assert len(ranking.average_precision) == len(search.query_people)
             mean = sum(ranking.average_precision) / len(ranking.average_precision)
             assert mean == pytest.approx(ranking.mean("mean_ap"), abs=1e-6)
@@ -202,10 +244,62 @@ def test_finished_cells_are_not_made_again(
 ) -> None:
     checkpoint = ablation / "run" / "base-seed0" / CHECKPOINT_FILE
     before = checkpoint.stat().st_mtime_ns
-    command = ["ablate", "table3", *arguments(ablation, "--seeds", "0,1")]
-    assert main([*command, "--pretrain", str(ablation / "start.yaml")]) == 0
+    assert main(table3_command(ablation)) == 0
     assert checkpoint.stat().st_mtime_ns == before
     assert "step" not in capsys.readouterr().out.split("Table 3", 1)[0]
+
+
+def test_the_controls_rank_by_the_mean_and_by_a_strength_of_other_people(ablation: Path) -> None:
+    result = result_of(ablation, "iam-seed0")
+    model, _ = load_checkpoint(ablation / "run" / "iam-seed0" / CHECKPOINT_FILE)
+    layout = LAYOUTS[DatasetName.SYSU]
+
+    def first_search(root: Path, ids: Path) -> tuple[Embedded, Split, Modulation]:
+        samples = layout.test(root, 1, layout.read_ids(ids))
+        embedded = embed_samples(model, samples)
+        split = protocol_splits(DatasetName.SYSU, samples)[0]
+        x = embedded.embedding[torch.from_numpy(split.queries)]
+        with torch.inference_mode():
+            return embedded, split, model.modulation(x)
+
+    others, search, own = first_search(ablation / "others", ablation / "others" / "ids.txt")
+    chosen = result.strength
+    assert chosen is not None
+    assert chosen.centre == pytest.approx(own.gamma.mean().item(), rel=1e-5)
+    assert chosen.strength == chosen.tried[chosen.mean_ap.index(max(chosen.mean_ap))]
+    assert chosen.tried[-1] == 1
+    at_full = ranking_under(model, others, search, own)
+    assert chosen.mean_ap[-1] == pytest.approx(at_full.mean("mean_ap"))
+
+    tested, search, own = first_search(MINI, MINI / "exp" / "val_id.txt")
+    everyone = Modulation(*(part.mean(0).repeat(len(part), 1) for part in own))
+    drawn_back = Modulation(
+        chosen.centre + chosen.strength * (own.gamma - chosen.centre), chosen.strength * own.beta
+    )
+    for way, modulation in (
+        ("modulated", own),
+        ("mean γ, β", everyone),
+        ("strength s", drawn_back),
+        ("unmodulated", Modulation.identity(*own.gamma.shape)),
+    ):
+        assert result.first.rankings[way] == ranking_under(model, tested, search, modulation)
+    text = (ablation / "table3.md").read_text()
+    assert f"base+IAM, seed 0: s {chosen.strength:g}, c {chosen.centre:.3f}" in text
+    assert "| base+IAM: modulated − mean γ, β |" in text
+    assert "| base, L_mod with γ = 1, β = 0 − base |" in text
+
+
+def test_without_other_people_no_strength_is_chosen(ablation: Path, tmp_path: Path) -> None:
+    start = Start(checkpoint=ablation / "run" / "pretrain" / CHECKPOINT_FILE)
+    cell = next(c for c in table3_cells(recipe(), start, [0]) if c.row == "iam")
+    (result,) = CellRunner(data(), tmp_path).run([cell])
+    assert result.strength is None
+    assert list(result.first.rankings) == ["modulated", "mean γ, β", "unmodulated"]
+    earlier = result.model_dump(mode="json")
+    del earlier["strength"]
+    for found in earlier["searches"]:
+        del found["mean_modulation"], found["weakened"]
+    assert CellResult.model_validate(earlier).first.own == result.first.own
 
 
 class _Looks(Budget):
@@ -239,11 +333,11 @@ def test_a_cell_stopped_in_the_middle_ends_as_an_undisturbed_one(
 def test_a_folder_of_other_settings_is_refused(
     ablation: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["ablate", "table3", *arguments(ablation, "--seeds", "0,1")]
+    command = table3_command(ablation)
     other = ablation / "other.yaml"
     other.write_text(yaml.safe_dump(TINY | {"margin": 0.5}))
     command[command.index("--recipe") + 1] = str(other)
-    assert main([*command, "--pretrain", str(ablation / "start.yaml")]) == 1
+    assert main(command) == 1
     assert "holds a cell of another recipe, start or data" in capsys.readouterr().err
 
 
@@ -274,7 +368,12 @@ def test_what_cannot_be_compared_is_refused_before_training(
     both = list(command)
     both[both.index("--eval-ids") + 1] = str(MINI / "exp" / "available_id.txt")
     assert main([*both, *start]) == 1
-    assert "is trained on and tested" in capsys.readouterr().err
+    assert "correct --train-ids or --eval-ids" in capsys.readouterr().err
+    chosen = [*command, "--select-ids", str(MINI / "exp" / "val_id.txt")]
+    assert main([*chosen, *start]) == 2
+    assert "people of --select-root; give both" in capsys.readouterr().err
+    assert main([*chosen, "--select-root", str(MINI), *start]) == 1
+    assert "correct --eval-ids or --select-ids" in capsys.readouterr().err
     sweep = ["ablate", "sweep", "lambda", *command[2:], *start, "--plot", "curve.txt"]
     assert main(sweep) == 2
     assert "ends in none of" in capsys.readouterr().err
@@ -409,6 +508,7 @@ def test_deviation_over_seeds_is_the_samples() -> None:
 
 def test_the_order_of_the_paper_is_judged_by_mean_map(ablation: Path) -> None:
     cells = {row.name: result_of(ablation, f"{row.name}-seed0") for row in ROWS}
+    controls = {row.name: 0.5 for row in ROWS[4:]}
 
     def with_precision(values: dict[str, float]) -> list[CellResult]:
         changed = []
@@ -421,7 +521,7 @@ def test_the_order_of_the_paper_is_judged_by_mean_map(ablation: Path) -> None:
         return changed
 
     def in_order(values: dict[str, float]) -> bool:
-        table = summarise_table3(with_precision(values))
+        table = summarise_table3(with_precision(controls | values))
         assert table is not None
         return table.in_order
 
@@ -429,7 +529,7 @@ def test_the_order_of_the_paper_is_judged_by_mean_map(ablation: Path) -> None:
     assert in_order(paper)
     assert not in_order(paper | {"mam": 0.8})
     assert not in_order(paper | {"base": 0.55})
-    assert summarise_table3(with_precision(paper)[:3]) is None
+    assert summarise_table3(with_precision(controls | paper)[:5]) is None
 
 
 def test_alignment_of_two_clouds_by_hand() -> None:

@@ -1,0 +1,92 @@
+"""Control rankings of a trained network: what the query's own γ, β add to what all queries share.
+
+A network with instance alignment ranks in four ways: modulated, as it was trained; with every query
+given the mean γ, β of all queries of the search; modulated at a strength that was chosen on other
+people; and unmodulated. The first two differ in what is the query's own, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from model import CMT, Modulation
+from training.ablation.results import RankingResult, SearchResult, Strength
+from training.evaluation.embedding import Embedded
+from training.evaluation.metrics import score_queries
+from training.evaluation.scoring import distances, modulation_of
+from training.evaluation.splits import Split
+
+
+def weakened(modulation: Modulation, strength: float, centre: float) -> Modulation:
+    gamma, beta = modulation
+    return Modulation(centre + strength * (gamma - centre), strength * beta)
+
+
+STRENGTHS = tuple(step / 10 for step in range(11))
+
+
+def mean_modulation(modulation: Modulation) -> Modulation:
+    """Every query's γ, β replaced by their mean over the queries: Q×D each."""
+    return Modulation(*(part.mean(dim=0, keepdim=True).expand_as(part) for part in modulation))
+
+
+def ranking_under(
+    model: CMT, embedded: Embedded, split: Split, modulation: Modulation
+) -> RankingResult:
+    """A search ranked under given γ, β of its queries (Q×D each), not the network's own.
+
+    Raises ValueError where no query of a trial has a positive.
+    """
+    people = np.array([sample.person_id for sample in embedded.samples])
+    cameras = np.array([sample.camera for sample in embedded.samples])
+    pool = np.unique(np.concatenate(split.galleries))
+    x, y = (embedded.embedding[torch.from_numpy(rows)] for rows in (split.queries, pool))
+    distance = distances(model.distance, x, y, modulation)
+    trials = []
+    for number, gallery in enumerate(split.galleries):
+        rows = split.rows(number)
+        queries = split.queries[rows]
+        scores = score_queries(
+            distance[np.ix_(rows, np.searchsorted(pool, gallery))],
+            *(people[queries], people[gallery], cameras[queries], cameras[gallery]),
+            split.protocol,
+        )
+        trials.append(scores.placed(rows, split.queries.size))
+    return RankingResult.over(trials)
+
+
+def own_modulation(model: CMT, embedded: Embedded, split: Split) -> Modulation:
+    """γ, β of the queries of a search as the network generates them: Q×D each."""
+    return modulation_of(model, embedded.embedding[torch.from_numpy(split.queries)])
+
+
+def choose_strength(model: CMT, embedded: Embedded, split: Split) -> Strength:
+    """The strength of the highest mAP on a search, of people whose figures are not reported.
+
+    The centre is the mean of γ over its queries and channels. Of equal mAP, the weaker one.
+    """
+    own = own_modulation(model, embedded, split)
+    centre = float(own.gamma.mean())
+    mean_ap = [
+        ranking_under(model, embedded, split, weakened(own, strength, centre)).mean("mean_ap")
+        for strength in STRENGTHS
+    ]
+    best = int(np.argmax(mean_ap))
+    return Strength(strength=STRENGTHS[best], centre=centre, tried=list(STRENGTHS), mean_ap=mean_ap)
+
+
+def with_controls(
+    model: CMT,
+    embedded: Embedded,
+    split: Split,
+    result: SearchResult,
+    strength: Strength | None,
+) -> SearchResult:
+    """`result` with the rankings by the mean γ, β and, where one was chosen, by the strength."""
+    own = own_modulation(model, embedded, split)
+    found = {"mean_modulation": ranking_under(model, embedded, split, mean_modulation(own))}
+    if strength is not None:
+        modulation = weakened(own, strength.strength, strength.centre)
+        found["weakened"] = ranking_under(model, embedded, split, modulation)
+    return result.model_copy(update=found)
