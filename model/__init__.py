@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from model.cmt import CMT, CMTOutput
     from model.modulation import (
         Modulation,
+        Strength,
         lift,
         modulate,
         modulated_cosine_distance,
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointInfo",
     "Modality",
     "Modulation",
+    "Strength",
     "lift",
     "load_checkpoint",
     "modulate",

@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from model.config import MODALITIES, Metric, Modality
-from model.modulation import Modulation, lift, ranking_distance, squared_lifted_distance
+from model.modulation import Modulation, Strength, lift, ranking_distance, squared_lifted_distance
 from model.training_facts import LearntPeople
 
 Normalisation = Literal["raw", "ratio", "log-ratio", "z-score"]
@@ -137,7 +137,8 @@ class CalibrationFacts(_Record):
     """The part of a calibration that is JSON.
 
     prior: the share of same-person pairs that the probabilities assume. dataset, identities, name,
-    images: the held-out people it was fitted on, see `people`.
+    images: the held-out people it was fitted on, see `people`. strength: of the modulation, chosen
+    on them; None in those of earlier releases, which ranked by γ and β as trained.
     """
 
     prior: float = Field(gt=0, lt=1)
@@ -146,6 +147,7 @@ class CalibrationFacts(_Record):
     maps: tuple[CalibrationMap, ...]
     name: str | None = None
     images: str = ""
+    strength: Strength | None = None
 
     @property
     def people(self) -> LearntPeople:

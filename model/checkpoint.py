@@ -139,6 +139,8 @@ def load_checkpoint(
 ) -> tuple[CMT, CheckpointInfo]:
     """Read a checkpoint → (the network in fp32 and eval mode on `device`, its info).
 
+    It modulates at the strength of its calibration.
+
     Raises CheckpointError, one sentence with the remedy, for a missing, damaged or altered file, a
     file of another kind, or a version that this release does not read.
     """
@@ -152,6 +154,8 @@ def load_checkpoint(
         )
     model = CMT(info.config)
     model.load_state_dict(tensors)  # copies into the network's fp32 parameters
+    if info.calibration is not None:
+        model.strength = info.calibration.facts.strength
     return model.to(device).eval(), info
 
 
@@ -235,7 +239,10 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _fingerprint(config: CMTConfig, tensors: Mapping[str, Tensor]) -> str:
-    return _digest(json.dumps(config.model_dump(), sort_keys=True), tensors)
+    facts = config.model_dump()
+    if not config.mirror:  # earlier releases knew no mirror image: their fingerprints stay
+        del facts["mirror"]
+    return _digest(json.dumps(facts, sort_keys=True), tensors)
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from model.alignment import ModalityAlignment
 from model.backbone import TwoStreamResNet
 from model.config import MODALITIES, CMTConfig, Modality
-from model.modulation import Modulation, ParameterGenerator, ranking_distance
+from model.modulation import Modulation, ParameterGenerator, Strength, ranking_distance
 from model.parts import PartFeatures
 
 
@@ -42,7 +42,11 @@ class CMT(nn.Module):
 
     weights: None starts from random initialisation, "imagenet" from torchvision's (needs a
     network), a path from a local file of them; see `TwoStreamResNet.load_imagenet`.
+    strength: of the modulation, None for γ and β as trained; `load_checkpoint` sets a calibrated
+    checkpoint's.
     """
+
+    strength: Strength | None = None
 
     def __init__(self, config: CMTConfig, *, weights: str | Path | None = None) -> None:
         super().__init__()
@@ -88,10 +92,33 @@ class CMT(nn.Module):
             return complete
         return functional.normalize(complete.flatten(1), dim=1).view_as(complete)
 
+    def represent(self, images: Tensor, modality: Modality | Sequence[Modality]) -> CMTOutput:
+        """What is stored and ranked: `forward`, or where the configuration has `mirror` its mean.
+
+        Of the crop and its mirror image, computed in one batch of 2·B; the mean is then brought
+        into the ranked form.
+        """
+        if not self.config.mirror:
+            return self(images, modality)  # type: ignore[no-any-return]
+        of_both = modality if isinstance(modality, str) else [*modality, *modality]
+        seen = self(torch.cat([images, images.flip(3)]), of_both)
+
+        def mean(both: Tensor) -> Tensor:
+            return both.unflatten(0, (2, -1)).mean(0)
+
+        complete = mean(seen.complete)
+        return CMTOutput(
+            mean(seen.features),
+            None if seen.compensated is None else mean(seen.compensated),
+            complete,
+            self.ranked_form(complete),
+        )
+
     @torch.inference_mode()
     def embed(self, images: Tensor, modality: Modality | Sequence[Modality]) -> Tensor:
         """B×3×H×W → B×P×D in fp32: the complete representation, as it is stored and ranked.
 
+        The mean with that of the mirror image where the configuration says so.
         Raises ValueError where the images are not of the configuration's size (see `preprocess`).
         """
         expected = (3, self.config.input_height, self.config.input_width)
@@ -100,15 +127,18 @@ class CMT(nn.Module):
                 f"images have shape {tuple(images.shape)}, expected B×3×{expected[1]}×"
                 f"{expected[2]}; pass what model.preprocess returns"
             )
-        embedding: Tensor = self(images, modality).embedding
-        return embedding.float()
+        return self.represent(images, modality).embedding.float()
 
     def modulation(self, x: Tensor) -> Modulation:
-        """Equation (12): embeddings B×P×D → γ, β of B×D; without instance alignment 1 and 0."""
+        """Equation (12) at the network's `strength`: embeddings B×P×D → γ, β of B×D.
+
+        Without instance alignment 1 and 0.
+        """
         if self.generator_gamma is None or self.generator_beta is None:
             return Modulation.identity(x.shape[0], x.shape[2], device=x.device, dtype=x.dtype)
         pooled = x.mean(dim=1)
-        return Modulation(self.generator_gamma(pooled), self.generator_beta(pooled))
+        trained = Modulation(self.generator_gamma(pooled), self.generator_beta(pooled))
+        return trained if self.strength is None else self.strength.applied(trained)
 
     def distance(self, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
         """Q×P×D against N×P×D under x's modulation → Q×N, in the configuration's metric."""

@@ -34,6 +34,8 @@ class CMTConfig(BaseModel):
     - `metric` "euclidean": the distance the losses of the paper are written in; training's L_mod,
       evaluation and service all use it. "cosine" has a closed form too, but is no single inner
       product, so that it is searched exhaustively only.
+    - `mirror`: rank by the mean of the crop's representation and its mirror image's: a person who
+      walks left looks much like one who walks right. It costs a second pass.
     - `normalise_test`: rank by the representation scaled to unit norm over all parts·dim numbers
       (HCT does). The modulation then acts on the normalised representation, in training as well.
 
@@ -65,6 +67,7 @@ class CMTConfig(BaseModel):
 
     metric: Metric = "euclidean"
     normalise_test: bool = False
+    mirror: bool = False
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> CMTConfig:

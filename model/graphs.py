@@ -91,8 +91,7 @@ class _OneModality(nn.Module):
         self.model, self.modality = model, modality
 
     def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model(images, self.modality).embedding
-        return embedding
+        return self.model.represent(images, self.modality).embedding
 
 
 class _ModulationOnly(nn.Module):

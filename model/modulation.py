@@ -49,6 +49,23 @@ class Modulation(NamedTuple):
         )
 
 
+class Strength(NamedTuple):
+    """How far γ and β are followed: γ' = c + s·(γ − c), β' = s·β.
+
+    s: 1 as trained, 0 ranks unit vectors as without modulation. c: the mean of γ over channels and
+    queries; alone it only scales, which changes no ranking of unit vectors. Generators are trained
+    on the training people and overconfident on others, hence an s below 1, chosen on held-out ones.
+    """
+
+    s: float
+    c: float
+
+    def applied(self, modulation: Modulation) -> Modulation:
+        """γ, β → γ', β', of the same shapes."""
+        gamma, beta = modulation
+        return Modulation(self.c + self.s * (gamma - self.c), self.s * beta)
+
+
 class ParameterGenerator(nn.Module):
     """g_γ or g_β of equation (12): Linear → ReLU → Linear, D → D, starting at a constant.
 

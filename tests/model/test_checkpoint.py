@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -73,6 +74,25 @@ def test_the_fingerprint_follows_weights_and_configuration(
     with torch.no_grad():
         model.get_parameter(CONVOLUTION)[0, 0, 0, 0] += 0.01
     assert save_checkpoint(tmp_path / "d.safetensors", model).fingerprint != first
+
+
+def test_the_mirror_image_changes_the_fingerprint_and_no_older_one(
+    tiny_config: CMTConfig, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model, info = load_checkpoint(tiny_checkpoint)
+    tensors = load_file(tiny_checkpoint)
+    facts = tiny_config.model_dump()
+    del facts["mirror"]  # as a release wrote it that knew no mirror image
+    expected = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        expected.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        expected.update(tensors[name].numpy().tobytes())
+    assert info.fingerprint == expected.hexdigest()
+    mirrored = CMT(tiny_config.model_copy(update={"mirror": True}))
+    mirrored.load_state_dict(model.state_dict())
+    saved = save_checkpoint(tmp_path / "mirrored.safetensors", mirrored)
+    assert saved.fingerprint != info.fingerprint
+    assert load_checkpoint(tmp_path / "mirrored.safetensors")[0].config.mirror
 
 
 def refusal(path: Path) -> str | None:

@@ -245,6 +245,21 @@ def test_a_mixed_batch_equals_its_images_one_by_one() -> None:
         torch.testing.assert_close(mixed[i], model.embed(x[i : i + 1], modality)[0])
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_mirror_ranks_by_the_mean_with_the_mirror_image(normalised: bool) -> None:
+    plain = CMT(config(normalise_test=normalised)).eval()
+    both = CMT(config(normalise_test=normalised, mirror=True)).eval()
+    both.load_state_dict(plain.state_dict())
+    crops, modality = images(3), ("rgb", "ir", "rgb")
+    with torch.inference_mode():
+        seen, mirrored = (plain(x, modality).complete for x in (crops, crops.flip(3)))
+    expected = plain.ranked_form((seen + mirrored) / 2)
+    torch.testing.assert_close(both.embed(crops, modality), expected)
+    torch.testing.assert_close(both.embed(crops.flip(3), modality), expected)
+    torch.testing.assert_close(both(crops, modality).complete, seen)  # training sees one side
+    torch.testing.assert_close(both.embed(crops[:1], "rgb"), expected[:1])
+
+
 def test_gradients_reach_prototypes_generators_and_both_stems() -> None:
     torch.manual_seed(6)
     model = CMT(config())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from model import (
     Modulation,
+    Strength,
     lift,
     modulate,
     modulated_cosine_distance,
@@ -125,6 +128,22 @@ def test_identity_modulation_is_the_plain_distance() -> None:
     identity = Modulation.identity(3, 4, dtype=torch.float64)
     expected = torch.cdist(x.flatten(1), y.flatten(1))
     torch.testing.assert_close(modulated_distance(x, y, identity), expected)
+
+
+def test_strength_draws_gamma_and_beta_towards_no_modulation() -> None:
+    x, y, modulation = draw(3, 6, 2, 8, seed=5)
+    x, y = (functional.normalize(rows.flatten(1), dim=1).view_as(rows) for rows in (x, y))
+    c = float(modulation.gamma.mean())
+    half = Strength(0.5, c).applied(modulation)
+    for q, d in product(range(len(x)), range(x.shape[2])):
+        gamma, beta = float(modulation.gamma[q, d]), float(modulation.beta[q, d])
+        assert float(half.gamma[q, d]) == pytest.approx((gamma + c) / 2)
+        assert float(half.beta[q, d]) == pytest.approx(beta / 2)
+    whole = Strength(1, c).applied(modulation)
+    torch.testing.assert_close(whole, modulation)
+    none = modulated_distance(x, y, Strength(0, c).applied(modulation))
+    plain = modulated_distance(x, y, Modulation.identity(*modulation.gamma.shape))
+    assert torch.equal(none.argsort(dim=1), plain.argsort(dim=1))
 
 
 def test_fp16_storage_keeps_the_order_of_the_returned_results() -> None:

@@ -82,6 +82,9 @@ COMMANDS = [
     "bench evaluate --json {}",
     "bench embed --json {}",
     "bench scale --plot {}.png",
+    "bench features --root x --output {}",
+    "bench features --root x --cache {}",
+    "bench recall --cache {}",
 ]
 
 

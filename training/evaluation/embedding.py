@@ -72,7 +72,7 @@ def embed_samples(
         for images, modalities in loader:
             if isinstance(images, DatasetError):
                 raise images
-            output = model(images.to(device, non_blocking=True), modalities)
+            output = model.represent(images.to(device, non_blocking=True), modalities)
             features.append(output.features.float().cpu())
             embedding.append(output.embedding.float().cpu())
             if output.compensated is not None:
