@@ -13,6 +13,7 @@ import typer
 from torch import Tensor
 
 from model import CMT, Modulation, load_checkpoint
+from model.outputs import file_option
 from service.bench.crops import BenchmarkDataError, CropFeatures
 from service.bench.population import Population, persons_in_both
 
@@ -24,6 +25,10 @@ Statistics = Annotated[
 ]
 Checkpoint = Annotated[
     Path, typer.Option(help="The checkpoint of those features, whose generators give γ and β.")
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Keep the features of the roots' crops here.", callback=file_option),
 ]
 
 

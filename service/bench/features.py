@@ -10,9 +10,9 @@ from torch import Tensor
 
 from model import Modulation, load_checkpoint, modulated_distance
 from model.benchmark import publish
-from model.outputs import ResultsFile
+from model.outputs import ResultsFile, file_option
 from service.bench.crops import embedded
-from service.bench.data import CHECKPOINT, STATISTICS, Data, Source, unmodified
+from service.bench.data import CHECKPOINT, STATISTICS, Cache, Data, Source, unmodified
 from service.bench.population import CROPS_PER_PERSON, Population
 from service.embedding.embedder import Embedder
 
@@ -22,8 +22,10 @@ _NEAREST = 10
 def features(
     root: Annotated[list[Path], typer.Option(help="Folder in the layout of SYSU-MM01.")],
     checkpoint: Annotated[Path, typer.Option(help="What embeds the crops.")] = CHECKPOINT,
-    output: Annotated[Path, typer.Option(help="Means and covariances go here.")] = STATISTICS,
-    cache: Annotated[Path | None, typer.Option(help="Keep the crops' features here.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Means and covariances go here.", callback=file_option)
+    ] = STATISTICS,
+    cache: Cache = None,
     rank: Annotated[int, typer.Option(min=1, help="Leading directions per covariance.")] = 192,
     queries: Annotated[int, typer.Option(min=1, help="Queries of the comparison.")] = 500,
     json: ResultsFile = None,

@@ -18,6 +18,7 @@ from service.bench.crops import embedded
 from service.bench.data import (
     CHECKPOINT,
     STATISTICS,
+    Cache,
     Checkpoint,
     Data,
     Source,
@@ -52,7 +53,7 @@ def recall(
         list[Path] | None,
         typer.Option(help="SYSU-layout folder; its features are searched unmodified as well."),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Keep the roots' features here.")] = None,
+    cache: Cache = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw recall over latency here.", callback=picture_option)
     ] = None,
