@@ -100,12 +100,14 @@ def describe(
     """
     config = info.config
     facts = ("dataset", "license", "credits")
+    known = {"learnt_from": info.facts.people(), "selected_on": info.facts.selecting_people()}
     return {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": info.fingerprint,
         "config": config.model_dump(mode="json"),
-        "training": {fact: info.training[fact] for fact in facts if fact in info.training},
+        "training": {fact: info.training[fact] for fact in facts if fact in info.training}
+        | {fact: [one.model_dump() for one in people] for fact, people in known.items() if people},
         "preprocessing": {
             "channels": "RGB; an infrared image's one channel three times",
             "height": config.input_height,

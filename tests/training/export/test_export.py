@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from model.cli import main
 from model.graphs import Graph
 from tests.paths import ROOT
 from training.export.export import write_export
-from training.export.folder import ExportError, check_output
+from training.export.folder import ExportError, check_output, describe
 from training.export.formats import OPSET, Onnx, OpenVINO
 from training.export.images import LEAST, parity_images
 
@@ -76,7 +77,9 @@ def test_the_description_says_what_a_user_needs(exported: Path, tiny_checkpoint:
     _, info = load_checkpoint(tiny_checkpoint)
     assert facts["fingerprint"] == info.fingerprint
     assert facts["config"] == info.config.model_dump()
-    assert facts["training"] == {"dataset": "none"}
+    # Of a release that kept numbers only.
+    known = {"dataset": "none", "name": "none", "identities": [1, 2], "images": ""}
+    assert facts["training"] == {"dataset": "none", "learnt_from": [known]}
     assert {"onnx", "onnxruntime", "openvino", "torch"} <= facts["machine"]["packages"].keys()
     described = {name for graph in facts["graphs"] for name in graph["files"]}
     assert described | {"export.json"} == {path.name for path in exported.iterdir()}
@@ -95,6 +98,20 @@ def test_the_description_says_what_a_user_needs(exported: Path, tiny_checkpoint:
         assert len(report["outputs"]) == 3 * 4
         assert max(row["relative_error"] for row in report["outputs"]) < 1e-4
         assert [r["queries"] for r in report["rankings"]] == [20, 20, 20]
+
+
+def test_the_description_says_whom_the_network_knows(tiny_checkpoint: Path) -> None:
+    _, info = load_checkpoint(tiny_checkpoint)
+    own = {"dataset": "folder", "name": None, "identities": [5], "images": "AAAAAAAA"}
+    ancestors = {"dataset": "sysu", "name": "sysu", "identities": [1, 2], "images": "BBBBBBBB"}
+    chosen = {"dataset": "folder", "name": None, "identities": [7], "images": "CCCCCCCC"}
+    training = {"dataset": "folder", "identities": [5], "learnt_from": [own, ancestors]}
+    info = dataclasses.replace(info, training={**training, "selected_on": [chosen]})
+    assert describe(info, [], {}, [])["training"] == {
+        "dataset": "folder",
+        "learnt_from": [own, ancestors],
+        "selected_on": [chosen],
+    }
 
 
 class WrongEmbedding(Onnx):
