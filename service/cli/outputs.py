@@ -11,14 +11,12 @@ import typer
 
 from model.terminal import printable
 from service.auth.keys import KeyFile, KeyFileError
-from service.gallery.backup.archive import DATABASE, KEY, START
+from service.gallery.backup.archive import START
+from service.gallery.storage.folder_lock import LOCK_FILE
+from service.gallery.storage.private_files import CONTENTS, OURS
 
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there, unasked.")]
 
-_LOCK = "lock"
-_CONTENTS = (DATABASE, KEY, "index", "cache")  # one of them is in every data folder, and the lock
-# What first names in a data folder begin with; those of SQLite's other files do so too.
-_OURS = (*_CONTENTS, _LOCK, f".{KEY}", ".cmt-copy-")
 # First bytes of a database of SQLite, of its log (either byte order), and of the log's index.
 _SQLITE = (b"SQLite format 3\0", b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83", b"\x18\xe2\x2d\0")
 
@@ -58,7 +56,7 @@ def refuse_data_folder(folder: Path) -> None:
 
 def _refuse_gallery(path: Path, target: Path) -> None:
     home = _data_folder(target)
-    is_part = home is not None and target.relative_to(home).parts[0].startswith(_OURS)
+    is_part = home is not None and target.relative_to(home).parts[0].startswith(OURS)
     if is_part or (target.is_file() and _looks_like_one(target, inside=home is not None)):
         raise typer.BadParameter(
             f"{path} is, or may be, a file that a gallery or a service needs; give another name"
@@ -68,7 +66,7 @@ def _refuse_gallery(path: Path, target: Path) -> None:
 def _data_folder(path: Path) -> Path | None:
     """The data folder that a path lies in."""
     for folder in path.parents:
-        if (folder / _LOCK).is_file() and any((folder / name).exists() for name in _CONTENTS):
+        if (folder / LOCK_FILE).is_file() and any((folder / name).exists() for name in CONTENTS):
             return folder
     return None
 

@@ -17,8 +17,11 @@ log = logging.getLogger(__name__)
 
 FOLDER, FILE = 0o700, 0o600
 _OTHERS = 0o077
-# What the gallery and the service put into a data folder, by the start of the first name.
-_OURS = ("audit.key", "cache", "gallery.sqlite3", "index", "lock", ".audit.key", ".cmt-copy-")
+# One of them is in every data folder, beside the lock.
+CONTENTS = ("gallery.sqlite3", "audit.key", "index", "cache")
+# What the gallery and the service put into it, by the start of the first name; SQLite's other files
+# begin as the database does.
+OURS = (*CONTENTS, "lock", ".audit.key", ".cmt-copy-")
 
 
 def private_folder(folder: Path) -> None:
@@ -121,7 +124,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 def _wanted(folder: Path, path: Path, status: os.stat_result) -> int:
     if stat.S_ISDIR(status.st_mode):
         return FOLDER
-    ours = path.relative_to(folder).parts[0].startswith(_OURS)
+    ours = path.relative_to(folder).parts[0].startswith(OURS)
     return FILE if ours else FILE | status.st_mode & stat.S_IXUSR  # a program stays one
 
 
