@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from model import CMT, CheckpointInfo, load_checkpoint
 from model.machine import machine
 from training.ablation.controls import choose_strength, with_controls
-from training.ablation.results import CellResult, SearchResult, Strength, write_json
+from training.ablation.results import CellResult, ChosenStrength, SearchResult, write_json
 from training.acceleration import Switch
 from training.datasets import LAYOUTS, DatasetName, Sample
 from training.evaluation.embedding import embed_samples
@@ -427,7 +427,7 @@ class CellRunner:
             strength=strength,
         )
 
-    def _strength(self, model: CMT) -> Strength | None:
+    def _strength(self, model: CMT) -> ChosenStrength | None:
         """Chosen on the protocol's first search of the selection; None where there is none."""
         if not self.data.selection:
             return None

@@ -10,18 +10,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from model import CMT, Modulation
-from training.ablation.results import RankingResult, SearchResult, Strength
+from model import CMT, Modulation, Strength
+from training.ablation.results import ChosenStrength, RankingResult, SearchResult
 from training.evaluation.embedding import Embedded
-from training.evaluation.metrics import score_queries
+from training.evaluation.metrics import QueryScores, score_queries
 from training.evaluation.scoring import distances, modulation_of
 from training.evaluation.splits import Split
-
-
-def weakened(modulation: Modulation, strength: float, centre: float) -> Modulation:
-    gamma, beta = modulation
-    return Modulation(centre + strength * (gamma - centre), strength * beta)
-
 
 STRENGTHS = tuple(step / 10 for step in range(11))
 
@@ -34,10 +28,17 @@ def mean_modulation(modulation: Modulation) -> Modulation:
 def ranking_under(
     model: CMT, embedded: Embedded, split: Split, modulation: Modulation
 ) -> RankingResult:
-    """A search ranked under given γ, β of its queries (Q×D each), not the network's own.
+    """A search ranked under given γ, β of its queries, Q×D each; see `scores_under`.
 
     Raises ValueError where no query of a trial has a positive.
     """
+    return RankingResult.over(scores_under(model, embedded, split, modulation))
+
+
+def scores_under(
+    model: CMT, embedded: Embedded, split: Split, modulation: Modulation
+) -> list[QueryScores]:
+    """Every query of a search under its row of γ, β, in the network's metric; one entry a trial."""
     people = np.array([sample.person_id for sample in embedded.samples])
     cameras = np.array([sample.camera for sample in embedded.samples])
     pool = np.unique(np.concatenate(split.galleries))
@@ -53,7 +54,7 @@ def ranking_under(
             split.protocol,
         )
         trials.append(scores.placed(rows, split.queries.size))
-    return RankingResult.over(trials)
+    return trials
 
 
 def own_modulation(model: CMT, embedded: Embedded, split: Split) -> Modulation:
@@ -61,19 +62,19 @@ def own_modulation(model: CMT, embedded: Embedded, split: Split) -> Modulation:
     return modulation_of(model, embedded.embedding[torch.from_numpy(split.queries)])
 
 
-def choose_strength(model: CMT, embedded: Embedded, split: Split) -> Strength:
+def choose_strength(model: CMT, embedded: Embedded, split: Split) -> ChosenStrength:
     """The strength of the highest mAP on a search, of people whose figures are not reported.
 
     The centre is the mean of γ over its queries and channels. Of equal mAP, the weaker one.
     """
     own = own_modulation(model, embedded, split)
     centre = float(own.gamma.mean())
-    mean_ap = [
-        ranking_under(model, embedded, split, weakened(own, strength, centre)).mean("mean_ap")
-        for strength in STRENGTHS
-    ]
+    of_each = [Strength(strength, centre).applied(own) for strength in STRENGTHS]
+    mean_ap = [ranking_under(model, embedded, split, of).mean("mean_ap") for of in of_each]
     best = int(np.argmax(mean_ap))
-    return Strength(strength=STRENGTHS[best], centre=centre, tried=list(STRENGTHS), mean_ap=mean_ap)
+    return ChosenStrength(
+        strength=STRENGTHS[best], centre=centre, tried=list(STRENGTHS), mean_ap=mean_ap
+    )
 
 
 def with_controls(
@@ -81,12 +82,12 @@ def with_controls(
     embedded: Embedded,
     split: Split,
     result: SearchResult,
-    strength: Strength | None,
+    strength: ChosenStrength | None,
 ) -> SearchResult:
     """`result` with the rankings by the mean γ, β and, where one was chosen, by the strength."""
     own = own_modulation(model, embedded, split)
     found = {"mean_modulation": ranking_under(model, embedded, split, mean_modulation(own))}
     if strength is not None:
-        modulation = weakened(own, strength.strength, strength.centre)
-        found["weakened"] = ranking_under(model, embedded, split, modulation)
+        weakened = Strength(strength.strength, strength.centre).applied(own)
+        found["weakened"] = ranking_under(model, embedded, split, weakened)
     return result.model_copy(update=found)

@@ -121,7 +121,7 @@ class SearchResult(_Stored):
         return {name: ranking for name, ranking in rankings.items() if ranking is not None}
 
 
-class Strength(_Stored):
+class ChosenStrength(_Stored):
     """A strength s of modulation and its centre c: γ' = c + s·(γ − c), β' = s·β.
 
     tried, mean_ap: every strength that was tried and its mAP, on the people it was chosen on.
@@ -149,7 +149,7 @@ class CellResult(_Stored):
     machine: dict[str, Any]
     searches: list[SearchResult]
     compensation: dict[str, CompensationDiagnostics | None] | None
-    strength: Strength | None = None
+    strength: ChosenStrength | None = None
 
     @property
     def first(self) -> SearchResult:

@@ -202,7 +202,11 @@ def summarise_table3(results: Sequence[CellResult]) -> Table3 | None:
 
 def grids(table: Table3, recipe: Recipe) -> list[Grid]:
     """Table 3 with the published rows, the paired tests, and what shows the modules alive."""
-    return [_figures(table, recipe), _comparisons(table), _module_diagnostics(table)]
+    return [
+        _figures(table, recipe),
+        comparison_grid(table.comparisons),
+        _module_diagnostics(table),
+    ]
 
 
 def table3_json(table: Table3, recipe: Recipe) -> dict[str, Any]:
@@ -290,7 +294,9 @@ def _control_notes(table: Table3) -> list[str]:
     return notes
 
 
-def _comparisons(table: Table3) -> Grid:
+def comparison_grid(comparisons: Sequence[PairedComparison]) -> Grid:
+    """Paired tests as a table."""
+
     def points(values: Sequence[float]) -> str:
         return ", ".join(f"{100 * value:+.2f}" for value in values)
 
@@ -305,7 +311,7 @@ def _comparisons(table: Table3) -> Grid:
                 points(c.map_gain_of_seeds),
                 points(c.rank_1_gain_of_seeds),
             ]
-            for c in table.comparisons
+            for c in comparisons
         ],
         notes=[
             "Points of percent, each row in its own ranking. The interval resamples the people of "

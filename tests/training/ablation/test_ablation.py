@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from model import Modulation, load_checkpoint
+from model import CMT, Modality, Modulation, load_checkpoint
 from model.cli import main
 from tests.paths import MINI
 from tests.training.conftest import draw
@@ -24,7 +25,8 @@ from training.ablation.cells import (
     changed_model,
     read_data,
 )
-from training.ablation.controls import ranking_under
+from training.ablation.controls import mean_modulation, ranking_under
+from training.ablation.generators import LowRankGenerators, Setting, fit_generators
 from training.ablation.paired import SeedSpread, compare_paired
 from training.ablation.results import (
     CellResult,
@@ -50,10 +52,11 @@ from training.ablation.table3 import (
     table3_cells,
 )
 from training.ablation.tsne import Cloud, align
-from training.datasets import LAYOUTS, DatasetName
+from training.datasets import LAYOUTS, DatasetName, Sample
 from training.evaluation.embedding import Embedded, embed_samples
 from training.evaluation.metrics import FloatArray, IntArray
 from training.evaluation.protocols import protocol_splits
+from training.evaluation.report import score_model
 from training.evaluation.splits import Split
 from training.recipe import Recipe, load_recipe
 from training.trainer import CHECKPOINT_FILE
@@ -106,14 +109,16 @@ def arguments(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def other_people(folder: Path) -> list[str]:
-    """Three people more, drawn to `folder`, as the options by which settings are chosen on them."""
-    for person in (901, 902, 903):
+def other_people(folder: Path, side: str = "select", first: int = 901) -> list[str]:
+    """Three people more, drawn to `folder`, as the options that make them a side of an ablation."""
+    people = range(first, first + 3)
+    for person in people:
         for camera in range(1, 7):
             draw(folder / f"cam{camera}" / f"{person:04d}" / "0001.jpg", person, camera)
     ids = folder / "ids.txt"
-    ids.write_text("901,902,903")
-    return ["--select-root", str(folder), "--select-ids", str(ids)]
+    ids.write_text(",".join(map(str, people)))
+    root = "--root" if side == "train" else f"--{side}-root"
+    return [root, str(folder), f"--{side}-ids", str(ids)]
 
 
 @pytest.fixture(scope="module")
@@ -584,3 +589,97 @@ def test_lists_of_numbers_take_one_line(tmp_path: Path) -> None:
     text = (tmp_path / "x.json").read_text()
     assert '"a": [1.5, -2, 3e-07]' in text
     assert json.loads(text) == content
+
+
+def test_generators_for_new_people_are_fitted_chosen_and_reported_apart(
+    ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = ablation / "run" / "pretrain" / CHECKPOINT_FILE
+    command = ["ablate", "generators", "--checkpoint", str(backbone), "--steps", "3"]
+    command += ["--ranks", "1", "--decays", "0,2", "--seeds", "0,1"]
+    command += other_people(tmp_path / "others")
+    command += ["--eval-root", str(MINI), "--eval-ids", str(MINI / "exp" / "val_id.txt")]
+    fitted = other_people(tmp_path / "new", "train", first=951)
+    assert main([*command, *fitted, "--json", str(tmp_path / "found.json")]) == 0
+    content = json.loads((tmp_path / "found.json").read_text())
+    assert [content["data"][side]["identities"] for side in ("training", "selection", "test")] == [
+        *(3, 3, 3)
+    ]
+    means = {
+        (one["setting"]["rank"], one["setting"]["decay"]): sum(one["own"]) / 2
+        for one in content["tried"]
+    }
+    assert means.keys() == {(1, 0), (1, 2)}
+    chosen = (content["chosen"]["rank"], content["chosen"]["decay"])
+    assert means[chosen] == max(means.values())
+    own, mean, plain = (
+        [RankingResult.model_validate(one) for one in content["rankings"][way]]
+        for way in ("own γ, β", "mean γ, β", "unmodulated")
+    )
+    start, _ = load_checkpoint(backbone)
+    samples = LAYOUTS[DatasetName.SYSU].test(MINI, 1, [12, 218, 370])
+    (scores, *_) = score_model(start, samples, protocol_splits(DatasetName.SYSU, samples)).splits
+    assert plain == [RankingResult.over(scores.unmodulated)] * 2
+    gain = content["comparisons"][0]
+    assert gain["title"] == "own γ, β − mean γ, β"
+    assert gain["map_gain_of_seeds"] == pytest.approx(
+        [one.mean("mean_ap") - two.mean("mean_ap") for one, two in zip(own, mean, strict=True)],
+        abs=1e-6,
+    )
+    assert "Generators for new people, all-search single-shot" in capsys.readouterr().out
+    known = ["--root", str(MINI), "--train-ids", str(MINI / "exp" / "train_id.txt")]
+    assert main([*command, *known]) == 1
+    assert "was trained on 5 of these 5 identities" in capsys.readouterr().err
+    assert main([*command, *fitted, "--ranks", "0"]) == 2
+    assert "with 0 nothing is the query's own" in capsys.readouterr().err
+
+
+def people_of_two_kinds(first: int, seed: int) -> Embedded:
+    """Forty people, four images each, one part of eight channels, of unit norm.
+
+    Channels 6 and 7 say which kind a person is of. One kind is told apart by channels 0 to 2 while
+    3 to 5 are noise, the other the other way round: no weights are right for both.
+    """
+    generator = np.random.default_rng(seed)
+    samples, rows = [], []
+    for number in range(40):
+        of_kind = number % 2
+        own = generator.normal(size=3)
+        for modality, camera in (("rgb", 1), ("rgb", 4), ("ir", 3), ("ir", 6)):
+            noise = 2 * generator.normal(size=3)
+            told = own + 0.1 * generator.normal(size=3)
+            kind = np.array([3.0, 0.0] if of_kind else [0.0, 3.0])
+            parts = [noise, told] if of_kind else [told, noise]
+            rows.append(np.concatenate([*parts, kind]))
+            name = Path(f"{first + number}-{camera}.png")
+            samples.append(Sample(name, first + number, camera, cast(Modality, modality)))
+    embedding = torch.from_numpy(np.array(rows, dtype=np.float32))[:, None]
+    unit = torch.nn.functional.normalize(embedding, dim=2)
+    return Embedded(samples, unit, None, unit)
+
+
+def test_low_rank_generators_find_what_depends_on_the_query_and_decay_undoes_it() -> None:
+    fitted, tested = people_of_two_kinds(1, seed=0), people_of_two_kinds(101, seed=1)
+    sizes = MODEL | {"dim": 8, "parts": 1, "instance_alignment": False}
+    model = CMT(Recipe.model_validate(TINY | {"model": sizes}).model)
+    split = protocol_splits(DatasetName.SYSU, tested.samples)[0]
+    rows = torch.from_numpy(split.queries)
+    is_ir = torch.ones(len(rows), dtype=torch.bool)
+
+    def ranked(modulation: Modulation) -> float:
+        return ranking_under(model, tested, split, modulation).mean("mean_ap")
+
+    plain = ranked(Modulation.identity(len(rows), 8))
+    loose, tight = (
+        fit_generators(fitted, Setting(2, decay), steps=150, seed=0) for decay in (0.01, 1e6)
+    )
+    with torch.no_grad():
+        start, offsets = LowRankGenerators(fitted, 2)(tested.embedding[rows], is_ir)
+        assert offsets.count_nonzero() == 0
+        assert ranked(start) == plain
+        own, _ = loose(tested.embedding[rows], is_ir)
+        held, offsets = tight(tested.embedding[rows], is_ir)
+    assert ranked(own) > ranked(mean_modulation(own)) + 0.1
+    assert ranked(own) > plain + 0.1
+    assert offsets.abs().max() < 0.05
+    assert ranked(held) == pytest.approx(plain, abs=0.02)
