@@ -11,6 +11,7 @@ from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
+from service.kit.text import is_utf_8
 from service.resources import Resources
 
 
@@ -50,7 +51,7 @@ async def unambiguous(request: Request) -> None:
     query = request.scope["query_string"].decode("latin-1")
     given = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
     for name, count in Counter(name for name, _ in given).items():
-        if not _is_utf_8(name) or not all(_is_utf_8(text) for key, text in given if key == name):
+        if not is_utf_8(name) or not all(is_utf_8(text) for key, text in given if key == name):
             shown = name.encode(errors="replace").decode()
             errors.append(_invalid("query", shown, "must be UTF-8"))
         elif count > 1 and name not in _repeatable(dependant):
@@ -75,15 +76,6 @@ def _repeatable(dependant: Dependant) -> set[str]:
             fields = dict(kind.model_fields)
         names |= {name for name, field in fields.items() if get_origin(field.annotation) is list}
     return names
-
-
-def _is_utf_8(text: str) -> bool:
-    """Whether a text, decoded with surrogateescape, was UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _invalid(place: str, name: str, message: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from service.api.schemas import KEY_PATTERN, BatchItem, CameraDefaults, ItemPatc
 from service.errors import BackupInvalid
 from service.gallery.backup.archive import check
 from service.http.problem import Problem
+from service.kit.text import is_utf_8
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -170,10 +171,8 @@ def _text(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_text(element) for element in value]
     text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidValue(f"{text!a} is no UTF-8 text; write it in UTF-8") from error
+    if not is_utf_8(text):
+        raise InvalidValue(f"{text!a} is no UTF-8 text; write it in UTF-8")
     return text
 
 

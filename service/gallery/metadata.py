@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any
 
+from service.kit.text import is_utf_8
+
 METADATA_BYTES = 8192
 METADATA_DEPTH = 16
 
@@ -36,16 +38,7 @@ def _is_portable(value: Any, depth: int) -> bool:
     if isinstance(value, list):
         return all(_is_portable(element, depth - 1) for element in value)
     if isinstance(value, str):
-        return "\0" not in value and _is_whole(value)
+        return "\0" not in value and is_utf_8(value)
     if isinstance(value, float):
         return math.isfinite(value)
     return not isinstance(value, int) or -(2**63) <= value < 2**63
-
-
-def _is_whole(text: str) -> bool:
-    """Whether there is no half of a surrogate pair, which JSON may name and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
