@@ -37,7 +37,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from model.config import MODALITIES, Metric, Modality
-from model.modulation import Modulation, Strength, lift, ranking_distance, squared_lifted_distance
+from model.modulation import (
+    Modulation,
+    Strength,
+    lift,
+    part_distances,
+    ranking_distance,
+    squared_lifted_distance,
+)
+from model.ranking.agreement import agreement
+from model.ranking.facts import RankingFacts
+from model.ranking.scores import Moments, moments_of
 from model.training_facts import LearntPeople
 
 Normalisation = Literal["raw", "ratio", "log-ratio", "z-score"]
@@ -138,7 +148,8 @@ class CalibrationFacts(_Record):
 
     prior: the share of same-person pairs that the probabilities assume. dataset, identities, name,
     images: the held-out people it was fitted on, see `people`. strength: of the modulation, chosen
-    on them; None in those of earlier releases, which ranked by γ and β as trained.
+    on them; None in those of earlier releases, which ranked by γ and β as trained. ranking: what
+    else ranking goes by; None in those of earlier releases.
     """
 
     prior: float = Field(gt=0, lt=1)
@@ -148,6 +159,7 @@ class CalibrationFacts(_Record):
     name: str | None = None
     images: str = ""
     strength: Strength | None = None
+    ranking: RankingFacts | None = None
 
     @property
     def people(self) -> LearntPeople:
@@ -190,12 +202,16 @@ class Calibration:
         """Distances Q×N of queries x (Q×P×D) → scores Q×N on one scale for all queries."""
         if chosen.normalisation == "raw":
             return distance
-        if self.metric == "cosine":
-            references = self.references[chosen.gallery]
-            reference = reference_distances(x, modulation, references, self.metric)
-        else:
-            reference = self._euclidean(chosen.gallery, x, modulation)
+        reference = self.reference_distances(x, modulation, chosen.gallery)
         return normalised(distance, reference, chosen.normalisation)
+
+    def reference_distances(
+        self, x: Tensor, modulation: Modulation, gallery: Modality
+    ) -> FloatArray:
+        """Queries x (Q×P×D) under γ, β (Q×D) to the references of one modality → Q×R."""
+        if self.metric == "cosine":
+            return reference_distances(x, modulation, self.references[gallery], self.metric)
+        return self._euclidean(gallery, x, modulation)
 
     @torch.inference_mode()
     def _euclidean(self, gallery: Modality, x: Tensor, modulation: Modulation) -> FloatArray:
@@ -237,6 +253,44 @@ class Calibration:
             values = chosen.curve(self.scores(chosen, x[None], applied, distance))[0]
             for place, value in zip(places, values.tolist(), strict=True):
                 found[place] = value
+        return found
+
+    def moments(self, x: Tensor, modulation: Modulation) -> list[dict[Modality, Moments]]:
+        """Of the distances of each of Q queries (Q×P×D) to the references, by their modality."""
+        found: list[dict[Modality, Moments]] = [{} for _ in range(len(x))]
+        for modality in self.references:
+            for row, distances in enumerate(self.reference_distances(x, modulation, modality)):
+                found[row][modality] = moments_of(distances)
+        return found
+
+    def agreements(
+        self,
+        x: Tensor,
+        modulation: Modulation | None,
+        parts: Sequence[Sequence[float]],
+        *,
+        query: str,
+        gallery: Sequence[Modality],
+    ) -> list[list[float] | None]:
+        """Squared part distances of one query, N×P → agreement of each part, see `model.ranking`.
+
+        The arguments are those of `similarities`. None where there is no fit.
+        """
+        applied = modulation or Modulation.identity(1, x.shape[1])
+        found: list[list[float] | None] = [None] * len(parts)
+        for modality in MODALITIES:
+            places = [i for i, m in enumerate(gallery) if m == modality]
+            fit = self.facts.ranking and self.facts.ranking.agreement(
+                query, modality, modulated=modulation is not None
+            )
+            if not places or not fit:
+                continue
+            reference = part_distances(x[None].double(), self.references[modality], applied)[0]
+            chosen = np.array([parts[i] for i in places], np.float64)
+            for place, row in zip(
+                places, agreement(chosen, reference.numpy(), fit).tolist(), strict=True
+            ):
+                found[place] = row
         return found
 
     def summary(self) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class CMT(nn.Module):
         seen = self(torch.cat([images, images.flip(3)]), of_both)
 
         def mean(both: Tensor) -> Tensor:
-            return both.unflatten(0, (2, -1)).mean(0)
+            return both.view(2, -1, *both.shape[1:]).mean(0)
 
         complete = mean(seen.complete)
         return CMTOutput(
