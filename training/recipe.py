@@ -167,6 +167,18 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     return _validated(values, "--set")
 
 
+def with_later_fields(written: Any) -> Any:
+    """A recipe's plain values as an earlier release wrote them → as this one does.
+
+    Fields that have come since are at their defaults, which do what was done before there was the
+    field. What is no recipe of this release is handed back as it is.
+    """
+    try:
+        return Recipe.model_validate(written).model_dump(mode="json")
+    except ValidationError:
+        return written
+
+
 def recipe_yaml(recipe: Recipe) -> str:
     """All of a recipe, defaults included, as `load_recipe` reads it."""
     text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

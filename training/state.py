@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,15 @@ def save_state(folder: Path, run: dict[str, Any], state: dict[str, Any]) -> None
         torch.save({"run": json.dumps(run), **state}, file)
 
 
-def read_state(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+def read_state(
+    folder: Path,
+    run: dict[str, Any],
+    brought_up: Callable[[dict[str, Any]], dict[str, Any]] = lambda saved: saved,
+) -> dict[str, Any] | None:
     """The state in `folder`, on the CPU; None where there is none.
 
-    run: what must be the same for the state to be resumed, as plain values.
+    run: what must be the same for the state to be resumed, as plain values. brought_up: what an
+    earlier release saved of it → as this one would have.
     Raises TrainingError, naming what differs, for the state of another run, and for a damaged file.
     """
     path = folder / STATE_FILE
@@ -48,7 +53,7 @@ def read_state(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
             f"{path} is no readable state of a run; remove it to start anew, or choose another "
             "run folder"
         ) from error
-    differing = list(_differences(saved, json.loads(json.dumps(run))))
+    differing = list(_differences(brought_up(saved), json.loads(json.dumps(run))))
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise TrainingError(

@@ -36,7 +36,7 @@ from training.image_cache import cached_images
 from training.learnt import stated_name, united
 from training.objective import Labels, Objective
 from training.progress import RunProgress, in_words
-from training.recipe import Recipe, recipe_yaml
+from training.recipe import Recipe, recipe_yaml, with_later_fields
 from training.run_log import VALIDATION, RunLog, plot_curves, read_metrics
 from training.sampler import IdentityBalancedSampler
 from training.samples import TrainingData
@@ -143,7 +143,7 @@ class Trainer:
         self.seconds = 0.0
         self.validated: dict[str, Any] | None = None  # the last validation: step and figures
         self.best: dict[str, Any] | None = None  # the best one, with its weights
-        state = read_state(self.folder, self._description())
+        state = read_state(self.folder, self._description(), _brought_up)
         if state is not None:
             self._load(state)
         self.acceleration = distributed.agreed(self.acceleration)
@@ -467,6 +467,12 @@ class Trainer:
         self.acceleration = self.acceleration.resumed(
             Acceleration(**state["acceleration"]), self.options.channels_last
         )
+
+
+def _brought_up(saved: dict[str, Any]) -> dict[str, Any]:
+    """A description that an earlier release saved, with the recipe's fields of this one."""
+    recipe = {name: value for name, value in saved.items() if name in Recipe.model_fields}
+    return {**saved, **with_later_fields(recipe)}
 
 
 def _united(*facts: Mapping[str, Any]) -> dict[str, Any]:

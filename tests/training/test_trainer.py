@@ -266,6 +266,27 @@ def test_a_run_of_another_recipe_is_not_resumed(samples: list[Sample], tmp_path:
         Trainer(recipe(), TrainingData(samples), RunOptions(tmp_path))
 
 
+def test_a_run_goes_on_although_recipes_have_got_fields_since(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    def saved_with(run: dict[str, Any]) -> None:
+        """Write the state anew as another release would have described its run."""
+        state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+        torch.save({**state, "run": json.dumps(run)}, tmp_path / STATE_FILE)
+
+    Trainer(recipe(), TrainingData(samples), RunOptions(tmp_path)).run(stop_at=1)
+    run = json.loads(torch.load(tmp_path / STATE_FILE, weights_only=True)["run"])
+    del run["modulation_without_generators"], run["stages"][0]["features_frozen"]
+    saved_with(run)
+    assert Trainer(recipe(), TrainingData(samples), RunOptions(tmp_path)).step == 1
+    changed = recipe(modulation_without_generators=True)
+    with pytest.raises(TrainingError, match="modulation_without_generators False, here True"):
+        Trainer(changed, TrainingData(samples), RunOptions(tmp_path))
+    saved_with({**run, "field_of_a_later_release": 1})
+    with pytest.raises(TrainingError, match="field_of_a_later_release 1, here None"):
+        Trainer(recipe(), TrainingData(samples), RunOptions(tmp_path))
+
+
 def test_recipes_that_cannot_be_read_say_where(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"use one of .*compact, .*paper, paper-regdb"):
         load_recipe("absent")

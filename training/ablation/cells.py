@@ -29,7 +29,7 @@ from training.evaluation.report import score_model, summarise
 from training.evaluation.splits import Split
 from training.evaluation.sysu import TRIAL_FILE
 from training.learnt import known_people, learnt_people, name_of, refuse_known_people
-from training.recipe import Recipe
+from training.recipe import Recipe, with_later_fields
 from training.samples import TrainingData, facts_of, training_samples
 from training.trainer import CHECKPOINT_FILE, RunOptions, Trainer
 from training.warm_start import RANDOM_WEIGHTS, InitialWeights
@@ -441,6 +441,8 @@ def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     Raises AblationError where the folder is a cell of other settings.
     """
     stated, result = _read(folder / SETTINGS_FILE), _read(folder / RESULT_FILE)
+    if stated is not None:
+        stated["recipe"] = with_later_fields(stated.get("recipe"))
     if stated is not None and stated != settings:
         raise AblationError(
             f"{folder} holds a cell of another recipe, start or data; use the same ones as before, "
