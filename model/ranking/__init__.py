@@ -10,8 +10,10 @@ from model.ranking.facts import AgreementFit, PosteriorFit, RankingFacts, Rerank
 from model.ranking.posterior import Answer, Beyond, Searched, posterior
 from model.ranking.reranking import reciprocal_similarity
 from model.ranking.scores import Moments, blended, moments_of, scores
+from model.ranking.search import DEPTH, combined, in_deviations, own_share, reranked, spread_ratio
 
 __all__ = [
+    "DEPTH",
     "AgreementFit",
     "Answer",
     "Beyond",
@@ -21,8 +23,13 @@ __all__ = [
     "Reranking",
     "Searched",
     "blended",
+    "combined",
+    "in_deviations",
     "moments_of",
+    "own_share",
     "posterior",
     "reciprocal_similarity",
+    "reranked",
     "scores",
+    "spread_ratio",
 ]

@@ -26,7 +26,7 @@ class Reranking(_Record):
     say is re-ranked.
     """
 
-    weight: float = Field(ge=0, le=100)
+    weight: float = Field(default=2, ge=0, le=100)
     neighbours: Positive = 1.5
     fewest: int = Field(default=4, ge=1)
     most: int = Field(default=20, ge=1)
@@ -54,8 +54,8 @@ class PosteriorFit(_Record):
 
     modulated, reranked, labelled: the queries and galleries that it was fitted on.
     slope, spread, images: ln weight rises by slope · ratioˢᵖʳᵉᵃᵈ · Kⁱᵐᵃᵍᵉˢ with each unit of score.
-    offset, size, mixed: and falls by offset + size · ln(people), and mixed in a gallery of both
-    modalities.
+    offset, size, own: and falls by offset + size · ln(items) + own · (share of the items that is of
+    the query's modality).
     log_loss, error, searches: of the fit; the first two cross-validated between the sets of people.
     """
 
@@ -67,7 +67,7 @@ class PosteriorFit(_Record):
     images: float = 0.0
     offset: float
     size: float
-    mixed: float = 0.0
+    own: float = 0.0
     log_loss: float = 0.0
     error: float = 0.0
     searches: int = 0

@@ -1,14 +1,17 @@
 """How probable it is that the person asked for is who an answer shows, or is not enrolled at all.
 
 For labelled items the people searched and "not enrolled" are the outcomes, exactly one of which is
-true. With s_p the score of person p's best image of n people, and equal odds of being enrolled:
+true. With s_p the score of person p's best image, n images searched, a share o of which is of the
+query's own modality, and equal odds of being enrolled:
 
-    ln w_p = a·s_p − b − c·ln n − m        (m only in a gallery of both modalities)
+    ln w_p = a·s_p − b − c·ln n − m·o
     P(p) = w_p / (1 + Σ w),    P(not enrolled) = 1 / (1 + Σ w)
 
 Another prior π multiplies every weight by π/(1 − π). The slope a follows how widely the query's
 distances in this gallery spread, against its distances to the checkpoint's references, so that an
-absolute distance still counts after scores were scaled by the gallery's own deviation.
+absolute distance still counts after scores were scaled by the gallery's own deviation. Images and
+not people are counted, since the best of four images of a stranger looks better than that of one;
+and within a modality strangers look more alike than across, against the deviation of all.
 
 Unlabelled items do not exclude each other, since a person may have several: each has a weight from
 a fit of its own, with P = w / (1 + w), and "enrolled" has the odds of all weights together.
@@ -53,15 +56,16 @@ class Searched:
     """What a query was compared with.
 
     people: distinct people, each unlabelled item counting as one. items: all items. unlabelled:
-    those without a label. mixed: whether they are of both modalities. ratio: of the deviation of
-    the query's distances here to that of its distances to the references. images: of the query, K.
-    beyond: what was not scored, by modality.
+    those without a label. own: the share of the items that is of the query's modality, see
+    `model.ranking.search.own_share`. ratio: of the deviation of the query's distances here to that
+    of its distances to the references. images: of the query, K. beyond: what was not scored, by
+    modality.
     """
 
     people: int
     items: int
     unlabelled: int
-    mixed: bool
+    own: float
     ratio: float = 1.0
     images: int = 1
     beyond: Sequence[Beyond] = field(default_factory=list)
@@ -114,8 +118,8 @@ def posterior(
 
 def log_weights(scores: FloatArray, fit: PosteriorFit, searched: Searched) -> FloatArray:
     """Scores → ln w at even odds of being enrolled."""
-    offset = fit.offset + fit.size * math.log(max(1, searched.people))
-    return slope(fit, searched) * scores - offset - (fit.mixed if searched.mixed else 0.0)
+    offset = fit.offset + fit.size * math.log(max(1, searched.items)) + fit.own * searched.own
+    return slope(fit, searched) * scores - offset
 
 
 def slope(fit: PosteriorFit, searched: Searched) -> float:

@@ -14,7 +14,7 @@ from model.ranking import Beyond, PosteriorFit, Searched, posterior
 
 LABELLED = PosteriorFit(
     modulated=True, reranked=False, labelled=True,
-    slope=2.1, spread=1.4, images=0.2, offset=3.4, size=0.97, mixed=0.3,
+    slope=2.1, spread=1.4, images=0.2, offset=3.4, size=0.97, own=1.6,
 )  # fmt: skip
 UNLABELLED = LABELLED.model_copy(update={"labelled": False, "slope": 1.7, "offset": 2.9})
 
@@ -27,8 +27,8 @@ def reference(
 
     def weight(score: float, fit: PosteriorFit) -> float:
         slope = fit.slope * searched.ratio**fit.spread * searched.images**fit.images
-        penalty = fit.offset + fit.size * math.log(searched.people)
-        return odds * math.exp(slope * score - penalty - (fit.mixed if searched.mixed else 0))
+        penalty = fit.offset + fit.size * math.log(searched.items) + fit.own * searched.own
+        return odds * math.exp(slope * score - penalty)
 
     best: dict[int, float] = {}
     for score, person in zip(scores, people, strict=True):
@@ -49,7 +49,7 @@ def whole(people: list[int], **changes: object) -> Searched:
     """A search of which everything is scored."""
     unlabelled = sum(person < 0 for person in people)
     different = len({person for person in people if person >= 0}) + unlabelled
-    searched = Searched(different, len(people), unlabelled, mixed=False)
+    searched = Searched(different, len(people), unlabelled, own=0.0)
     return replace(searched, **changes)  # type: ignore[arg-type]
 
 
@@ -71,12 +71,12 @@ items = st.lists(st.tuples(st.floats(-30, 30), st.integers(-1, 4)), min_size=1, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(items, st.floats(0.001, 0.999), st.booleans(), st.floats(0.2, 3), st.integers(1, 16))
+@given(items, st.floats(0.001, 0.999), st.floats(0, 1), st.floats(0.2, 3), st.integers(1, 16))
 def test_probabilities_are_those_of_the_plain_formulas(
-    drawn: list[tuple[float, int]], prior: float, mixed: bool, ratio: float, images: int
+    drawn: list[tuple[float, int]], prior: float, own: float, ratio: float, images: int
 ) -> None:
     scores, people = [s for s, _ in drawn], [p for _, p in drawn]
-    searched = whole(people, mixed=mixed, ratio=ratio, images=images)
+    searched = whole(people, own=own, ratio=ratio, images=images)
     found, enrolled = answer(scores, people, searched, prior)
     expected, expected_enrolled = reference(scores, people, searched, prior)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -112,7 +112,7 @@ def test_what_is_not_scored_counts_as_a_normal_tail() -> None:
     scores = np.sort(generator.standard_normal(size))[::-1]
     scores[0] = 6.5
     people = np.arange(size)
-    everything = Searched(size, size, 0, mixed=False)
+    everything = Searched(size, size, 0, own=0.0)
     seen = {}
     for count in (100, 1000, size):
         beyond = [Beyond(size, count, float(scores[count - 1]))]
