@@ -55,6 +55,14 @@ class Settings(BaseSettings):
     runtime: Literal["auto", "torch", "openvino"] = "auto"
     candidates: int = Field(default=256, ge=1, le=100_000)
     """Shortlist size of the recall stage where a query does not set it."""
+    rerank: Literal["none", "k_reciprocal"] | None = None
+    """Whether queries that do not say are re-ranked; without it as the checkpoint says."""
+    prior: float = Field(default=0.5, gt=0, lt=1)
+    """How probable it is, before looking, that a person asked for is in the gallery."""
+    match_likely: float = Field(default=0.8, ge=0, le=1)
+    """From this probability of the first result on, an answer's `match` is `likely`."""
+    match_none: float = Field(default=0.2, ge=0, le=1)
+    """Below this `probability_enrolled` it is `none`."""
     index: IndexKind | None = None
     """Kind of the recall index; without one, what measures best for the gallery's size."""
 

@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse
 from service import errors
 from service.api.deps import NO_QUERY, ResourcesDep
 from service.api.openapi import documented
-from service.api.schemas import Health, ModelCard
+from service.api.schemas import Health, MatchCutoffs, ModelCard
 from service.observability.metrics import CONTENT_TYPE_LATEST
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ async def model_card(state: ResourcesDep) -> ModelCard:
         metric=info.config.metric,
         config=info.config.model_dump(),
         calibration=None if info.calibration is None else info.calibration.summary(),
+        match=MatchCutoffs(likely=state.settings.match_likely, none=state.settings.match_none),
+        prior=state.settings.prior,
         device=embedder.device,
         runtime=embedder.runtime,
         precision=embedder.precision,

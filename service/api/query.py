@@ -12,6 +12,7 @@ from service.api.labels import meant
 from service.api.openapi import documented, form_body, images_part
 from service.api.schemas import (
     QUERY_IMAGES,
+    Match,
     QueryAnswer,
     QueryForm,
 )
@@ -22,7 +23,7 @@ from service.api.uploads import (
     invalid_field,
     read_upload,
 )
-from service.gallery import Filters, Hit
+from service.gallery import Filters, Hit, SearchResult
 from service.images.decode import Box
 from service.pipeline.pipeline import Answer
 from service.pipeline.reading import picture_of
@@ -48,7 +49,7 @@ router = APIRouter(tags=["query"])
     ),
 )
 async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Response:
-    """Rank the gallery for one person, nearest first.
+    """Rank the gallery for one person, best first.
 
     The query's γ and β modulate every gallery item. By default a shortlist is recalled in the
     modulated space and then rescored exactly; `exhaustive` scores every item. Several images are
@@ -70,7 +71,7 @@ async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Respo
             await _search(state, form),
             actor,
         )
-    return json_response(_answer(answer, form, len(upload.images)))
+    return json_response(_answer(state, answer, form, len(upload.images)))
 
 
 async def _search(state: Resources, form: QueryForm) -> Search:
@@ -86,6 +87,8 @@ async def _search(state: Resources, form: QueryForm) -> Search:
         candidates=form.candidates,
         exhaustive=form.exhaustive,
         modulation=form.modulation,
+        rerank=form.rerank or state.settings.rerank,
+        prior=state.settings.prior if form.prior is None else form.prior,
         group_by=form.group_by,
         filters=Filters(
             **labels,
@@ -98,9 +101,10 @@ async def _search(state: Resources, form: QueryForm) -> Search:
     )
 
 
-def _answer(answer: Answer, form: QueryForm, images: int) -> QueryAnswer:
+def _answer(state: Resources, answer: Answer, form: QueryForm, images: int) -> QueryAnswer:
     # Validated in one go: a model for each of a thousand results would take most of the time.
-    result = answer.result
+    ranking = answer.ranking
+    result = ranking.result
     body: dict[str, Any] = {
         "query": {
             "modality": answer.modality,
@@ -109,12 +113,16 @@ def _answer(answer: Answer, form: QueryForm, images: int) -> QueryAnswer:
             "images": images,
         },
         "results": [
-            _result(hit, similarity, form.explain)
-            for hit, similarity in zip(result.hits, answer.similarities, strict=True)
+            _result(*parts, explain=form.explain)
+            for parts in zip(result.hits, ranking.similarities, ranking.agreements, strict=True)
         ],
+        "probability_enrolled": result.probability_enrolled,
+        "match": _match(state, result),
         "searched": result.searched,
+        "people": result.people,
         "candidates": result.candidates,
         "exhaustive": result.exhaustive,
+        "rerank": ranking.rerank,
         "model": answer.model,
     }
     if form.debug:
@@ -122,13 +130,32 @@ def _answer(answer: Answer, form: QueryForm, images: int) -> QueryAnswer:
     return QueryAnswer.model_validate(body)
 
 
-def _result(hit: Hit, similarity: float | None, explain: bool) -> dict[str, Any]:
-    explained = {"unmodulated_rank": hit.unmodulated_rank, "parts": hit.parts} if explain else {}
+def _match(state: Resources, result: SearchResult) -> Match | None:
+    """What an answer says in one word; None where the checkpoint has no fit."""
+    if result.probability_enrolled is None:
+        return None
+    first = result.hits[0].probability if result.hits else None
+    if first is not None and first >= state.settings.match_likely:
+        return "likely"
+    return "none" if result.probability_enrolled < state.settings.match_none else "possible"
+
+
+def _result(
+    hit: Hit, similarity: float | None, agreement: list[float] | None, *, explain: bool
+) -> dict[str, Any]:
+    explained = {
+        "unmodulated_rank": hit.unmodulated_rank,
+        "rank_before_rerank": hit.rank_before_rerank,
+        "parts": hit.parts,
+        "agreement": agreement,
+    }
     return {
         "rank": hit.rank,
         "item": hit.item,
+        "probability": hit.probability,
+        "score": hit.score,
         "distance": hit.distance,
         "similarity": similarity,
         "recall_rank": hit.recall_rank,
-        **explained,
+        **(explained if explain else {}),
     }

@@ -35,6 +35,7 @@ from service.http.problem import Problem
 Modality = Literal["rgb", "ir"]
 ModalityChoice = Literal["auto", "rgb", "ir"]
 ModalitySource = Literal["given", "camera", "detected"]
+Rerank = Literal["none", "k_reciprocal"]
 
 QUERY_IMAGES = 16
 BATCH_IMAGES = 256
@@ -150,10 +151,25 @@ class QueryForm(FormModel):
         ge=1,
         le=100_000,
         examples=[256],
-        description="Shortlist of the recall stage; never fewer than `top_k`.",
+        description="Shortlist of the recall stage, of each gallery modality that is searched; "
+        "never fewer than `top_k`.",
     )
     exhaustive: bool = Field(False, description="Score the whole gallery in modulated space.")
     modulation: bool = Field(True, description="false ranks by the unmodulated distance.")
+    rerank: Rerank | None = Field(
+        default=None,
+        description="Whether what the neighbours of the best items say counts too. Default: as the "
+        "checkpoint's held-out people say.",
+    )
+    prior: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        examples=[0.5],
+        description="Probability, before looking, that the person is among what is searched; "
+        "default in GET /model.",
+    )
     group_by: Literal["person_id"] | None = Field(
         default=None, description="Best image per person."
     )
@@ -170,7 +186,7 @@ class QueryForm(FormModel):
         examples=[100.0],
         description="Drops weaker results.",
     )
-    explain: bool = Field(False, description="Adds `parts` and `unmodulated_rank`.")
+    explain: bool = Field(False, description="Adds `parts`, `agreement` and both other ranks.")
     debug: bool = Field(False, description="Adds `timings_ms`.")
 
 
@@ -247,27 +263,49 @@ class QuerySummary(BaseModel):
 
 
 class Result(BaseModel):
-    """One ranked item. `parts` and `unmodulated_rank` are there with `explain`."""
+    """One ranked item.
+
+    `parts`, `agreement`, `unmodulated_rank` and `rank_before_rerank` are there with `explain`.
+    """
 
     rank: int
     item: GalleryItem
+    probability: float | None = Field(
+        ge=0,
+        le=1,
+        description="That the person asked for is this person (by that person's best image; all "
+        "images of a person have the same number), or, for an item without a label, that it shows "
+        "the person. null where the checkpoint has no fit.",
+    )
+    score: float = Field(
+        description="What orders the answer: larger is better, comparable between visible and "
+        "infrared items, re-ranking included."
+    )
     distance: float = Field(description="Euclidean, after modulation by the query's γ and β.")
     similarity: float | None = Field(
         ge=0,
         le=1,
-        description="Calibrated probability that both images show the same person, if that was as "
-        "likely beforehand as the calibration's `prior` says (GET /model). Never rises with the "
-        "distance of items of one modality. null where the checkpoint has no calibration for this "
-        "pair of modalities, or the query's images are of both.",
+        description="Calibrated probability that one pair of images shows the same person, drawn "
+        "with the calibration's `prior` (GET /model): not that of the best of many, which is "
+        "`probability`. null where the checkpoint has no calibration for this pair of modalities, "
+        "or the query's images are of both.",
     )
     recall_rank: int | None = Field(
-        description="Place in the shortlist before rescoring; null without a shortlist."
+        description="Place in the shortlist of its modality before rescoring; null without one."
     )
     unmodulated_rank: int | None = Field(
         default=None, description="Place by unmodulated distance among what was scored."
     )
+    rank_before_rerank: int | None = Field(
+        default=None, description="Place by score before re-ranking."
+    )
     parts: list[float] | None = Field(
         default=None, description="Squared distance per part; null for a cosine checkpoint."
+    )
+    agreement: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        default=None,
+        description="How well each part agrees, from the top: the probability at even odds that "
+        "two images with this part's distance show one person.",
     )
 
 
@@ -279,8 +317,12 @@ class Timings(BaseModel):
     embed: float
     recall: float
     rescore: float
+    rerank: float
     fetch: float
     total: float
+
+
+Match = Literal["likely", "possible", "none"]
 
 
 class QueryAnswer(BaseModel):
@@ -288,11 +330,29 @@ class QueryAnswer(BaseModel):
 
     query: QuerySummary
     results: list[Result]
+    probability_enrolled: float | None = Field(
+        ge=0, le=1, description="That the person asked for is among what was searched."
+    )
+    match: Match | None = Field(
+        description="`likely`: the first result is probably the person; `none`: the person is "
+        "probably not enrolled; else `possible`. The cut-offs are in GET /model."
+    )
     searched: int = Field(description="Items that the filters left.")
+    people: int = Field(
+        description="Distinct people among them, each item without a label counting as one."
+    )
     candidates: int = Field(description="Items that were rescored.")
     exhaustive: bool
+    rerank: Rerank
     model: str = Field(description="Fingerprint of the checkpoint.")
     timings_ms: Timings | None = None
+
+
+class MatchCutoffs(BaseModel):
+    """What `match` of an answer goes by."""
+
+    likely: float = Field(description="Least `probability` of the first result.")
+    none: float = Field(description="`probability_enrolled` below which nobody matches.")
 
 
 class ModelCard(BaseModel):
@@ -308,6 +368,8 @@ class ModelCard(BaseModel):
         "for that share of false accepts among pairs of two people. null where the checkpoint has "
         "none."
     )
+    match: MatchCutoffs
+    prior: float = Field(description="`prior` of queries that do not set it.")
     device: str
     runtime: str
     precision: str = Field(description="What was chosen on this machine, and why.")

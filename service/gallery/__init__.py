@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from service.gallery.gallery import DEFAULT_CANDIDATES, Gallery
-    from service.gallery.index.shard import Counters, Statistics
+    from service.gallery.index.shard import Counters, Scale, Statistics
     from service.gallery.records import (
         AuditEntry,
         AuditPage,
@@ -49,6 +49,7 @@ _HOMES = {
     "Query": "service.gallery.search",
     "ReembeddingStopped": "service.gallery.reembedding",
     "RequestKey": "service.gallery.records",
+    "Scale": "service.gallery.index.shard",
     "SearchResult": "service.gallery.records",
     "Statistics": "service.gallery.index.shard",
 }
@@ -74,6 +75,7 @@ __all__ = [
     "Query",
     "ReembeddingStopped",
     "RequestKey",
+    "Scale",
     "SearchResult",
     "Statistics",
 ]

@@ -217,17 +217,23 @@ class Page:
 class Hit:
     """One answer to a query.
 
-    rank counts from 1. distance: Euclidean after modulation, or 1 − cosine where that is the
-    checkpoint's metric. recall_rank: place in the recall stage's shortlist, None when exhaustive.
-    unmodulated_rank: place by the unmodulated distance among what was scored. parts: the squared
-    part distances, whose sum is distance². The last two only when asked to explain.
+    rank counts from 1. score: what orders the answer, larger is better. distance: Euclidean after
+    modulation, or 1 − cosine where that is the checkpoint's metric. probability: see
+    `model.ranking`; None where the checkpoint has no fit. recall_rank: place in the recall stage's
+    shortlist of the item's modality, None when exhaustive. unmodulated_rank: place by the
+    unmodulated distance among what was scored. rank_before_rerank: place by score without
+    re-ranking. parts: the squared part distances, whose sum is distance². The last three only when
+    asked to explain.
     """
 
     rank: int
     item: Item
+    score: float
     distance: float
+    probability: float | None
     recall_rank: int | None
     unmodulated_rank: int | None = None
+    rank_before_rerank: int | None = None
     parts: list[float] | None = None
 
 
@@ -235,12 +241,16 @@ class Hit:
 class SearchResult:
     """The answer to one query.
 
-    hits: nearest first. searched: items that passed the filters. candidates: how many of them were
-    rescored. timings_ms: of recall, rescore and fetch.
+    hits: best first. searched: items that passed the filters. people: distinct ones among them, an
+    item without a label counting as one. probability_enrolled: that the person is one of them; None
+    where the checkpoint has no fit. candidates: how many of the items were rescored. timings_ms: of
+    recall, rescore, rerank and fetch.
     """
 
     hits: list[Hit]
     searched: int
+    people: int
+    probability_enrolled: float | None
     candidates: int
     exhaustive: bool
     timings_ms: dict[str, float]

@@ -1,4 +1,4 @@
-"""Answers of searches: what the shard found, grouped, cut, and read from the store."""
+"""Answers of searches: what the shard ranked, grouped, cut, and read from the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from model import Modulation
 from service.errors import ModelVersionConflict
 from service.gallery.follower import Follower
-from service.gallery.index.shard import Scored, SearchRequest
+from service.gallery.index.shard import Ranked, Scale, SearchRequest
 from service.gallery.records import Filters, Hit, Item, SearchResult
 
 _WIDEN_FOR_GROUPS = 4  # how much longer the shortlist gets where it held too few people
@@ -49,11 +49,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Query:
-    """What is searched for: x (P×D) under γ, β (1×D); None: unmodulated."""
+    """What is searched for: x (P×D) under γ, β (1×D); None: unmodulated.
+
+    scale: what its scores and probabilities go by.
+    """
 
     x: Tensor
     modulation: Modulation | None
     options: Options
+    scale: Scale = field(default_factory=Scale)
 
 
 def answers(follower: Follower, queries: Sequence[Query], candidates: int) -> list[SearchResult]:
@@ -117,15 +121,15 @@ def _valid(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Places in `scored` of the results, and the numbers of their items."""
+    """Places in `ranked` of the results, and the numbers of their items."""
 
-    scored: Scored
+    ranked: Ranked
     places: list[int]
     numbers: list[int]
 
     def result(self, items: Mapping[int, Item], fetch_ms: float) -> SearchResult:
         """The answer, with those of its items that are given."""
-        scored = self.scored
+        ranked = self.ranked
         found = [
             (place, items[number])
             for place, number in zip(self.places, self.numbers, strict=True)
@@ -133,16 +137,14 @@ class _Chosen:
         ]
         return SearchResult(
             hits=[
-                _hit(scored, place, rank, item) for rank, (place, item) in enumerate(found, start=1)
+                _hit(ranked, place, rank, item) for rank, (place, item) in enumerate(found, start=1)
             ],
-            searched=scored.searched,
-            candidates=scored.candidates,
-            exhaustive=scored.exhaustive,
-            timings_ms={
-                "recall": scored.recall_ms,
-                "rescore": scored.rescore_ms,
-                "fetch": fetch_ms,
-            },
+            searched=ranked.searched,
+            people=ranked.people,
+            probability_enrolled=ranked.enrolled,
+            candidates=ranked.candidates,
+            exhaustive=ranked.exhaustive,
+            timings_ms=ranked.timings_ms | {"fetch": fetch_ms},
         )
 
 
@@ -158,16 +160,16 @@ def _out_of_use(follower: Follower, items: Iterable[Item]) -> bool:
 
 
 def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> list[_Chosen]:
-    """What the shard scored, nearest first, and the places in it of the results."""
+    """What the shard ranked, best first, and the places in it of the results."""
     chosen: dict[int, _Chosen] = {}
     options = [query.options for query in queries]
     waiting = {i: max(o.top_k, o.candidates or candidates) for i, o in enumerate(options)}
     while waiting:
-        scored = follower.shard.search(
-            [_sought(queries[i], shortlist) for i, shortlist in waiting.items()]
+        ranked = follower.shard.rank(
+            [(_sought(queries[i], shortlist), queries[i].scale) for i, shortlist in waiting.items()]
         )
         growing = {}
-        for (i, shortlist), one in zip(waiting.items(), scored, strict=True):
+        for (i, shortlist), one in zip(waiting.items(), ranked, strict=True):
             places = _places(one, options[i])
             if places is None:
                 growing[i] = shortlist * _WIDEN_FOR_GROUPS
@@ -185,8 +187,7 @@ def _sought(query: Query, shortlist: int) -> SearchRequest:
     return SearchRequest(
         query.x,
         query.modulation or Modulation.identity(1, query.x.shape[1]),
-        # Grouped, how many are needed is known only when they are scored.
-        count=options.top_k if options.group_by is None else shortlist,
+        count=shortlist,  # the whole of it has a part in the probabilities
         shortlist=shortlist,
         exhaustive=options.exhaustive,
         filters=options.filters,
@@ -194,26 +195,31 @@ def _sought(query: Query, shortlist: int) -> SearchRequest:
     )
 
 
-def _places(scored: Scored, options: Options) -> list[int] | None:
+def _places(ranked: Ranked, options: Options) -> list[int] | None:
     """The places of the results; None where a longer shortlist is needed to know."""
     if options.group_by is None:
-        return list(range(min(options.top_k, len(scored.numbers))))
-    # `scored` is sorted, so the first of each group is its best.
-    _, first = np.unique(scored.groups, return_index=True)
-    places: list[int] = np.sort(first)[: options.top_k].tolist()
-    if len(places) < options.top_k and len(places) < scored.searched_groups():
+        return list(range(min(options.top_k, len(ranked.numbers))))
+    # `ranked` is sorted, so the first of each group is its best.
+    _, first = np.unique(ranked.groups, return_index=True)
+    certain = first[first < ranked.certain]
+    if len(certain) < min(options.top_k, ranked.people):
         return None
+    places: list[int] = np.sort(certain)[: options.top_k].tolist()
     return places
 
 
-def _hit(scored: Scored, place: int, rank: int, item: Item) -> Hit:
-    ranks, plain, parts = scored.recall_ranks, scored.unmodulated_ranks, scored.parts
+def _hit(ranked: Ranked, place: int, rank: int, item: Item) -> Hit:
+    recalled, plain, parts = ranked.recall_ranks, ranked.unmodulated_ranks, ranked.parts
     explained = plain is not None
+    probabilities = ranked.probabilities
     return Hit(
         rank=rank,
         item=item,
-        distance=float(scored.distances[place]),
-        recall_rank=None if ranks is None else int(ranks[place]),
+        score=float(ranked.scores[place]),
+        distance=float(ranked.distances[place]),
+        probability=None if probabilities is None else float(probabilities[place]),
+        recall_rank=None if recalled is None else int(recalled[place]),
         unmodulated_rank=None if plain is None else int(plain[place]),
+        rank_before_rerank=int(ranked.scored_ranks[place]) if explained else None,
         parts=parts[place].tolist() if explained and parts is not None else None,
     )

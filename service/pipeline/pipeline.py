@@ -25,7 +25,7 @@ from model.pictures import Polarity
 from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
 from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
-from service.gallery import Act, Camera, Gallery, SearchResult
+from service.gallery import Act, Camera, Gallery
 from service.images import Decoders
 from service.images.decode import STORED_LIMITS, Crop, Modality, ModalitySource, Picture
 from service.images.turns import Share
@@ -35,7 +35,7 @@ from service.observability.tracing import Tracing
 from service.pipeline.audit_writer import AuditWriter
 from service.pipeline.conflicts import retried
 from service.pipeline.refusals import Refusals
-from service.pipeline.search_batcher import EmbeddedQuery, Search, SearchBatcher
+from service.pipeline.search_batcher import EmbeddedQuery, Ranking, Search, SearchBatcher
 from service.pipeline.self_check import SelfCheck
 from service.settings import Settings
 
@@ -53,14 +53,13 @@ _RETAIN_EVERY = 600.0  # seconds
 
 @dataclass(frozen=True)
 class Answer:
-    """A ranking (`search_batcher.Ranking`), and the modality that its query was taken for.
+    """A ranking, and the modality that its query was taken for.
 
     polarity: of its infrared images, None without one. model: fingerprint of the checkpoint.
-    timings_ms: of decode, queue, embed, recall, rescore, fetch, and total.
+    timings_ms: of decode, queue, embed, recall, rescore, rerank, fetch, and total.
     """
 
-    result: SearchResult
-    similarities: list[float | None]
+    ranking: Ranking
     modality: Modality | Literal["mixed"]
     modality_source: ModalitySource
     polarity: Polarity | None
@@ -264,22 +263,21 @@ class Pipeline:
             raise ModelVersionConflict("the checkpoint was changed between two of the images")
         seen = await gathered(self._embedded(one, query=True) for one in decoded)
         features = torch.stack([one.features for one in seen])
-        result, similarities = await self._searches.rank(
+        ranking = await self._searches.rank(
             EmbeddedQuery(engine.embedder, features, modality, search)
         )
-        for stage, milliseconds in result.timings_ms.items():
+        for stage, milliseconds in ranking.result.timings_ms.items():
             self.note(stage, milliseconds / 1000)
         slowest = {stage: max(one.seconds[stage] for one in seen) for stage in seen[0].seconds}
         return Answer(
-            result=result,
-            similarities=similarities,
+            ranking=ranking,
             modality=modality,
             modality_source=seen[0].crop.modality_source,
             polarity=next((one.crop.polarity for one in seen if one.crop.polarity), None),
             model=engine.model,
             timings_ms={
                 **{stage: 1000 * seconds for stage, seconds in slowest.items()},
-                **result.timings_ms,
+                **ranking.result.timings_ms,
                 "total": 1000 * (time.perf_counter() - started),
             },
         )

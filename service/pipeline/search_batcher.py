@@ -13,36 +13,48 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model import Modulation
+from model import Calibration, Modulation
 from service.embedding.embedder import Embedder
-from service.gallery import Gallery, Options, Query, SearchResult
+from service.gallery import Gallery, Options, Query, Scale, SearchResult
 from service.kit.concurrency import in_thread
 
 _TOGETHER = 32  # queries at most, so that the first of them need not wait for too many others
 
 
+Rerank = Literal["none", "k_reciprocal"]
+
+
 @dataclass(frozen=True)
 class Search(Options):
-    """How to rank. modulation: False ranks by the unmodulated distance."""
+    """How to rank.
+
+    modulation: False ranks by the unmodulated distance. rerank: None leaves it to the checkpoint.
+    prior: probability, before looking, that the person is among what is searched.
+    """
 
     modulation: bool = True
+    rerank: Rerank | None = None
+    prior: float = 0.5
 
 
 class Ranking(NamedTuple):
-    """A ranking with its similarities.
+    """A ranking with what the checkpoint's calibration says of each hit.
 
-    similarities: for each hit the probability that it shows the person of the query; None where the
-    checkpoint is not calibrated for this query and gallery modality.
+    similarities: the probability that a pair drawn at even odds shows one person; agreements: of
+    each part, where asked to explain. None where the checkpoint is not calibrated for this query
+    and gallery modality. rerank: how the ranking was.
     """
 
     result: SearchResult
     similarities: list[float | None]
+    agreements: list[list[float] | None]
+    rerank: Rerank
 
 
 @dataclass(frozen=True)
@@ -155,25 +167,58 @@ def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[EmbeddedQuery]
         Modulation(gamma[i : i + 1], beta[i : i + 1]) if query.search.modulation else None
         for i, query in enumerate(batch)
     ]
+    scales = [_scale(info.calibration, *parts) for parts in zip(batch, x, modulations, strict=True)]
     queries = [
-        Query(*parts) for parts in zip(x, modulations, (s.search for s in batch), strict=True)
+        Query(*parts)
+        for parts in zip(x, modulations, (s.search for s in batch), scales, strict=True)
     ]
     results = gallery.search_all(queries, model=info.fingerprint)
-    if info.calibration is None:
-        return [Ranking(result, [None] * len(result.hits)) for result in results]
     return [
-        Ranking(
-            result,
-            info.calibration.similarities(
-                x[i],
-                modulations[i],
-                [hit.distance for hit in result.hits],
-                query=query.modality,
-                gallery=[hit.item.modality for hit in result.hits],
-            ),
-        )
-        for i, (query, result) in enumerate(zip(batch, results, strict=True))
+        _ranking(info.calibration, *parts) for parts in zip(batch, queries, results, strict=True)
     ]
+
+
+def _scale(
+    calibration: Calibration | None, query: EmbeddedQuery, x: Tensor, modulation: Modulation | None
+) -> Scale:
+    """What the scores and probabilities of one query (P×D) go by."""
+    facts = None if calibration is None else calibration.facts.ranking
+    rerank = query.search.rerank
+    if rerank is None:
+        by_default = facts is not None and facts.reranking is not None and facts.reranking.default
+        rerank = "k_reciprocal" if by_default else "none"
+    applied = modulation or Modulation.identity(1, x.shape[1])
+    return Scale(
+        modality=query.modality,
+        references={} if calibration is None else calibration.moments(x[None], applied)[0],
+        facts=facts,
+        modulated=modulation is not None,
+        images=len(query.features),
+        prior=query.search.prior,
+        rerank=rerank == "k_reciprocal",
+        query=query.modality,
+    )
+
+
+def _ranking(
+    calibration: Calibration | None, embedded: EmbeddedQuery, query: Query, result: SearchResult
+) -> Ranking:
+    rerank: Rerank = "k_reciprocal" if query.scale.rerank else "none"
+    hits = result.hits
+    nothing: list[Any] = [None] * len(hits)
+    if calibration is None:
+        return Ranking(result, nothing, nothing, rerank)
+    of_pair: Any = {
+        "query": embedded.modality,
+        "gallery": [hit.item.modality for hit in hits],
+    }
+    agreements = nothing
+    if hits and hits[0].parts is not None:
+        parts = [hit.parts or [] for hit in hits]
+        agreements = calibration.agreements(query.x, query.modulation, parts, **of_pair)
+    distances = [hit.distance for hit in hits]
+    similarities = calibration.similarities(query.x, query.modulation, distances, **of_pair)
+    return Ranking(result, similarities, agreements, rerank)
 
 
 def fuse(features: Tensor, *, normalise: bool) -> Tensor:

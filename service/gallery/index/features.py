@@ -14,7 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model import Modulation, lift, modulated_cosine_distance, part_distances, project
+from model import (
+    Modulation,
+    lift,
+    modulated_cosine_distance,
+    modulated_distance,
+    part_distances,
+    project,
+)
+from model.config import Metric
+from model.modulation import ranking_distance
 from service.gallery.index.chunks import Chunk, scale_for
 
 # Rows that are widened at once: on a CPU they should stay in its caches.
@@ -40,7 +49,7 @@ class Features:
     item.
     """
 
-    def __init__(self, parts: int, dim: int, metric: str, device: str) -> None:
+    def __init__(self, parts: int, dim: int, metric: Metric, device: str) -> None:
         self.parts, self.dim, self.metric = parts, dim, metric
         self.device = torch.device(device)
         self.chunks: tuple[Chunk, ...] = ()
@@ -132,6 +141,32 @@ class Features:
         found = [part_distances(x, y, modulation, block=step)[0] for y in blocks]
         parts = _joined(found, (0, self.parts))[back]
         return np.sqrt(parts.sum(1)), parts.astype(np.float32)
+
+    @torch.inference_mode()
+    def distances(
+        self, x: Tensor, modulation: Modulation, positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
+        """One query (P×D) to the rows at `positions`, which ascend: N, by one product.
+
+        Good to 1e-6 of the largest; `rescore` gives what is shown.
+        """
+        if self.metric == "cosine":
+            return self.rescore(x, modulation, positions)[0]
+        y = self._gather(positions).reshape(-1, self.parts, self.dim)
+        applied = Modulation(*(p.to(self.device).float() for p in modulation))
+        found = modulated_distance(x.to(self.device).float()[None], y, applied)[0]
+        distances: npt.NDArray[np.float64] = found.double().cpu().numpy()
+        return distances
+
+    @torch.inference_mode()
+    def between(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Unmodulated distances among the rows at `positions`, in any order: N×N."""
+        order = np.argsort(positions)
+        back = np.argsort(order)
+        y = self._gather(positions[order]).reshape(-1, self.parts, self.dim).float()
+        plain = Modulation.identity(len(y), self.dim, device=y.device)
+        found: npt.NDArray[np.float64] = ranking_distance(y, y, plain, self.metric).cpu().numpy()
+        return found[np.ix_(back, back)]
 
     @torch.inference_mode()
     def score_all(self, x: Tensor, modulation: Modulation) -> npt.NDArray[np.floating]:

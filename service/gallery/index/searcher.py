@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from service.gallery.records import Filters
 # Where the bound on rounding says that an exhaustive search may have lost a row, it is repeated in
 # fp32 for this many times as many rows.
 _WIDEN_SHORTLIST = 8
+SAMPLE = 1024  # rows whose distances say how those of all that is searched are spread
 # A product of larger numbers could overflow fp32.
 _LARGEST = 1e9
 
@@ -35,7 +37,8 @@ class SearchRequest:
     """What one query wants: the `count` nearest to x (P×D) under γ, β (1×D).
 
     shortlist: how many the recall stage finds, at least `count`. exhaustive: of all rows, proven
-    against rounding, else of those that recall finds. explain: with unmodulated ranks too.
+    against rounding, else of those that recall finds. explain: with unmodulated distances too.
+    sample: with the distances to a sample of all that is searched.
     """
 
     x: Tensor
@@ -45,40 +48,54 @@ class SearchRequest:
     exhaustive: bool = False
     filters: Filters = field(default_factory=Filters)
     explain: bool = False
+    sample: bool = False
+
+
+class Distances(NamedTuple):
+    """Rows by position, and a query's distances to them."""
+
+    positions: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float64]
+
+
+class Unmodulated(NamedTuple):
+    """Numbers that rank like the distance without γ and β: of N rows, and of all scored, sorted."""
+
+    mine: npt.NDArray[np.floating]
+    everyone: npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class Scored:
     """The nearest, N rows, nearest first.
 
-    numbers: row numbers. groups: equal where person_id is equal. parts: squared distances, N×P.
-    candidates: how many rows the answer was chosen from. recall_ms: of the whole batch.
+    numbers: row numbers. positions: in the `segment`. persons: codes, negative where there is none.
+    parts: squared distances, N×P. searched: how many rows passed the filters. candidates: how many
+    of them the answer was chosen from. sample: of the rows searched, all of them where they are no
+    more than `SAMPLE`. recall_ms: of the whole batch.
     """
 
     numbers: npt.NDArray[np.int64]
-    groups: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    persons: npt.NDArray[np.int64]
     distances: npt.NDArray[np.float64]
     recall_ranks: npt.NDArray[np.int64] | None
-    unmodulated_ranks: npt.NDArray[np.int64] | None
+    unmodulated: Unmodulated | None
     parts: npt.NDArray[np.float32] | None
     searched: int
     candidates: int
     exhaustive: bool
+    sample: Distances | None
     recall_ms: float
     rescore_ms: float
-    found: _Found
-
-    def searched_groups(self) -> int:
-        """How many groups there are among all that was searched."""
-        columns, allowed = self.found.columns, self.found.allowed
-        persons = columns.persons[: len(allowed)][allowed]
-        named = persons >= 0
-        return len(np.unique(persons[named])) + int(np.count_nonzero(~named))
+    segment: Segment
+    columns: Columns
+    allowed: Mask
 
 
 @dataclass
 class Counters:
-    """How often each stage ran since the gallery was opened, one count per query.
+    """How often each stage ran since the gallery was opened: per query and gallery modality.
 
     recall_batches, exhaustive_batches: how often queries of one call were run together.
     widened: exhaustive searches that had to be repeated for more rows, to be sure.
@@ -170,24 +187,26 @@ class Searcher:
 
         positions = found.best.positions
         numbers = found.columns.numbers[positions]
-        persons = found.columns.persons[positions]
         order = np.lexsort((numbers, distances))[: request.count]
-        unmodulated = None
-        if request.explain:
-            unmodulated = self._unmodulated_ranks(query, found, exhaustive)[order]
         return Scored(
             numbers=numbers[order],
-            groups=np.where(persons < 0, -1 - numbers, persons)[order],
+            positions=positions[order],
+            persons=found.columns.persons[positions[order]],
             distances=distances[order],
             recall_ranks=None if exhaustive else order + 1,
-            unmodulated_ranks=unmodulated,
+            unmodulated=(
+                self._unmodulated(query, found, exhaustive, order) if request.explain else None
+            ),
             parts=None if parts is None else parts[order],
             searched=found.searched,
             candidates=candidates,
             exhaustive=exhaustive,
+            sample=self._sample(query, found) if request.sample and found.searched else None,
             recall_ms=recall_ms,
             rescore_ms=1e3 * (time.perf_counter() - started),
-            found=found,
+            segment=found.segment,
+            columns=found.columns,
+            allowed=found.allowed,
         )
 
     def _checked(self, queries: Sequence[SearchRequest]) -> list[_Query]:
@@ -226,7 +245,8 @@ class Searcher:
         masks = [found.allowed for found in seen]
         shortlist = queries[0].request.shortlist  # the same for all of them
         best = recall(segment.features, segment.index, w, shortlist, masks)
-        self._count(recall_calls=len(queries), recall_batches=1, largest_batch=len(queries))
+        asked = sum(found.searched > 0 for found in seen)
+        self._count(recall_calls=asked, recall_batches=asked > 0, largest_batch=asked)
         approximate = segment.index is not None
         return [
             replace(found, best=one, approximate=approximate)
@@ -239,7 +259,8 @@ class Searcher:
         """count: how many are wanted where it is more than the queries say. exact: not in bf16."""
         seen = self._seen(queries)
         features = seen[0].segment.features
-        self._count(exhaustive_calls=len(queries), exhaustive_batches=1, largest_batch=len(queries))
+        asked = sum(found.searched > 0 for found in seen)
+        self._count(exhaustive_calls=asked, exhaustive_batches=asked > 0, largest_batch=asked)
         if features.metric == "cosine":  # no single inner product
             return [
                 replace(found, best=_by_cosine(found, query))
@@ -271,7 +292,7 @@ class Searcher:
         All of them where an index's scores are approximate, or where unmodulated ranks are wanted,
         which are places among the whole shortlist.
         """
-        self._count(rescore_calls=1)
+        self._count(rescore_calls=found.searched > 0)
         features, best = found.segment.features, found.best
         if not exhaustive and (found.approximate or query.request.explain):
             distances, parts = features.rescore(query.x, query.modulation, best.positions)
@@ -287,17 +308,26 @@ class Searcher:
             exact=found.exact,
         )
 
-    def _unmodulated_ranks(
-        self, query: _Query, found: _Found, exhaustive: bool
-    ) -> npt.NDArray[np.int64]:
-        """Place of each of `found` by the distance without γ and β, among what was scored."""
+    def _unmodulated(
+        self, query: _Query, found: _Found, exhaustive: bool, order: npt.NDArray[np.int64]
+    ) -> Unmodulated:
+        """Of the rows of `found` in this order, and of all that was scored."""
         plain = Modulation.identity(1, query.x.shape[1], dtype=torch.float64)
         features, positions = found.segment.features, found.best.positions
         if not exhaustive:
             distances, _ = features.rescore(query.x, plain, positions)
-            return _ranks_among(distances, distances)
+            return Unmodulated(distances[order], np.sort(distances))
         scores = features.score_all(query.x, plain)
-        return _ranks_among(scores[: len(found.allowed)][found.allowed], scores[positions])
+        everyone = np.sort(scores[: len(found.allowed)][found.allowed])
+        return Unmodulated(scores[positions[order]], everyone)
+
+    def _sample(self, query: _Query, found: _Found) -> Distances:
+        """Evenly spread over the rows searched: the same for all queries with these filters."""
+        positions = np.flatnonzero(found.allowed)
+        if len(positions) > SAMPLE:
+            positions = positions[np.arange(SAMPLE) * len(positions) // SAMPLE]
+        features = found.segment.features
+        return Distances(positions, features.distances(query.x, query.modulation, positions))
 
     def _count(self, *, largest_batch: int = 0, **calls: int) -> None:
         with self._counting:
@@ -317,10 +347,3 @@ def _by_cosine(found: _Found, query: _Query) -> Best:
         # float64 may round slightly differently in another block.
         positions = positions[near <= last + 1e-12]
     return Best(positions, -scores[positions].astype(np.float32))
-
-
-def _ranks_among(
-    everyone: npt.NDArray[np.floating], chosen: npt.NDArray[np.floating]
-) -> npt.NDArray[np.int64]:
-    """1 + how many of `everyone` are smaller than each of `chosen`."""
-    return np.searchsorted(np.sort(everyone), chosen, side="left") + 1

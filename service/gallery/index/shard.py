@@ -15,11 +15,21 @@ from model import CMTConfig
 from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
 from service.gallery.index.maintenance import Maintenance
+from service.gallery.index.ranker import Ranked, Scale, rank
 from service.gallery.index.searcher import Counters, Scored, Searcher, SearchRequest
 from service.gallery.index.segment import Segment
 from service.gallery.records import IndexKind
 
-__all__ = ["Counters", "Frozen", "Scored", "SearchRequest", "Shard", "Statistics"]
+__all__ = [
+    "Counters",
+    "Frozen",
+    "Ranked",
+    "Scale",
+    "Scored",
+    "SearchRequest",
+    "Shard",
+    "Statistics",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,10 @@ class Shard:
     def search(self, queries: Sequence[SearchRequest]) -> list[Scored]:
         """`Searcher.search`."""
         return self._searcher.search(queries)
+
+    def rank(self, requests: Sequence[tuple[SearchRequest, Scale]]) -> list[Ranked]:
+        """`ranker.rank`."""
+        return rank(self._searcher, requests)
 
     @property
     def counters(self) -> Counters:

@@ -139,10 +139,17 @@ def test_query_ranks_and_explains(
         assert sum(result["parts"]) == pytest.approx(result["distance"] ** 2, rel=1e-5)
         assert result["recall_rank"] >= 1
         assert 1 <= result["unmodulated_rank"] <= len(enrolled)
-        assert result["similarity"] is None  # the tiny checkpoint holds no calibration
+        assert result["rank_before_rerank"] == result["rank"]
+        # The tiny checkpoint holds no calibration.
+        assert (result["similarity"], result["probability"], result["agreement"]) == (None,) * 3
+    assert (answer["probability_enrolled"], answer["match"]) == (None, None)
+    scores = [result["score"] for result in answer["results"]]
+    assert scores == sorted(scores, reverse=True)
     assert answer["searched"] == answer["candidates"] == len(enrolled)
+    assert answer["people"] == len({item["person_id"] for item in enrolled})
+    assert answer["rerank"] == "none"
     assert set(answer["timings_ms"]) == {
-        "decode", "queue", "embed", "recall", "rescore", "fetch", "total",
+        "decode", "queue", "embed", "recall", "rescore", "rerank", "fetch", "total",
     }  # fmt: skip
     plain = ask(http, infrared[0])
     assert "timings_ms" not in plain

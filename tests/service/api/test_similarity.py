@@ -15,6 +15,7 @@ from model import CMT, Calibration, save_checkpoint, store_calibration
 from model.calibration import CalibrationFacts, CalibrationMap, IsotonicCurve, LogisticCurve
 from model.cli import main
 from model.config import Modality
+from model.training_facts import LearntPeople
 from service.client import Client
 from tests.service.conftest import Serve
 
@@ -48,7 +49,8 @@ def checkpoint(tiny_model: CMT, tmp_path_factory: pytest.TempPathFactory) -> Pat
     references = dict(zip(modalities, map(tiny_model.ranked_form, noise), strict=True))
     path = tmp_path_factory.mktemp("calibrated") / "tiny.safetensors"
     fingerprint = save_checkpoint(path, tiny_model).fingerprint
-    people = CalibrationFacts(prior=0.5, dataset="sysu", identities=(3, 5), maps=maps)
+    learnt = LearntPeople(dataset="sysu", name="sysu", identities=[3, 5])
+    people = CalibrationFacts(prior=0.5, people=(learnt,), maps=maps)
     store_calibration(
         path, path, Calibration(people, references, tiny_model.config.metric), fingerprint
     )

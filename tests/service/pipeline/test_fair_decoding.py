@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.service.processes import ServiceProcess, assert_no_defect, gauge, wait_for
 
-IMAGES = 48
+IMAGES = 96
 
 
 def dear_image() -> bytes:
@@ -32,7 +32,7 @@ def test_queries_and_readiness_do_not_wait_for_a_batch_that_takes_long(
     dear = dear_image()
     begun = time.process_time()
     Image.open(io.BytesIO(dear)).load()
-    budget = 20 * (time.process_time() - begun)  # whatever the machine: for some images, not all
+    budget = 60 * (time.process_time() - begun)  # whatever the machine: for some images, not all
     with (
         ServiceProcess(
             tmp_path / "data", tiny_checkpoint, decode_processes=1, decode_budget=budget

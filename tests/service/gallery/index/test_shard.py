@@ -306,7 +306,7 @@ def test_labels_change_in_place() -> None:
             assert search(shard, 0, 10, filters=filters).numbers.tolist() == expected
         assert 7 not in search(shard, 0, 100, filters=Filters(person_id=("eleven",))).numbers
         scored = search(shard, 0, 100)
-        assert scored.groups[scored.numbers.tolist().index(7)] < 0
+        assert scored.persons[scored.numbers.tolist().index(7)] < 0
         shard.update([42], captured=[None])
         assert search(shard, 0, 10, filters=Filters(captured_from=moment)).searched == 0
 

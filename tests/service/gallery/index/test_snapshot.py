@@ -63,7 +63,7 @@ def assert_equal(one: Shard, other: Shard) -> None:
         assert np.array_equal(mine.numbers, theirs.numbers)
         assert np.array_equal(mine.distances, theirs.distances)
         assert mine.searched == theirs.searched
-        assert (mine.groups < 0).tolist() == (theirs.groups < 0).tolist()
+        assert (mine.persons < 0).tolist() == (theirs.persons < 0).tolist()
 
 
 def made(kind: IndexKind = "SQfp16") -> Shard:

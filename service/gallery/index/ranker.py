@@ -1,0 +1,360 @@
+"""Rank what was scored: one order over both modalities, re-ranked, with probabilities.
+
+Each gallery modality is searched by itself, so that neither starves the other in the shortlist, and
+both are joined by score (`model.ranking`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model import Modality
+from model.config import MODALITIES
+from model.ranking import (
+    DEPTH,
+    Beyond,
+    Moments,
+    PosteriorFit,
+    RankingFacts,
+    Reranking,
+    Searched,
+    blended,
+    in_deviations,
+    moments_of,
+    own_share,
+    posterior,
+    reciprocal_similarity,
+    scores,
+    spread_ratio,
+)
+from service.gallery.index.features import Features
+from service.gallery.index.searcher import SAMPLE, Scored, Searcher, SearchRequest
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a query's scores and probabilities go by, from its checkpoint.
+
+    modality: "rgb", "ir" or "mixed". references: moments of its distances to the reference
+    embeddings, by their modality; none without a calibration. facts: None without them. modulated:
+    whether it ranks by γ and β. images: how many it was made from. prior: that the person is among
+    what is searched. rerank: whether to.
+    query: modality of the query, "mixed" where it has images of both.
+    """
+
+    modality: str = "mixed"
+    references: Mapping[Modality, Moments] = field(default_factory=dict)
+    facts: RankingFacts | None = None
+    modulated: bool = True
+    images: int = 1
+    prior: float = 0.5
+    rerank: bool = False
+    query: str = "mixed"
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """All that was scored for a query, best first: N rows.
+
+    groups: equal where person_id is equal. probabilities: None where the checkpoint has no fit for
+    such a search. scored_ranks: places by score before re-ranking. recall_ranks: in the shortlist
+    of the row's modality. certain: how many rows come before anything that was not scored.
+    enrolled: that the person is among what was searched. people: distinct ones among it, an
+    unlabelled item counting as one.
+    """
+
+    numbers: Integers
+    groups: Integers
+    distances: Floats
+    scores: Floats
+    probabilities: Floats | None
+    scored_ranks: Integers
+    recall_ranks: Integers | None
+    unmodulated_ranks: Integers | None
+    parts: npt.NDArray[np.float32] | None
+    certain: int
+    searched: int
+    people: int
+    enrolled: float | None
+    candidates: int
+    exhaustive: bool
+    timings_ms: dict[str, float]
+
+
+@torch.inference_mode()
+def rank(searcher: Searcher, requests: Sequence[tuple[SearchRequest, Scale]]) -> list[Ranked]:
+    """Search each of the gallery's modalities that a query asks for, and join what was found."""
+    parts: list[SearchRequest] = []
+    owners: list[tuple[int, Modality]] = []
+    for place, (request, scale) in enumerate(requests):
+        wanted = request.filters.gallery_modality
+        for modality in MODALITIES:
+            if not wanted or modality in wanted:
+                only = replace(request.filters, gallery_modality=(modality,))
+                parts.append(replace(request, filters=only, sample=scale.facts is not None))
+                owners.append((place, modality))
+    found: list[dict[Modality, Scored]] = [{} for _ in requests]
+    for (place, modality), scored in zip(owners, searcher.search(parts), strict=True):
+        found[place][modality] = scored
+    return [
+        _joined(of_modality, scale) for of_modality, (_, scale) in zip(found, requests, strict=True)
+    ]
+
+
+def _joined(found: Mapping[Modality, Scored], scale: Scale) -> Ranked:
+    started = time.perf_counter()
+    present = {m: one for m, one in found.items() if one.searched}
+    moments = {m: _moments(one, m, scale) for m, one in present.items()}
+    every = list(present.values()) or list(found.values())[:1]
+    kept = _Rows.joined([_Rows.of(m, one, moments[m]) for m, one in present.items()])
+    by_score = kept.order()
+    kept = kept.taken(by_score)
+    searched = _searched(present, moments, scale)
+    reranked_ms = 0.0
+    scored_ranks = np.arange(1, len(kept.scores) + 1)
+    if scale.rerank and len(kept.scores):
+        begun = time.perf_counter()
+        kept = replace(
+            kept, scores=kept.scores + _bonus(kept, every[0].segment.features, searched, scale)
+        )
+        again = kept.order()
+        kept, scored_ranks = kept.taken(again), scored_ranks[again]
+        reranked_ms = 1e3 * (time.perf_counter() - begun)
+    probabilities, enrolled = _posterior(kept, present, moments, searched, scale)
+    joined_ms = 1e3 * (time.perf_counter() - started) - reranked_ms
+    return Ranked(
+        numbers=kept.numbers,
+        groups=np.where(kept.persons < 0, -1 - kept.numbers, kept.persons),
+        distances=kept.distances,
+        scores=kept.scores,
+        probabilities=probabilities,
+        scored_ranks=scored_ranks,
+        recall_ranks=None if every[0].exhaustive else kept.recall_ranks,
+        unmodulated_ranks=_unmodulated_ranks(kept, every),
+        parts=None if any(one.parts is None for one in every) else kept.parts,
+        certain=int(np.count_nonzero(kept.scores >= _unseen(present, moments))),
+        searched=searched.items,
+        people=searched.people,
+        enrolled=enrolled,
+        candidates=sum(one.candidates for one in present.values()),
+        exhaustive=every[0].exhaustive,
+        timings_ms={
+            "recall": max(one.recall_ms for one in found.values()),
+            "rescore": sum(one.rescore_ms for one in found.values()) + joined_ms,
+            "rerank": reranked_ms,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one or more modalities, N each; see `Ranked` and `Scored`."""
+
+    numbers: Integers
+    places: Integers  # in the segment
+    infrared: npt.NDArray[np.bool_]
+    persons: Integers
+    distances: Floats
+    scores: Floats
+    recall_ranks: Integers
+    unmodulated: Floats
+    parts: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, modality: Modality, scored: Scored, moments: Moments) -> _Rows:
+        count = len(scored.numbers)
+        plain = scored.unmodulated
+        return cls(
+            scored.numbers,
+            scored.positions,
+            np.full(count, modality == "ir"),
+            scored.persons,
+            scored.distances,
+            scores(scored.distances, moments),
+            np.zeros(count, np.int64) if scored.recall_ranks is None else scored.recall_ranks,
+            np.zeros(count) if plain is None else plain.mine.astype(np.float64),
+            np.zeros((count, 0), np.float32) if scored.parts is None else scored.parts,
+        )
+
+    @classmethod
+    def joined(cls, rows: Sequence[_Rows]) -> _Rows:
+        if not rows:
+            whole, number = np.empty(0, np.int64), np.empty(0)
+            none = np.empty(0, np.bool_)
+            parts = np.empty((0, 0), np.float32)
+            return cls(whole, whole, none, whole, number, number, whole, number, parts)
+        columns = zip(*(vars(one).values() for one in rows), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
+    def order(self) -> Integers:
+        """Best score first; equal ones by distance, then in order of enrollment."""
+        return np.lexsort((self.numbers, self.distances, -self.scores))
+
+    def taken(self, order: Integers) -> _Rows:
+        return _Rows(*(column[order] for column in vars(self).values()))
+
+
+def _moments(scored: Scored, modality: Modality, scale: Scale) -> Moments:
+    """Of the distances to what is searched of a modality, with the checkpoint's prior.
+
+    A checkpoint without a calibration ranks by distance, whatever the modality: what a gallery of
+    three items says of its distances is worse than nothing.
+    """
+    prior = scale.references.get(modality)
+    if prior is None or scale.facts is None or scored.sample is None:
+        return Moments(0.0, 1.0)
+    here = moments_of(scored.sample.distances)
+    return blended(here, scored.searched, prior, scale.facts.prior_items)
+
+
+def _searched(
+    present: Mapping[Modality, Scored], moments: Mapping[Modality, Moments], scale: Scale
+) -> Searched:
+    items = sum(one.searched for one in present.values())
+    people: list[Integers] = []
+    unlabelled = 0
+    for one in present.values():
+        persons = one.columns.persons[: len(one.allowed)][one.allowed]
+        people.append(np.flatnonzero(np.bincount(persons[persons >= 0])))
+        unlabelled += int(np.count_nonzero(persons < 0))
+    return Searched(
+        people=len(np.unique(np.concatenate(people))) + unlabelled if people else 0,
+        items=items,
+        unlabelled=unlabelled,
+        own=own_share(scale.query, {m: one.searched for m, one in present.items()}),
+        ratio=spread_ratio(
+            (one.searched, moments[m], scale.references[m])
+            for m, one in present.items()
+            if m in scale.references
+        ),
+        images=scale.images,
+        beyond=[
+            Beyond(
+                one.searched,
+                len(one.distances),
+                float(scores(one.distances[-1:], moments[m])[0]),
+            )
+            for m, one in present.items()
+            if one.searched > max(SAMPLE, len(one.distances))
+        ],
+    )
+
+
+def _unseen(present: Mapping[Modality, Scored], moments: Mapping[Modality, Moments]) -> float:
+    """No row that was not scored has a better score than this one."""
+    last = [
+        float(scores(one.distances[-1:], moments[m])[0])
+        for m, one in present.items()
+        if len(one.distances) < one.searched
+    ]
+    return max(last, default=-np.inf)
+
+
+def _bonus(rows: _Rows, features: Features, searched: Searched, scale: Scale) -> Floats:
+    """What re-ranking adds to the scores of the best, which come first."""
+    bonus = np.zeros(len(rows.scores))
+    reranking = (scale.facts and scale.facts.reranking) or Reranking()
+    images = reranking.images(
+        searched.items - searched.unlabelled,
+        searched.people - searched.unlabelled,
+        searched.unlabelled,
+    )
+    weight = reranking.share(images)
+    if weight:
+        best = rows.taken(np.arange(min(DEPTH, len(rows.scores))))
+        modalities = np.where(best.infrared, "ir", "rgb")
+        distances = features.between(best.places)
+        facts, to_query = scale.facts, -best.scores
+        if facts is None:  # nothing is known of the distances but these
+            facts = RankingFacts(prior_items=1, between=_measured(distances, modalities))
+            own = moments_of(best.distances)
+            to_query, weight = -scores(best.distances, own), weight * own.deviation
+        similarity = reciprocal_similarity(
+            to_query,
+            in_deviations(distances, modalities, facts),
+            reranking.size(images),
+            reranking,
+        )
+        bonus[: len(similarity)] = weight * similarity
+    return bonus
+
+
+def _measured(
+    distances: Floats, modalities: npt.NDArray[np.str_]
+) -> dict[str, tuple[float, float]]:
+    """`RankingFacts.between` of these items alone."""
+    found: dict[str, tuple[float, float]] = {}
+    for first, second in product(MODALITIES, MODALITIES):
+        block = distances[np.ix_(modalities == first, modalities == second)]
+        if block.size:
+            here = moments_of(block)
+            found[f"{first} {second}"] = here.mean, here.deviation or 1.0
+    return found
+
+
+def _posterior(
+    rows: _Rows,
+    present: Mapping[Modality, Scored],
+    moments: Mapping[Modality, Moments],
+    searched: Searched,
+    scale: Scale,
+) -> tuple[Floats | None, float | None]:
+    """Probabilities of the rows, and that of being enrolled; None where there is no fit."""
+    if not searched.items:
+        return np.empty(0), 0.0
+    fits = _fits(scale)
+    if fits is None:
+        return None, None
+    others = [_others(one, moments[m]) for m, one in present.items() if one.searched <= SAMPLE]
+    answer = posterior(
+        np.concatenate([rows.scores, *(found for found, _ in others)]),
+        np.concatenate([rows.persons, *(persons for _, persons in others)]),
+        searched,
+        labelled=fits[0],
+        unlabelled=fits[1],
+        prior=scale.prior,
+    )
+    return answer.probabilities[: len(rows.scores)], answer.enrolled
+
+
+def _fits(scale: Scale) -> tuple[PosteriorFit, PosteriorFit] | None:
+    """For labelled and for unlabelled items."""
+    if scale.facts is None:
+        return None
+    labelled, unlabelled = (
+        scale.facts.posterior(modulated=scale.modulated, reranked=scale.rerank, labelled=named)
+        for named in (True, False)
+    )
+    return None if labelled is None or unlabelled is None else (labelled, unlabelled)
+
+
+def _others(scored: Scored, moments: Moments) -> tuple[Floats, Integers]:
+    """Scores and persons of what was searched of a modality and is not in the shortlist.
+
+    Of a modality whose sample is all of it.
+    """
+    assert scored.sample is not None
+    rest = ~np.isin(scored.sample.positions, scored.positions)
+    persons = scored.columns.persons[scored.sample.positions[rest]]
+    return scores(scored.sample.distances[rest], moments), persons
+
+
+def _unmodulated_ranks(rows: _Rows, every: Sequence[Scored]) -> Integers | None:
+    """1 + how many of all that was scored are nearer than each row without γ and β."""
+    if any(one.unmodulated is None for one in every):
+        return None
+    ranks = np.ones(len(rows.scores), np.int64)
+    for one in every:
+        if one.unmodulated is not None:
+            ranks += np.searchsorted(one.unmodulated.everyone, rows.unmodulated, side="left")
+    return ranks
