@@ -146,30 +146,30 @@ class CalibrationMap(_Record):
 class CalibrationFacts(_Record):
     """The part of a calibration that is JSON.
 
-    prior: the share of same-person pairs that the probabilities assume. dataset, identities, name,
-    images: the held-out people it was fitted on, see `people`. strength: of the modulation, chosen
-    on them; None in those of earlier releases, which ranked by γ and β as trained. ranking: what
-    else ranking goes by; None in those of earlier releases.
+    prior: the share of same-person pairs that the probabilities assume. people: whom it was fitted
+    on, set by set; by their numbers alone where an early release fitted it. strength: of the
+    modulation, chosen on them; None in those of earlier releases, which ranked by γ and β as
+    trained. ranking: what else ranking goes by; None in those of earlier releases.
     """
 
     prior: float = Field(gt=0, lt=1)
-    dataset: str
-    identities: tuple[int, ...]
+    people: tuple[LearntPeople, ...]
     maps: tuple[CalibrationMap, ...]
-    name: str | None = None
-    images: str = ""
     strength: Strength | None = None
     ranking: RankingFacts | None = None
 
-    @property
-    def people(self) -> LearntPeople:
-        """Whom it was fitted on; by their numbers alone where an earlier release fitted it."""
-        return LearntPeople(
-            dataset=self.dataset,
-            name=self.name if self.images else self.dataset,
-            identities=list(self.identities),
-            images=self.images,
-        )
+    @model_validator(mode="before")
+    @classmethod
+    def _one_set(cls, values: Any) -> Any:
+        """Earlier releases knew one set of people, and kept what it is among the facts."""
+        if not isinstance(values, dict) or "dataset" not in values:
+            return values
+        values = dict(values)
+        one = {name: values.pop(name, None) for name in ("dataset", "identities", "name")}
+        images = values.pop("images", "")
+        if not images:
+            one["name"] = one["dataset"]
+        return values | {"people": [one | {"images": images}]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,12 +294,16 @@ class Calibration:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """All facts as JSON, without the knots of isotonic curves and the list of identities."""
+        """All facts as JSON, without the knots of isotonic curves and who the people are."""
         facts = self.facts.model_dump(
             mode="json",
-            exclude={"maps": {"__all__": {"curve": {"scores", "probabilities"}}}},
+            exclude={"maps": {"__all__": {"curve": {"scores", "probabilities"}}}, "people": True},
         )
-        facts["identities"] = len(self.facts.identities)
+        facts["sets"] = [
+            {"dataset": one.dataset, "name": one.name, "identities": len(one.identities)}
+            for one in self.facts.people
+        ]
+        facts["identities"] = sum(len(one.identities) for one in self.facts.people)
         facts["references"] = {name: len(rows) for name, rows in self.references.items()}
         return facts
 

@@ -36,6 +36,7 @@ from model.calibration import (
     normalised,
 )
 from model.config import MODALITIES
+from model.training_facts import LearntPeople
 
 LOGISTIC = LogisticCurve(slope=-2.0, intercept=1.0)
 STEPS = IsotonicCurve(scores=(0.5, 1.0, 1.5), probabilities=(0.9, 0.4, 0.4))
@@ -75,7 +76,8 @@ def calibration_of(model: CMT, *maps: CalibrationMap) -> Calibration:
         modality: model.ranked_form(torch.randn(12, *size, generator=generator)).half()
         for modality in MODALITIES
     }
-    facts = CalibrationFacts(prior=0.5, dataset="sysu", identities=(3, 5), maps=maps)
+    people = (LearntPeople(dataset="sysu", name="sysu", identities=[3, 5]),)
+    facts = CalibrationFacts(prior=0.5, people=people, maps=maps)
     return Calibration(facts, references, model.config.metric)
 
 
@@ -317,3 +319,18 @@ def test_a_calibration_of_other_weights_is_refused(
 
     with pytest.raises(CheckpointError, match="altered or damaged"):
         load_checkpoint(altered(foreign, transplant))
+
+
+def test_facts_of_an_earlier_release_name_their_one_set(calibration: Calibration) -> None:
+    facts = json.loads(calibration.facts.model_dump_json(exclude={"people"}))
+    kept = {"dataset": "sysu", "identities": [3, 5], "name": "mine", "images": "AAAAAAAA"}
+    read = CalibrationFacts.model_validate_json(json.dumps(facts | kept))
+    assert read.people == (LearntPeople(**kept),)
+    assert CalibrationFacts.model_validate_json(read.model_dump_json()) == read
+    # Before there were digests, a number of the layout was a person.
+    oldest = {"dataset": "sysu", "identities": [3, 5]}
+    (people,) = CalibrationFacts.model_validate_json(json.dumps(facts | oldest)).people
+    assert people == LearntPeople(dataset="sysu", name="sysu", identities=[3, 5])
+    for damaged in ({"identities": 5}, {"dataset": None}, {"images": "?"}):
+        with pytest.raises(ValidationError):
+            CalibrationFacts.model_validate_json(json.dumps(facts | kept | damaged))

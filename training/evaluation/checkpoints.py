@@ -171,7 +171,7 @@ def calibrated_on(
     """How many of the people of `samples` the calibration was fitted on; None without one."""
     if info.calibration is None:
         return None
-    return len(known_people([info.calibration.facts.people], samples, dataset, name))
+    return len(known_people(info.calibration.facts.people, samples, dataset, name))
 
 
 def checkpoint_files(
