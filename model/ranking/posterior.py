@@ -87,21 +87,27 @@ def posterior(
     labelled: PosteriorFit,
     unlabelled: PosteriorFit,
     prior: float = 0.5,
+    counted: npt.NDArray[np.bool_] | None = None,
 ) -> Answer:
     """Scores of N items and whose they are → the probabilities of the answer.
 
     people: equal for the items of one person, negative for an item without a label. All images of
     a person get the same probability, that of the best one.
     labelled, unlabelled: the fits for these searches. prior: that the person is enrolled, in
-    (0, 1).
+    (0, 1). counted: which items are outcomes of their own, all by default; the others, which have
+    no better scores, are among what `Searched.beyond` stands for.
     """
     prior_odds = math.log(prior) - math.log1p(-prior)
     named = people >= 0
     weights = np.empty(len(scores))
     weights[~named] = prior_odds + log_weights(scores[~named], unlabelled, searched)
-    _, whose = np.unique(people[named], return_inverse=True)
-    best = np.full(whose.max(initial=-1) + 1, -np.inf)
-    np.maximum.at(best, whose, scores[named])
+    sure = np.ones(len(scores), np.bool_) if counted is None else counted
+    codes, whose = np.unique(people[named], return_inverse=True)
+    best = np.full(len(codes), -np.inf)
+    np.maximum.at(best, whose[sure[named]], scores[named & sure])
+    outcomes = np.isfinite(best)
+    late = ~outcomes[whose]
+    np.maximum.at(best, whose[late], scores[named][late])
     of_people = prior_odds + log_weights(best, labelled, searched)
     weights[named] = of_people[whose]
 
@@ -109,11 +115,11 @@ def posterior(
     share = (searched.people - alone) / max(1, searched.items - alone)  # people for each item
     rest_named = _rest(searched, labelled) + _log(share * (searched.items - alone) / searched.items)
     rest_alone = _rest(searched, unlabelled) + _log(alone / searched.items)
-    all_named = _log_sum([*of_people, prior_odds + rest_named])
-    everything = _log_sum([all_named, *weights[~named], prior_odds + rest_alone])
+    all_named = _log_sum([*of_people[outcomes], prior_odds + rest_named])
+    everything = _log_sum([all_named, *weights[~named & sure], prior_odds + rest_alone])
     against = np.where(named, weights - np.logaddexp(0, all_named), -np.logaddexp(0, -weights))
-    probabilities = np.exp(np.minimum(against, 0))
-    return Answer(probabilities, math.exp(-np.logaddexp(0, -everything)))
+    enrolled = math.exp(-np.logaddexp(0, -everything))
+    return Answer(np.minimum(np.exp(np.minimum(against, 0)), enrolled), enrolled)
 
 
 def log_weights(scores: FloatArray, fit: PosteriorFit, searched: Searched) -> FloatArray:

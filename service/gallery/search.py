@@ -166,7 +166,10 @@ def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> li
     waiting = {i: max(o.top_k, o.candidates or candidates) for i, o in enumerate(options)}
     while waiting:
         ranked = follower.shard.rank(
-            [(_sought(queries[i], shortlist), queries[i].scale) for i, shortlist in waiting.items()]
+            [
+                (_sought(queries[i], shortlist, candidates), queries[i].scale)
+                for i, shortlist in waiting.items()
+            ]
         )
         growing = {}
         for (i, shortlist), one in zip(waiting.items(), ranked, strict=True):
@@ -182,7 +185,7 @@ def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> li
     return [chosen[i] for i in range(len(queries))]
 
 
-def _sought(query: Query, shortlist: int) -> SearchRequest:
+def _sought(query: Query, shortlist: int, candidates: int) -> SearchRequest:
     options = query.options
     return SearchRequest(
         query.x,
@@ -192,6 +195,7 @@ def _sought(query: Query, shortlist: int) -> SearchRequest:
         exhaustive=options.exhaustive,
         filters=options.filters,
         explain=options.explain,
+        counted=options.candidates or candidates,
     )
 
 

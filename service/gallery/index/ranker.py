@@ -1,7 +1,9 @@
 """Rank what was scored: one order over both modalities, re-ranked, with probabilities.
 
 Each gallery modality is searched by itself, so that neither starves the other in the shortlist, and
-both are joined by score (`model.ranking`).
+both are joined by score (`model.ranking`). Probabilities and re-ranking go by as many rows of each
+modality as the request says count, however many are shown, so that a longer answer changes no
+number in it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from model.ranking import (
     spread_ratio,
 )
 from service.gallery.index.features import Features
-from service.gallery.index.searcher import SAMPLE, Scored, Searcher, SearchRequest
+from service.gallery.index.searcher import Scored, Searcher, SearchRequest
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -107,30 +109,31 @@ def rank(searcher: Searcher, requests: Sequence[tuple[SearchRequest, Scale]]) ->
     for (place, modality), scored in zip(owners, searcher.search(parts), strict=True):
         found[place][modality] = scored
     return [
-        _joined(of_modality, scale) for of_modality, (_, scale) in zip(found, requests, strict=True)
+        _joined(of_modality, scale, request.counted or request.shortlist)
+        for of_modality, (request, scale) in zip(found, requests, strict=True)
     ]
 
 
-def _joined(found: Mapping[Modality, Scored], scale: Scale) -> Ranked:
+def _joined(found: Mapping[Modality, Scored], scale: Scale, counted: int) -> Ranked:
     started = time.perf_counter()
     present = {m: one for m, one in found.items() if one.searched}
     moments = {m: _moments(one, m, scale) for m, one in present.items()}
     every = list(present.values()) or list(found.values())[:1]
-    kept = _Rows.joined([_Rows.of(m, one, moments[m]) for m, one in present.items()])
+    kept = _Rows.joined([_Rows.of(m, one, moments[m], counted) for m, one in present.items()])
     by_score = kept.order()
     kept = kept.taken(by_score)
-    searched = _searched(present, moments, scale)
+    searched = _searched(present, moments, scale, counted)
     reranked_ms = 0.0
     scored_ranks = np.arange(1, len(kept.scores) + 1)
     if scale.rerank and len(kept.scores):
         begun = time.perf_counter()
         kept = replace(
-            kept, scores=kept.scores + _bonus(kept, every[0].segment.features, searched, scale)
+            kept, scores=kept.scores + _bonus(kept, every[0].seen.segment.features, searched, scale)
         )
         again = kept.order()
         kept, scored_ranks = kept.taken(again), scored_ranks[again]
         reranked_ms = 1e3 * (time.perf_counter() - begun)
-    probabilities, enrolled = _posterior(kept, present, moments, searched, scale)
+    probabilities, enrolled = _posterior(kept, present, moments, searched, scale, counted)
     joined_ms = 1e3 * (time.perf_counter() - started) - reranked_ms
     return Ranked(
         numbers=kept.numbers,
@@ -158,7 +161,10 @@ def _joined(found: Mapping[Modality, Scored], scale: Scale) -> Ranked:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one or more modalities, N each; see `Ranked` and `Scored`."""
+    """Rows of one or more modalities, N each; see `Ranked` and `Scored`.
+
+    counted: whether probabilities and re-ranking go by them.
+    """
 
     numbers: Integers
     places: Integers  # in the segment
@@ -166,12 +172,13 @@ class _Rows:
     persons: Integers
     distances: Floats
     scores: Floats
+    counted: npt.NDArray[np.bool_]
     recall_ranks: Integers
     unmodulated: Floats
     parts: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, modality: Modality, scored: Scored, moments: Moments) -> _Rows:
+    def of(cls, modality: Modality, scored: Scored, moments: Moments, counted: int) -> _Rows:
         count = len(scored.numbers)
         plain = scored.unmodulated
         return cls(
@@ -181,6 +188,7 @@ class _Rows:
             scored.persons,
             scored.distances,
             scores(scored.distances, moments),
+            np.arange(count) < counted,
             np.zeros(count, np.int64) if scored.recall_ranks is None else scored.recall_ranks,
             np.zeros(count) if plain is None else plain.mine.astype(np.float64),
             np.zeros((count, 0), np.float32) if scored.parts is None else scored.parts,
@@ -192,13 +200,18 @@ class _Rows:
             whole, number = np.empty(0, np.int64), np.empty(0)
             none = np.empty(0, np.bool_)
             parts = np.empty((0, 0), np.float32)
-            return cls(whole, whole, none, whole, number, number, whole, number, parts)
+            return cls(whole, whole, none, whole, number, number, none, whole, number, parts)
         columns = zip(*(vars(one).values() for one in rows), strict=True)
         return cls(*(np.concatenate(column) for column in columns))
 
     def order(self) -> Integers:
         """Best score first; equal ones by distance, then in order of enrollment."""
         return np.lexsort((self.numbers, self.distances, -self.scores))
+
+    @property
+    def modalities(self) -> npt.NDArray[np.str_]:
+        """Of each row."""
+        return np.where(self.infrared, "ir", "rgb")
 
     def taken(self, order: Integers) -> _Rows:
         return _Rows(*(column[order] for column in vars(self).values()))
@@ -218,18 +231,16 @@ def _moments(scored: Scored, modality: Modality, scale: Scale) -> Moments:
 
 
 def _searched(
-    present: Mapping[Modality, Scored], moments: Mapping[Modality, Moments], scale: Scale
+    present: Mapping[Modality, Scored],
+    moments: Mapping[Modality, Moments],
+    scale: Scale,
+    counted: int,
 ) -> Searched:
-    items = sum(one.searched for one in present.values())
-    people: list[Integers] = []
-    unlabelled = 0
-    for one in present.values():
-        persons = one.columns.persons[: len(one.allowed)][one.allowed]
-        people.append(np.flatnonzero(np.bincount(persons[persons >= 0])))
-        unlabelled += int(np.count_nonzero(persons < 0))
+    people = [one.seen.persons for one in present.values()]
+    unlabelled = sum(one.seen.unlabelled for one in present.values())
     return Searched(
         people=len(np.unique(np.concatenate(people))) + unlabelled if people else 0,
-        items=items,
+        items=sum(one.searched for one in present.values()),
         unlabelled=unlabelled,
         own=own_share(scale.query, {m: one.searched for m, one in present.items()}),
         ratio=spread_ratio(
@@ -239,15 +250,16 @@ def _searched(
         ),
         images=scale.images,
         beyond=[
-            Beyond(
-                one.searched,
-                len(one.distances),
-                float(scores(one.distances[-1:], moments[m])[0]),
-            )
+            Beyond(one.searched, len(kept), float(scores(kept[-1:], moments[m])[0]))
             for m, one in present.items()
-            if one.searched > max(SAMPLE, len(one.distances))
+            if len(kept := one.distances[:counted]) < one.searched and not _whole(one)
         ],
     )
+
+
+def _whole(scored: Scored) -> bool:
+    """Whether the distances to all that is searched of a modality are known."""
+    return scored.sample is not None and scored.sample.whole
 
 
 def _unseen(present: Mapping[Modality, Scored], moments: Mapping[Modality, Moments]) -> float:
@@ -261,7 +273,7 @@ def _unseen(present: Mapping[Modality, Scored], moments: Mapping[Modality, Momen
 
 
 def _bonus(rows: _Rows, features: Features, searched: Searched, scale: Scale) -> Floats:
-    """What re-ranking adds to the scores of the best, which come first."""
+    """What re-ranking adds to the scores of the best; rows come best first."""
     bonus = np.zeros(len(rows.scores))
     reranking = (scale.facts and scale.facts.reranking) or Reranking()
     images = reranking.images(
@@ -271,8 +283,9 @@ def _bonus(rows: _Rows, features: Features, searched: Searched, scale: Scale) ->
     )
     weight = reranking.share(images)
     if weight:
-        best = rows.taken(np.arange(min(DEPTH, len(rows.scores))))
-        modalities = np.where(best.infrared, "ir", "rgb")
+        first = np.flatnonzero(rows.counted)[:DEPTH]
+        best = rows.taken(first)
+        modalities = best.modalities
         distances = features.between(best.places)
         facts, to_query = scale.facts, -best.scores
         if facts is None:  # nothing is known of the distances but these
@@ -285,7 +298,7 @@ def _bonus(rows: _Rows, features: Features, searched: Searched, scale: Scale) ->
             reranking.size(images),
             reranking,
         )
-        bonus[: len(similarity)] = weight * similarity
+        bonus[first] = weight * similarity
     return bonus
 
 
@@ -308,6 +321,7 @@ def _posterior(
     moments: Mapping[Modality, Moments],
     searched: Searched,
     scale: Scale,
+    counted: int,
 ) -> tuple[Floats | None, float | None]:
     """Probabilities of the rows, and that of being enrolled; None where there is no fit."""
     if not searched.items:
@@ -315,7 +329,8 @@ def _posterior(
     fits = _fits(scale)
     if fits is None:
         return None, None
-    others = [_others(one, moments[m]) for m, one in present.items() if one.searched <= SAMPLE]
+    others = [_others(one, moments[m], counted) for m, one in present.items() if _whole(one)]
+    rest = sum(len(found) for found, _ in others)
     answer = posterior(
         np.concatenate([rows.scores, *(found for found, _ in others)]),
         np.concatenate([rows.persons, *(persons for _, persons in others)]),
@@ -323,6 +338,7 @@ def _posterior(
         labelled=fits[0],
         unlabelled=fits[1],
         prior=scale.prior,
+        counted=np.concatenate([rows.counted, np.ones(rest, np.bool_)]),
     )
     return answer.probabilities[: len(rows.scores)], answer.enrolled
 
@@ -338,15 +354,11 @@ def _fits(scale: Scale) -> tuple[PosteriorFit, PosteriorFit] | None:
     return None if labelled is None or unlabelled is None else (labelled, unlabelled)
 
 
-def _others(scored: Scored, moments: Moments) -> tuple[Floats, Integers]:
-    """Scores and persons of what was searched of a modality and is not in the shortlist.
-
-    Of a modality whose sample is all of it.
-    """
+def _others(scored: Scored, moments: Moments, counted: int) -> tuple[Floats, Integers]:
+    """Scores and persons of all but the rows that count, of a modality known as a whole."""
     assert scored.sample is not None
-    rest = ~np.isin(scored.sample.positions, scored.positions)
-    persons = scored.columns.persons[scored.sample.positions[rest]]
-    return scores(scored.sample.distances[rest], moments), persons
+    rest = ~np.isin(scored.sample.positions, scored.positions[:counted])
+    return scores(scored.sample.distances[rest], moments), scored.sample.persons[rest]
 
 
 def _unmodulated_ranks(rows: _Rows, every: Sequence[Scored]) -> Integers | None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from model import CMTConfig, Modulation, project
 from service.gallery.index.columns import Columns
 from service.gallery.index.exact_topk import Nearest, nearest_of
-from service.gallery.index.inner_products import Best, Mask, exhaustive
+from service.gallery.index.inner_products import Best, Mask, exhaustive, scan
 from service.gallery.index.recall import recall
 from service.gallery.index.segment import Segment
 from service.gallery.records import Filters
@@ -27,7 +28,9 @@ from service.gallery.records import Filters
 # Where the bound on rounding says that an exhaustive search may have lost a row, it is repeated in
 # fp32 for this many times as many rows.
 _WIDEN_SHORTLIST = 8
-SAMPLE = 1024  # rows whose distances say how those of all that is searched are spread
+# Where no more rows than this are searched, the distances to all of them are found with the best.
+WHOLE = 4096
+SAMPLE = 1024  # of more, rows whose distances say how those of all are spread
 # A product of larger numbers could overflow fp32.
 _LARGEST = 1e9
 
@@ -38,7 +41,8 @@ class SearchRequest:
 
     shortlist: how many the recall stage finds, at least `count`. exhaustive: of all rows, proven
     against rounding, else of those that recall finds. explain: with unmodulated distances too.
-    sample: with the distances to a sample of all that is searched.
+    sample: with the distances to a sample of all that is searched. counted: how many of the
+    shortlist probabilities and re-ranking go by, see `ranker`.
     """
 
     x: Tensor
@@ -49,13 +53,19 @@ class SearchRequest:
     filters: Filters = field(default_factory=Filters)
     explain: bool = False
     sample: bool = False
+    counted: int | None = None
 
 
-class Distances(NamedTuple):
-    """Rows by position, and a query's distances to them."""
+class Sample(NamedTuple):
+    """Rows by position, whose they are, and a query's distances to them.
+
+    whole: they are all that is searched.
+    """
 
     positions: npt.NDArray[np.int64]
+    persons: npt.NDArray[np.int64]
     distances: npt.NDArray[np.float64]
+    whole: bool
 
 
 class Unmodulated(NamedTuple):
@@ -70,9 +80,9 @@ class Scored:
     """The nearest, N rows, nearest first.
 
     numbers: row numbers. positions: in the `segment`. persons: codes, negative where there is none.
-    parts: squared distances, N×P. searched: how many rows passed the filters. candidates: how many
-    of them the answer was chosen from. sample: of the rows searched, all of them where they are no
-    more than `SAMPLE`. recall_ms: of the whole batch.
+    parts: squared distances, N×P. seen: what passed the filters. candidates: how many rows the
+    answer was chosen from. sample: of those searched, good to the rounding of fp32. recall_ms: of
+    the whole batch.
     """
 
     numbers: npt.NDArray[np.int64]
@@ -82,15 +92,17 @@ class Scored:
     recall_ranks: npt.NDArray[np.int64] | None
     unmodulated: Unmodulated | None
     parts: npt.NDArray[np.float32] | None
-    searched: int
     candidates: int
     exhaustive: bool
-    sample: Distances | None
+    sample: Sample | None
     recall_ms: float
     rescore_ms: float
-    segment: Segment
-    columns: Columns
-    allowed: Mask
+    seen: Seen
+
+    @property
+    def searched(self) -> int:
+        """How many rows passed the filters."""
+        return self.seen.searched
 
 
 @dataclass
@@ -122,20 +134,61 @@ class _Query:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Candidates of one query, among the rows that it saw.
-
-    exact: their scores are those of fp32, off by `rounding_bound` at most. approximate: they are
-    farther off, as an index of codes or of some lists gives them.
-    """
+class Seen:
+    """The rows that pass some filters at one moment, of which there are `searched`."""
 
     segment: Segment
     columns: Columns
     allowed: Mask
     searched: int
+
+    @cached_property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Where they are."""
+        return np.flatnonzero(self.allowed)
+
+    @cached_property
+    def spread(self) -> npt.NDArray[np.int64]:
+        """`SAMPLE` of them, evenly spread: the same for every query."""
+        return self.positions[np.arange(SAMPLE) * self.searched // SAMPLE]
+
+    @cached_property
+    def persons(self) -> npt.NDArray[np.int64]:
+        """Codes of the people they show, each once."""
+        found: npt.NDArray[np.int64] = np.flatnonzero(np.bincount(self._codes + 1)[1:])
+        return found
+
+    @cached_property
+    def unlabelled(self) -> int:
+        """How many show nobody known."""
+        return int(np.count_nonzero(self._codes < 0))
+
+    @cached_property
+    def _codes(self) -> npt.NDArray[np.int64]:
+        return self.columns.persons[: len(self.allowed)][self.allowed]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Candidates of one query, among the rows that it saw.
+
+    exact: their scores are those of fp32, off by `rounding_bound` at most. approximate: they are
+    farther off, as an index of codes or of some lists gives them. sample: see `Scored`.
+    """
+
+    seen: Seen
     best: Best
     exact: bool = True
     approximate: bool = False
+    sample: Sample | None = None
+
+
+class _Kind(NamedTuple):
+    """Queries that are run together. whole: all rows are scored, and kept as a sample."""
+
+    exhaustive: bool
+    whole: bool
+    shortlist: int | None
 
 
 class Searcher:
@@ -154,59 +207,61 @@ class Searcher:
         order of their numbers. No answer depends on the other queries. Raises ValueError for a
         query of the wrong shape or with numbers that are not finite, and for a count below 1.
         """
-        checked = self._checked(queries)
-        cosine = self._config.metric == "cosine"
+        checked, seen = self._checked(queries), self._seen(queries)
         scored: dict[int, Scored] = {}
         # What an index finds for a shortlist depends on its length: only equal ones run together.
-        kinds: dict[int | None, list[int]] = {}
+        kinds: dict[_Kind, list[int]] = {}
         for i, one in enumerate(queries):
-            kinds.setdefault(None if one.exhaustive or cosine else one.shortlist, []).append(i)
-        for shortlist, members in kinds.items():
-            whole = shortlist is None
-            chosen = [checked[i] for i in members]
+            kinds.setdefault(self._kind(one, seen[i]), []).append(i)
+        for kind, members in kinds.items():
             started = time.perf_counter()
-            found = self._exhaustive(chosen) if whole else self._recall(chosen)
+            found = self._found(kind, [checked[i] for i in members], [seen[i] for i in members])
             recall_ms = 1e3 * (time.perf_counter() - started)
-            for i, query, candidates in zip(members, chosen, found, strict=True):
-                scored[i] = self._scored(query, candidates, whole, recall_ms)
+            for i, candidates in zip(members, found, strict=True):
+                scored[i] = self._scored(checked[i], candidates, kind.exhaustive, recall_ms)
         return [scored[i] for i in range(len(queries))]
+
+    def _kind(self, query: SearchRequest, seen: Seen) -> _Kind:
+        cosine = self._config.metric == "cosine"
+        exhaustive = query.exhaustive or cosine
+        whole = query.sample and seen.searched <= WHOLE and not cosine
+        return _Kind(exhaustive, whole, None if whole or exhaustive else query.shortlist)
 
     def _scored(self, query: _Query, found: _Found, exhaustive: bool, recall_ms: float) -> Scored:
         started = time.perf_counter()
-        request = query.request
-        candidates = found.searched if exhaustive else len(found.best.positions)
+        request, seen, sample = query.request, found.seen, found.sample
+        candidates = seen.searched if exhaustive else len(found.best.positions)
         nearest = self._computed(query, found, exhaustive)
         count = request.count
         while exhaustive and not nearest.proven:
-            count = min(found.searched, _WIDEN_SHORTLIST * count)
+            count = min(seen.searched, _WIDEN_SHORTLIST * count)
             self._count(widened=1)
-            (found,) = self._exhaustive([query], count=count, exact=True)
+            (found,) = self._exhaustive([query], [seen], count=count, exact=True)
             nearest = self._computed(query, found, exhaustive)
+        if request.sample and sample is None and seen.searched:
+            sample = _sampled(query, seen)
         found = replace(found, best=nearest.best)
         distances, parts = nearest.distances, nearest.parts
 
         positions = found.best.positions
-        numbers = found.columns.numbers[positions]
+        numbers = seen.columns.numbers[positions]
         order = np.lexsort((numbers, distances))[: request.count]
         return Scored(
             numbers=numbers[order],
             positions=positions[order],
-            persons=found.columns.persons[positions[order]],
+            persons=seen.columns.persons[positions[order]],
             distances=distances[order],
             recall_ranks=None if exhaustive else order + 1,
             unmodulated=(
                 self._unmodulated(query, found, exhaustive, order) if request.explain else None
             ),
             parts=None if parts is None else parts[order],
-            searched=found.searched,
             candidates=candidates,
             exhaustive=exhaustive,
-            sample=self._sample(query, found) if request.sample and found.searched else None,
+            sample=sample,
             recall_ms=recall_ms,
             rescore_ms=1e3 * (time.perf_counter() - started),
-            segment=found.segment,
-            columns=found.columns,
-            allowed=found.allowed,
+            seen=seen,
         )
 
     def _checked(self, queries: Sequence[SearchRequest]) -> list[_Query]:
@@ -238,53 +293,66 @@ class Searcher:
             for q, one in enumerate(queries)
         ]
 
-    def _recall(self, queries: Sequence[_Query]) -> list[_Found]:
-        seen = self._seen(queries)
+    def _found(self, kind: _Kind, queries: Sequence[_Query], seen: Sequence[Seen]) -> list[_Found]:
+        asked = sum(one.searched > 0 for one in seen)
+        if kind.exhaustive:
+            self._count(exhaustive_calls=asked, exhaustive_batches=asked > 0, largest_batch=asked)
+        else:
+            self._count(recall_calls=asked, recall_batches=asked > 0, largest_batch=asked)
+        if kind.whole:
+            return self._whole(queries, seen, exhaustive=kind.exhaustive)
+        if kind.shortlist is None:
+            return self._exhaustive(queries, seen)
         segment = seen[0].segment
         w = torch.stack([query.w for query in queries])
-        masks = [found.allowed for found in seen]
-        shortlist = queries[0].request.shortlist  # the same for all of them
-        best = recall(segment.features, segment.index, w, shortlist, masks)
-        asked = sum(found.searched > 0 for found in seen)
-        self._count(recall_calls=asked, recall_batches=asked > 0, largest_batch=asked)
+        masks = [one.allowed for one in seen]
+        best = recall(segment.features, segment.index, w, kind.shortlist, masks)
         approximate = segment.index is not None
         return [
-            replace(found, best=one, approximate=approximate)
-            for found, one in zip(seen, best, strict=True)
+            _Found(rows, one, approximate=approximate) for rows, one in zip(seen, best, strict=True)
         ]
 
+    def _whole(
+        self, queries: Sequence[_Query], seen: Sequence[Seen], *, exhaustive: bool
+    ) -> list[_Found]:
+        """As recall and exhaustive search find them; one scan gives the distances to all, too."""
+        w = torch.stack([query.w for query in queries])
+        best = scan(seen[0].segment.features, w, WHOLE, [one.allowed for one in seen])
+        found = []
+        for query, rows, one in zip(queries, seen, best, strict=True):
+            squared = query.c - one.scores.astype(np.float64)
+            persons = rows.columns.persons[one.positions]
+            sample = Sample(one.positions, persons, np.sqrt(np.maximum(squared, 0)), whole=True)
+            kept = one if exhaustive else one.first(query.request.shortlist)
+            found.append(_Found(rows, kept, sample=sample))
+        return found
+
     def _exhaustive(
-        self, queries: Sequence[_Query], *, count: int = 0, exact: bool = False
+        self,
+        queries: Sequence[_Query],
+        seen: Sequence[Seen],
+        *,
+        count: int = 0,
+        exact: bool = False,
     ) -> list[_Found]:
         """count: how many are wanted where it is more than the queries say. exact: not in bf16."""
-        seen = self._seen(queries)
         features = seen[0].segment.features
-        asked = sum(found.searched > 0 for found in seen)
-        self._count(exhaustive_calls=asked, exhaustive_batches=asked > 0, largest_batch=asked)
         if features.metric == "cosine":  # no single inner product
-            return [
-                replace(found, best=_by_cosine(found, query))
-                for found, query in zip(seen, queries, strict=True)
-            ]
+            return [_by_cosine(query, rows) for query, rows in zip(queries, seen, strict=True)]
         w = torch.stack([query.w for query in queries])
         count = max(count, *(query.request.count for query in queries))
         best, exact = exhaustive(features, w, count, [one.allowed for one in seen], exact=exact)
-        return [
-            replace(found, best=one, exact=exact) for found, one in zip(seen, best, strict=True)
-        ]
+        return [_Found(rows, one, exact=exact) for rows, one in zip(seen, best, strict=True)]
 
-    def _seen(self, queries: Sequence[_Query]) -> list[_Found]:
-        """What each query may see, before anything is found; the same mask for equal filters."""
+    def _seen(self, queries: Sequence[SearchRequest]) -> list[Seen]:
+        """What each query may see, before anything is found; the same for equal filters."""
         segment = self._segment()
         columns = segment.columns.frozen()
-        filters = {query.request.filters for query in queries}
-        masks = {one: columns.mask(one) for one in filters}
-        counts = {one: int(np.count_nonzero(mask)) for one, mask in masks.items()}
-        nothing = Best(np.empty(0, np.int64), np.empty(0, np.float32))
-        return [
-            _Found(segment, columns, masks[one], counts[one], nothing)
-            for one in (query.request.filters for query in queries)
-        ]
+        seen = {}
+        for filters in {query.filters for query in queries}:
+            mask = columns.mask(filters)
+            seen[filters] = Seen(segment, columns, mask, int(np.count_nonzero(mask)))
+        return [seen[query.filters] for query in queries]
 
     def _computed(self, query: _Query, found: _Found, exhaustive: bool) -> Nearest:
         """Exact distances of what was found: as many as prove the nearest that are wanted.
@@ -292,8 +360,8 @@ class Searcher:
         All of them where an index's scores are approximate, or where unmodulated ranks are wanted,
         which are places among the whole shortlist.
         """
-        self._count(rescore_calls=found.searched > 0)
-        features, best = found.segment.features, found.best
+        self._count(rescore_calls=found.seen.searched > 0)
+        features, best = found.seen.segment.features, found.best
         if not exhaustive and (found.approximate or query.request.explain):
             distances, parts = features.rescore(query.x, query.modulation, best.positions)
             return Nearest(best, distances, parts, proven=True)
@@ -303,7 +371,7 @@ class Searcher:
             query.modulation,
             (query.w, query.c),
             best,
-            searched=found.searched,
+            searched=found.seen.searched,
             count=query.request.count,
             exact=found.exact,
         )
@@ -313,21 +381,13 @@ class Searcher:
     ) -> Unmodulated:
         """Of the rows of `found` in this order, and of all that was scored."""
         plain = Modulation.identity(1, query.x.shape[1], dtype=torch.float64)
-        features, positions = found.segment.features, found.best.positions
+        features, positions = found.seen.segment.features, found.best.positions
         if not exhaustive:
             distances, _ = features.rescore(query.x, plain, positions)
             return Unmodulated(distances[order], np.sort(distances))
         scores = features.score_all(query.x, plain)
-        everyone = np.sort(scores[: len(found.allowed)][found.allowed])
+        everyone = np.sort(scores[found.seen.positions])
         return Unmodulated(scores[positions[order]], everyone)
-
-    def _sample(self, query: _Query, found: _Found) -> Distances:
-        """Evenly spread over the rows searched: the same for all queries with these filters."""
-        positions = np.flatnonzero(found.allowed)
-        if len(positions) > SAMPLE:
-            positions = positions[np.arange(SAMPLE) * len(positions) // SAMPLE]
-        features = found.segment.features
-        return Distances(positions, features.distances(query.x, query.modulation, positions))
 
     def _count(self, *, largest_batch: int = 0, **calls: int) -> None:
         with self._counting:
@@ -336,14 +396,24 @@ class Searcher:
             self.counters.largest_batch = max(self.counters.largest_batch, largest_batch)
 
 
-def _by_cosine(found: _Found, query: _Query) -> Best:
+def _sampled(query: _Query, seen: Seen) -> Sample:
+    """Distances to the rows of `Seen.spread`, of more than `WHOLE`."""
+    places = seen.spread
+    distances = seen.segment.features.distances(query.x, query.modulation, places)
+    return Sample(places, seen.columns.persons[places], distances, whole=False)
+
+
+def _by_cosine(query: _Query, seen: Seen) -> _Found:
     """The nearest allowed rows, and all at the same distance as the last."""
-    scores = found.segment.features.score_all(query.x, query.modulation)
-    scores = scores[: len(found.allowed)]
-    positions = np.flatnonzero(found.allowed)
-    near = scores[positions]
+    distances = seen.segment.features.score_all(query.x, query.modulation)
+    positions = seen.positions
+    near = distances[positions]
     if query.request.count < len(positions):
         last = np.partition(near, query.request.count - 1)[query.request.count - 1]
         # float64 may round slightly differently in another block.
         positions = positions[near <= last + 1e-12]
-    return Best(positions, -scores[positions].astype(np.float32))
+    best = Best(positions, -distances[positions].astype(np.float32))
+    whole = seen.searched <= WHOLE
+    places = seen.positions if whole else seen.spread
+    sample = Sample(places, seen.columns.persons[places], distances[places], whole)
+    return _Found(seen, best, sample=sample)
