@@ -269,7 +269,6 @@ class Result(BaseModel):
     """
 
     rank: int
-    item: GalleryItem
     probability: float | None = Field(
         ge=0,
         le=1,
@@ -277,6 +276,7 @@ class Result(BaseModel):
         "images of a person have the same number), or, for an item without a label, that it shows "
         "the person. null where the checkpoint has no fit.",
     )
+    item: GalleryItem
     score: float = Field(
         description="What orders the answer: larger is better, comparable between visible and "
         "infrared items, re-ranking included."
@@ -329,7 +329,6 @@ class QueryAnswer(BaseModel):
     """Answer of POST /query."""
 
     query: QuerySummary
-    results: list[Result]
     probability_enrolled: float | None = Field(
         ge=0, le=1, description="That the person asked for is among what was searched."
     )
@@ -337,6 +336,7 @@ class QueryAnswer(BaseModel):
         description="`likely`: the first result is probably the person; `none`: the person is "
         "probably not enrolled; else `possible`. The cut-offs are in GET /model."
     )
+    results: list[Result]
     searched: int = Field(description="Items that the filters left.")
     people: int = Field(
         description="Distinct people among them, each item without a label counting as one."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from service.api.schemas import QueryAnswer, Result
+from service.cli.answers import headline, part_bars, percent, verdict
 from service.client import Client
 
 
@@ -30,13 +30,13 @@ class SheetImage:
 class Match:
     """One result.
 
-    similarities: of its parts, from head to feet. right: whether it shows the person searched for,
-    None where that is not known.
+    bars: see `part_bars`. right: whether it shows the person searched for, None where that is not
+    known.
     """
 
     result: Result
     picture: SheetImage
-    similarities: list[float]
+    bars: list[float]
     right: bool | None
 
 
@@ -51,35 +51,21 @@ class Row:
     matches: list[Match]
 
 
-def part_similarities(results: Sequence[Result]) -> list[list[float]]:
-    """exp(−d²/m) for every part of every result, m the mean of the squared part distances d².
-
-    1 is a part that equals the query's; e⁻¹ = 0.37 one as far from it as these results are on
-    average. Empty lists where the answer has no parts (not explained, or a cosine checkpoint).
-    """
-    parts = [result.parts or [] for result in results]
-    distances = [distance for row in parts for distance in row]
-    mean = sum(distances) / len(distances) if any(distances) else 1.0
-    return [[math.exp(-distance / mean) for distance in row] for row in parts]
-
-
 def matches(
     client: Client, answer: QueryAnswer, show: int, person_id: str | None = None
 ) -> list[Match]:
     """The first `show` results of `answer` with their crops.
 
-    person_id: the person searched for, if known. Similarities are relative to all results of the
-    answer.
+    person_id: the person searched for, if known.
     """
-    similarities = part_similarities(answer.results)
     return [
         Match(
             result,
             SheetImage(*client.image(result.item.id)),
-            similarity,
+            bars,
             None if person_id is None else result.item.person_id == person_id,
         )
-        for result, similarity in zip(answer.results[:show], similarities, strict=False)
+        for result, bars in zip(answer.results[:show], part_bars(answer.results), strict=False)
     ]
 
 
@@ -88,5 +74,6 @@ def render(title: str, lines: Sequence[str], rows: Sequence[Row]) -> str:
     environment = Environment(
         loader=PackageLoader("service", "web"), autoescape=True, undefined=StrictUndefined
     )
+    environment.globals |= {"headline": headline, "percent": percent, "verdict": verdict}
     template = environment.get_template("contact_sheet.html")
     return template.render(title=title, lines=lines, rows=rows)

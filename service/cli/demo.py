@@ -19,10 +19,10 @@ from model.atomic_file import PRIVATE, write_whole
 from model.csv_table import read_table
 from model.terminal import Console
 from service.api.schemas import QueryAnswer
+from service.cli.answers import headline, percent, sparkline, verdict
 from service.cli.contact_sheet import Match, Row, SheetImage, matches, render
 from service.cli.enroll import report, send_with_progress
 from service.cli.outputs import Force, output
-from service.cli.query import sparkline
 from service.client import Client
 from service.client.bulk import read_manifest
 
@@ -138,17 +138,18 @@ def _is_own(html: Path) -> bool:
 
 
 def _run(client: Client, example: Example, gallery: int, console: Console) -> Outcome:
-    # All of the gallery comes back, so that the similarities of parts are relative to all of it.
+    # All of the gallery comes back, so that bars that are not calibrated are relative to all of it.
     modulated = client.query(example.file, top_k=gallery, explain=True)
     unmodulated = client.query(example.file, modulation=False)
     outcome = Outcome(
         example, modulated, unmodulated, matches(client, modulated, SHOWN, example.person_id)
     )
+    probable = verdict(modulated) is not None
     calibrated = any(match.result.similarity is not None for match in outcome.matches)
     table = Table(
         "",
         "person",
-        "distance",
+        "probability" if probable else "distance",
         *(["similarity"] if calibrated else []),
         "parts, head to feet",
         title_justify="left",
@@ -162,17 +163,18 @@ def _run(client: Client, example: Example, gallery: int, console: Console) -> Ou
         table.add_row(
             Text("✓", "green") if match.right else Text("✗", "red"),
             result.item.person_id,
-            f"{result.distance:.3f}",
-            *([_probability(result.similarity)] if calibrated else []),
-            f"{sparkline(match.similarities)}  "
-            + " ".join(f"{similarity:.2f}" for similarity in match.similarities),
+            percent(result.probability) if probable else f"{result.distance:.3f}",
+            *([_similarity(result.similarity)] if calibrated else []),
+            f"{sparkline(match.bars)}  " + " ".join(f"{bar:.2f}" for bar in match.bars),
         )
     console.print()
     console.print_table(table)
+    if probable:
+        console.print(headline(modulated))
     return outcome
 
 
-def _probability(similarity: float | None) -> str:
+def _similarity(similarity: float | None) -> str:
     return "-" if similarity is None else f"{similarity:.3f}"
 
 

@@ -12,7 +12,8 @@ from model.atomic_file import PRIVATE, write_whole
 from model.image_files import read_file
 from model.terminal import Console, printable, say, say_json
 from service.api.schemas import QueryAnswer
-from service.cli.contact_sheet import Row, SheetImage, matches, part_similarities, render
+from service.cli.answers import headline, part_bars, percent, sparkline
+from service.cli.contact_sheet import Row, SheetImage, matches, render
 from service.cli.options import (
     DEFAULT_URL,
     PLAIN,
@@ -27,7 +28,6 @@ from service.cli.options import (
 from service.cli.outputs import Force, output
 
 Option = typer.Option
-_BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def query(
@@ -38,6 +38,14 @@ def query(
     candidates: Annotated[int | None, Option(min=1, help="Shortlist of the recall stage.")] = None,
     exhaustive: Annotated[bool, Option("--exhaustive", help="Score the whole gallery.")] = False,
     modulation: Annotated[bool, Option(help="Rank by the query's γ and β, or without.")] = True,
+    rerank: Annotated[
+        Literal["none", "k_reciprocal"] | None,
+        Option(help="Let the neighbours of the best count, too. Default: as the service does."),
+    ] = None,
+    prior: Annotated[
+        float | None,
+        Option(help="How probable it is, before looking, that the person is enrolled: 0 to 1."),
+    ] = None,
     group_by: Annotated[
         Literal["person_id"] | None, Option(help="Only the best image per person.")
     ] = None,
@@ -57,11 +65,12 @@ def query(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Find a person, nearest first.
+    """Find a person, the most probable first.
 
-    The column of parts shows how much each stripe from head to feet agrees, unmod. the rank
-    without modulation, and same, where the checkpoint is calibrated, the similarity: the
-    probability of one person (docs/calibration.md).
+    prob. is the probability that the person asked for is this one, "not enrolled" weighed in; same
+    the similarity: that of this pair of images alone, drawn at even odds; parts how much each
+    stripe agrees from head to feet; unmod. the rank without modulation. A checkpoint that is not
+    calibrated has distances in their place (docs/calibration.md).
 
     Example: cmt query infrared.png --group-by person_id --html sheet.html
     """
@@ -73,6 +82,8 @@ def query(
             candidates=candidates,
             exhaustive=exhaustive,
             modulation=modulation,
+            rerank=rerank,
+            prior=prior,
             group_by=group_by,
             query_camera_id=query_camera_id,
             modality=modality,
@@ -97,25 +108,27 @@ def query(
     if json:
         say_json(answer.model_dump_json(indent=2, exclude_unset=True))
     else:
+        say(headline(answer))
         Console().print_table(result_table(answer, top_k))
         say(_summary(answer))
 
 
 def result_table(answer: QueryAnswer, show: int) -> Table:
     """The first `show` results, one line each."""
+    probable = any(result.probability is not None for result in answer.results)
     calibrated = any(result.similarity is not None for result in answer.results)
-    same = ["same"] if calibrated else []
     # Short headings: beside a full id, a terminal of 80 columns has no more space.
-    table = Table("#", "person", "camera", "dist.", *same, "parts", "unmod.", **PLAIN)
+    numbers = ["prob."] if probable else ["dist."]
+    numbers += ["same"] if calibrated else []
+    table = Table("#", "person", "camera", *numbers, "parts", "unmod.", **PLAIN)
     table.add_column("id", no_wrap=True)  # or it could not be copied into the next command
-    similarities = part_similarities(answer.results)
-    for result, parts in zip(answer.results[:show], similarities, strict=False):
+    for result, parts in zip(answer.results[:show], part_bars(answer.results), strict=False):
         similarity = "-" if result.similarity is None else f"{result.similarity:.3f}"
         table.add_row(
             str(result.rank),
             result.item.person_id or "-",
             result.item.camera_id or "-",
-            f"{result.distance:.4f}",
+            percent(result.probability) if probable else f"{result.distance:.4f}",
             *([similarity] if calibrated else []),
             sparkline(parts),
             str(result.unmodulated_rank or "-"),
@@ -124,14 +137,10 @@ def result_table(answer: QueryAnswer, show: int) -> Table:
     return table
 
 
-def sparkline(similarities: list[float]) -> str:
-    """Numbers from 0 to 1 as blocks of that height."""
-    return "".join(_BLOCKS[round(value * (len(_BLOCKS) - 1))] for value in similarities)
-
-
 def _summary(answer: QueryAnswer) -> str:
     scored = "all scored" if answer.exhaustive else f"{answer.candidates} rescored"
+    again = ", re-ranked" if answer.rerank != "none" else ""
     return (
-        f"{answer.searched} items searched, {scored}; the query is {answer.query.modality} "
+        f"{answer.searched} items searched, {scored}{again}; the query is {answer.query.modality} "
         f"({answer.query.modality_source})."
     )

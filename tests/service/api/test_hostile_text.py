@@ -203,7 +203,7 @@ def test_the_contact_sheet_shows_hostile_labels_as_text(
     page = Page(sheet.read_text())
     assert page.tags <= {
         "html", "head", "meta", "title", "style", "body", "h1", "p", "section", "figure", "img",
-        "figcaption", "b", "br", "div", "span", "i",
+        "figcaption", "b", "br", "div", "span", "i", "dl", "dt", "dd",
     }  # fmt: skip
     names = {name for name, _ in page.attributes}
     assert not [name for name in names if name.startswith("on")]

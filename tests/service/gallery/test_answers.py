@@ -195,18 +195,18 @@ def test_in_one_modality_the_order_is_by_distance(named: Ask, modality: Modality
 
 
 def test_neither_modality_starves_the_other(tmp_path: Path) -> None:
-    """All visible items are nearer than any infrared one, and 50 to one."""
+    """All visible items are nearer than any infrared one, and ten to one."""
     facts = FACTS.model_copy(update={"prior_items": 0.01})  # only this gallery says what is near
-    modalities: list[Modality] = ["ir"] * 6 + ["rgb"] * 300
-    y = features(306)
-    y[:6] *= 3
-    with closing(filled(tmp_path, [None] * 306, modalities, y)) as gallery:
+    modalities: list[Modality] = ["ir"] * 60 + ["rgb"] * 600
+    y = features(660)
+    y[:60] *= 3
+    with closing(filled(tmp_path, [None] * 660, modalities, y)) as gallery:
         ask = asking(gallery, 0.3 * y[2] + 0.3 * features(1, seed=1)[0], None)
-        everything = ask(top_k=306, facts=facts).hits
+        everything = ask(top_k=660, facts=facts).hits
         nearest = sorted(everything, key=lambda hit: hit.distance)
-        assert {hit.item.modality for hit in nearest[:300]} == {"rgb"}
+        assert {hit.item.modality for hit in nearest[:600]} == {"rgb"}
         result = ask(top_k=20, candidates=10, facts=facts)
-        assert result.candidates == 20 + 6
+        assert result.candidates == 2 * 20
         assert result.hits[0].item.modality == "ir"
         alone = ask(top_k=20, facts=facts, filters=Filters(gallery_modality=("ir",)))
         assert result.hits[0].item == alone.hits[0].item
