@@ -14,15 +14,10 @@ from model import CMT, Modulation, Strength
 from training.ablation.results import ChosenStrength, RankingResult, SearchResult
 from training.evaluation.embedding import Embedded
 from training.evaluation.metrics import QueryScores, score_queries
-from training.evaluation.scoring import distances, modulation_of
+from training.evaluation.scoring import distances, mean_modulation, modulation_of
 from training.evaluation.splits import Split
 
 STRENGTHS = tuple(step / 10 for step in range(11))
-
-
-def mean_modulation(modulation: Modulation) -> Modulation:
-    """Every query's γ, β replaced by their mean over the queries: Q×D each."""
-    return Modulation(*(part.mean(dim=0, keepdim=True).expand_as(part) for part in modulation))
 
 
 def ranking_under(

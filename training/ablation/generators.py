@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from model import CMT, CheckpointInfo, Modulation, load_checkpoint
 from model.machine import machine
 from training.ablation.cells import AblationData
-from training.ablation.controls import mean_modulation, ranking_under, scores_under
+from training.ablation.controls import ranking_under, scores_under
 from training.ablation.paired import PairedComparison, SeedSpread, compare_paired
 from training.ablation.render import Grid
 from training.ablation.results import MEAN, UNMODULATED, RankingResult
@@ -40,6 +40,7 @@ from training.datasets import Sample
 from training.evaluation.embedding import Embedded, embed_samples
 from training.evaluation.metrics import mean_precision
 from training.evaluation.protocols import protocol_splits
+from training.evaluation.scoring import mean_modulation
 from training.evaluation.splits import Split
 from training.learnt import refuse_known_people
 from training.losses import modulation_discriminative

@@ -14,7 +14,7 @@ from typing import Any
 
 from model import CheckpointInfo, load_checkpoint
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
-from training.evaluation.protocols import protocol_splits
+from training.evaluation.protocols import mixed_splits, protocol_splits
 from training.evaluation.report import Evaluation, ModelScores, score_model, summarise
 from training.evaluation.sysu import TRIAL_FILE
 from training.learnt import known_people, refuse_known_people
@@ -35,6 +35,13 @@ class GalleryChoice(StrEnum):
     AUTHORS = "authors"
 
 
+class ProtocolChoice(StrEnum):
+    """OWN is the data set's protocol; MIXED has galleries of both modalities, `mixed_splits`."""
+
+    OWN = "own"
+    MIXED = "mixed"
+
+
 @dataclass(frozen=True)
 class EvaluationRequest:
     """An evaluation as it is asked for.
@@ -45,7 +52,9 @@ class EvaluationRequest:
     name: of the data set, where it is stated; see `training.learnt`.
     trial: of RegDB; None: the checkpoint's own, or all for which the pattern has a file.
     galleries: of SYSU-MM01 and LLCM.
-    rerank: whether to re-rank as well, see `k_reciprocal`.
+    protocol: of the data set, or galleries of both modalities.
+    rerank: whether to re-rank as published as well, see `k_reciprocal`.
+    mirror: whether to compare with the other choice of mirror image as well.
     device: "cpu", "cuda", …. batch_size: images per forward pass. workers: processes that decode
         images; 0 decodes in this one.
     """
@@ -57,6 +66,8 @@ class EvaluationRequest:
     trial: int | None = None
     galleries: GalleryChoice = GalleryChoice.AUTO
     rerank: bool = False
+    protocol: ProtocolChoice = ProtocolChoice.OWN
+    mirror: bool = False
     device: str = "cpu"
     batch_size: int = 64
     workers: int = 0
@@ -134,13 +145,19 @@ def evaluate_checkpoints(
         if checkpoints:
             _refuse_other_selection(file, selection_of(info), checkpoints[0])
         authors = request.galleries is GalleryChoice.AUTHORS
-        splits = protocol_splits(request.dataset, samples, trial_file=trial_file, authors=authors)
+        splits = (
+            mixed_splits(request.dataset, samples)
+            if request.protocol is ProtocolChoice.MIXED
+            else protocol_splits(request.dataset, samples, trial_file=trial_file, authors=authors)
+        )
         shared = calibrated_on(info, samples, request.dataset, request.name)
         with working(f"Embedding {len(samples)} images on {request.device}"):
             scores = score_model(
                 *(model, samples, splits),
-                calibration=None if shared else info.calibration,
+                calibration=info.calibration,
+                judged=not shared,
                 rerank=request.rerank,
+                compare_mirror=request.mirror,
                 batch_size=request.batch_size,
                 workers=request.workers,
             )

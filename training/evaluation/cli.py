@@ -14,6 +14,7 @@ from training.evaluation.checkpoints import (
     CheckpointEvaluation,
     EvaluationRequest,
     GalleryChoice,
+    ProtocolChoice,
     ScoredCheckpoint,
     evaluate_checkpoints,
 )
@@ -26,6 +27,7 @@ from training.evaluation.tables import (
     open_set_table,
     paper_tables,
     size_lines,
+    way_lines,
 )
 from training.files import write_report
 from training.options import (
@@ -70,8 +72,24 @@ def evaluate(
             "authors' scripts compute for visible to infrared (authors)."
         ),
     ] = _AUTO,
+    protocol: Annotated[
+        ProtocolChoice,
+        typer.Option(
+            help="The data set's own, or mixed: galleries of both modalities (SYSU-MM01, LLCM)."
+        ),
+    ] = ProtocolChoice.OWN,
     rerank: Annotated[
-        bool, typer.Option(help="Also k-reciprocal re-ranking, in rows of its own.")
+        bool,
+        typer.Option(
+            help="Also k-reciprocal re-ranking over all queries and the gallery, as published."
+        ),
+    ] = False,
+    mirror: Annotated[
+        bool,
+        typer.Option(
+            help="Also without the mirror image, or with it where the checkpoint does without; "
+            "embeds everything once more."
+        ),
     ] = False,
     json_file: FiguresFile = None,
     plot: Annotated[
@@ -99,8 +117,13 @@ def evaluate(
             f"--convention {convention} does not go with {dataset}: SYSU-MM01 has official and "
             "seeded galleries, LLCM seeded ones and those of its authors"
         )
+    if protocol is ProtocolChoice.MIXED and convention not in (_AUTO, GalleryChoice.SEEDED):
+        raise typer.BadParameter(
+            f"--convention {convention} does not go with --protocol mixed, whose galleries are "
+            "always seeded draws"
+        )
     request = EvaluationRequest(
-        *(dataset, root, checkpoint, ids, trial, convention, rerank),
+        *(dataset, root, checkpoint, ids, trial, convention, rerank, protocol, mirror),
         device=chosen_device(device),
         batch_size=batch_size,
         workers=workers,
@@ -130,7 +153,7 @@ def evaluate(
 
 def _show(console: Console, found: CheckpointEvaluation) -> None:
     evaluation = found.evaluation
-    for line in size_lines(evaluation):
+    for line in [*size_lines(evaluation), *way_lines(evaluation)]:
         console.print(line)
     for table in [
         *detail_tables(evaluation),

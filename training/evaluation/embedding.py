@@ -51,12 +51,18 @@ class _Crops(Dataset[tuple[Tensor | DatasetError, Modality]]):
 
 @torch.inference_mode()
 def embed_samples(
-    model: CMT, samples: Sequence[Sample], *, batch_size: int = 64, workers: int = 0
+    model: CMT,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    mirror: bool | None = None,
 ) -> Embedded:
     """Run the network over all samples, on the device it is on, in evaluation mode and fp32.
 
     batch_size: images per forward pass.
     workers: processes that decode images; 0 decodes in this one.
+    mirror: whether to take the mean with the mirror image; None: as the configuration says.
     Raises DatasetError where an image cannot be decoded; it is named.
     """
     device = next(model.parameters()).device
@@ -68,7 +74,7 @@ def embed_samples(
         pin_memory=device.type == "cuda",
     )
     features, compensated, embedding = [], [], []
-    with _evaluating(model):
+    with _evaluating(model, mirror):
         for images, modalities in loader:
             if isinstance(images, DatasetError):
                 raise images
@@ -86,14 +92,17 @@ def embed_samples(
 
 
 @contextmanager
-def _evaluating(model: CMT) -> Iterator[None]:
-    """Running statistics instead of the batch's, and back to training if it was training."""
-    was_training = model.training
+def _evaluating(model: CMT, mirror: bool | None) -> Iterator[None]:
+    """Running statistics instead of the batch's, mirror as asked; afterwards all as it was."""
+    was_training, config = model.training, model.config
     model.eval()
+    if mirror is not None:
+        model.config = config.model_copy(update={"mirror": mirror})
     try:
         yield
     finally:
         model.train(was_training)
+        model.config = config
 
 
 def _collate(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from training.datasets import DatasetError, Sample
 from training.datasets.decoding import UnreadableImageError, decode
 from training.evaluation.report import CMC_LENGTH, Evaluation
 from training.evaluation.scoring import SplitScores
+from training.evaluation.ways import NAMES
 from training.files import write_figure, write_file
 
 THUMBNAIL = (72, 176)  # width, height in pixels
 BORDER = 4
 CAPTION = 14
+STYLES = ("-", "--", "-.", ":")
 RIGHT, WRONG, QUERY = "#1a9850", "#d73027", "#555555"
 
 
@@ -27,10 +30,8 @@ def plot_cmc(evaluation: Evaluation, path: Path) -> None:
     panels = figure.subplots(1, len(evaluation.splits), sharey=True, squeeze=False)[0]
     ranks = np.arange(1, CMC_LENGTH + 1)
     for panel, split in zip(panels, evaluation.splits, strict=True):
-        for (way, ranking), style in zip(
-            split.rankings.items(), ("-", "--", "-.", ":"), strict=False
-        ):
-            panel.plot(ranks, 100 * np.array(ranking.cmc), style, label=way)
+        for (way, ranking), style in zip(split.rankings.items(), cycle(STYLES), strict=False):
+            panel.plot(ranks, 100 * np.array(ranking.cmc), style, label=NAMES[way])
         panel.set(title=split.title, xlabel="rank", xticks=[1, 5, 10, 15, 20])
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("queries found [%]")
@@ -49,7 +50,7 @@ def write_sheets(
 
     Returns the files, best first, then worst first.
     """
-    trial = scores.modulated[0]
+    trial = scores.compared[0][0]
     answerable = np.flatnonzero(trial.answerable)
     by_precision = answerable[np.argsort(-trial.average_precision[answerable], kind="stable")]
     count = min(count, by_precision.size // 2 or 1)

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from model import Modality
-from training.datasets import DatasetName, Sample
+from model.config import MODALITIES
+from training.datasets import LAYOUTS, SYSU_IR_CAMERAS, DatasetError, DatasetName, Sample
 from training.evaluation.metrics import IntArray, Protocol
-from training.evaluation.splits import TRIALS, Split, of_modality, seeded_gallery
+from training.evaluation.splits import MIXED, TRIALS, Split, of_modality, seeded_gallery
 from training.evaluation.sysu import sysu_splits
 
 
@@ -53,6 +54,51 @@ def protocol_splits(
             splits.append(Split(protocol, setting, "", "seeded", queries, galleries))
         else:
             splits.append(Split(protocol, setting, "", "whole", queries, [pool]))
+    return splits
+
+
+def mixed_splits(dataset: DatasetName, samples: Sequence[Sample]) -> list[Split]:
+    """Searches in galleries of both modalities, which is what services have.
+
+    SYSU-MM01: queries of each infrared camera, against one crop of each person by each other camera
+    but those at the same place (camera 2 for queries of camera 3). LLCM, whose cameras see both
+    kinds of light: infrared and visible queries, against one crop of each person, camera and
+    modality, but for their own person by their own camera. Ten seeded draws.
+
+    Raises DatasetError for a set without cameras, where a query would find its neighbouring frames,
+    and where there are no queries or no gallery.
+    """
+    cameras = np.array([sample.camera for sample in samples])
+    if dataset is DatasetName.SYSU:
+        asked = {
+            f"{MIXED} gallery, camera {camera}": (
+                np.flatnonzero(cameras == camera),
+                np.flatnonzero((cameras != camera) & ((camera != 3) | (cameras != 2))),
+            )
+            for camera in SYSU_IR_CAMERAS
+            if (cameras == camera).any()
+        }
+    elif dataset is DatasetName.LLCM:
+        everything = np.arange(len(samples))
+        asked = {
+            f"{MIXED} gallery, {word} queries": (of_modality(samples, modality), everything)
+            for word, modality in (("infrared", "ir"), ("visible", "rgb"))
+        }
+    else:
+        raise DatasetError(
+            f"Galleries of both modalities need cameras that differ from the query's, and "
+            f"{LAYOUTS[dataset].title} does not say which camera took an image; evaluate without "
+            "--protocol mixed",
+            dataset,
+        )
+    splits = []
+    for setting, (queries, pool) in asked.items():
+        kinds = [np.intersect1d(pool, of_modality(samples, modality)) for modality in MODALITIES]
+        galleries = [
+            np.concatenate([seeded_gallery(samples, kind, trial) for kind in kinds])
+            for trial in range(TRIALS)
+        ]
+        splits.append(Split(protocol_of(dataset), setting, "", "seeded", queries, galleries))
     return splits
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from model import CMT, Calibration
+from model import CMT, Calibration, Strength
 from model.config import MODALITIES
 from training.datasets import DatasetName, Sample
 from training.evaluation.embedding import Embedded, embed_samples
@@ -23,10 +23,10 @@ from training.evaluation.module_diagnostics import (
 )
 from training.evaluation.open_set import FALSE_ALARM_RATES
 from training.evaluation.scoring import SplitScores, score_splits
-from training.evaluation.splits import Split
+from training.evaluation.splits import MIXED, Split
+from training.evaluation.ways import NAMES
 
 CMC_LENGTH = 20
-RAW = "raw F"
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,8 @@ class SplitEvaluation:
     convention: "official", "seeded", "whole" or "authors", see `Split`.
     trials: galleries, over all models.
     identities, queries, gallery: sizes, mean over trials (queries: those that have a positive).
-    modulated, unmodulated: rankings with the query's γ, β and with γ = 1, β = 0.
-    raw: raw part features F, unmodulated; None where the network has no modality alignment.
-    reranked: modulated, then k-reciprocal re-ranking; None where not asked for.
+    rankings: by the way of ranking, see `SplitScores`; in JSON each is an entry beside the others,
+        "raw" and "reranked" null where there are none.
     modulation: None where the network has no instance alignment.
     open_set: with half of the identities enrolled.
     """
@@ -122,23 +121,29 @@ class SplitEvaluation:
     identities: float
     queries: float
     gallery: float
-    modulated: RankingFigures
-    unmodulated: RankingFigures
-    raw: RankingFigures | None
-    reranked: RankingFigures | None
+    rankings: dict[str, RankingFigures]
     modulation: ModulationDiagnostics | None
     open_set: OpenSetEvaluation
 
     @property
-    def rankings(self) -> dict[str, RankingFigures]:
-        """The ways of ranking that were scored, by their names in tables."""
-        rankings = {
-            "modulated": self.modulated,
-            "unmodulated": self.unmodulated,
-            RAW: self.raw,
-            "re-ranked": self.reranked,
-        }
-        return {name: ranking for name, ranking in rankings.items() if ranking is not None}
+    def mixed(self) -> bool:
+        """Whether galleries hold both modalities."""
+        return self.setting.startswith(MIXED)
+
+    @property
+    def modulated(self) -> RankingFigures:
+        """With the query's γ, β."""
+        return self.rankings["modulated"]
+
+    @property
+    def unmodulated(self) -> RankingFigures:
+        """With γ = 1, β = 0."""
+        return self.rankings["unmodulated"]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        entry = asdict(self)
+        return entry | {"raw": None, "reranked": None} | entry.pop("rankings")
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,8 @@ class Evaluation:
 
     dataset: the layout's name.
     metric: the distance that ranks, "euclidean" or "cosine".
+    mirror: whether the mirror image is part of what is ranked.
+    strengths: of the modulation, s and c of every checkpoint; null where γ, β are as trained.
     models: how many checkpoints the figures are over (ten for RegDB's ten trials).
     splits: the protocol's searches.
     compensation: per missing modality; None where the network has no modality alignment.
@@ -154,13 +161,17 @@ class Evaluation:
 
     dataset: str
     metric: str
+    mirror: bool
+    strengths: list[Strength | None]
     models: int
     splits: list[SplitEvaluation]
     compensation: dict[str, CompensationDiagnostics | None] | None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
-        return asdict(self)
+        strengths = [strength and strength._asdict() for strength in self.strengths]
+        splits = [split.to_json() for split in self.splits]
+        return asdict(self) | {"strengths": strengths, "splits": splits}
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,8 @@ class ModelScores:
     splits: list[SplitScores]
     compensation: dict[str, CompensationDiagnostics | None] | None
     metric: str
+    mirror: bool
+    strength: Strength | None
     instance_alignment: bool
 
 
@@ -179,21 +192,40 @@ def score_model(
     splits: Sequence[Split],
     *,
     calibration: Calibration | None = None,
+    judged: bool = True,
     rerank: bool = False,
+    compare_mirror: bool = False,
     batch_size: int = 64,
     workers: int = 0,
 ) -> ModelScores:
     """Embed all samples on the device that the network is on, and score every search.
 
-    calibration: the checkpoint's, for open-set figures by its scores beside those by distance.
+    calibration: the checkpoint's, for rankings as served. judged: whether open-set figures are by
+    its scores beside those by distance.
+    compare_mirror: embed once more, without the mirror image where the checkpoint has it, else
+    with it.
     Raises DatasetError where an image cannot be decoded, ValueError where the network's output is
     not finite.
     """
     embedded = embed_samples(model, samples, batch_size=batch_size, workers=workers)
+    mirror = not model.config.mirror
+    other = (
+        embed_samples(model, samples, batch_size=batch_size, workers=workers, mirror=mirror)
+        if compare_mirror
+        else None
+    )
     return ModelScores(
-        splits=score_splits(model, embedded, splits, rerank=rerank, calibration=calibration),
+        splits=score_splits(
+            *(model, embedded, splits),
+            rerank=rerank,
+            calibration=calibration,
+            judged=judged,
+            other=other,
+        ),
         compensation=_compensation(embedded),
         metric=model.config.metric,
+        mirror=model.config.mirror,
+        strength=model.strength,
         instance_alignment=model.config.instance_alignment,
     )
 
@@ -206,6 +238,8 @@ def summarise(dataset: DatasetName, scores: Sequence[ModelScores]) -> Evaluation
     return Evaluation(
         dataset=dataset.value,
         metric=scores[0].metric,
+        mirror=scores[0].mirror,
+        strengths=[model.strength for model in scores],
         models=len(scores),
         splits=[
             _summarise_split(of_models, scores[0].instance_alignment)
@@ -234,10 +268,8 @@ def evaluate_model(
 
 def _summarise_split(models: Sequence[SplitScores], instance_alignment: bool) -> SplitEvaluation:
     split = models[0].split
-    modulated = [trial for model in models for trial in model.modulated]
-    unmodulated = [trial for model in models for trial in model.unmodulated]
-    raw = [trial for model in models for trial in model.raw or ()]
-    reranked = [trial for model in models for trial in model.reranked or ()]
+    trials = {way: _trials(models, way) for way in NAMES}
+    modulated = trials["modulated"]
     galleries = [gallery.size for model in models for gallery in model.split.galleries]
     return SplitEvaluation(
         setting=split.setting,
@@ -248,20 +280,27 @@ def _summarise_split(models: Sequence[SplitScores], instance_alignment: bool) ->
         identities=float(np.mean([model.identities for model in models])),
         queries=float(np.mean([trial.answerable.sum() for trial in modulated])),
         gallery=float(np.mean(galleries)),
-        modulated=RankingFigures.over(modulated),
-        unmodulated=RankingFigures.over(unmodulated),
-        raw=RankingFigures.over(raw) if raw else None,
-        reranked=RankingFigures.over(reranked) if reranked else None,
+        rankings={way: RankingFigures.over(of_way) for way, of_way in trials.items() if of_way},
         modulation=_modulation_diagnostics(models) if instance_alignment else None,
         open_set=_open_set(models),
     )
+
+
+def _trials(models: Sequence[SplitScores], way: str) -> list[QueryScores]:
+    """Of all models; none where a model does not have this way, so that no mean is of some only."""
+    found = [model.rankings.get(way) for model in models]
+    if way == "as_trained" and any(found):  # without a strength, a network ranks as trained
+        found = [of or model.modulated for of, model in zip(found, models, strict=True)]
+    if not all(found):
+        return []
+    return [trial for of_model in found for trial in of_model or ()]
 
 
 def _open_set(models: Sequence[SplitScores]) -> OpenSetEvaluation:
     # Of several checkpoints, some may have no calibration: a mean over the others would mislead.
     names = [name for name in models[0].open_set if all(name in m.open_set for m in models)]
     trials = {name: [t for model in models for t in model.open_set[name]] for name in names}
-    sizes = trials["modulated distance"]
+    sizes = trials[names[0]]
     rates = []
     for name in names:
         for place, false_alarm_rate in enumerate(FALSE_ALARM_RATES):
@@ -278,8 +317,9 @@ def _open_set(models: Sequence[SplitScores]) -> OpenSetEvaluation:
 def _modulation_diagnostics(models: Sequence[SplitScores]) -> ModulationDiagnostics:
     gains, people = [], []
     for model in models:
-        precision, answerable = mean_precision(model.modulated)
-        plain, _ = mean_precision(model.unmodulated)
+        modulated, unmodulated = model.compared
+        precision, answerable = mean_precision(modulated)
+        plain, _ = mean_precision(unmodulated)
         gains.append((precision - plain)[answerable])
         people.append(model.query_people[answerable])
     # A person who is tested in several of RegDB's trials is drawn with all of them.

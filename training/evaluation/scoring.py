@@ -1,15 +1,18 @@
 """One network on the searches of a protocol: every query scored under each way of ranking."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model import CMT, Calibration, Modulation
+from model import CMT, Calibration, Modality, Modulation
+from model.ranking import Moments
 from training.datasets import Sample
 from training.evaluation.embedding import Embedded
 from training.evaluation.metrics import (
@@ -22,6 +25,7 @@ from training.evaluation.metrics import (
 from training.evaluation.module_diagnostics import gamma_beta_figures, nearest_kept, top_changes
 from training.evaluation.open_set import OpenSetTrial, open_set_trial
 from training.evaluation.rerank import k_reciprocal
+from training.evaluation.served import ranked
 from training.evaluation.splits import Split
 
 Distance = Callable[[Tensor, Tensor, Modulation], Tensor]
@@ -37,30 +41,50 @@ class SplitScores:
     split: the search.
     identities: people among queries and gallery.
     query_people: the person of each query, Q.
-    modulated, unmodulated: scores with the query's γ, β and with γ = 1, β = 0.
-    raw: raw part features F in the place of the complete ones, without γ, β: what the
-        compensation adds to. None without modality alignment, where they are the same.
-    reranked: after k-reciprocal re-ranking of the modulated distances; None where not asked.
-    gamma_beta: mean γ, its deviation over queries, ‖β‖/‖y‖ (see `ModulationDiagnostics`).
+    rankings: by the way of ranking, see `training.evaluation.ways`. "modulated" (the query's γ, β
+        at the checkpoint's strength) and "unmodulated" (γ = 1, β = 0) are always there. Others are
+        where they make a difference: "as_trained" is at strength 1; "mean_modulation" gives every
+        query the mean γ, β of all; "raw" has raw part features F in the place of the complete
+        ones, unmodulated; "without_mirror" or "with_mirror" is what the checkpoint does not do;
+        "score" and "unmodulated_score" are of galleries of both modalities, whose distances do
+        not compare; "reranked_as_served" is what a service answers; "reranked" is all queries and
+        the gallery at once, as published.
+    gamma_beta: mean γ, its deviation over queries, ‖β‖/‖y‖ (see `ModulationDiagnostics`), of what
+        "modulated" ranks with.
     top_changes: shares of queries whose nearest ten modulation changes, or changes or reorders.
     nearest: Q×10 indices of the samples that rank first in the first trial, modulated; of no
         meaning for queries that it does not ask.
     open_set: trials of open-set identification by the name of the score: "modulated distance",
         "unmodulated distance" and, where the checkpoint has a calibration for this search,
-        "modulated calibrated" and "unmodulated calibrated".
+        "modulated calibrated" and "unmodulated calibrated"; in galleries of both modalities
+        "modulated score" and "unmodulated score".
     """
 
     split: Split
     identities: int
     query_people: IntArray
-    modulated: list[QueryScores]
-    unmodulated: list[QueryScores]
-    raw: list[QueryScores] | None
-    reranked: list[QueryScores] | None
+    rankings: dict[str, list[QueryScores]]
     gamma_beta: tuple[float, float, float]
     top_changes: list[tuple[float, float]]
     nearest: IntArray
     open_set: dict[str, list[OpenSetTrial]]
+
+    @property
+    def modulated(self) -> list[QueryScores]:
+        """With the query's γ, β; in a gallery of both modalities by distance too."""
+        return self.rankings["modulated"]
+
+    @property
+    def unmodulated(self) -> list[QueryScores]:
+        """With γ = 1, β = 0."""
+        return self.rankings["unmodulated"]
+
+    @property
+    def compared(self) -> tuple[list[QueryScores], list[QueryScores]]:
+        """With and without γ, β, as the answer is ordered: by score where modalities are mixed."""
+        if self.split.mixed:
+            return self.rankings["score"], self.rankings["unmodulated_score"]
+        return self.modulated, self.unmodulated
 
 
 def score_splits(
@@ -70,10 +94,14 @@ def score_splits(
     *,
     rerank: bool = False,
     calibration: Calibration | None = None,
+    judged: bool = True,
+    other: Embedded | None = None,
 ) -> list[SplitScores]:
     """Score every search, computing distances once for searches with the same queries.
 
-    calibration: the checkpoint's; open-set identification is then also by its scores.
+    calibration: the checkpoint's. judged: whether open-set identification is by its scores, too.
+    other: the same images embedded with the mirror image where the configuration has none, else
+    without.
     Raises ValueError where the network's output is not finite.
     """
     by_queries = defaultdict(list)
@@ -81,7 +109,7 @@ def score_splits(
         by_queries[split.queries.tobytes()].append(split)
     scored = {}
     for group in by_queries.values():
-        space = _Space(model, embedded, group, calibration, rerank=rerank)
+        space = _Space(model, embedded, group, calibration, other, rerank=rerank, judged=judged)
         for split in group:
             scored[id(split)] = _score_split(space, embedded.samples, split)
     return [scored[id(split)] for split in splits]
@@ -96,59 +124,99 @@ class _Space:
         embedded: Embedded,
         splits: Sequence[Split],
         calibration: Calibration | None,
+        other: Embedded | None,
         *,
         rerank: bool,
+        judged: bool,
     ) -> None:
+        self.mixed = splits[0].mixed
         self.queries = splits[0].queries
         self.pool = np.unique(np.concatenate([g for split in splits for g in split.galleries]))
         x = embedded.embedding[torch.from_numpy(self.queries)]
         self.features = embedded.embedding[torch.from_numpy(self.pool)]
         self.modulation = modulation_of(model, x)
         identity = Modulation.identity(*self.modulation.gamma.shape)
-        self.modulated = distances(model.distance, x, self.features, self.modulation)
-        self.unmodulated = distances(model.distance, x, self.features, identity)
-        self.raw: FloatArray | None = None
+        self.distances: dict[str, FloatArray] = {}  # by the way of ranking
+
+        def add(way: str, of: Tensor, modulation: Modulation) -> None:
+            rows, columns = (of[torch.from_numpy(places)] for places in (self.queries, self.pool))
+            self.distances[way] = distances(model.distance, rows, columns, modulation)
+
+        add("modulated", embedded.embedding, self.modulation)
+        add("unmodulated", embedded.embedding, identity)
+        if model.config.instance_alignment:
+            if model.strength is not None and model.strength.s != 1:
+                with _as_trained(model):
+                    add("as_trained", embedded.embedding, modulation_of(model, x))
+            add("mean_modulation", embedded.embedding, mean_modulation(self.modulation))
+        if other is not None:
+            way = "without_mirror" if model.config.mirror else "with_mirror"
+            seen = other.embedding[torch.from_numpy(self.queries)]
+            add(way, other.embedding, modulation_of(model, seen))
         if embedded.compensated is not None:
-            raw = model.ranked_form(embedded.features)
-            of_queries, of_pool = (
-                raw[torch.from_numpy(rows)] for rows in (self.queries, self.pool)
-            )
-            self.raw = distances(model.distance, of_queries, of_pool, identity)
-        self.open_set_scores = {
-            "modulated distance": self.modulated,
-            "unmodulated distance": self.unmodulated,
+            add("raw", model.ranked_form(embedded.features), identity)
+
+        self.modalities = np.array([embedded.samples[i].modality for i in self.pool])
+        self.query_modality = embedded.samples[self.queries[0]].modality
+        self.facts = calibration.facts.ranking if calibration else None
+        self._model, self._identity = model, identity
+        self.priors: dict[str, list[dict[Modality, Moments]]] = {
+            way: [{}] * self.queries.size for way in ("modulated", "unmodulated")
         }
-        for name, modulation, distance in (
-            ("modulated", self.modulation, self.modulated),
-            ("unmodulated", identity, self.unmodulated),
-        ):
-            # Queries of a search are of one modality, and so is its gallery.
+        if calibration and self.facts:
+            self.priors["modulated"] = calibration.moments(x, self.modulation)
+            self.priors["unmodulated"] = calibration.moments(x, identity)
+        self.open_set_scores = (
+            {}
+            if self.mixed
+            else {f"{way} distance": self.distances[way] for way in ("modulated", "unmodulated")}
+        )
+        for name, modulation in (("modulated", self.modulation), ("unmodulated", identity)):
             chosen = calibration and calibration.map_of(
-                embedded.samples[self.queries[0]].modality,
-                embedded.samples[self.pool[0]].modality,
-                modulated=name == "modulated",
+                *(self.query_modality, self.modalities[0]), modulated=name == "modulated"
             )
-            if calibration and chosen:
+            if calibration and chosen and judged and not self.mixed:
                 # The score and not the probability: the same order, without the steps of a curve.
                 self.open_set_scores[f"{name} calibrated"] = calibration.scores(
-                    chosen, x, modulation, distance
+                    chosen, x, modulation, self.distances[name]
                 )
-        self.between: npt.NDArray[np.float32] | None = None
+        self._all: npt.NDArray[np.float32] | None = None
         if rerank:  # every image in its turn as the query, with its own γ, β
             images = torch.cat([x, self.features])
             # fp32 from here on: on the real set these are ten thousand images by as many.
-            self.between = distances(
+            self._all = distances(
                 model.distance, images, images, modulation_of(model, images)
             ).astype(np.float32)
             if model.config.metric == "euclidean":
-                np.square(self.between, out=self.between)
+                np.square(self._all, out=self._all)
+
+    @cached_property
+    def between(self) -> npt.NDArray[np.float32]:
+        """Unmodulated distances among the images of all galleries."""
+        identity = Modulation.identity(len(self.features), self.features.shape[2])
+        found = distances(self._model.distance, self.features, self.features, identity)
+        return found.astype(np.float32)
 
     def reranked(self, rows: IntArray, columns: IntArray) -> FloatArray | None:
         """Distances of one trial: its queries and gallery as rows and columns of the space."""
-        if self.between is None:
+        if self._all is None:
             return None
         chosen = np.concatenate([rows, self.queries.size + columns])
-        return k_reciprocal(self.between[np.ix_(chosen, chosen)], rows.size)
+        return k_reciprocal(self._all[np.ix_(chosen, chosen)], rows.size)
+
+
+@dataclass(frozen=True)
+class _Among:
+    """Distances among the items at some places of a gallery, whose images are columns of a space.
+
+    Called for the few that are re-ranked."""
+
+    space: _Space
+    columns: IntArray
+
+    def __call__(self, places: IntArray) -> FloatArray:
+        chosen = self.columns[places]
+        return self.space.between[np.ix_(chosen, chosen)].astype(np.float64)
 
 
 class _Trial:
@@ -160,7 +228,7 @@ class _Trial:
         self.gallery = split.galleries[trial]
         self.rows = split.rows(trial)
         self.columns = np.searchsorted(space.pool, self.gallery)
-        self._split = split
+        self._split, self._space = split, space
         queries = split.queries[self.rows]
         self.people = people[queries], people[self.gallery]
         self._labels = (*self.people, cameras[queries], cameras[self.gallery])
@@ -171,6 +239,30 @@ class _Trial:
         asked = matrix if self._split.asked is None else matrix[self.rows]
         return np.take(asked, self.columns, axis=1)
 
+    def served(self, way: str, *, rerank: bool) -> FloatArray:
+        """What a service orders each query's answer by, smaller is nearer: Q×N.
+
+        Images that the protocol leaves out for a query are not searched, and infinitely far.
+        """
+        space = self._space
+        matrix, priors = self.of(space.distances[way]), space.priors[way]
+        modalities, people = space.modalities[self.columns], self.people[1]
+        ordered = np.full(matrix.shape, np.inf)
+        for row, query in enumerate(self.rows.tolist()):
+            items = np.flatnonzero(~self.excluded[row])
+            if not items.size:
+                continue
+            columns = self.columns[items]
+            found = ranked(
+                *(matrix[row, items], modalities[items], people[items]),
+                query=space.query_modality,
+                facts=space.facts,
+                prior=priors[query],
+                between=_Among(space, columns) if rerank else None,
+            )
+            ordered[row, items] = -found.scores
+        return ordered
+
     def scores(self, distance: FloatArray) -> QueryScores:
         """Of all queries of the search; those that the trial does not ask are not answerable."""
         scores = score_queries(distance, *self._labels, self._split.protocol)
@@ -180,24 +272,34 @@ class _Trial:
 
 
 def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> SplitScores:
-    modulated, unmodulated, raw, reranked, changes = [], [], [], [], []
+    rankings: dict[str, list[QueryScores]] = defaultdict(list)
+    open_set: dict[str, list[OpenSetTrial]] = defaultdict(list)
+    changes: list[tuple[float, float]] = []
     nearest: IntArray | None = None
-    open_set: dict[str, list[OpenSetTrial]] = {name: [] for name in space.open_set_scores}
     for number in range(len(split.galleries)):
         trial = _Trial(space, samples, split, number)
-        with_modulation, without = trial.of(space.modulated), trial.of(space.unmodulated)
-        modulated.append(trial.scores(with_modulation))
-        unmodulated.append(trial.scores(without))
-        if space.raw is not None:
-            raw.append(trial.scores(trial.of(space.raw)))
+        for way, matrix in space.distances.items():
+            rankings[way].append(trial.scores(trial.of(matrix)))
+        judges = {name: trial.of(score) for name, score in space.open_set_scores.items()}
+        with_modulation, without = (
+            trial.of(space.distances[way]) for way in ("modulated", "unmodulated")
+        )
+        if split.mixed:
+            with_modulation, without = (
+                trial.served(way, rerank=False) for way in ("modulated", "unmodulated")
+            )
+            judges |= {"modulated score": with_modulation, "unmodulated score": without}
+            rankings["score"].append(trial.scores(with_modulation))
+            rankings["unmodulated_score"].append(trial.scores(without))
+        if space.facts and space.facts.reranking:
+            answers = trial.served("modulated", rerank=True)
+            rankings["reranked_as_served"].append(trial.scores(answers))
         again = space.reranked(trial.rows, trial.columns)
         if again is not None:
-            reranked.append(trial.scores(again))
+            rankings["reranked"].append(trial.scores(again))
         changes.append(top_changes(with_modulation, without, trial.excluded))
-        for name, score in space.open_set_scores.items():
-            open_set[name].append(
-                open_set_trial(trial.of(score), *trial.people, trial.excluded, number)
-            )
+        for name, score in judges.items():
+            open_set[name].append(open_set_trial(score, *trial.people, trial.excluded, number))
         if nearest is None:
             found = trial.gallery[nearest_kept(with_modulation, trial.excluded, NEAREST_KEPT)]
             nearest = np.zeros((split.queries.size, found.shape[1]), dtype=np.int64)
@@ -209,15 +311,22 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
         split=split,
         identities=np.unique(people[everyone]).size,
         query_people=people[split.queries],
-        modulated=modulated,
-        unmodulated=unmodulated,
-        raw=raw or None,
-        reranked=reranked if space.between is not None else None,
+        rankings=dict(rankings),
         gamma_beta=gamma_beta_figures(space.modulation, space.features),
         top_changes=changes,
         nearest=nearest,
-        open_set=open_set,
+        open_set=dict(open_set),
     )
+
+
+@contextmanager
+def _as_trained(model: CMT) -> Iterator[None]:
+    """γ, β at strength 1."""
+    strength, model.strength = model.strength, None
+    try:
+        yield
+    finally:
+        model.strength = strength
 
 
 def modulation_of(model: CMT, queries: Tensor) -> Modulation:
@@ -225,6 +334,11 @@ def modulation_of(model: CMT, queries: Tensor) -> Modulation:
     device = next(model.parameters()).device
     with torch.inference_mode():
         return Modulation(*(part.float().cpu() for part in model.modulation(queries.to(device))))
+
+
+def mean_modulation(modulation: Modulation) -> Modulation:
+    """Every query's γ, β replaced by their mean over the queries: Q×D each."""
+    return Modulation(*(part.mean(dim=0, keepdim=True).expand_as(part) for part in modulation))
 
 
 def distances(

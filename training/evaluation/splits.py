@@ -12,6 +12,7 @@ from training.datasets import DatasetError, Sample
 from training.evaluation.metrics import IntArray, Protocol
 
 TRIALS = 10
+MIXED = "mixed"  # how the settings of galleries of both modalities begin
 Convention = Literal["official", "seeded", "whole", "authors"]
 
 
@@ -41,6 +42,11 @@ class Split:
     def rows(self, trial: int) -> IntArray:
         """Places in `queries` of those that a trial asks."""
         return np.arange(self.queries.size) if self.asked is None else self.asked[trial]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether galleries hold both modalities."""
+        return self.setting.startswith(MIXED)
 
     @property
     def title(self) -> str:

@@ -8,15 +8,17 @@ from rich.text import Text
 from training.datasets import DatasetName
 from training.evaluation.open_set import FALSE_ALARM_RATES
 from training.evaluation.published import TITLES, PublishedRow, published_rows
-from training.evaluation.report import RAW, Evaluation, RankingFigures, SplitEvaluation, TrialSpread
+from training.evaluation.report import Evaluation, RankingFigures, SplitEvaluation, TrialSpread
+from training.evaluation.ways import DIAGNOSES, NAMES
 
+# Heading, field, and whether its deviation is shown: 80 columns hold three of them.
 DETAIL_FIGURES = (
-    ("rank-1", "rank_1"),
-    ("rank-5", "rank_5"),
-    ("rank-10", "rank_10"),
-    ("rank-20", "rank_20"),
-    ("mAP", "mean_ap"),
-    ("mINP", "mean_inp"),
+    ("rank-1", "rank_1", True),
+    ("r5", "rank_5", False),
+    ("r10", "rank_10", False),
+    ("r20", "rank_20", False),
+    ("mAP", "mean_ap", True),
+    ("mINP", "mean_inp", True),
 )
 HEADS = {"visible-to-infrared": "V→I", "infrared-to-visible": "I→V"}
 PUBLISHED_FIGURES = ("rank_1", "rank_10", "rank_20", "mean_ap")
@@ -40,7 +42,7 @@ PUBLISHED_QUERIES = {
 
 
 def detail_tables(evaluation: Evaluation) -> list[Table]:
-    """One table a search: all figures with their deviation, ways of ranking side by side."""
+    """One table a search: a row a way of ranking."""
     models = "" if evaluation.models == 1 else f", {evaluation.models} models"
     tables = []
     for split in evaluation.splits:
@@ -48,17 +50,40 @@ def detail_tables(evaluation: Evaluation) -> list[Table]:
             title=f"{evaluation.dataset}, {split.title}{models}",
             caption=f"{evaluation.metric} distance; percent, "
             + ("mean ± std over trials" if split.trials > 1 else "of a single trial"),
+            box=None,
+            padding=(0, 1, 0, 0),
         )
-        table.add_column("")
-        for way in split.rankings:
-            table.add_column(way, justify="right", no_wrap=True)
-        for name, field in DETAIL_FIGURES:
-            spreads = [getattr(ranking, field) for ranking in split.rankings.values()]
-            # One trial has no deviation: "± 0.00" would claim one.
-            cells = [str(s) if split.trials > 1 else f"{100 * s.mean:.2f}" for s in spreads]
-            table.add_row(name, *cells)
+        table.add_column("", no_wrap=True)
+        for name, *_ in DETAIL_FIGURES:
+            table.add_column(name, justify="right", no_wrap=True)
+        for way, ranking in split.rankings.items():
+            cells = [
+                # One trial has no deviation: "± 0.00" would claim one.
+                _spread(getattr(ranking, field), shown and split.trials > 1)
+                for _, field, shown in DETAIL_FIGURES
+            ]
+            table.add_row(NAMES[way], *cells)
         tables.append(table)
     return tables
+
+
+def way_lines(evaluation: Evaluation) -> list[str]:
+    """What the rows of the tables mean, as far as it differs between checkpoints."""
+    known = dict.fromkeys(evaluation.strengths)
+    said = ", ".join(
+        "s = 1 (no strength was chosen)" if one is None else f"s = {one.s:g} about c = {one.c:.3f}"
+        for one in known
+    )
+    lines = []
+    if any(split.modulation for split in evaluation.splits):
+        lines.append(f"modulated: γ and β at strength {said}; unmodulated is s = 0")
+    mirror = "the mean with the mirror image's" if evaluation.mirror else "the crop's alone"
+    lines.append(f"representation: {mirror}")
+    return lines
+
+
+def _spread(figure: TrialSpread, deviation: bool) -> str:
+    return str(figure) if deviation else f"{100 * figure.mean:.2f}"
 
 
 def open_set_table(evaluation: Evaluation) -> Table:
@@ -105,9 +130,7 @@ def open_set_lines(evaluation: Evaluation) -> list[str]:
 
 
 def _open_set_cell(rate: TrialSpread | None, trials: int) -> str:
-    if rate is None:
-        return "–"
-    return str(rate) if trials > 1 else f"{100 * rate.mean:.2f}"
+    return "–" if rate is None else _spread(rate, trials > 1)
 
 
 def paper_tables(evaluation: Evaluation) -> list[Table]:
@@ -155,9 +178,9 @@ def module_lines(evaluation: Evaluation) -> list[str]:
         lines += [
             f"{split.title}: top 10 changed by modulation for {m.top10_changed:.1%} of queries "
             f"(changed or reordered {m.top10_reordered:.1%})",
-            f"{split.title}: mAP modulated − unmodulated {100 * m.map_gain:+.2f} points, 95 % "
-            f"interval [{100 * m.map_gain_low:+.2f}, {100 * m.map_gain_high:+.2f}] "
-            "(bootstrap over query identities)",
+            f"{split.title}: mAP modulated − unmodulated{' by score' if split.mixed else ''} "
+            f"{100 * m.map_gain:+.2f} points, 95 % interval [{100 * m.map_gain_low:+.2f}, "
+            f"{100 * m.map_gain_high:+.2f}] (bootstrap over query identities)",
         ]
     for missing, c in (evaluation.compensation or {}).items():
         if c is not None:
@@ -205,11 +228,10 @@ def _paper_table(
         if any(found):
             table.add_row(f" {method} {venue}", *_cells(found, 1))
     table.add_row("measured", style="italic bold")
-    # Raw F is a diagnosis of the compensation, no way to rank.
-    names = dict.fromkeys(way for split in splits if split for way in split.rankings if way != RAW)
-    for way in names:
+    scored = {way for split in splits if split for way in split.rankings}
+    for way in (way for way in NAMES if way in scored and way not in DIAGNOSES):
         ours = [split.rankings.get(way) if split else None for split in splits]
-        table.add_row(f" ours, {way}", *_cells(ours, 100), style="bold")
+        table.add_row(f" ours, {NAMES[way]}", *_cells(ours, 100), style="bold")
     return table
 
 
