@@ -31,13 +31,14 @@ def headline(answer: QueryAnswer) -> str:
         return NO_FIT
     if not answer.searched:
         return f"{said}: nothing was searched."
-    among = "person" if answer.people == 1 else f"{answer.people} people"
-    whole = f"{percent(enrolled)} that the person is among the {among} searched."
+    among = "the one person" if answer.people == 1 else f"the {answer.people} people"
+    whole = f"Among {among} searched at all: {percent(enrolled)}."
     first = answer.results[0] if answer.results else None
-    if first is None or first.probability is None or answer.match == "none":
-        return f"{said}: {whole}"
-    who = first.item.person_id or "the first, which has no label"
-    return f"{said}: {who}, {percent(first.probability)}; {whole}"
+    if first is None or answer.match == "none":
+        return f"{said}. {whole}"
+    name = first.item.person_id
+    who = "the first, without a label" if name is None else f"person {name}"
+    return f"{said}: {who} ({percent(first.probability)}). {whole}"
 
 
 def percent(probability: float | None) -> str:

@@ -307,8 +307,8 @@ def test_the_command_line_and_the_contact_sheet_show_it(
     best = answer["results"][0]
     assert told.index('"probability_enrolled"') < told.index('"results"')
     assert list(best)[:2] == ["rank", "probability"]
-    enrolled = f"{percent(answer['probability_enrolled'])} that the person is among the 8 people"
-    said = {"likely": "Likely found: ", "possible": "Possible: ", "none": "Probably not enrolled: "}
+    enrolled = f"the 8 people searched at all: {percent(answer['probability_enrolled'])}."
+    said = {"likely": "Likely found: ", "possible": "Possible: ", "none": "Probably not enrolled. "}
     headline = printed.splitlines()[0]
     assert headline.startswith(said[answer["match"]])
     assert enrolled in headline
