@@ -111,8 +111,13 @@ class CheckpointEvaluation:
     evaluation: Evaluation
     checkpoints: list[ScoredCheckpoint]
 
+    @property
+    def fitted_on(self) -> int:
+        """How many of the people evaluated some calibration was fitted on."""
+        return max(checkpoint.calibrated_on or 0 for checkpoint in self.checkpoints)
+
     def to_json(self) -> dict[str, Any]:
-        """Both as plain values."""
+        """All as plain values."""
         checkpoints = [checkpoint.to_json() for checkpoint in self.checkpoints]
         return {"checkpoints": checkpoints} | self.evaluation.to_json()
 
@@ -151,7 +156,7 @@ def evaluate_checkpoints(
             else protocol_splits(request.dataset, samples, trial_file=trial_file, authors=authors)
         )
         shared = calibrated_on(info, samples, request.dataset, request.name)
-        with working(f"Embedding {len(samples)} images on {request.device}"):
+        with working(f"Embedding and ranking {len(samples)} images on {request.device}"):
             scores = score_model(
                 *(model, samples, splits),
                 calibration=info.calibration,

@@ -18,10 +18,11 @@ from training.evaluation.checkpoints import (
     ScoredCheckpoint,
     evaluate_checkpoints,
 )
-from training.evaluation.figures import plot_cmc, write_sheets
+from training.evaluation.figures import plot_cmc, plot_reliability, write_sheets
 from training.evaluation.sysu import TRIAL_FILE
 from training.evaluation.tables import (
     detail_tables,
+    identification_table,
     module_lines,
     open_set_lines,
     open_set_table,
@@ -96,6 +97,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Write CMC curves to this picture.", callback=picture_option),
     ] = None,
+    reliability: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write whether probabilities came true to this picture, if the checkpoint has "
+            "any.",
+            callback=picture_option,
+        ),
+    ] = None,
     sheets: Annotated[
         Path | None,
         typer.Option(
@@ -148,6 +157,15 @@ def evaluate(
     if plot is not None:
         with outputs.attempt(plot):
             plot_cmc(found.evaluation, plot)
+    if reliability is not None:
+        if found.evaluation.identification:
+            with outputs.attempt(reliability):
+                plot_reliability(found.evaluation, reliability)
+        else:
+            console.print(
+                f"{reliability} is not written: without a calibration of this release a checkpoint "
+                "has no probabilities; make one with cmt calibrate."
+            )
     outputs.finish()
 
 
@@ -161,12 +179,15 @@ def _show(console: Console, found: CheckpointEvaluation) -> None:
         *paper_tables(evaluation),
     ]:
         console.print(table)
+    if evaluation.identification:
+        console.print(identification_table(evaluation, found.fitted_on))
     for line in [*open_set_lines(evaluation), *module_lines(evaluation)]:
         console.print(line)
     console.print(f"Checkpoint selection: {found.checkpoints[0].selection}")
     for checkpoint in found.checkpoints:
         if people := checkpoint.calibrated_on:
             console.print(
-                f"{checkpoint.file.name} was calibrated on {people} of these identities: open-set "
-                "figures by its calibrated score would be flattered, and are left out.",
+                f"{checkpoint.file.name} was calibrated on {people} of these identities: what it "
+                "chose on them (strength, score, re-ranking, probabilities) is flattered here, and "
+                "open-set figures by its calibrated score are left out.",
             )

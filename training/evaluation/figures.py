@@ -40,6 +40,47 @@ def plot_cmc(evaluation: Evaluation, path: Path) -> None:
     write_figure(path, figure, dpi=150)
 
 
+def plot_reliability(evaluation: Evaluation, path: Path) -> None:
+    """Write predicted against observed for the first answer of every kind of gallery.
+
+    The area of a dot grows with its searches; bins without any have none.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = evaluation.identification
+    columns = min(4, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure = Figure(figsize=(2.9 * columns, 3.0 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel, kind in zip(panels, kinds, strict=False):
+        filled = [b for b in kind.bins if b.searches]
+        predicted, observed = [b.predicted for b in filled], [b.observed for b in filled]
+        panel.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
+        panel.plot(predicted, observed, color="#1a6fb5", linewidth=1)
+        sizes = [4 + 200 * b.searches / kind.searches for b in filled]
+        panel.scatter(predicted, observed, s=sizes, color="#1a6fb5", alpha=0.7)
+        panel.set(title=kind.title, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+        panel.title.set_fontsize(9)
+        panel.text(
+            *(0.04, 0.96, f"ECE {kind.calibration_error:.3f}\nBrier {kind.brier:.3f}"),
+            transform=panel.transAxes,
+            verticalalignment="top",
+            fontsize=8,
+        )
+        panel.grid(alpha=0.3)
+    for panel in panels[len(kinds) :]:
+        panel.set_axis_off()
+    for place, panel in enumerate(panels[: len(kinds)]):
+        if place % columns == 0:
+            panel.set_ylabel("observed: the first is right")
+        if place + columns >= len(kinds):
+            panel.set_xlabel("predicted probability")
+    figure.suptitle(
+        f"Probability of the first answer, {evaluation.dataset}, half of the people not enrolled"
+    )
+    write_figure(path, figure, dpi=130)
+
+
 def write_sheets(
     samples: Sequence[Sample], scores: SplitScores, folder: Path, *, count: int = 10
 ) -> list[Path]:

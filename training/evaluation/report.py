@@ -14,6 +14,15 @@ from model import CMT, Calibration, Strength
 from model.config import MODALITIES
 from training.datasets import DatasetName, Sample
 from training.evaluation.embedding import Embedded, embed_samples
+from training.evaluation.identification import (
+    LIKELY,
+    NONE,
+    Answers,
+    Identification,
+    Kind,
+    identifications,
+    open_set_answers,
+)
 from training.evaluation.metrics import QueryScores, mean_precision
 from training.evaluation.module_diagnostics import (
     CompensationDiagnostics,
@@ -156,6 +165,8 @@ class Evaluation:
     strengths: of the modulation, s and c of every checkpoint; null where γ, β are as trained.
     models: how many checkpoints the figures are over (ten for RegDB's ten trials).
     splits: the protocol's searches.
+    identification: open-set searches judged by their probabilities, by kind of gallery; none where
+        a checkpoint has no fits of them.
     compensation: per missing modality; None where the network has no modality alignment.
     """
 
@@ -165,13 +176,17 @@ class Evaluation:
     strengths: list[Strength | None]
     models: int
     splits: list[SplitEvaluation]
+    identification: list[Identification]
     compensation: dict[str, CompensationDiagnostics | None] | None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
         strengths = [strength and strength._asdict() for strength in self.strengths]
         splits = [split.to_json() for split in self.splits]
-        return asdict(self) | {"strengths": strengths, "splits": splits}
+        found = asdict(self) | {"strengths": strengths, "splits": splits}
+        if self.identification:
+            found["cut_offs"] = {"likely": LIKELY, "none": NONE}
+        return found
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,7 @@ class ModelScores:
     """What one network contributes to an evaluation."""
 
     splits: list[SplitScores]
+    answers: dict[Kind, Answers]
     compensation: dict[str, CompensationDiagnostics | None] | None
     metric: str
     mirror: bool
@@ -200,8 +216,8 @@ def score_model(
 ) -> ModelScores:
     """Embed all samples on the device that the network is on, and score every search.
 
-    calibration: the checkpoint's, for rankings as served. judged: whether open-set figures are by
-    its scores beside those by distance.
+    calibration: the checkpoint's, for rankings and probabilities as served. judged: whether
+    open-set figures are by its scores beside those by distance.
     compare_mirror: embed once more, without the mirror image where the checkpoint has it, else
     with it.
     Raises DatasetError where an image cannot be decoded, ValueError where the network's output is
@@ -222,6 +238,7 @@ def score_model(
             judged=judged,
             other=other,
         ),
+        answers=open_set_answers(model, embedded, splits[0].protocol, calibration),
         compensation=_compensation(embedded),
         metric=model.config.metric,
         mirror=model.config.mirror,
@@ -245,6 +262,7 @@ def summarise(dataset: DatasetName, scores: Sequence[ModelScores]) -> Evaluation
             _summarise_split(of_models, scores[0].instance_alignment)
             for of_models in zip(*(model.splits for model in scores), strict=True)
         ],
+        identification=identifications([model.answers for model in scores]),
         compensation=_mean_compensation([model.compensation for model in scores]),
     )
 

@@ -25,7 +25,7 @@ from training.evaluation.metrics import (
 from training.evaluation.module_diagnostics import gamma_beta_figures, nearest_kept, top_changes
 from training.evaluation.open_set import OpenSetTrial, open_set_trial
 from training.evaluation.rerank import k_reciprocal
-from training.evaluation.served import ranked
+from training.evaluation.served import Among, ranked
 from training.evaluation.splits import Split
 
 Distance = Callable[[Tensor, Tensor, Modulation], Tensor]
@@ -205,20 +205,6 @@ class _Space:
         return k_reciprocal(self._all[np.ix_(chosen, chosen)], rows.size)
 
 
-@dataclass(frozen=True)
-class _Among:
-    """Distances among the items at some places of a gallery, whose images are columns of a space.
-
-    Called for the few that are re-ranked."""
-
-    space: _Space
-    columns: IntArray
-
-    def __call__(self, places: IntArray) -> FloatArray:
-        chosen = self.columns[places]
-        return self.space.between[np.ix_(chosen, chosen)].astype(np.float64)
-
-
 class _Trial:
     """One trial of a search: its queries and gallery among those of a `_Space`."""
 
@@ -252,13 +238,12 @@ class _Trial:
             items = np.flatnonzero(~self.excluded[row])
             if not items.size:
                 continue
-            columns = self.columns[items]
             found = ranked(
                 *(matrix[row, items], modalities[items], people[items]),
                 query=space.query_modality,
                 facts=space.facts,
                 prior=priors[query],
-                between=_Among(space, columns) if rerank else None,
+                between=Among(space.between, self.columns[items]) if rerank else None,
             )
             ordered[row, items] = -found.scores
         return ordered

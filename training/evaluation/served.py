@@ -30,6 +30,21 @@ Between = Callable[[IntArray], FloatArray]
 
 
 @dataclass(frozen=True)
+class Among:
+    """Distances among the items at some places of those that a query searches.
+
+    matrix: among all items. items: the places of those searched.
+    """
+
+    matrix: npt.NDArray[np.floating]
+    items: IntArray
+
+    def __call__(self, places: IntArray) -> FloatArray:
+        chosen = self.items[places]
+        return self.matrix[np.ix_(chosen, chosen)].astype(np.float64)
+
+
+@dataclass(frozen=True)
 class Ranked:
     """One query and N items: their scores, larger is better, and what the posterior asks."""
 

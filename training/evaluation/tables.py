@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from training.datasets import DatasetName
+from training.evaluation.identification import LIKELY, NONE
 from training.evaluation.open_set import FALSE_ALARM_RATES
 from training.evaluation.published import TITLES, PublishedRow, published_rows
 from training.evaluation.report import Evaluation, RankingFigures, SplitEvaluation, TrialSpread
@@ -93,8 +94,8 @@ def open_set_table(evaluation: Evaluation) -> Table:
     table = Table(
         title="open-set identification, rank 1",
         caption="half of the identities enrolled in each trial; percent of mated queries that "
-        "raise an alarm and name the right person, where the stated share of non-mated queries "
-        f"raises one; {spread}",
+        "raise an\nalarm and name the right person, where the stated share of non-mated queries "
+        f"raises one;\n{spread}",
     )
     table.add_column("ranked and judged by", no_wrap=True)
     for rate in FALSE_ALARM_RATES:
@@ -107,6 +108,42 @@ def open_set_table(evaluation: Evaluation) -> Table:
         for score, row in cells.items():
             table.add_row(f"  {score}", *row)
         table.add_section()
+    return table
+
+
+def identification_table(evaluation: Evaluation, known: int) -> Table:
+    """What answers in an open set say, one row a kind of gallery.
+
+    known: how many of the people the probabilities were fitted on.
+    """
+    warning = f"\nFITTED ON {known} OF THESE PEOPLE: the figures flatter" if known else ""
+    counts = sorted({kind.searches for kind in evaluation.identification})
+    number = " to ".join(dict.fromkeys((f"{counts[0]}", f"{counts[-1]}")))
+    table = Table(
+        title=f"open set, as served: do probabilities come true?{warning}",
+        caption=f"half of the people enrolled; {number} searches each; right: percent of first "
+        "answers\nthat show the person asked for; ECE in ten equal bins and Brier score of the "
+        "first answer's\nprobability; FPIR and FNIR in percent, where first answers from "
+        f"{LIKELY:g} on are believed (likely),\nand where what is under {NONE:g} of being enrolled "
+        "is not answered (none)",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("gallery", no_wrap=True)
+    for head in ("\npeople", "\nright", "\nECE", "\nBrier"):
+        table.add_column(Text(head), justify="right", no_wrap=True)
+    for head in ("likely\nFPIR", "likely\nFNIR", "none\nFPIR", "none\nFNIR"):
+        table.add_column(Text(head), justify="right", no_wrap=True)
+    for kind in evaluation.identification:
+        rates = (kind.likely.fpir, kind.likely.fnir, kind.none.fpir, kind.none.fnir)
+        table.add_row(
+            kind.title,
+            f"{kind.people:.0f}",
+            f"{100 * kind.right:.1f}",
+            f"{kind.calibration_error:.3f}",
+            f"{kind.brier:.3f}",
+            *("–" if rate is None else f"{100 * rate:.1f}" for rate in rates),
+        )
     return table
 
 
