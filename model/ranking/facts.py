@@ -55,7 +55,7 @@ class PosteriorFit(_Record):
     modulated, reranked, labelled: the queries and galleries that it was fitted on.
     slope, spread, images: ln weight rises by slope · ratioˢᵖʳᵉᵃᵈ · Kⁱᵐᵃᵍᵉˢ with each unit of score.
     offset, size, own: and falls by offset + size · ln(items) + own · (share of the items that is of
-    the query's modality).
+    the query's modality) + raised · (by how much re-ranking raised the best score).
     log_loss, error, searches: of the fit; the first two cross-validated between the sets of people.
     """
 
@@ -68,6 +68,7 @@ class PosteriorFit(_Record):
     offset: float
     size: float
     own: float = 0.0
+    raised: float = 0.0
     log_loss: float = 0.0
     error: float = 0.0
     searches: int = 0

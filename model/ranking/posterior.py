@@ -4,14 +4,16 @@ For labelled items the people searched and "not enrolled" are the outcomes, exac
 true. With s_p the score of person p's best image, n images searched, a share o of which is of the
 query's own modality, and equal odds of being enrolled:
 
-    ln w_p = a·s_p − b − c·ln n − m·o
+    ln w_p = a·s_p − b − c·ln n − m·o − r·Δ
     P(p) = w_p / (1 + Σ w),    P(not enrolled) = 1 / (1 + Σ w)
 
 Another prior π multiplies every weight by π/(1 − π). The slope a follows how widely the query's
 distances in this gallery spread, against its distances to the checkpoint's references, so that an
 absolute distance still counts after scores were scaled by the gallery's own deviation. Images and
 not people are counted, since the best of four images of a stranger looks better than that of one;
-and within a modality strangers look more alike than across, against the deviation of all.
+and within a modality strangers look more alike than across, against the deviation of all. Δ is by
+how much re-ranking raised the best score: it raises whoever is nearest, enrolled or not, so that it
+says who of these people it is rather than whether it is any of them.
 
 Unlabelled items do not exclude each other, since a person may have several: each has a weight from
 a fit of its own, with P = w / (1 + w), and "enrolled" has the odds of all weights together.
@@ -59,7 +61,7 @@ class Searched:
     those without a label. own: the share of the items that is of the query's modality, see
     `model.ranking.search.own_share`. ratio: of the deviation of the query's distances here to that
     of its distances to the references. images: of the query, K. beyond: what was not scored, by
-    modality.
+    modality. raised: by how much re-ranking raised the best score of all.
     """
 
     people: int
@@ -69,6 +71,7 @@ class Searched:
     ratio: float = 1.0
     images: int = 1
     beyond: Sequence[Beyond] = field(default_factory=list)
+    raised: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def posterior(
 def log_weights(scores: FloatArray, fit: PosteriorFit, searched: Searched) -> FloatArray:
     """Scores → ln w at even odds of being enrolled."""
     offset = fit.offset + fit.size * math.log(max(1, searched.items)) + fit.own * searched.own
-    return slope(fit, searched) * scores - offset
+    return slope(fit, searched) * scores - offset - fit.raised * searched.raised
 
 
 def slope(fit: PosteriorFit, searched: Searched) -> float:

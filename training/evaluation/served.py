@@ -79,6 +79,7 @@ def ranked(
     labelled, different = int(named.sum()), np.unique(people[named]).size
     unlabelled = people.size - labelled
     reranking = facts.reranking if facts and between else None
+    before = scores.max()
     if facts and between and reranking:
         images = reranking.images(labelled, different, unlabelled)
         scores = reranked(scores, modalities, between, facts, reranking, images)
@@ -88,6 +89,7 @@ def ranked(
         unlabelled=unlabelled,
         own=float((modalities == query).mean()),
         ratio=ratio,
+        raised=float(scores.max() - before),
     )
     return Ranked(scores, reranking is not None, searched)
 

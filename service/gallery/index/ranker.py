@@ -127,9 +127,9 @@ def _joined(found: Mapping[Modality, Scored], scale: Scale, counted: int) -> Ran
     scored_ranks = np.arange(1, len(kept.scores) + 1)
     if scale.rerank and len(kept.scores):
         begun = time.perf_counter()
-        kept = replace(
-            kept, scores=kept.scores + _bonus(kept, every[0].seen.segment.features, searched, scale)
-        )
+        raised = kept.scores + _bonus(kept, every[0].seen.segment.features, searched, scale)
+        searched = replace(searched, raised=float(raised.max() - kept.scores.max()))
+        kept = replace(kept, scores=raised)
         again = kept.order()
         kept, scored_ranks = kept.taken(again), scored_ranks[again]
         reranked_ms = 1e3 * (time.perf_counter() - begun)

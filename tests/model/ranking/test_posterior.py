@@ -14,7 +14,7 @@ from model.ranking import Beyond, PosteriorFit, Searched, posterior
 
 LABELLED = PosteriorFit(
     modulated=True, reranked=False, labelled=True,
-    slope=2.1, spread=1.4, images=0.2, offset=3.4, size=0.97, own=1.6,
+    slope=2.1, spread=1.4, images=0.2, offset=3.4, size=0.97, own=1.6, raised=1.2,
 )  # fmt: skip
 UNLABELLED = LABELLED.model_copy(update={"labelled": False, "slope": 1.7, "offset": 2.9})
 
@@ -28,6 +28,7 @@ def reference(
     def weight(score: float, fit: PosteriorFit) -> float:
         slope = fit.slope * searched.ratio**fit.spread * searched.images**fit.images
         penalty = fit.offset + fit.size * math.log(searched.items) + fit.own * searched.own
+        penalty += fit.raised * searched.raised
         return odds * math.exp(slope * score - penalty)
 
     best: dict[int, float] = {}
@@ -71,12 +72,20 @@ items = st.lists(st.tuples(st.floats(-30, 30), st.integers(-1, 4)), min_size=1, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(items, st.floats(0.001, 0.999), st.floats(0, 1), st.floats(0.2, 3), st.integers(1, 16))
+@given(
+    *(items, st.floats(0.001, 0.999), st.floats(0, 1), st.floats(0.2, 3)),
+    *(st.integers(1, 16), st.floats(0, 3)),
+)
 def test_probabilities_are_those_of_the_plain_formulas(
-    drawn: list[tuple[float, int]], prior: float, own: float, ratio: float, images: int
+    drawn: list[tuple[float, int]],
+    prior: float,
+    own: float,
+    ratio: float,
+    images: int,
+    raised: float,
 ) -> None:
     scores, people = [s for s, _ in drawn], [p for _, p in drawn]
-    searched = whole(people, own=own, ratio=ratio, images=images)
+    searched = whole(people, own=own, ratio=ratio, images=images, raised=raised)
     found, enrolled = answer(scores, people, searched, prior)
     expected, expected_enrolled = reference(scores, people, searched, prior)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
