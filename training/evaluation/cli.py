@@ -173,14 +173,17 @@ def _show(console: Console, found: CheckpointEvaluation) -> None:
     evaluation = found.evaluation
     for line in [*size_lines(evaluation), *way_lines(evaluation)]:
         console.print(line)
+    console.print()
     for table in [
         *detail_tables(evaluation),
         open_set_table(evaluation),
         *paper_tables(evaluation),
     ]:
-        console.print(table)
+        console.print_table(table)
+        console.print()
     if evaluation.identification:
-        console.print(identification_table(evaluation, found.fitted_on))
+        console.print_table(identification_table(evaluation, found.fitted_on))
+        console.print()
     for line in [*open_set_lines(evaluation), *module_lines(evaluation)]:
         console.print(line)
     console.print(f"Checkpoint selection: {found.checkpoints[0].selection}")

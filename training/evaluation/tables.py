@@ -49,7 +49,8 @@ def detail_tables(evaluation: Evaluation) -> list[Table]:
     for split in evaluation.splits:
         table = Table(
             title=f"{evaluation.dataset}, {split.title}{models}",
-            caption=f"{evaluation.metric} distance; percent, "
+            caption=f"by {evaluation.metric} distance"
+            + (", but score and re-ranked by score; percent, " if split.mixed else "; percent, ")
             + ("mean ± std over trials" if split.trials > 1 else "of a single trial"),
             box=None,
             padding=(0, 1, 0, 0),
@@ -93,9 +94,11 @@ def open_set_table(evaluation: Evaluation) -> Table:
     spread = "mean ± std over trials" if several else "of a single trial"
     table = Table(
         title="open-set identification, rank 1",
-        caption="half of the identities enrolled in each trial; percent of mated queries that "
-        "raise an\nalarm and name the right person, where the stated share of non-mated queries "
-        f"raises one;\n{spread}",
+        caption=Text(
+            "half of the identities enrolled in each trial; percent of mated queries that raise\n"
+            "an alarm and name the right person, where the stated share of non-mated queries\n"
+            f"raises one; {spread}"
+        ),
     )
     table.add_column("ranked and judged by", no_wrap=True)
     for rate in FALSE_ALARM_RATES:
@@ -116,16 +119,18 @@ def identification_table(evaluation: Evaluation, known: int) -> Table:
 
     known: how many of the people the probabilities were fitted on.
     """
-    warning = f"\nFITTED ON {known} OF THESE PEOPLE: the figures flatter" if known else ""
+    warning = f"FITTED ON {known} OF THESE PEOPLE, so that the figures flatter.\n" if known else ""
     counts = sorted({kind.searches for kind in evaluation.identification})
     number = " to ".join(dict.fromkeys((f"{counts[0]}", f"{counts[-1]}")))
     table = Table(
-        title=f"open set, as served: do probabilities come true?{warning}",
-        caption=f"half of the people enrolled; {number} searches each; right: percent of first "
-        "answers\nthat show the person asked for; ECE in ten equal bins and Brier score of the "
-        "first answer's\nprobability; FPIR and FNIR in percent, where first answers from "
-        f"{LIKELY:g} on are believed (likely),\nand where what is under {NONE:g} of being enrolled "
-        "is not answered (none)",
+        title="open set, as served: do probabilities come true?",
+        caption=Text(
+            f"{warning}Half of the people enrolled, {number} searches each. right: percent of\n"
+            "first answers that show the person asked for. ECE, Brier: of the first answer's\n"
+            "probability, in ten equal bins. FPIR, FNIR: percent, where first answers from\n"
+            f"{LIKELY:g} on are believed (likely), and where what is under {NONE:g} of being "
+            "enrolled\nis not answered (none)."
+        ),
         box=None,
         padding=(0, 1, 0, 0),
     )

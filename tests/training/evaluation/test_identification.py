@@ -215,6 +215,7 @@ def test_the_command_says_whether_probabilities_come_true(
     assert main([*where, "--checkpoint", str(checkpoint), *asked]) == 0
     printed = capsys.readouterr().out
     assert "…" not in printed
+    assert "\\n" not in printed
     assert "FITTED ON 2 OF THESE PEOPLE" in printed
     assert "re-ranked, served" in printed
     report = json.loads(out.read_text())
