@@ -288,7 +288,10 @@ class _Asked:
         same = self._people[rows] == self._people[columns]
         same &= self._cameras[rows] == self._cameras[columns]
         same &= self._modalities[rows] == self._modalities[columns]
-        labels = (of[side] for of in (self._people, self._cameras) for side in (queries, enrolled))
+        labels = (
+            *(self._people[queries], self._people[enrolled]),
+            *(self._cameras[queries], self._cameras[enrolled]),
+        )
         return np.asarray(same | excluded_pairs(*labels, self._protocol))
 
 

@@ -80,9 +80,10 @@ def mixed_splits(dataset: DatasetName, samples: Sequence[Sample]) -> list[Split]
         }
     elif dataset is DatasetName.LLCM:
         everything = np.arange(len(samples))
+        asking: dict[str, Modality] = {"infrared": "ir", "visible": "rgb"}
         asked = {
             f"{MIXED} gallery, {word} queries": (of_modality(samples, modality), everything)
-            for word, modality in (("infrared", "ir"), ("visible", "rgb"))
+            for word, modality in asking.items()
         }
     else:
         raise DatasetError(

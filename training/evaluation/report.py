@@ -152,7 +152,8 @@ class SplitEvaluation:
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
         entry = asdict(self)
-        return entry | {"raw": None, "reranked": None} | entry.pop("rankings")
+        rankings: dict[str, Any] = entry.pop("rankings")
+        return entry | {"raw": None, "reranked": None} | rankings
 
 
 @dataclass(frozen=True)

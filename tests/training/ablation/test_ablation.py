@@ -25,7 +25,7 @@ from training.ablation.cells import (
     changed_model,
     read_data,
 )
-from training.ablation.controls import mean_modulation, ranking_under
+from training.ablation.controls import ranking_under
 from training.ablation.generators import LowRankGenerators, Setting, fit_generators
 from training.ablation.paired import SeedSpread, compare_paired
 from training.ablation.results import (
@@ -57,6 +57,7 @@ from training.evaluation.embedding import Embedded, embed_samples
 from training.evaluation.metrics import FloatArray, IntArray
 from training.evaluation.protocols import protocol_splits
 from training.evaluation.report import score_model
+from training.evaluation.scoring import mean_modulation
 from training.evaluation.splits import Split
 from training.recipe import Recipe, load_recipe
 from training.trainer import CHECKPOINT_FILE

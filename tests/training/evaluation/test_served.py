@@ -210,7 +210,7 @@ def plainly(
                 own = Modulation(*(p.double() for p in model.modulation(x.float())))
             gone = [samples[q].camera == 3 and samples[i].camera == 2 for i in gallery]
             kept = [i for i, out in zip(gallery.tolist(), gone, strict=True) if not out]
-            found = {}
+            found: dict[int, float] = {}
             for modality in MODALITIES:
                 of_it = [i for i in kept if samples[i].modality == modality]
                 if not of_it:
@@ -231,11 +231,10 @@ def plainly(
                 apart = np.zeros((len(best), len(best)))
                 for a, i in enumerate(best):
                     for b, j in enumerate(best):
-                        mean, deviation = facts.between[
-                            f"{samples[i].modality} {samples[j].modality}"
-                        ]
-                        d = float((embedded.embedding[i] - embedded.embedding[j]).norm())
-                        apart[a, b] = (d - mean) / deviation
+                        pair = f"{samples[i].modality} {samples[j].modality}"
+                        center, width = facts.between[pair]
+                        between = float((embedded.embedding[i] - embedded.embedding[j]).norm())
+                        apart[a, b] = (between - center) / width
                 again = reciprocal_similarity(
                     np.array([-found[i] for i in best]),
                     apart,
