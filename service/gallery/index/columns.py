@@ -13,6 +13,7 @@ from service.gallery.times import microseconds
 
 _NO_TIME = np.iinfo(np.int64).min
 _NO_CODE = -1
+_FEW_CODES = 8  # are compared with one after the other, which is faster than looking up each row's
 _FIELDS = ("number", "person", "camera", "modality", "captured")
 
 
@@ -247,12 +248,16 @@ class Columns:
 
 
 def _among(column: npt.NDArray[np.int64], codes: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """Which rows have one of these codes.
-
-    Of a copy: labels may change meanwhile, and NumPy reads a row twice, the second time as an index
-    into a table whose size the first value was checked against.
-    """
-    found: npt.NDArray[np.bool_] = np.isin(column.copy(), codes)
+    """Which rows have one of these codes."""
+    found: npt.NDArray[np.bool_]
+    if len(codes) <= _FEW_CODES:
+        found = np.zeros(len(column), np.bool_)
+        for code in codes:
+            found |= column == code
+        return found
+    # Of a copy: labels may change meanwhile, and NumPy reads a row twice, the second time as an
+    # index into a table whose size the first value was checked against.
+    found = np.isin(column.copy(), codes)
     return found
 
 

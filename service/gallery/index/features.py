@@ -18,12 +18,11 @@ from model import (
     Modulation,
     lift,
     modulated_cosine_distance,
-    modulated_distance,
     part_distances,
     project,
 )
 from model.config import Metric
-from model.modulation import ranking_distance
+from model.modulation import ranking_distance, squared_lifted_distance
 from service.gallery.index.chunks import Chunk, scale_for
 
 # Rows that are widened at once: on a CPU they should stay in its caches.
@@ -146,16 +145,18 @@ class Features:
     def distances(
         self, x: Tensor, modulation: Modulation, positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
-        """One query (P×D) to the rows at `positions`, which ascend: N, by one product.
+        """Q queries (Q×P×D) to the rows at `positions`, which ascend: Euclidean, Q×N.
 
-        Good to 1e-6 of the largest; `rescore` gives what is shown.
+        Good to 1e-6 of the largest; `rescore` gives what is shown. Rows are read once, and every
+        query is computed by itself: a batch changes no digit.
         """
-        if self.metric == "cosine":
-            return self.rescore(x, modulation, positions)[0]
-        y = self._gather(positions).reshape(-1, self.parts, self.dim)
-        applied = Modulation(*(p.to(self.device).float() for p in modulation))
-        found = modulated_distance(x.to(self.device).float()[None], y, applied)[0]
-        distances: npt.NDArray[np.float64] = found.double().cpu().numpy()
+        z = lift(self._gather(positions).reshape(-1, self.parts, self.dim))
+        parameters = x, *modulation
+        queries = zip(*(p.to(self.device).float().split(1) for p in parameters), strict=True)
+        squared = [
+            squared_lifted_distance(one, z, Modulation(gamma, beta)) for one, gamma, beta in queries
+        ]
+        distances: npt.NDArray[np.float64] = torch.cat(squared).double().sqrt().cpu().numpy()
         return distances
 
     @torch.inference_mode()

@@ -59,18 +59,12 @@ def scan(features: Features, w: Tensor, count: int, allowed: Sequence[Mask]) -> 
     """
     if features.device.type != "cpu":
         return multiply(features, w, count, allowed, exact=True)
-    best: list[Best] = [_EMPTY] * len(w)
-    for members in sharing(allowed):
-        mask = allowed[members[0]]
-        chunks = [c for c in features.chunks if mask[c.first : c.first + c.count].any()]
-        queries = w[members]
-        search = partial(_scan_chunk, queries=queries, count=count, mask=mask, dim=features.dim)
-        threads = _threads() if len(chunks) > _SERIAL_CHUNKS else None
-        found = list(map(search, chunks) if threads is None else threads.map(search, chunks))
-        for row, member in enumerate(members):
-            parts = [Best(positions[row], scores[row]) for scores, positions in found]
-            best[member] = merged(parts, count)
-    return best
+    groups = [(members, allowed[members[0]]) for members in sharing(allowed)]
+    search = partial(_scan_chunk, w=w, count=count, groups=groups, dim=features.dim)
+    chunks = features.chunks
+    threads = _threads() if len(chunks) > _SERIAL_CHUNKS else None
+    found = list(map(search, chunks) if threads is None else threads.map(search, chunks))
+    return [merged([of[query] for of in found if query in of], count) for query in range(len(w))]
 
 
 @torch.inference_mode()
@@ -193,10 +187,17 @@ def _strips(features: Features, count: int) -> Iterator[tuple[Chunk, list[tuple[
 
 
 def _scan_chunk(
-    chunk: Chunk, *, queries: Tensor, count: int, mask: Mask, dim: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    w = np.ascontiguousarray(chunk.projected(queries, dim).numpy())
-    return chunk.scan(w, count, mask[chunk.first : chunk.first + chunk.count])
+    chunk: Chunk, *, w: Tensor, count: int, groups: Sequence[tuple[list[int], Mask]], dim: int
+) -> dict[int, Best]:
+    """What each query finds there; all of them while the chunk is in the caches."""
+    found = {}
+    for members, mask in groups:
+        allowed = mask[chunk.first : chunk.first + chunk.count]
+        if allowed.any():
+            queries = np.ascontiguousarray(chunk.projected(w[members], dim).numpy())
+            scores, positions = chunk.scan(queries, count, allowed)
+            found.update(zip(members, map(Best, positions, scores), strict=True))
+    return found
 
 
 def merged(parts: Sequence[Best], count: int) -> Best:

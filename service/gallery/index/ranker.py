@@ -236,10 +236,12 @@ def _searched(
     scale: Scale,
     counted: int,
 ) -> Searched:
-    people = [one.seen.persons for one in present.values()]
+    shown = np.zeros(max((len(one.seen.persons) for one in present.values()), default=0), np.bool_)
+    for one in present.values():
+        shown[: len(one.seen.persons)] |= one.seen.persons
     unlabelled = sum(one.seen.unlabelled for one in present.values())
     return Searched(
-        people=len(np.unique(np.concatenate(people))) + unlabelled if people else 0,
+        people=int(np.count_nonzero(shown)) + unlabelled,
         items=sum(one.searched for one in present.values()),
         unlabelled=unlabelled,
         own=own_share(scale.query, {m: one.searched for m, one in present.items()}),

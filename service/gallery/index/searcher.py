@@ -153,10 +153,11 @@ class Seen:
         return self.positions[np.arange(SAMPLE) * self.searched // SAMPLE]
 
     @cached_property
-    def persons(self) -> npt.NDArray[np.int64]:
-        """Codes of the people they show, each once."""
-        found: npt.NDArray[np.int64] = np.flatnonzero(np.bincount(self._codes + 1)[1:])
-        return found
+    def persons(self) -> npt.NDArray[np.bool_]:
+        """Whether they show a person, by the person's code, up to the largest of theirs."""
+        shown = np.zeros(self._codes.max(initial=-1) + 2, np.bool_)
+        shown[self._codes] = True  # the last place is for −1
+        return shown[:-1]
 
     @cached_property
     def unlabelled(self) -> int:
@@ -217,8 +218,9 @@ class Searcher:
             started = time.perf_counter()
             found = self._found(kind, [checked[i] for i in members], [seen[i] for i in members])
             recall_ms = 1e3 * (time.perf_counter() - started)
-            for i, candidates in zip(members, found, strict=True):
-                scored[i] = self._scored(checked[i], candidates, kind.exhaustive, recall_ms)
+            samples = _sampled([checked[i] for i in members], found)
+            for i, candidates, sample in zip(members, found, samples, strict=True):
+                scored[i] = self._scored(checked[i], candidates, sample, kind.exhaustive, recall_ms)
         return [scored[i] for i in range(len(queries))]
 
     def _kind(self, query: SearchRequest, seen: Seen) -> _Kind:
@@ -227,9 +229,16 @@ class Searcher:
         whole = query.sample and seen.searched <= WHOLE and not cosine
         return _Kind(exhaustive, whole, None if whole or exhaustive else query.shortlist)
 
-    def _scored(self, query: _Query, found: _Found, exhaustive: bool, recall_ms: float) -> Scored:
+    def _scored(
+        self,
+        query: _Query,
+        found: _Found,
+        sample: Sample | None,
+        exhaustive: bool,
+        recall_ms: float,
+    ) -> Scored:
         started = time.perf_counter()
-        request, seen, sample = query.request, found.seen, found.sample
+        request, seen = query.request, found.seen
         candidates = seen.searched if exhaustive else len(found.best.positions)
         nearest = self._computed(query, found, exhaustive)
         count = request.count
@@ -238,8 +247,6 @@ class Searcher:
             self._count(widened=1)
             (found,) = self._exhaustive([query], [seen], count=count, exact=True)
             nearest = self._computed(query, found, exhaustive)
-        if request.sample and sample is None and seen.searched:
-            sample = _sampled(query, seen)
         found = replace(found, best=nearest.best)
         distances, parts = nearest.distances, nearest.parts
 
@@ -396,11 +403,24 @@ class Searcher:
             self.counters.largest_batch = max(self.counters.largest_batch, largest_batch)
 
 
-def _sampled(query: _Query, seen: Seen) -> Sample:
-    """Distances to the rows of `Seen.spread`, of more than `WHOLE`."""
-    places = seen.spread
-    distances = seen.segment.features.distances(query.x, query.modulation, places)
-    return Sample(places, seen.columns.persons[places], distances, whole=False)
+def _sampled(queries: Sequence[_Query], found: Sequence[_Found]) -> list[Sample | None]:
+    """What each query wants of it; the same rows for those with the same filters, read once."""
+    samples = [one.sample for one in found]
+    wanting: dict[int, list[int]] = {}
+    for i, one in enumerate(found):
+        if queries[i].request.sample and samples[i] is None and one.seen.searched:
+            wanting.setdefault(id(one.seen), []).append(i)
+    for members in wanting.values():
+        seen = found[members[0]].seen
+        x = torch.stack([queries[i].x for i in members])
+        parameters = zip(*(queries[i].modulation for i in members), strict=True)
+        modulation = Modulation(*map(torch.cat, parameters))
+        persons = seen.columns.persons[seen.spread]
+        for i, row in zip(
+            members, seen.segment.features.distances(x, modulation, seen.spread), strict=True
+        ):
+            samples[i] = Sample(seen.spread, persons, row, whole=False)
+    return samples
 
 
 def _by_cosine(query: _Query, seen: Seen) -> _Found:

@@ -334,9 +334,12 @@ def test_cosine_answers_by_its_own_distances(tmp_path: Path) -> None:
             assert numbers(few.hits) == numbers(result.hits[:3])
 
 
-def test_queries_together_answer_as_each_alone(tmp_path: Path) -> None:
-    y = crops_of(NAMED, BOTH)
-    with closing(filled(tmp_path, NAMED, BOTH, y)) as gallery:
+@pytest.mark.parametrize("count", [300, 12_000])
+def test_queries_together_answer_as_each_alone(tmp_path: Path, count: int) -> None:
+    """Also where a modality is so large that only a sample is measured."""
+    named, both = NAMED * (count // 300), BOTH * (count // 300)
+    y = crops_of(named, both)
+    with closing(filled(tmp_path, named, both, y)) as gallery:
         several = [
             asked(gallery, near(y[i], seed=i), query(i)[1] if i % 2 else None, **options)
             for i, options in enumerate(
