@@ -23,14 +23,18 @@ DETAIL_FIGURES = (
 )
 HEADS = {"visible-to-infrared": "V→I", "infrared-to-visible": "I→V"}
 PUBLISHED_FIGURES = ("rank_1", "rank_10", "rank_20", "mean_ap")
-# The paper's tables: title, and the (setting, shots) side by side in each of their parts.
+# Tables with published rows, those of the paper first: title, and the (setting, shots) side by side
+# in each of their parts.
 PAPER_TABLES: dict[DatasetName, list[tuple[str, list[tuple[str, str]]]]] = {
     DatasetName.SYSU: [
-        ("Table 1, all-search", [("all", "single"), ("all", "multi")]),
-        ("Table 1, indoor-search", [("indoor", "single"), ("indoor", "multi")]),
+        ("Table 1, all-search of the paper", [("all", "single"), ("all", "multi")]),
+        ("Table 1, indoor-search of the paper", [("indoor", "single"), ("indoor", "multi")]),
     ],
     DatasetName.REGDB: [
-        ("Table 2", [("visible-to-infrared", ""), ("infrared-to-visible", "")]),
+        ("Table 2 of the paper", [("visible-to-infrared", ""), ("infrared-to-visible", "")]),
+    ],
+    DatasetName.LLCM: [
+        ("Beside published work", [("visible-to-infrared", ""), ("infrared-to-visible", "")]),
     ],
 }
 # Queries of the published test sets per model: with others, figures do not compare.
@@ -39,6 +43,8 @@ PUBLISHED_QUERIES = {
     (DatasetName.SYSU, "indoor"): 2208,
     (DatasetName.REGDB, "visible-to-infrared"): 2060,
     (DatasetName.REGDB, "infrared-to-visible"): 2060,
+    (DatasetName.LLCM, "visible-to-infrared"): 8680,
+    (DatasetName.LLCM, "infrared-to-visible"): 7166,
 }
 
 
@@ -176,7 +182,7 @@ def _open_set_cell(rate: TrialSpread | None, trials: int) -> str:
 
 
 def paper_tables(evaluation: Evaluation) -> list[Table]:
-    """The paper's Table 1 or 2, published rows first, ours below; none for other datasets."""
+    """The paper's Table 1 or 2, or LLCM's: published rows first, ours below; none for folders."""
     dataset = DatasetName(evaluation.dataset)
     tables = []
     for title, columns in PAPER_TABLES.get(dataset, []):
@@ -250,7 +256,7 @@ def _paper_table(
         else ("; this folder is not the published test set, so the rows do not compare")
     )
     table = Table(
-        title=f"{title} of the paper ({TITLES[dataset]})",
+        title=f"{title} ({TITLES[dataset]})",
         caption=f"published: as papers state on the real {TITLES[dataset]}; measured: this folder"
         f"{caveat}. Percent.",
         box=None,
