@@ -40,9 +40,9 @@ def reciprocal_similarity(
     nearest = np.argsort(distance, axis=1, kind="stable")
     mutual = _mutual(nearest[:, : size + 1])
     smaller = _mutual(nearest[:, : round(size / 2) + 1])
-    shared = _counts(mutual, smaller.T)
+    shared = _sums(mutual, smaller)
     joins = mutual & (3 * shared > 2 * smaller.sum(1))
-    neighbourhood = mutual | (_counts(joins, smaller) > 0)
+    neighbourhood = mutual | (_sums(joins, smaller) > 0)
 
     np.fill_diagonal(distance, np.inf)
     least = distance.min(1, keepdims=True) if count > 1 else np.zeros((1, 1), np.float32)
@@ -62,6 +62,13 @@ def _mutual(lists: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     return member & member.T
 
 
-def _counts(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> Array32:
-    counts: Array32 = a.astype(np.float32) @ b.astype(np.float32)
-    return counts
+def _sums(chosen: npt.NDArray[np.bool_], rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Each row of M×M is the sum of the `rows` that it chooses, itself always among them.
+
+    A matrix product; but few are chosen, and BLAS would wait for threads that are busy elsewhere.
+    """
+    who, of = np.nonzero(chosen)
+    sums: npt.NDArray[np.int64] = np.add.reduceat(
+        rows[of].astype(np.int64), np.searchsorted(who, np.arange(len(rows)))
+    )
+    return sums

@@ -22,7 +22,6 @@ from model import (
     project,
 )
 from model.config import Metric
-from model.modulation import ranking_distance, squared_lifted_distance
 from service.gallery.index.chunks import Chunk, scale_for
 
 # Rows that are widened at once: on a CPU they should stay in its caches.
@@ -148,26 +147,37 @@ class Features:
         """Q queries (Q×P×D) to the rows at `positions`, which ascend: Euclidean, Q×N.
 
         Good to 1e-6 of the largest; `rescore` gives what is shown. Rows are read once, and every
-        query is computed by itself: a batch changes no digit.
+        query is computed by itself, on the calling thread: a batch changes no digit.
         """
-        z = lift(self._gather(positions).reshape(-1, self.parts, self.dim))
-        parameters = x, *modulation
-        queries = zip(*(p.to(self.device).float().split(1) for p in parameters), strict=True)
-        squared = [
-            squared_lifted_distance(one, z, Modulation(gamma, beta)) for one, gamma, beta in queries
-        ]
-        distances: npt.NDArray[np.float64] = torch.cat(squared).double().sqrt().cpu().numpy()
+        y = self._gather(positions).cpu().view(-1, self.parts, self.dim)
+        z = torch.empty(len(y), self.width)
+        step = self._rows_at_once()
+        for rows, place in zip(y.split(step), z.split(step), strict=True):
+            place.copy_(lift(rows))
+        w, c = project(x, modulation)
+        products = [np.einsum("nd,d->n", z.numpy(), one) for one in w.float().cpu().numpy()]
+        squared = c.double().cpu().numpy()[:, None] - np.stack(products)
+        distances: npt.NDArray[np.float64] = np.sqrt(np.maximum(squared, 0))
         return distances
 
     @torch.inference_mode()
     def between(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Unmodulated distances among the rows at `positions`, in any order: N×N."""
+        """Unmodulated distances among the rows at `positions`, in any order: N×N.
+
+        Of some hundreds, on the calling thread.
+        """
         order = np.argsort(positions)
         back = np.argsort(order)
-        y = self._gather(positions[order]).reshape(-1, self.parts, self.dim).float()
-        plain = Modulation.identity(len(y), self.dim, device=y.device)
-        found: npt.NDArray[np.float64] = ranking_distance(y, y, plain, self.metric).cpu().numpy()
-        return found[np.ix_(back, back)]
+        y = self._gather(positions[order]).cpu().numpy()[back].astype(np.float32)
+        products = np.vecdot(y[:, None], y).astype(np.float64)
+        squares = products.diagonal()
+        distances: npt.NDArray[np.float64]
+        if self.metric == "cosine":
+            norms = np.sqrt(np.maximum(squares, np.finfo(np.float32).tiny))
+            distances = 1 - products / norms / norms[:, None]
+        else:
+            distances = np.sqrt(np.maximum(squares + squares[:, None] - 2 * products, 0))
+        return distances
 
     @torch.inference_mode()
     def score_all(self, x: Tensor, modulation: Modulation) -> npt.NDArray[np.floating]:
@@ -232,9 +242,15 @@ class Features:
         chunks = self.chunks
         edges = np.searchsorted(positions, [chunk.first for chunk in chunks]).tolist()
         for chunk, start, end in zip(chunks, edges, [*edges[1:], len(positions)], strict=True):
-            if start < end:
-                local = torch.from_numpy(positions[start:end] - chunk.first).to(self.device)
-                torch.index_select(chunk.z, 0, local, out=rows[start:end])
+            local = positions[start:end] - chunk.first
+            if start == end:
+                continue
+            if self.device.type == "cpu":  # on this thread, unlike torch.index_select
+                out = rows[start:end].numpy()
+                np.take(chunk.z.numpy(), local, axis=0, out=out, mode="clip")
+            else:
+                places = torch.from_numpy(local).to(self.device)
+                torch.index_select(chunk.z, 0, places, out=rows[start:end])
         return rows[:, : self.parts * self.dim]
 
 

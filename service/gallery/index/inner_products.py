@@ -33,6 +33,7 @@ Mask = npt.NDArray[np.bool_]
 
 # A CPU scans for up to this many queries and multiplies for more.
 _SCAN_QUERIES = 4
+_CORES = faiss.omp_get_max_threads()
 _SERIAL_CHUNKS = 2  # for so few, waiting for threads takes longer than they save
 SLACK, _SLACK_BF16 = 64, 1024
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
@@ -63,6 +64,10 @@ def scan(features: Features, w: Tensor, count: int, allowed: Sequence[Mask]) -> 
     search = partial(_scan_chunk, w=w, count=count, groups=groups, dim=features.dim)
     chunks = features.chunks
     threads = _threads() if len(chunks) > _SERIAL_CHUNKS else None
+    if threads is None:
+        # FAISS would wake a thread for each core, and wait for it, also for a single query.
+        most = max((len(members) for members, _ in groups), default=1)
+        faiss.omp_set_num_threads(min(_CORES, most))  # of this thread only
     found = list(map(search, chunks) if threads is None else threads.map(search, chunks))
     return [merged([of[query] for of in found if query in of], count) for query in range(len(w))]
 
@@ -222,7 +227,6 @@ def sharing(allowed: Sequence[Mask]) -> Iterator[list[int]]:
 @cache
 def _threads() -> ThreadPoolExecutor | None:
     """FAISS parallelises over queries, not rows: for one query, our threads take a chunk each."""
-    count = faiss.omp_get_max_threads()
-    if count == 1:
+    if _CORES == 1:
         return None
-    return ThreadPoolExecutor(count, "scan", initializer=partial(faiss.omp_set_num_threads, 1))
+    return ThreadPoolExecutor(_CORES, "scan", initializer=partial(faiss.omp_set_num_threads, 1))
