@@ -16,7 +16,8 @@ from model.outputs import file_option
 from training.acceleration import Switch
 
 
-def _label(text: str | None) -> str | None:
+def dataset_label(text: str | None) -> str | None:
+    """A name as it is kept. Raises BadParameter for one that is no label."""
     try:
         return None if text is None else normalized_label(text)
     except LabelError as error:
@@ -29,7 +30,7 @@ DatasetLabel = Annotated[
     typer.Option(
         "--dataset-name",
         metavar="NAME",
-        callback=_label,
+        callback=dataset_label,
         help="Name of the data set: in two sets of one name, a number is the same person. Default: "
         "the layout's, and none for a folder of your own images, where only files tell.",
     ),

@@ -1,4 +1,4 @@
-"""Fit what turns a checkpoint's distances into probabilities of "same person"."""
+"""Fit what a checkpoint says of ranking: strength, similarities, scores and probabilities."""
 
 from training.calibration.calibrate import Fit, fit_calibration
 

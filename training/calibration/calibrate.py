@@ -1,55 +1,27 @@
-"""Choose and fit the curves of a checkpoint, cross-fitted over people.
+"""Fit all that a checkpoint says of ranking, on people of one or more sets that it does not know.
 
-People are halved at random, a curve is fitted on the pairs within one half and judged on those
-within the other, and the other way round; pairs across the halves belong to neither, so that
-nobody is on both sides. Five halvings, because one leaves out half of the pairs of two people, and
-which of them look alike decides the rare false accepts (Dietterich's 5×2 cross-validation, Neural
-Computation 1998).
-
-The pairs of a half are normalised by reference images of the other half. References of the same
-people would carry who of them looks like whom, which those of a service's gallery never do: scores
-would look better than they are, and more so the more a normalisation relies on the references.
-What is stored has references of everybody, and a curve fitted on the pairs of all halves.
+In this order, as each builds on what came before: the strength of the modulation; the curves from
+distance to similarity; then, on random searches, what orders an answer and how probable it is.
 """
 
-import math
-import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import product
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from model import CMT, Calibration
-from model.calibration import (
-    NORMALISATIONS,
-    CalibrationFacts,
-    CalibrationMap,
-    Candidate,
-    FloatArray,
-    Normalisation,
-    Threshold,
-    normalised,
-)
+from model.calibration import CalibrationFacts
 from model.config import MODALITIES
-from training.calibration.curves import (
-    FITS,
-    Curve,
-    Method,
-    Reliability,
-    accept_above,
-    log_loss,
-    reliability,
-)
-from training.calibration.pairs import PairMaker, Pairs
-from training.datasets import DatasetError, DatasetName
+from model.training_facts import LearntPeople
+from training.calibration.curves import Reliability
+from training.calibration.pairs import PairMaker
+from training.calibration.people import together
+from training.calibration.ranking import RankingFit, fit_ranking
+from training.calibration.similarity import check_people, fit_curves
+from training.calibration.strength import StrengthChoice, choose_strength
+from training.datasets import DatasetName
 from training.evaluation.embedding import Embedded
-from training.evaluation.metrics import BoolArray, IntArray
-
-HALVINGS = 5
-FEWEST_PEOPLE = 4  # two halves of two people: one person has no pair with another
-FALSE_ACCEPT_RATES = (0.01, 0.001)
 
 
 @dataclass(frozen=True)
@@ -57,215 +29,71 @@ class Fit:
     """A calibration and what only reports need.
 
     calibration: to store in the checkpoint.
-    reliabilities: cross-fitted, one for each of its maps.
-    left_out: a sentence for each modality pair that has no curve.
+    strength: how it was chosen.
+    reliabilities: cross-fitted, one for each curve.
+    ranking: None where the people allow no searches.
+    left_out: a sentence for each thing that could not be fitted.
     """
 
     calibration: Calibration
+    strength: StrengthChoice
     reliabilities: list[Reliability]
+    ranking: RankingFit | None
     left_out: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The facts with the reliability diagram of each curve; empty bins are null."""
+        """The facts with the reliability diagram of each curve, and how all of it was chosen."""
         facts = self.calibration.facts.model_dump(mode="json")
+        for people in facts["people"]:
+            del people["images"]
         for entry, diagram in zip(facts["maps"], self.reliabilities, strict=True):
-            entry["reliability"] = {
-                "predicted": [None if math.isnan(v) else v for v in diagram.predicted.tolist()],
-                "observed": [None if math.isnan(v) else v for v in diagram.observed.tolist()],
-                "positives": diagram.positives.tolist(),
-                "negatives": diagram.negatives.tolist(),
-            }
+            entry["reliability"] = diagram.to_json()
         facts["references"] = {m: len(rows) for m, rows in self.calibration.references.items()}
-        return facts | {"left_out": self.left_out}
+        return facts | {
+            "left_out": self.left_out,
+            "chosen": {
+                "strength": [asdict(step) for step in self.strength.steps],
+                "ranking": None if self.ranking is None else self.ranking.to_json(),
+            },
+        }
 
 
 def fit_calibration(
     model: CMT,
-    embedded: Embedded,
+    sets: Sequence[tuple[Embedded, LearntPeople]],
     dataset: DatasetName,
     *,
     prior: float = 0.5,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Fit:
-    """Fit a curve for every modality pair, modulated and unmodulated.
+    """Fit on all sets together, and judge by sets, or by halves of the people of one.
 
-    Each is the normalisation and method of the least cross-fitted log loss. Pairs within a
-    modality get none where the set has too few of one person (a single image of each in that
-    modality, say); across modalities they must be there.
-
-    model: whose γ, β and metric count.
-    embedded: held-out images, of both modalities.
-    dataset: whose protocol leaves pairs out.
-    prior: share of pairs of one person that the probabilities assume.
-    progress: told what is being fitted.
-    Raises DatasetError where a modality is missing, or fewer than four people have pairs across
-    both.
+    model: gets the chosen strength. sets: held-out images of both modalities, and who is on them.
+    dataset: layout of all sets, whose protocol leaves pairs out. prior: share of pairs of one
+    person that similarities assume. progress: told what is being fitted.
+    Raises DatasetError where a modality is missing, fewer than four people have pairs across both,
+    or a fit is stuck.
     """
-    maker = PairMaker(model, embedded, dataset)
-    identities = sorted({sample.person_id for sample in embedded.samples})
-    maps: list[CalibrationMap] = []
-    reliabilities: list[Reliability] = []
-    left_out: list[str] = []
-    for query, gallery in product(MODALITIES, MODALITIES):
-        for modulated in (True, False):
-            progress(f"{query} → {gallery}, {'modulated' if modulated else 'unmodulated'}")
-            pairs = maker.pairs(query, gallery, modulated=modulated)
-            people = np.unique(pairs.query_people[(pairs.same & pairs.counted).any(axis=1)])
-            if people.size < FEWEST_PEOPLE:
-                sentence = (
-                    f"{people.size} of the {len(identities)} identities have pairs of their own "
-                    f"{query} and {gallery} images"
-                )
-                if query != gallery:
-                    raise DatasetError(
-                        f"Calibration needs at least {FEWEST_PEOPLE} identities seen by both kinds "
-                        f"of cameras, but {sentence}; name more with --ids."
-                    )
-                left_out.append(f"No curve for {query} → {gallery}: only {sentence}.")
-                break
-            fitted, diagram = _fit_map(pairs, people, prior)
-            maps.append(CalibrationMap(query=query, gallery=gallery, modulated=modulated, **fitted))
-            reliabilities.append(diagram)
+    held_out = together([embedded for embedded, _ in sets], dataset)
+    maker = PairMaker(model, held_out)
+    check_people(maker)
+    progress("the strength of the modulation")
+    strength = choose_strength(model, held_out)
+    model.strength = strength.chosen
+    curves = fit_curves(maker, prior, progress)
+    references = {modality: maker.references(modality) for modality in MODALITIES}
+    ranking = fit_ranking(model, held_out, references, progress)
+    left_out = list(curves.left_out)
+    if not strength.enough:
+        left_out.append("At no strength does modulation change enough of the answers.")
+    if ranking is None:
+        left_out.append("No probability of answers: too few people have images on both sides.")
     facts = CalibrationFacts(
         prior=prior,
-        dataset=dataset.value,
-        identities=tuple(identities),
-        maps=tuple(maps),
+        people=tuple(people for _, people in sets),
+        maps=tuple(curves.maps),
+        strength=strength.chosen,
+        ranking=None if ranking is None else ranking.facts,
     )
-    references = {modality: maker.references(modality) for modality in MODALITIES}
-    return Fit(Calibration(facts, references, model.config.metric), reliabilities, left_out)
-
-
-@dataclass(frozen=True)
-class _Half:
-    """One half of the people: their pairs among themselves, and the references of the other half.
-
-    queries, gallery, references: which of the Q, N and R of `Pairs` are used.
-    counted: the pairs that count, queries×gallery.
-    same: whether each counted pair is of one person.
-    """
-
-    queries: IntArray
-    gallery: IntArray
-    references: IntArray
-    counted: BoolArray
-    same: BoolArray
-
-    def scores(self, pairs: Pairs, normalisation: Normalisation) -> FloatArray:
-        """Of the counted pairs."""
-        distance = pairs.distance[np.ix_(self.queries, self.gallery)]
-        reference = pairs.reference[np.ix_(self.queries, self.references)]
-        return normalised(distance, reference, normalisation)[self.counted]
-
-
-@dataclass(frozen=True)
-class _CrossFit:
-    """One form on all halves: the curve of each, and what it says of the other half's pairs."""
-
-    normalisation: Normalisation
-    method: Method
-    scores: list[FloatArray]  # of each half
-    curves: list[Curve]  # fitted on each half
-    probabilities: FloatArray  # of the halves' pairs, each by the curve of the other
-    log_loss: float
-
-
-def _fit_map(pairs: Pairs, people: IntArray, prior: float) -> tuple[dict[str, Any], Reliability]:
-    """Fields of a `CalibrationMap`, and the cross-fitted diagram of the chosen form."""
-    halves = _halves(pairs, people)
-    same = np.concatenate([half.same for half in halves])
-    compared = []
-    for normalisation in NORMALISATIONS:
-        scores = [half.scores(pairs, normalisation) for half in halves]
-        compared += [_cross_fit(scores, halves, normalisation, m, prior) for m in FITS]
-    compared.sort(key=lambda form: form.log_loss)
-    best = compared[0]
-    scores_of_all = np.concatenate(best.scores)
-    curve = FITS[best.method](scores_of_all, same, prior)
-    final = curve(scores_of_all)
-    diagram = reliability(best.probabilities, same, prior)
-    counted = pairs.same[pairs.counted]
-    return {
-        "normalisation": best.normalisation,
-        "curve": curve,
-        "positives": int(counted.sum()),
-        "negatives": int((~counted).sum()),
-        "identities": people.size,
-        "log_loss": best.log_loss,
-        "log_loss_of_prior": -prior * math.log(prior) - (1 - prior) * math.log(1 - prior),
-        "expected_calibration_error": diagram.error,
-        "thresholds": tuple(
-            _threshold(accept_above(final, same, rate), halves, best, rate)
-            for rate in FALSE_ACCEPT_RATES
-        ),
-        "candidates": tuple(
-            Candidate(normalisation=form.normalisation, method=form.method, log_loss=form.log_loss)
-            for form in compared
-        ),
-    }, diagram
-
-
-def _halves(pairs: Pairs, people: IntArray) -> list[_Half]:
-    """Five halvings, one half after the other: number k's other half is number k ^ 1.
-
-    Those with pairs of their own and the others are halved apart: both halves have some of either.
-    """
-    generator = random.Random(0)
-    everyone = np.union1d(pairs.query_people, pairs.gallery_people)
-    halves = []
-    for _ in range(HALVINGS):
-        shuffled = [
-            person
-            for group in (people, np.setdiff1d(everyone, people))
-            for person in generator.sample(group.tolist(), group.size)
-        ]
-        for chosen in (shuffled[::2], shuffled[1::2]):
-            queries = np.flatnonzero(np.isin(pairs.query_people, chosen))
-            gallery = np.flatnonzero(np.isin(pairs.gallery_people, chosen))
-            counted = pairs.counted[np.ix_(queries, gallery)]
-            halves.append(
-                _Half(
-                    queries=queries,
-                    gallery=gallery,
-                    references=np.flatnonzero(~np.isin(pairs.reference_people, chosen)),
-                    counted=counted,
-                    same=pairs.same[np.ix_(queries, gallery)][counted],
-                )
-            )
-    return halves
-
-
-def _cross_fit(
-    scores: list[FloatArray],
-    halves: list[_Half],
-    normalisation: Normalisation,
-    method: Method,
-    prior: float,
-) -> _CrossFit:
-    curves = [
-        FITS[method](values, half.same, prior) for values, half in zip(scores, halves, strict=True)
-    ]
-    probabilities = np.concatenate([curves[k ^ 1](values) for k, values in enumerate(scores)])
-    same = np.concatenate([half.same for half in halves])
-    loss = log_loss(probabilities, same, prior)
-    return _CrossFit(normalisation, method, scores, curves, probabilities, loss)
-
-
-def _threshold(
-    similarity: float | None, halves: list[_Half], form: _CrossFit, rate: float
-) -> Threshold:
-    """The threshold, and what one from a half does to the pairs of the other."""
-    accepted = []
-    for k, (curve, values) in enumerate(zip(form.curves, form.scores, strict=True)):
-        limit = accept_above(curve(values), halves[k].same, rate)
-        if limit is None:  # this half has too few pairs to tell
-            return Threshold(false_accept_rate=rate, similarity=similarity)
-        accepted.append(curve(form.scores[k ^ 1]) > limit)
-    yes = np.concatenate(accepted)
-    truth = np.concatenate([halves[k ^ 1].same for k in range(len(halves))])
-    return Threshold(
-        false_accept_rate=rate,
-        similarity=similarity,
-        measured_false_accept_rate=float(yes[~truth].mean()),
-        true_accept_rate=float(yes[truth].mean()),
-    )
+    calibration = Calibration(facts, references, model.config.metric)
+    return Fit(calibration, strength, curves.reliabilities, ranking, left_out)

@@ -5,9 +5,10 @@ together have the stated prior: a pair of one person counts prior / positives, o
 (1 − prior) / negatives, whatever the held-out set happens to hold.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import minimize
@@ -107,10 +108,22 @@ class Reliability:
     negatives: IntArray
     error: float
 
+    def to_json(self) -> dict[str, Any]:
+        """The diagram as plain values; empty bins are null."""
+        return {
+            "predicted": [None if math.isnan(v) else v for v in self.predicted.tolist()],
+            "observed": [None if math.isnan(v) else v for v in self.observed.tolist()],
+            "positives": self.positives.tolist(),
+            "negatives": self.negatives.tolist(),
+        }
 
-def reliability(probabilities: FloatArray, same: BoolArray, prior: float) -> Reliability:
-    """Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), weighted to the prior."""
-    weights = pair_weights(same, prior)
+
+def reliability(probabilities: FloatArray, same: BoolArray, prior: float | None) -> Reliability:
+    """Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), weighted to the prior.
+
+    prior: None for answers, each of which counts as one.
+    """
+    weights = np.full(same.size, 1 / same.size) if prior is None else pair_weights(same, prior)
     bins = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
 
     def total(values: FloatArray) -> FloatArray:

@@ -5,16 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from model import CMT, Modality, Modulation
 from model.calibration import FloatArray, reference_distances
 from model.config import MODALITIES
-from training.datasets import DatasetName, Sample
-from training.evaluation.embedding import Embedded
+from training.calibration.people import HeldOut
+from training.datasets import Sample
 from training.evaluation.metrics import BoolArray, IntArray, excluded_pairs
-from training.evaluation.protocols import protocol_of
 from training.evaluation.scoring import distances, modulation_of
 from training.evaluation.splits import of_modality
 
@@ -84,60 +82,50 @@ def reference_count(embedding_size: int) -> int:
 class PairMaker:
     """Pairs between embedded images, modulated by the query's γ, β or not."""
 
-    def __init__(self, model: CMT, embedded: Embedded, dataset: DatasetName) -> None:
-        """dataset: whose protocol leaves pairs out.
-
-        Raises DatasetError where a modality is missing.
-        """
-        self._model, self._samples = model, embedded.samples
-        self._protocol = protocol_of(dataset)
-        self._embedding = embedded.embedding
-        self._chosen = {m: of_modality(embedded.samples, m) for m in MODALITIES}
-        self._people = np.array([sample.person_id for sample in embedded.samples])
-        self._cameras = np.array([sample.camera for sample in embedded.samples])
+    def __init__(self, model: CMT, held_out: HeldOut) -> None:
+        """Raise DatasetError where a modality is missing."""
+        self._model, self._held_out = model, held_out
+        self._chosen = {m: spread_out(held_out.samples, m, IMAGES) for m in MODALITIES}
+        self.identities = np.unique(held_out.people).size
 
     def references(self, modality: Modality) -> Tensor:
         """The reference set that the checkpoint gets, R×P×D in fp16."""
         count = reference_count(self._model.config.embedding_size)
-        rows = spread_out(self._samples, modality, count)
-        return self._embedding[torch.from_numpy(rows)].half()
+        return self._held_out.rows(spread_out(self._held_out.samples, modality, count)).half()
 
     def pairs(self, query: Modality, gallery: Modality, *, modulated: bool) -> Pairs:
         """Every query of one modality with every gallery image of one.
 
-        Pairs that the dataset's protocol leaves out do not count. Within a modality, neither does
-        an image with itself, nor images of one person by one camera where there are several: they
-        are often neighbouring frames, and would make the task look easier than it is.
+        Pairs that the dataset's protocol leaves out do not count, nor do those across two sets,
+        whose cameras tell them apart. Within a modality, neither does an image with itself, nor
+        images of one person by one camera where there are several: they are often neighbouring
+        frames, and would make the task look easier than it is.
         """
         rows, columns = self._chosen[query], self._chosen[gallery]
-        x = self._embedding[torch.from_numpy(rows)]
+        held_out, x = self._held_out, self._held_out.rows(rows)
         modulation = (
             modulation_of(self._model, x) if modulated else Modulation.identity(len(x), x.shape[2])
         )
-        labels = (
-            *(self._people[rows], self._people[columns]),
-            *(self._cameras[rows], self._cameras[columns]),
-        )
-        same = self._people[rows][:, None] == self._people[columns]
-        counted = ~excluded_pairs(*labels, self._protocol)
+        people, cameras, sets = held_out.people, held_out.cameras, held_out.sets
+        labels = people[rows], people[columns], cameras[rows], cameras[columns]
+        same = people[rows][:, None] == people[columns]
+        counted = ~excluded_pairs(*labels, held_out.protocol)
+        counted &= sets[rows][:, None] == sets[columns]
         if query == gallery:
             counted &= rows[:, None] != columns
-            if np.unique(self._cameras[rows]).size > 1:
-                counted &= ~(same & (self._cameras[rows][:, None] == self._cameras[columns]))
+            if np.unique(cameras[rows]).size > 1:
+                counted &= ~(same & (cameras[rows][:, None] == cameras[columns]))
         # Only those of one half of the people are used at a time: about as many as are stored.
         count = max(FEWEST_REFERENCES, 2 * reference_count(self._model.config.embedding_size))
-        referred = spread_out(self._samples, gallery, count)
+        referred = spread_out(held_out.samples, gallery, count)
         return Pairs(
-            distance=distances(
-                self._model.distance, x, self._embedding[torch.from_numpy(columns)], modulation
-            ),
+            distance=distances(self._model.distance, x, held_out.rows(columns), modulation),
             reference=reference_distances(
-                *(x, modulation, self._embedding[torch.from_numpy(referred)]),
-                self._model.config.metric,
+                x, modulation, held_out.rows(referred), self._model.config.metric
             ),
-            reference_people=self._people[referred],
+            reference_people=people[referred],
             same=same,
             counted=counted,
-            query_people=self._people[rows],
-            gallery_people=self._people[columns],
+            query_people=people[rows],
+            gallery_people=people[columns],
         )

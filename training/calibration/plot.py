@@ -1,58 +1,78 @@
-"""The reliability diagram of every curve: predicted against observed, with the pairs behind it."""
+"""Reliability diagrams: predicted against observed, with how many are behind it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from model.calibration import CalibrationFacts, CalibrationMap
+from training.calibration.calibrate import Fit
 from training.calibration.curves import BINS, Reliability
+from training.calibration.tables import way_name
 from training.files import write_figure
 
 _SAME, _DIFFERENT = "#1a6fb5", "#c0504d"
 
 
-def plot_reliability(
-    facts: CalibrationFacts, reliabilities: Sequence[Reliability], path: Path
-) -> None:
-    """Write one panel a curve as .png, .svg or .pdf: modulated above, unmodulated below."""
+def plot_reliability(fit: Fit, path: Path) -> None:
+    """Write the diagrams as .png, .svg or .pdf.
+
+    Of every curve, modulated above and unmodulated below; then of every posterior's first answers,
+    labelled above and unlabelled below.
+    """
     from matplotlib.figure import Figure  # slow to import, and only here
 
+    facts = fit.calibration.facts
     pairs = list(dict.fromkeys((m.query, m.gallery) for m in facts.maps))
-    figure = Figure(figsize=(3.4 * len(pairs) + 0.4, 9.2), layout="constrained")
+    judged = fit.ranking.judged if fit.ranking is not None else []
+    kinds = list(dict.fromkeys((one.fit.modulated, one.fit.reranked) for one in judged))
+    columns, bands = max(len(pairs), len(kinds)), 4 if judged else 2
+    figure = Figure(figsize=(3.4 * columns + 0.4, 4.6 * bands), layout="constrained")
     grid = figure.subplots(
-        4, len(pairs), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1.1, 3, 1.1)
+        *(2 * bands, columns), sharex=True, squeeze=False, height_ratios=(3, 1.1) * bands
     )
-    for chosen, diagram in zip(facts.maps, reliabilities, strict=True):
+    used = set()
+    for chosen, diagram in zip(facts.maps, fit.reliabilities, strict=True):
         row, column = 0 if chosen.modulated else 2, pairs.index((chosen.query, chosen.gallery))
-        _diagram(grid[row, column], chosen, diagram)
-        _counts(grid[row + 1, column], diagram)
-    for row in (0, 2):
-        grid[row, 0].set_ylabel("observed share of one person")
-        grid[row + 1, 0].set_ylabel("held-out pairs")
+        way = "modulated" if chosen.modulated else "unmodulated"
+        title = f"similarity, {chosen.query} → {chosen.gallery}, {way}"
+        how = f"{chosen.normalisation}, {chosen.curve.method}"
+        _diagram(grid[row, column], diagram, f"{title}\n{how}", chosen.log_loss)
+        _counts(grid[row + 1, column], diagram, ("one person", "two people"))
+        used |= {(row, column), (row + 1, column)}
+    for one in judged:
+        row = 4 if one.fit.labelled else 6
+        named = "labelled" if one.fit.labelled else "unlabelled"
+        column = kinds.index((one.fit.modulated, one.fit.reranked))
+        title = f"probability of the first, {named}\n{way_name(one.fit)}"
+        _diagram(grid[row, column], one.reliability, title, one.fit.log_loss)
+        _counts(grid[row + 1, column], one.reliability, ("right", "wrong"))
+        used |= {(row, column), (row + 1, column)}
+    for row in range(0, 2 * bands, 2):
+        share = "one person" if row < 4 else "right answers"
+        grid[row, 0].set_ylabel(f"observed share of {share}")
+        grid[row + 1, 0].set_ylabel("held-out pairs" if row < 4 else "searches")
+    for place, panel in np.ndenumerate(grid):
+        panel.set_visible(place in used)
     for panel in grid[-1]:
-        panel.set_xlabel("predicted similarity")
-    grid[1, 0].legend(loc="upper center", fontsize=7, ncols=2)
+        panel.set_xlabel("predicted")
+    for row in (1, 5)[: bands // 2]:
+        grid[row, 0].legend(loc="upper center", fontsize=7, ncols=2)
+    people = sum(len(one.identities) for one in facts.people)
     figure.suptitle(
-        f"Reliability on people held out of the fit (five halvings of {len(facts.identities)} "
-        f"people of {facts.dataset}); pairs weighted to a prior of {facts.prior:g}"
+        f"Reliability on people held out of the fit ({people} people); pairs weighted to a prior "
+        f"of {facts.prior:g}"
     )
-    write_figure(path, figure, dpi=130)
+    write_figure(path, figure, dpi=100)
 
 
-def _diagram(panel: Any, chosen: CalibrationMap, diagram: Reliability) -> None:
+def _diagram(panel: Any, diagram: Reliability, title: str, log_loss: float) -> None:
     filled = ~np.isnan(diagram.predicted)
     panel.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
     panel.plot(diagram.predicted[filled], diagram.observed[filled], "o-", color="#222222")
-    way = "modulated" if chosen.modulated else "unmodulated"
-    panel.set_title(
-        f"{chosen.query} → {chosen.gallery}, {way}\n{chosen.normalisation}, {chosen.curve.method}",
-        fontsize=10,
-    )
+    panel.set_title(title, fontsize=10)
     panel.text(
         *(0.04, 0.96),
-        f"log loss {chosen.log_loss:.3f}\nECE {chosen.expected_calibration_error:.3f}",
+        f"log loss {log_loss:.3f}\nECE {diagram.error:.3f}",
         transform=panel.transAxes,
         verticalalignment="top",
         fontsize=8,
@@ -61,11 +81,11 @@ def _diagram(panel: Any, chosen: CalibrationMap, diagram: Reliability) -> None:
     panel.grid(alpha=0.3)
 
 
-def _counts(panel: Any, diagram: Reliability) -> None:
-    """How many pairs each bin holds, on a logarithmic axis."""
+def _counts(panel: Any, diagram: Reliability, names: tuple[str, str]) -> None:
+    """How many each bin holds, on a logarithmic axis."""
     centers, width = (np.arange(BINS) + 0.5) / BINS, 0.42 / BINS
-    panel.bar(centers - width / 2, diagram.positives, width, color=_SAME, label="one person")
-    panel.bar(centers + width / 2, diagram.negatives, width, color=_DIFFERENT, label="two people")
+    panel.bar(centers - width / 2, diagram.positives, width, color=_SAME, label=names[0])
+    panel.bar(centers + width / 2, diagram.negatives, width, color=_DIFFERENT, label=names[1])
     panel.set_yscale("log")
     most = max(diagram.positives.max(), diagram.negatives.max())
     panel.set_ylim(0.8, max(panel.get_ylim()[1], 30 * most))  # room for the legend

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from PIL import Image
 from model import CMT, Calibration, CMTConfig, load_checkpoint, save_checkpoint
 from model.calibration import FloatArray
 from model.cli import main
+from model.training_facts import LearntPeople
 from tests.paths import MINI
-from training.calibration import fit_calibration
-from training.calibration.calibrate import _halves
+from training.calibration import Fit, fit_calibration
 from training.calibration.curves import (
     CERTAINTY,
     Curve,
@@ -29,7 +30,10 @@ from training.calibration.curves import (
     reliability,
 )
 from training.calibration.pairs import PairMaker, held_out_images, reference_count, spread_out
+from training.calibration.people import together
+from training.calibration.similarity import _halves, fit_curves
 from training.datasets import DatasetError, DatasetName, Sample, read_sysu
+from training.evaluation.checkpoints import calibrated_on
 from training.evaluation.embedding import Embedded, embed_samples
 from training.evaluation.metrics import BoolArray
 
@@ -118,6 +122,12 @@ def samples() -> list[Sample]:
     return read_sysu(MINI)
 
 
+def fit_of(model: CMT, embedded: Embedded, prior: float = 0.5) -> Fit:
+    """Of one set. The network is not the one that is given: it gets a strength."""
+    people = LearntPeople(dataset="sysu", name="sysu", identities=[1])
+    return fit_calibration(copy(model), [(embedded, people)], DatasetName.SYSU, prior=prior)
+
+
 @pytest.fixture(scope="module")
 def embedded(tiny_model: CMT, samples: list[Sample]) -> Embedded:
     return embed_samples(tiny_model, samples)
@@ -126,7 +136,7 @@ def embedded(tiny_model: CMT, samples: list[Sample]) -> Embedded:
 def test_pairs_leave_out_what_says_nothing(
     tiny_model: CMT, embedded: Embedded, samples: list[Sample]
 ) -> None:
-    maker = PairMaker(tiny_model, embedded, DatasetName.SYSU)
+    maker = PairMaker(tiny_model, together([embedded], DatasetName.SYSU))
     pairs = maker.pairs("rgb", "rgb", modulated=True)
     visible = [sample for sample in samples if sample.modality == "rgb"]
     for i, query in enumerate(visible):
@@ -142,7 +152,8 @@ def test_pairs_leave_out_what_says_nothing(
 
 
 def test_nobody_is_on_both_sides_of_a_fit(tiny_model: CMT, embedded: Embedded) -> None:
-    pairs = PairMaker(tiny_model, embedded, DatasetName.SYSU).pairs("ir", "rgb", modulated=False)
+    held_out = together([embedded], DatasetName.SYSU)
+    pairs = PairMaker(tiny_model, held_out).pairs("ir", "rgb", modulated=False)
     halves = _halves(pairs, np.unique(pairs.query_people))
     assert len(halves) == 10
     for k, half in enumerate(halves):
@@ -179,13 +190,14 @@ def test_a_network_that_knows_people_is_told_from_one_that_does_not(
     size = tiny_model.config.parts, tiny_model.config.dim
     centers = {s.person_id: torch.randn(size, generator=generator) for s in samples}
     noise = torch.randn(len(samples), *size, generator=generator)
-    fits = {}
+    maps = {}
     for name, signal in (("knows", 2.0), ("guesses", 0.0)):
         rows = torch.stack([signal * centers[s.person_id] for s in samples]) + noise
         made_up = Embedded(samples, rows, None, tiny_model.ranked_form(rows))
-        fits[name] = fit_calibration(tiny_model, made_up, DatasetName.SYSU)
-    assert len(fits["knows"].calibration.facts.maps) == 8
-    for known, guessed in zip(*(fit.calibration.facts.maps for fit in fits.values()), strict=True):
+        held_out = together([made_up], DatasetName.SYSU)
+        maps[name] = fit_curves(PairMaker(tiny_model, held_out), 0.5).maps
+    assert len(maps["knows"]) == 8
+    for known, guessed in zip(*maps.values(), strict=True):
         assert known.log_loss < 0.2 < 0.6 < guessed.log_loss
         assert len(known.candidates) == 8
         losses = [candidate.log_loss for candidate in known.candidates]
@@ -234,7 +246,8 @@ def test_the_command_stores_shows_and_draws(
     facts = stored(output).facts
     pairs = [(m.query, m.gallery, m.modulated) for m in facts.maps]
     assert len(set(pairs)) == 8
-    assert facts.identities == tuple(sorted({s.person_id for s in read_sysu(MINI)}))
+    (people,) = facts.people
+    assert people.identities == sorted({s.person_id for s in read_sysu(MINI)})
     written = json.loads(json_file.read_text())["calibration"]
     assert [m["log_loss"] for m in written["maps"]] == [m.log_loss for m in facts.maps]
     assert len(written["maps"][0]["reliability"]["predicted"]) == 10
@@ -366,12 +379,8 @@ def test_a_modality_without_pairs_of_its_own_gets_no_curve(
         if sample.modality == "ir":
             seen.add(sample.person_id)
     few = [samples[i] for i in rows]
-    fit = fit_calibration(
-        tiny_model,
-        Embedded(few, embedded.features[rows], None, embedded.embedding[rows]),
-        DatasetName.SYSU,
-    )
-    (sentence,) = fit.left_out
+    fit = fit_of(tiny_model, Embedded(few, embedded.features[rows], None, embedded.embedding[rows]))
+    sentence = fit.left_out[0]
     assert "No curve for ir → ir: only 0 of the 8 identities" in sentence
     assert fit.calibration.map_of("ir", "ir", modulated=True) is None
     assert fit.calibration.map_of("ir", "rgb", modulated=True) is not None
@@ -385,7 +394,7 @@ def test_people_of_one_modality_each_have_no_pairs(
     few = [samples[i] for i in rows]
     apart = Embedded(few, embedded.features[rows], None, embedded.embedding[rows])
     with pytest.raises(DatasetError, match="0 of the 8 identities have pairs of their own rgb"):
-        fit_calibration(tiny_model, apart, DatasetName.SYSU)
+        fit_of(tiny_model, apart)
 
 
 def test_a_cosine_checkpoint_can_be_calibrated(
@@ -393,7 +402,9 @@ def test_a_cosine_checkpoint_can_be_calibrated(
 ) -> None:
     torch.manual_seed(3)
     model = CMT(tiny_config.model_copy(update={"metric": "cosine"})).eval()
-    fit = fit_calibration(model, embed_samples(model, samples), DatasetName.SYSU, prior=0.2)
+    fit = fit_of(model, embed_samples(model, samples), prior=0.2)
+    assert fit.calibration.facts.ranking is not None
+    assert fit.calibration.facts.ranking.agreements == ()  # parts are of the Euclidean distance
     x = fit.calibration.references["ir"][0].float()
     similarities = fit.calibration.similarities(
         x, model.modulation(x[None]), [0.1, 0.5, 0.9], query="ir", gallery=["rgb"] * 3
@@ -402,3 +413,52 @@ def test_a_cosine_checkpoint_can_be_calibrated(
     assert len(found) == 3
     assert all(0 <= value <= 1 for value in found)
     assert found == sorted(found, reverse=True)
+
+
+def test_several_sets_are_fitted_together(
+    tiny_model: CMT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, halves = tmp_path / "c.safetensors", (tmp_path / "a.txt", tmp_path / "b.txt")
+    save_checkpoint(checkpoint, tiny_model)
+    for path, people in zip(halves, ("7,12,18,21", "23,30,218,370"), strict=True):
+        path.write_text(people)
+    second = "--root", MINI, "--ids", halves[1]
+    written = tmp_path / "c.json"
+    assert main(command(checkpoint, MINI, halves[0], *second, "--json", written)) == 0
+    printed = capsys.readouterr().out
+    assert "mAP set 2" in printed
+    facts = stored(checkpoint).facts
+    assert [one.identities for one in facts.people] == [[7, 12, 18, 21], [23, 30, 218, 370]]
+    assert all(one.images for one in facts.people)
+    assert load_checkpoint(checkpoint)[0].strength == facts.strength
+    assert facts.strength is not None
+    assert 0 < facts.strength.s <= 1
+    assert facts.ranking is not None
+    assert len(facts.ranking.posteriors) == 8
+    content = json.loads(written.read_text())["calibration"]
+    assert len(content["chosen"]["strength"][0]["mean_ap"]) == 2
+    assert len(content["chosen"]["ranking"]["posteriors"]) == 8
+    # Whoever is in one of the sets is one on whom the checkpoint was calibrated.
+    samples = read_sysu(MINI)
+    of_second = [s for s in samples if s.person_id in (23, 30)]
+    _, info = load_checkpoint(checkpoint)
+    assert calibrated_on(info, of_second, DatasetName.SYSU, None) == 2
+
+
+def test_sets_that_do_not_fit_together_are_refused(
+    tiny_model: CMT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, ids = tmp_path / "c.safetensors", tmp_path / "ids.txt"
+    save_checkpoint(checkpoint, tiny_model, training={"dataset": "sysu", "identities": [370]})
+    ids.write_text("7,12,18,21")
+    whole = command(checkpoint, MINI, ids)
+    twice = [*whole, "--root", str(MINI), "--ids", str(ids)]
+    assert "4 of the identities" in refused(twice, checkpoint, capsys)
+    known = tmp_path / "known.txt"
+    known.write_text("23,30,218,370")
+    second = [*whole, "--root", str(MINI), "--ids", str(known)]
+    assert "was trained on 1 of these 4 identities (370)" in refused(second, checkpoint, capsys)
+    for odd in (["--root", str(MINI)], ["--dataset-name", "a", "--dataset-name", "b"]):
+        assert main([*whole, *odd]) == 2
+        error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert "once for each --root" in error
