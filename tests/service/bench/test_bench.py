@@ -20,6 +20,7 @@ from service.bench.enroll import enroll
 from service.bench.features import features
 from service.bench.population import CROPS_PER_PERSON, Population
 from service.bench.recall import recall
+from service.bench.rerank import rerank
 from service.bench.rescore import rescore
 from service.bench.scale import scale
 from service.bench.start import start
@@ -197,6 +198,20 @@ def test_rescore_gives_the_papers_distances(
     assert all(r["error"] < 1e-4 for r in results)
     for result in results:
         assert_ordered(result["seconds"]["ratio"])
+
+
+def test_rerank_times_queries_with_it_and_without(
+    statistics: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rerank(
+        "300", candidates=40, items="10,60", rounds=1, statistics=statistics,
+        checkpoint=tiny_checkpoint, json=tmp_path / "r.json",
+    )  # fmt: skip
+    query, *alone = report(tmp_path / "r.json")["results"]
+    assert query["N"] == 300
+    assert_ordered(query["stage seconds"])  # 0 where nothing was re-ranked
+    assert_ordered(query["without"])
+    assert [one["items"] for one in alone] == [10, 60]
 
 
 def test_the_engine_ranks_by_the_modulated_distance(
