@@ -152,7 +152,7 @@ class Features:
         y = self._gather(positions).cpu().view(-1, self.parts, self.dim)
         z = torch.empty(len(y), self.width)
         step = self._rows_at_once()
-        for rows, place in zip(y.split(step), z.split(step), strict=True):
+        for rows, place in zip(torch.split(y, step), torch.split(z, step), strict=True):
             place.copy_(lift(rows))
         w, c = project(x, modulation)
         products = [np.einsum("nd,d->n", z.numpy(), one) for one in w.float().cpu().numpy()]

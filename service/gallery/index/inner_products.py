@@ -195,7 +195,7 @@ def _scan_chunk(
     chunk: Chunk, *, w: Tensor, count: int, groups: Sequence[tuple[list[int], Mask]], dim: int
 ) -> dict[int, Best]:
     """What each query finds there; all of them while the chunk is in the caches."""
-    found = {}
+    found: dict[int, Best] = {}
     for members, mask in groups:
         allowed = mask[chunk.first : chunk.first + chunk.count]
         if allowed.any():

@@ -435,5 +435,6 @@ def _by_cosine(query: _Query, seen: Seen) -> _Found:
     best = Best(positions, -distances[positions].astype(np.float32))
     whole = seen.searched <= WHOLE
     places = seen.positions if whole else seen.spread
-    sample = Sample(places, seen.columns.persons[places], distances[places], whole)
+    measured = distances[places].astype(np.float64)
+    sample = Sample(places, seen.columns.persons[places], measured, whole)
     return _Found(seen, best, sample=sample)

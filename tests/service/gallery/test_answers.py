@@ -84,7 +84,7 @@ def asking(gallery: Gallery, x: Tensor, modulation: Modulation | None) -> Ask:
 
 def near(y: Tensor, seed: int, noise: float = 0.7) -> Tensor:
     """A query that shows who `y` shows."""
-    return (1 - noise**2) ** 0.5 * y + noise * features(1, seed=seed)[0]
+    return math.sqrt(1 - noise**2) * y + noise * features(1, seed=seed)[0]
 
 
 def probabilities(result: SearchResult) -> list[float]:
@@ -113,7 +113,7 @@ def numbers(hits: Sequence[Hit]) -> list[tuple[str, float, float, float | None]]
 KINDS: tuple[Modality, ...] = ("rgb", "ir")
 NAMED = [f"p{i % 60}" for i in range(300)]
 BOTH: list[Modality] = [KINDS[i % 3 == 0] for i in range(300)]
-WAYS = [
+WAYS: list[dict[str, Any]] = [
     {},
     {"rerank": True},
     {"exhaustive": True},
@@ -197,7 +197,7 @@ def test_in_one_modality_the_order_is_by_distance(named: Ask, modality: Modality
 def test_neither_modality_starves_the_other(tmp_path: Path) -> None:
     """All visible items are nearer than any infrared one, and ten to one."""
     facts = FACTS.model_copy(update={"prior_items": 0.01})  # only this gallery says what is near
-    modalities: list[Modality] = ["ir"] * 60 + ["rgb"] * 600
+    modalities: list[Modality] = [KINDS[i < 60] for i in range(660)]
     y = features(660)
     y[:60] *= 3
     with closing(filled(tmp_path, [None] * 660, modalities, y)) as gallery:
@@ -241,7 +241,12 @@ def test_odds_follow_the_prior(named: Ask, rerank: bool, prior: float) -> None:
 
 @pytest.mark.parametrize("rerank", [False, True])
 def test_shortlists_of_any_length_say_the_same(large: Ask, rerank: bool) -> None:
-    ways = [{"candidates": 100}, {"candidates": 1000}, {"exhaustive": True}, {}]
+    ways: list[dict[str, Any]] = [
+        {"candidates": 100},
+        {"candidates": 1000},
+        {"exhaustive": True},
+        {},
+    ]
     answers = [large(rerank=rerank, **way) for way in ways]
     assert len({result.hits[0].item.id for result in answers}) == 1
     firsts = [probabilities(result)[0] for result in answers]
