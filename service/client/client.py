@@ -135,7 +135,7 @@ class Client:
         box: Sequence[int] | None = None,
         **fields: Any,
     ) -> QueryAnswer:
-        """POST /query; fields: query_camera_id, modality, polarity, top_k, group_by, …"""
+        """POST /query; fields: query_camera_id, modality, top_k, group_by, rerank, prior, …"""
         return calls.parsed(self._send(calls.query(images, box, fields)), QueryAnswer)
 
     def list(self, **fields: Any) -> GalleryPage:
@@ -330,7 +330,7 @@ class AsyncClient:
         box: Sequence[int] | None = None,
         **fields: Any,
     ) -> QueryAnswer:
-        """POST /query; fields: query_camera_id, modality, polarity, top_k, group_by, …"""
+        """POST /query; fields: query_camera_id, modality, top_k, group_by, rerank, prior, …"""
         return calls.parsed(await self._send(calls.query(images, box, fields)), QueryAnswer)
 
     async def list(self, **fields: Any) -> GalleryPage:

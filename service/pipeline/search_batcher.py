@@ -189,14 +189,13 @@ def _scale(
         rerank = "k_reciprocal" if by_default else "none"
     applied = modulation or Modulation.identity(1, x.shape[1])
     return Scale(
-        modality=query.modality,
+        query=query.modality,
         references={} if calibration is None else calibration.moments(x[None], applied)[0],
         facts=facts,
         modulated=modulation is not None,
         images=len(query.features),
         prior=query.search.prior,
         rerank=rerank == "k_reciprocal",
-        query=query.modality,
     )
 
 

@@ -47,21 +47,19 @@ Floats = npt.NDArray[np.float64]
 class Scale:
     """What a query's scores and probabilities go by, from its checkpoint.
 
-    modality: "rgb", "ir" or "mixed". references: moments of its distances to the reference
-    embeddings, by their modality; none without a calibration. facts: None without them. modulated:
-    whether it ranks by γ and β. images: how many it was made from. prior: that the person is among
-    what is searched. rerank: whether to.
-    query: modality of the query, "mixed" where it has images of both.
+    query: modality of the query, "mixed" where it has images of both. references: moments of its
+    distances to the reference embeddings, by their modality; none without a calibration. facts:
+    None without them. modulated: whether it ranks by γ and β. images: how many it was made from.
+    prior: that the person is among what is searched. rerank: whether to.
     """
 
-    modality: str = "mixed"
+    query: str = "mixed"
     references: Mapping[Modality, Moments] = field(default_factory=dict)
     facts: RankingFacts | None = None
     modulated: bool = True
     images: int = 1
     prior: float = 0.5
     rerank: bool = False
-    query: str = "mixed"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,11 @@ def test_every_verb(url: str, visible: list[Path], infrared: list[Path]) -> None
         assert (page.total, page.items) == (2, [item])
         rest = client.list(person_id=["1", "2"], limit=1, cursor=page.next_cursor)
         assert (rest.items, rest.next_cursor) == ([other], None)
-        answer = client.query([infrared[0], infrared[1]], explain=True, debug=True, top_k=1)
+        answer = client.query(
+            [infrared[0], infrared[1]], explain=True, debug=True, top_k=1, rerank="k_reciprocal",
+            prior=0.1,
+        )  # fmt: skip
+        assert (answer.rerank, answer.match) == ("k_reciprocal", None)  # without a calibration
         assert answer.query.images == 2
         assert len(answer.results) == 1
         assert answer.timings_ms is not None
@@ -87,7 +91,7 @@ def test_every_verb_as_coroutines(url: str, visible: list[Path], infrared: list[
             assert turned.query.polarity == "black_hot"
             await client.delete_camera("door")
             assert await client.cameras() == []
-            answer = await client.query(infrared[0], modulation=False)
+            answer = await client.query(infrared[0], modulation=False, rerank="none", prior=0.1)
             assert len(answer.results) == 3
             assert answer.model == (await client.model()).fingerprint
             assert (await client.image(items[0].id))[0] == visible[0].read_bytes()

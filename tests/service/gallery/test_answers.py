@@ -63,7 +63,6 @@ def asked(
         for m, y in REFERENCES.items()
     }
     scale = Scale(
-        modality=query,
         references={m: moments_of(found) for m, found in distances.items()},
         facts=facts,
         modulated=modulation is not None,
