@@ -325,7 +325,7 @@ def test_facts_of_an_earlier_release_name_their_one_set(calibration: Calibration
     facts = json.loads(calibration.facts.model_dump_json(exclude={"people"}))
     kept = {"dataset": "sysu", "identities": [3, 5], "name": "mine", "images": "AAAAAAAA"}
     read = CalibrationFacts.model_validate_json(json.dumps(facts | kept))
-    assert read.people == (LearntPeople(**kept),)
+    assert read.people == (LearntPeople.model_validate(kept),)
     assert CalibrationFacts.model_validate_json(read.model_dump_json()) == read
     # Before there were digests, a number of the layout was a person.
     oldest = {"dataset": "sysu", "identities": [3, 5]}

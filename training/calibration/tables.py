@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from model.calibration import (
     NORMALISATIONS,
@@ -41,7 +42,7 @@ def _table(title: str, first: str, columns: list[str], caption: str = "") -> Tab
     table = Table(title=title, caption=caption or None, box=None, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(Text(column), justify="right", no_wrap=True)  # of one line or two
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from model.config import Modality
 from model.ranking import (
     DEPTH,
     Moments,
@@ -17,7 +18,7 @@ from model.ranking import (
     spread_ratio,
 )
 
-PRIOR = {"rgb": Moments(1.0, 0.1), "ir": Moments(0.6, 0.2)}
+PRIOR: dict[Modality, Moments] = {"rgb": Moments(1.0, 0.1), "ir": Moments(0.6, 0.2)}
 MODALITIES = np.array(["rgb", "ir", "rgb", "ir", "rgb"])
 BETWEEN = {"rgb rgb": (0.5, 0.1), "rgb ir": (1.0, 0.2), "ir rgb": (1.0, 0.2), "ir ir": (0.4, 0.05)}
 FACTS = RankingFacts(prior_items=30, between=BETWEEN)
@@ -43,7 +44,7 @@ def test_few_or_equal_distances_are_finite(items: int) -> None:
     distances, modalities = np.full(items, 0.7), np.array(["ir"] * items)
     found, ratio = combined(distances, modalities, PRIOR, prior_items=30)
     assert np.isfinite([*found, ratio]).all()
-    nothing = {"ir": Moments(0.7, 0.0)}
+    nothing: dict[Modality, Moments] = {"ir": Moments(0.7, 0.0)}
     found, ratio = combined(distances, modalities, nothing, prior_items=30)
     assert found.tolist() == [0.0] * items
     assert ratio == 1

@@ -205,7 +205,8 @@ def test_the_fit_is_of_what_the_service_computes(folds: list[Fold], labelled: bo
         assert max(one.raised for one in found) > 0
     names = "slope", "spread", "images", "offset", "size", "own", "raised"
     values = dict(zip(names, TRUTH, strict=True)) | {"slope": math.exp(TRUTH[0])}
-    fit = PosteriorFit(modulated=True, reranked=True, labelled=labelled, **values)
+    search = {"modulated": True, "reranked": True, "labelled": labelled}
+    fit = PosteriorFit.model_validate(search | values)
     batch = batch_of(found, labelled=labelled)
     expected = first_probability(np.array(TRUTH), batch)
     for one, probability, right in zip(found, expected, batch.right, strict=True):
