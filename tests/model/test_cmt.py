@@ -250,7 +250,8 @@ def test_mirror_ranks_by_the_mean_with_the_mirror_image(normalised: bool) -> Non
     plain = CMT(config(normalise_test=normalised)).eval()
     both = CMT(config(normalise_test=normalised, mirror=True)).eval()
     both.load_state_dict(plain.state_dict())
-    crops, modality = images(3), ("rgb", "ir", "rgb")
+    crops = images(3)
+    modality: tuple[Modality, ...] = ("rgb", "ir", "rgb")
     with torch.inference_mode():
         seen, mirrored = (plain(x, modality).complete for x in (crops, crops.flip(3)))
     expected = plain.ranked_form((seen + mirrored) / 2)

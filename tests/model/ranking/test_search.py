@@ -27,9 +27,8 @@ FACTS = RankingFacts(prior_items=30, between=BETWEEN)
 def test_each_modality_is_measured_by_itself() -> None:
     distances = np.array([0.8, 0.4, 1.2, 0.7, 1.0])
     found, ratio = combined(distances, MODALITIES, PRIOR, prior_items=30)
-    for modality, items in (("rgb", 3), ("ir", 2)):
+    for (modality, (mean, deviation)), items in zip(PRIOR.items(), (3, 2), strict=True):
         chosen = modality == MODALITIES
-        mean, deviation = PRIOR[modality]
         weights = np.r_[np.full(items, 1 / (items + 30)), np.full(2, 15 / (items + 30))]
         values = np.r_[distances[chosen], mean - deviation, mean + deviation]
         blended_mean = weights @ values
