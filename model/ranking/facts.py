@@ -107,6 +107,16 @@ class RankingFacts(_Record):
         fits = self.posteriors
         return next((f for f in fits if (f.modulated, f.reranked, f.labelled) == wanted), None)
 
+    def posteriors_of(
+        self, *, modulated: bool, reranked: bool
+    ) -> tuple[PosteriorFit, PosteriorFit] | None:
+        """Those for labelled and for unlabelled items, None where one of them is missing."""
+        labelled, unlabelled = (
+            self.posterior(modulated=modulated, reranked=reranked, labelled=named)
+            for named in (True, False)
+        )
+        return None if labelled is None or unlabelled is None else (labelled, unlabelled)
+
     def agreement(self, query: str, gallery: str, *, modulated: bool) -> AgreementFit | None:
         """The fit for a pair of modalities, None where there is none."""
         wanted = (query, gallery, modulated)

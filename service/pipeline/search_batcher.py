@@ -190,7 +190,7 @@ def _scale(
     applied = modulation or Modulation.identity(1, x.shape[1])
     return Scale(
         query=query.modality,
-        references={} if calibration is None else calibration.moments(x[None], applied)[0],
+        references=calibration.moments(x[None], applied)[0] if calibration and facts else {},
         facts=facts,
         modulated=modulation is not None,
         images=len(query.features),

@@ -98,12 +98,7 @@ def answer(
     found: Ranked, people: IntArray, facts: RankingFacts, *, modulated: bool
 ) -> Answer | None:
     """The probabilities of a ranked search at even odds; None without a fit for such searches."""
-    labelled, unlabelled = (
-        facts.posterior(modulated=modulated, reranked=found.reranked, labelled=kind)
-        for kind in (True, False)
-    )
-    if labelled is None or unlabelled is None:
+    fits = facts.posteriors_of(modulated=modulated, reranked=found.reranked)
+    if fits is None:
         return None
-    return posterior(
-        *(found.scores, people, found.searched), labelled=labelled, unlabelled=unlabelled
-    )
+    return posterior(*(found.scores, people, found.searched), labelled=fits[0], unlabelled=fits[1])

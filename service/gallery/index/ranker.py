@@ -23,7 +23,6 @@ from model.ranking import (
     DEPTH,
     Beyond,
     Moments,
-    PosteriorFit,
     RankingFacts,
     Reranking,
     Searched,
@@ -326,8 +325,10 @@ def _posterior(
     """Probabilities of the rows, and that of being enrolled; None where there is no fit."""
     if not searched.items:
         return np.empty(0), 0.0
-    fits = _fits(scale)
-    if fits is None:
+    fits = scale.facts and scale.facts.posteriors_of(
+        modulated=scale.modulated, reranked=scale.rerank
+    )
+    if not fits:
         return None, None
     others = [_others(one, moments[m], counted) for m, one in present.items() if _whole(one)]
     rest = sum(len(found) for found, _ in others)
@@ -341,17 +342,6 @@ def _posterior(
         counted=np.concatenate([rows.counted, np.ones(rest, np.bool_)]),
     )
     return answer.probabilities[: len(rows.scores)], answer.enrolled
-
-
-def _fits(scale: Scale) -> tuple[PosteriorFit, PosteriorFit] | None:
-    """For labelled and for unlabelled items."""
-    if scale.facts is None:
-        return None
-    labelled, unlabelled = (
-        scale.facts.posterior(modulated=scale.modulated, reranked=scale.rerank, labelled=named)
-        for named in (True, False)
-    )
-    return None if labelled is None or unlabelled is None else (labelled, unlabelled)
 
 
 def _others(scored: Scored, moments: Moments, counted: int) -> tuple[Floats, Integers]:
