@@ -1,0 +1,75 @@
+// The page's frame: header, navigation, the view that the address names, and what floats above.
+import { apiKey, keyWanted } from "./api.js";
+import { KeyEntry } from "./components/key_entry.js";
+import { Problem } from "./components/problem.js";
+import { EnrollView } from "./enroll/view.js";
+import { GalleryView } from "./gallery/view.js";
+import { ItemView } from "./gallery/item.js";
+import { href, route } from "./router.js";
+import { SearchView } from "./search/view.js";
+import { announcement, refreshModel, theme } from "./state.js";
+import { TimelineView } from "./timeline/view.js";
+import { effect, html, render, useErrorBoundary } from "./ui.js";
+
+const VIEWS = {
+  search: ["Search", SearchView],
+  gallery: ["Gallery", GalleryView],
+  enroll: ["Enroll", EnrollView],
+  timeline: ["Timeline", TimelineView],
+  item: ["Item", ItemView],
+};
+const NAVIGATION = ["search", "gallery", "timeline", "enroll"];
+const THEMES = { auto: "System", light: "Light", dark: "Dark" };
+
+function Header({ view }) {
+  return html`
+    <header class="top">
+      <a class="skip" href="#main" onClick=${toMain}>Skip to content</a>
+      <a class="brand" href=${href("search")}><span class="mark" aria-hidden="true"></span>CMT</a>
+      <nav aria-label="Views">
+        ${NAVIGATION.map((name) => html`
+          <a key=${name} href=${href(name)} aria-current=${name === view ? "page" : null}>${VIEWS[name][0]}</a>`)}
+      </nav>
+      <div class="top-end">
+        <button type="button" class="button quiet" onClick=${() => { keyWanted.value = { detail: "" }; }}>
+          ${apiKey.value ? "Key set" : "Key"}</button>
+        <label class="theme"><span class="visually-hidden">Theme</span>
+          <select value=${theme.value} onChange=${(event) => { theme.value = event.target.value; }}>
+            ${Object.entries(THEMES).map(([value, name]) => html`<option key=${value} value=${value}>${name}</option>`)}
+          </select>
+        </label>
+      </div>
+    </header>`;
+}
+
+// The hash is the route, so a link within the page moves the focus by script.
+function toMain(event) {
+  event.preventDefault();
+  document.querySelector("main").focus();
+}
+
+function View({ name, id }) {
+  const [failure, reset] = useErrorBoundary((error) => console.error(error));
+  if (failure) return html`<${Problem} error=${failure} onRetry=${reset} />`;
+  const [, Shown] = VIEWS[name];
+  return html`<${Shown} id=${id} parameters=${route.value.parameters} />`;
+}
+
+function App() {
+  const { view, id } = route.value;
+  const name = view in VIEWS ? view : "search";
+  return html`
+    <${Header} view=${name} />
+    <main id="main" tabindex="-1"><${View} key=${name} name=${name} id=${id} /></main>
+    <div class="visually-hidden" aria-live="polite" data-testid="announcement">${announcement.value}</div>
+    <${KeyEntry} />`;
+}
+
+effect(() => {
+  const [title] = VIEWS[route.value.view] ?? VIEWS.search;
+  document.title = `${title} · CMT`;
+});
+const root = document.getElementById("app");
+root.replaceChildren();
+render(html`<${App} />`, root);
+refreshModel();

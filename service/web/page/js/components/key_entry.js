@@ -1,0 +1,33 @@
+// Asks for an API key where the service refuses without one. It stays in this tab.
+import { apiKey, keyWanted, useKey } from "../api.js";
+import { refreshModel } from "../state.js";
+import { html, useRef } from "../ui.js";
+import { Dialog } from "./dialog.js";
+
+export function KeyEntry() {
+  const input = useRef(null);
+  const problem = keyWanted.value;
+  if (!problem) return null;
+  const submit = (event) => {
+    event.preventDefault();
+    useKey(input.current.value);
+    refreshModel();
+  };
+  return html`
+    <${Dialog} title="This service needs a key" onClose=${() => { keyWanted.value = null; }}>
+      <form class="stack" onSubmit=${submit}>
+        <p>${problem.code === "scope_missing"
+          ? "The key in use may not do that; enter one that may."
+          : apiKey.value ? "The service does not know this key (any more)." : "Enter the API key you were given."}</p>
+        ${problem.detail && html`<p class="soft">The service says: ${problem.detail}.</p>`}
+        <label class="field"><span>API key</span>
+          <input ref=${input} type="password" name="key" autocomplete="off" spellcheck=${false} required autofocus />
+        </label>
+        <p class="soft">It is kept in this tab only, and forgotten when the tab is closed.</p>
+        <div class="row end">
+          ${apiKey.value && html`<button type="button" class="button" onClick=${() => useKey("")}>Forget the key</button>`}
+          <button type="submit" class="button primary">Use this key</button>
+        </div>
+      </form>
+    <//>`;
+}

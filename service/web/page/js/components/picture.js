@@ -1,0 +1,42 @@
+// The crop of a gallery item: fetched when it comes near the screen, with a place of its own before.
+import { borrow } from "../pictures.js";
+import { isAborted } from "../api.js";
+import { html, useEffect, useRef, useState } from "../ui.js";
+
+const watchers = new Map(); // element → what to call once it is near
+const near = new IntersectionObserver((seen) => {
+  for (const { isIntersecting, target } of seen) {
+    if (isIntersecting) watchers.get(target)?.();
+  }
+}, { rootMargin: "600px" });
+
+/** id: of the item. height: of the thumbnail, null for the whole crop. eager: fetch it at once. */
+export function Picture({ id, height = null, alt, eager = false }) {
+  const frame = useRef(null);
+  const [url, setUrl] = useState(null);
+  const [failed, setFailed] = useState(false);
+  useEffect(() => {
+    let loan = null, gone = false;
+    setUrl(null);
+    setFailed(false);
+    const load = () => {
+      if (loan) return;
+      stop();
+      loan = borrow(id, height);
+      loan.url.then(
+        (found) => { if (!gone) setUrl(found); },
+        (error) => { if (!gone && !isAborted(error)) setFailed(true); },
+      );
+    };
+    const element = frame.current;
+    const stop = () => { watchers.delete(element); near.unobserve(element); };
+    if (eager) load();
+    else { watchers.set(element, load); near.observe(element); }
+    return () => { gone = true; stop(); loan?.release(); };
+  }, [id, height, eager]);
+  return html`
+    <span class=${`picture ${url ? "" : "picture-empty"}`} ref=${frame}>
+      <img alt=${alt} src=${url ?? "data:,"} hidden=${failed} />
+      ${failed && html`<span class="picture-failed">picture not available</span>`}
+    </span>`;
+}

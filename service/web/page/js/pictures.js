@@ -1,0 +1,76 @@
+// Pictures of gallery items as object URLs. They are fetched, not linked, because an <img> cannot
+// send the key. A small cache keeps what was seen lately; what it drops is revoked, unless it is
+// still on the screen.
+import { getImage } from "./api.js";
+
+const KEPT = 400; // thumbnails of a few kilobytes each
+const AT_ONCE = 6; // as many connections as a browser opens to one host
+
+const entries = new Map(); // key → {url: Promise<string>, users, dead}; oldest use first
+const waiting = [];
+let running = 0;
+
+function next() {
+  while (running < AT_ONCE && waiting.length) {
+    const { entry, run } = waiting.shift();
+    if (entry.users === 0) { entry.cancel(); continue; }
+    running += 1;
+    run().finally(() => { running -= 1; next(); });
+  }
+}
+
+function load(key, id, height) {
+  const entry = { users: 0, cancel: () => {} };
+  entry.url = new Promise((resolve, reject) => {
+    entry.cancel = () => {
+      if (entries.get(key) === entry) entries.delete(key);
+      reject(new DOMException("no longer wanted", "AbortError"));
+    };
+    const run = () => getImage(id, height).then(
+      (blob) => resolve(URL.createObjectURL(blob)),
+      (error) => { if (entries.get(key) === entry) entries.delete(key); reject(error); },
+    );
+    waiting.push({ entry, run });
+  });
+  entry.url.catch(() => {});
+  entries.set(key, entry);
+  return entry;
+}
+
+function trim() {
+  for (const [key, entry] of entries) {
+    if (entries.size <= KEPT) return;
+    if (entry.users > 0) continue;
+    entries.delete(key);
+    entry.url.then(URL.revokeObjectURL, () => {});
+  }
+}
+
+/** Borrow an item's picture → {url: Promise of an object URL, release()}. */
+export function borrow(id, height = null) {
+  const key = `${id} ${height ?? ""}`;
+  const entry = entries.get(key) ?? load(key, id, height);
+  entries.delete(key);
+  entries.set(key, entry); // the latest use comes last
+  entry.users += 1;
+  next();
+  let held = true;
+  return {
+    url: entry.url,
+    release() {
+      if (!held) return;
+      held = false;
+      entry.users -= 1;
+      trim();
+    },
+  };
+}
+
+/** Forget the pictures of an item that was deleted. */
+export function forget(id) {
+  for (const [key, entry] of [...entries]) {
+    if (!key.startsWith(`${id} `)) continue;
+    entries.delete(key);
+    entry.url.then(URL.revokeObjectURL, () => {});
+  }
+}
