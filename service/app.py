@@ -11,7 +11,7 @@ from importlib.metadata import version
 from anyio import create_task_group, to_thread
 from fastapi import Depends, FastAPI
 
-from service.api import admin, backup, cameras, gallery, operate, query
+from service.api import admin, backup, cameras, gallery, operate, page, query
 from service.api.deps import unambiguous
 from service.api.openapi import TITLE, openapi_document
 from service.auth.authorization import authorise
@@ -69,7 +69,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.failure, app.state.drain = None, drain
-    for module in (gallery, query, cameras, admin, backup, operate):
+    for module in (gallery, query, cameras, admin, backup, operate, page):
         app.include_router(module.router)
     problems.install(app)
     app.openapi = partial(openapi_document, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]

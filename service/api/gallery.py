@@ -9,6 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
 
 from service import errors
+from service.api.conditional import not_modified
 from service.api.deps import NO_QUERY, ActorDep, ResourcesDep, json_response
 from service.api.json_body import JSON_ERRORS, json_body, json_of
 from service.api.labels import meant
@@ -25,6 +26,7 @@ from service.api.schemas import (
     EraseParameters,
     GalleryItem,
     GalleryPage,
+    ImageParameters,
     ItemPatch,
     ListParameters,
 )
@@ -41,10 +43,12 @@ from service.images.decode import Box
 from service.kit.urls import route_path
 from service.pipeline import enrollment
 from service.pipeline.enrollment import Enrollment, Labels, Outcome
+from service.pipeline.thumbnails import thumbnail
 from service.resources import Resources
 
 router = APIRouter(prefix="/gallery", tags=["gallery"])
 
+_CACHED = "private, max-age=3600, immutable"  # of a thumbnail
 _ITEMS_BYTES = BATCH_IMAGES * 16 * 1024  # 8 KB of metadata and the other fields of each image
 
 IdempotencyKey = Annotated[
@@ -234,20 +238,38 @@ async def get_item(item_id: ItemId, state: ResourcesDep) -> GalleryItem:
 @router.get(
     "/{id}/image",
     response_class=Response,
-    dependencies=[NO_QUERY],
     responses={
-        **documented(errors.ItemNotFound),
+        **documented(errors.ItemNotFound, errors.MemoryExhausted, errors.RuntimeUnavailable),
         200: {
-            "description": "The stored crop: the upload without metadata, or the box as PNG.",
+            "description": "The stored crop: the upload without metadata, or the box as PNG; with "
+            "`height` a JPEG thumbnail, with an ETag.",
             "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
         },
+        304: {"description": "The thumbnail of the ETag in If-None-Match, unchanged."},
     },
 )
-async def get_image(item_id: ItemId, state: ResourcesDep, actor: ActorDep) -> Response:
-    """The stored crop of one item."""
-    data, media_type = await state.pipeline.stored(partial(state.gallery.image, item_id))
+async def get_image(
+    item_id: ItemId,
+    parameters: Annotated[ImageParameters, Query()],
+    request: Request,
+    state: ResourcesDep,
+    actor: ActorDep,
+) -> Response:
+    """The stored crop of one item, or a thumbnail of it."""
+    item = await state.pipeline.stored(partial(state.gallery.get, item_id))
     await state.pipeline.audit_writer.note(Act(actor, "image", item_id))
-    return Response(data, media_type=media_type)
+    headers = {}
+    if parameters.height is not None:
+        # An item's crop never changes. It may be erased: no cache keeps it for longer than this.
+        tag = f'W/"{item.sha256}-{parameters.height}"'
+        headers = {"ETag": tag, "Cache-Control": _CACHED, "Vary": "Authorization"}
+        if not_modified(request, tag):
+            return Response(status_code=304, headers=headers)
+    data, media_type = await state.pipeline.stored(partial(state.gallery.image, item_id))
+    if parameters.height is not None:
+        data = await thumbnail(state.pipeline, item, data, parameters.height, actor)
+        media_type = "image/jpeg"
+    return Response(data, media_type=media_type, headers=headers)
 
 
 @router.patch(

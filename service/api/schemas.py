@@ -206,6 +206,20 @@ class ListParameters(BaseModel):
     )
 
 
+class ImageParameters(BaseModel):
+    """How GET /gallery/{id}/image answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    height: int | None = Field(
+        default=None,
+        ge=64,
+        le=512,
+        description="A JPEG thumbnail of that height, in the crop's aspect, which clients may "
+        "cache. Default: the crop as it is stored.",
+    )
+
+
 class EraseParameters(BaseModel):
     """Whom DELETE /gallery erases."""
 

@@ -39,6 +39,8 @@ ROUTE_SCOPES: Mapping[tuple[str, str], Scope | None] = {
     ("GET", "/livez"): None,
     ("GET", "/readyz"): None,
     ("GET", "/openapi.json"): None,
+    ("GET", "/"): None,
+    ("GET", "/page/{path}"): None,
     ("GET", "/docs"): None,
     ("GET", "/docs/{asset}"): None,
 }

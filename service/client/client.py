@@ -146,9 +146,12 @@ class Client:
         """GET /gallery/{id}."""
         return calls.parsed(self._send(calls.Call("GET", calls.item_path(item_id))), GalleryItem)
 
-    def image(self, item_id: str) -> tuple[bytes, str]:
-        """GET /gallery/{id}/image → the stored crop and its media type."""
-        response = self._send(calls.Call("GET", f"{calls.item_path(item_id)}/image"))
+    def image(self, item_id: str, *, height: int | None = None) -> tuple[bytes, str]:
+        """GET /gallery/{id}/image → the stored crop, or its thumbnail, and its media type.
+
+        height: of the thumbnail, 64 to 512 pixels.
+        """
+        response = self._send(calls.image(item_id, height))
         return calls.whole(response).content, response.headers["Content-Type"]
 
     def delete(self, item_id: str) -> None:
@@ -343,9 +346,12 @@ class AsyncClient:
             await self._send(calls.Call("GET", calls.item_path(item_id))), GalleryItem
         )
 
-    async def image(self, item_id: str) -> tuple[bytes, str]:
-        """GET /gallery/{id}/image → the stored crop and its media type."""
-        response = await self._send(calls.Call("GET", f"{calls.item_path(item_id)}/image"))
+    async def image(self, item_id: str, *, height: int | None = None) -> tuple[bytes, str]:
+        """GET /gallery/{id}/image → the stored crop, or its thumbnail, and its media type.
+
+        height: of the thumbnail, 64 to 512 pixels.
+        """
+        response = await self._send(calls.image(item_id, height))
         return calls.whole(response).content, response.headers["Content-Type"]
 
     async def delete(self, item_id: str) -> None:

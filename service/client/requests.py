@@ -116,6 +116,11 @@ def item_path(item_id: str) -> str:
     return f"/gallery/{item_id}"
 
 
+def image(item_id: str, height: int | None) -> Call:
+    """GET /gallery/{id}/image; height: of a thumbnail, None for the crop as it is stored."""
+    return Call("GET", f"{item_path(item_id)}/image", params=_form({"height": height}))
+
+
 def camera_path(camera_id: str) -> str:
     """/cameras/{camera_id}, whatever characters the label holds.
 

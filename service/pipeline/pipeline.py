@@ -171,6 +171,12 @@ class Pipeline:
         """Decode a crop of the gallery in one of the decoding processes. Raises ServiceError."""
         return self._decoders.decode(picture, height, width, STORED_LIMITS)
 
+    def submit_stored(
+        self, picture: Picture, height: int, width: int, share: Share
+    ) -> Future[Crop]:
+        """The same for a request, whose share it is: it waits for its turn among the others."""
+        return self._decoders.submit(picture, height, width, share, STORED_LIMITS)
+
     def share(self, actor: str) -> Share:
         """A request's share of the decoders. actor: the caller, as it takes turns with others."""
         return Share(actor, self._settings.decode_budget)

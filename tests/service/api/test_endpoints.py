@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from service.api import admin, backup, cameras, gallery, operate, query
+from service.api import admin, backup, cameras, gallery, operate, page, query
 from service.app import create_app
 from service.auth.authorization import ROUTE_SCOPES
 from service.http.exception_handlers import catalogue
@@ -298,6 +298,75 @@ def test_recall_and_rescoring_both_run_on_a_default_query(
     asyncio.run(scenario())
 
 
+def shown(answer: httpx.Response) -> Image.Image:
+    """The picture of an answer."""
+    assert answer.status_code == 200, answer.text
+    return Image.open(io.BytesIO(answer.content))
+
+
+def test_a_thumbnail_has_the_height_that_was_asked_for(
+    http: httpx.Client, visible: list[Path]
+) -> None:
+    item = enroll(http, visible[0])
+    path = f"/gallery/{item['id']}/image"
+    for height in (64, 200, 512):
+        answer = http.get(path, params={"height": height})
+        small = shown(answer)
+        assert answer.headers["content-type"] == "image/jpeg"
+        assert small.size == (round(height * item["width"] / item["height"]), height)
+        whole = Image.open(visible[0]).resize(small.size)
+        assert np.abs(np.asarray(small, float) - np.asarray(whole, float)).mean() < 6
+    for height in ("63", "513", "0", "-64", "64.5", "tall", ""):
+        assert http.get(path, params={"height": height}).json()["code"] == "parameters_invalid"
+    assert http.get(path, params={"width": 64}).status_code == 422
+    assert http.get(path).content == visible[0].read_bytes()
+
+
+def test_a_thumbnail_is_cached_until_it_would_be_another(
+    http: httpx.Client, visible: list[Path]
+) -> None:
+    path = f"/gallery/{enroll(http, visible[1])['id']}/image"
+    first = http.get(path, params={"height": 64})
+    tag = first.headers["etag"]
+    assert "private" in first.headers["cache-control"]
+    assert first.headers["vary"] == "Authorization"
+    for known in (tag, f'"other", {tag}', "*", tag.removeprefix("W/")):
+        again = http.get(path, params={"height": 64}, headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    for other in ({"height": 65}, {}):
+        answer = http.get(path, params=other, headers={"If-None-Match": tag})
+        assert (answer.status_code, answer.headers.get("etag")) != (304, tag)
+        assert answer.content
+    assert http.get(path).headers["cache-control"] == "no-store"
+    http.delete(path.removesuffix("/image"))
+    gone = http.get(path, params={"height": 64}, headers={"If-None-Match": tag})
+    assert gone.json()["code"] == "item_not_found"
+
+
+def test_thumbnails_of_infrared_show_what_was_stored(http: httpx.Client) -> None:
+    ramp = np.tile(np.linspace(7000, 9000, 48), (96, 1)).astype(np.uint16)  # a twentieth of 16 bits
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    for polarity in ("white_hot", "black_hot"):
+        fields = {"modality": "ir", "polarity": polarity}
+        item = http.post("/gallery", files={"image": buffer.getvalue()}, data=fields).json()
+        small = shown(http.get(f"/gallery/{item['id']}/image", params={"height": 96}))
+        line = np.asarray(small.convert("L"), float)[48]
+        assert line[2] < 40
+        assert line[-3] > 215
+        assert line[12] < line[24] < line[36]
+
+
+def test_a_strip_is_no_way_to_make_the_service_draw_millions_of_pixels(
+    http: httpx.Client, visible: list[Path]
+) -> None:
+    buffer = io.BytesIO()
+    Image.open(visible[0]).resize((30_000, 32)).save(buffer, "PNG")
+    item = http.post("/gallery", files={"image": buffer.getvalue()}).json()
+    small = shown(http.get(f"/gallery/{item['id']}/image", params={"height": 512}))
+    assert small.size == (2048, 2)
+
+
 def test_probes_and_model_card(http: httpx.Client) -> None:
     assert http.get("/livez").json() == http.get("/readyz").json() == {"status": "ok"}
     card = http.get("/model").json()
@@ -342,7 +411,9 @@ def test_openapi_documents_every_route_and_error(http: httpx.Client) -> None:
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    hidden = {("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/docs/{asset}")}
+    hidden = {
+        ("GET", path) for path in ("/openapi.json", "/docs", "/docs/{asset}", "/", "/page/{path}")
+    }
     assert set(operations) == set(ROUTE_SCOPES) - hidden
     for operation in operations.values():
         for status, response in operation["responses"].items():
@@ -357,7 +428,7 @@ def test_openapi_documents_every_route_and_error(http: httpx.Client) -> None:
 def test_every_route_has_a_scope() -> None:
     routes = {
         (method, route.path_format)
-        for module in (admin, backup, cameras, gallery, operate, query)
+        for module in (admin, backup, cameras, gallery, operate, page, query)
         for route in module.router.routes
         if isinstance(route, APIRoute)
         for method in route.methods or ()

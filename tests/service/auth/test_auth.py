@@ -47,7 +47,9 @@ def guarded(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def call(guarded: Guarded, method: str, path: str, token: str | None) -> httpx.Response:
-    path = path.replace("{id}", NOBODY).replace("{asset}", "docs.js")
+    path = (
+        path.replace("{id}", NOBODY).replace("{asset}", "docs.js").replace("{path}", "index.html")
+    )
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     return guarded.http.request(method, path, headers=headers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import time
 import unicodedata
@@ -16,6 +17,7 @@ import httpx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from service.auth.keys import KeyFile
 from service.client import AsyncClient, Client, InvalidValue, ServiceProblem, Unreachable
@@ -68,6 +70,8 @@ def test_every_verb(url: str, visible: list[Path], infrared: list[Path]) -> None
         client.delete(inverted.id)
         data, media_type = client.image(other.id)
         assert (data, media_type) == (visible[1].read_bytes(), "image/jpeg")
+        small, _ = client.image(other.id, height=64)
+        assert Image.open(io.BytesIO(small)).height == 64
         client.delete(other.id)
         assert client.erase("1") == 1
         with pytest.raises(ServiceProblem) as raised:
@@ -95,6 +99,8 @@ def test_every_verb_as_coroutines(url: str, visible: list[Path], infrared: list[
             assert len(answer.results) == 3
             assert answer.model == (await client.model()).fingerprint
             assert (await client.image(items[0].id))[0] == visible[0].read_bytes()
+            small, _ = await client.image(items[0].id, height=64)
+            assert Image.open(io.BytesIO(small)).height == 64
             await client.delete(items[0].id)
             for item in items[1:]:
                 assert await client.erase(item.person_id or "") == 1
