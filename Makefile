@@ -25,7 +25,7 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench crash soak clean
+.PHONY: help demo test lint format docs bench crash soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ lint: $(DEVELOPMENT) ## check style, formatting, types, layers, container files 
 format: $(DEVELOPMENT) ## format the code and order its imports
 	$(BIN)/ruff check --fix-only --select I .
 	$(BIN)/ruff format .
+
+docs: $(DEVELOPMENT) ## build the documentation's site into build/site; whatever is broken in it fails
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(DEVELOPMENT) ## run the benchmarks and write their results to benchmarks/results
 	@mkdir -p $(RESULTS)
