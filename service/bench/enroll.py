@@ -19,7 +19,8 @@ from service.bench.crops import BenchmarkDataError, decoded, image_files
 from service.bench.data import CHECKPOINT
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.client import Client
-from service.client.bulk import Entry, send
+from service.client.bulk import send
+from service.client.stream import Entry
 from service.embedding.embedder import Device, Embedder, Runtime
 from service.gallery import Gallery, Item, NewItem
 from service.images.decode import Crop

@@ -15,7 +15,7 @@ from model.terminal import Console, printable, say, say_json
 from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
 from service.cli.outputs import Force, output, refuse_data_folder
 from service.client.bulk import EXPORTED, manifest_row
-from service.client.requests import item_path
+from service.client.requests import ListFields, item_path
 
 gallery = typer.Typer(
     help="List, show, export and delete enrolled crops.\n\nExample: cmt gallery list --person-id 17"
@@ -94,9 +94,15 @@ def export(
     folder.mkdir(_PRIVATE_FOLDER, parents=True, exist_ok=True)
     again = force or _is_export(folder)
     items, manifest = (output(folder / name, force=again) for name in (_ITEMS, _MANIFEST))
-    filters = {"person_id": person_id, "camera_id": camera_id, "modality": modality}
+    filters: ListFields = {
+        "person_id": person_id,
+        "camera_id": camera_id,
+        "modality": modality,
+        "limit": PAGE,
+        "cursor": None,
+    }
     there = {file.stem: file.name for file in folder.iterdir() if file.suffix != _PARTIAL}
-    count, cursor = 0, None
+    count = 0
     with (
         Client(url, api_key=api_key) as client,
         whole_file(items) as lines,
@@ -106,13 +112,14 @@ def export(
         rows = csv.writer(text)
         rows.writerow(EXPORTED)
         while True:
-            page = client.list(**filters, limit=PAGE, cursor=cursor)
+            page = client.list(**filters)
             for item in page.items:
                 name = there.get(item.id) or _fetch(client, item.id, folder)
                 lines.write(item.model_dump_json().encode() + b"\n")
                 rows.writerow(manifest_row(name, item))
-            count, cursor = count + len(page.items), page.next_cursor
-            if cursor is None:
+            count += len(page.items)
+            filters["cursor"] = page.next_cursor
+            if page.next_cursor is None:
                 break
         text.detach()  # the file is closed where it was opened
     say(f"{count} crops are in {folder}.")

@@ -1,12 +1,17 @@
 """Talk to a running service: the verbs of the HTTP API, typed, with retries."""
 
+from service.api.schemas import BatchItem
 from service.client.client import DEFAULT_URL, AsyncClient, Client
 from service.client.requests import ImageSource, InvalidValue, ServiceProblem, Unreachable
+from service.client.stream import Entry, EntryResult
 
 __all__ = [
     "DEFAULT_URL",
     "AsyncClient",
+    "BatchItem",
     "Client",
+    "Entry",
+    "EntryResult",
     "ImageSource",
     "InvalidValue",
     "ServiceProblem",

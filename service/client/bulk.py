@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,18 @@ from pydantic import ValidationError
 
 from model import image_files
 from model.csv_table import read_table
-from model.image_files import ImageFiles, read_file
+from model.image_files import ImageFiles
 from service.api.schemas import BatchItem, GalleryItem
 from service.client.client import Client
-from service.client.requests import ServiceProblem
+from service.client.json_lines import is_json_lines, read_json_lines
+from service.client.stream import Entry
 
 COLUMNS = ("file", *BatchItem.model_fields)
 """Of a manifest: what the API takes with an image."""
 EXPORTED = ("file", *(name for name in BatchItem.model_fields if name in GalleryItem.model_fields))
 """Those of them that an enrolled item still has."""
-_SENDERS = 2  # one request is sent while the service embeds the other's images
-_BATCH = 64  # files of one request
-_BATCH_BYTES = 64_000_000
+WHY = ("code", "reason")
+"""What a report of failures adds to a manifest, and a manifest may hold for that."""
 
 
 class EnrollmentError(Exception):
@@ -40,14 +38,6 @@ class ManifestError(EnrollmentError):
     def __init__(self, manifest: Path, problems: Sequence[str]) -> None:
         super().__init__(f"{manifest}, of which nothing was sent: {'; '.join(problems)}")
         self.problems = problems
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file with its labels."""
-
-    file: Path
-    item: BatchItem = field(default_factory=BatchItem)
 
 
 @dataclass(frozen=True)
@@ -66,18 +56,14 @@ def send(
     """Enroll `entries` in requests of many each → what failed, by file.
 
     progress: called with how many more are done. After Ctrl-C, what was sent stays enrolled.
-    Raises Unreachable, and ServiceProblem for a key that may not enroll.
+    Raises Unreachable, and ServiceProblem where no other request would fare better: the key may not
+    enroll, the disk is full, the service stays busy.
     """
-    failures: list[Failure] = []
-    pool = ThreadPoolExecutor(_SENDERS)
-    try:
-        work = [pool.submit(_send_some, client, some) for some in _batches(entries)]
-        for done in as_completed(work):
-            sent, failed = done.result()
-            failures += failed
-            progress(sent)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    failures = []
+    for result in client.enroll_many(entries):
+        if result.reason is not None and isinstance(result.entry.image, Path):
+            failures.append(Failure(result.entry.image, result.reason))
+        progress(1)
     return sorted(failures, key=lambda failure: failure.file)
 
 
@@ -98,15 +84,18 @@ def read_manifest(
     defaults: BatchItem | None = None,
     ignored: Collection[str] = (),
 ) -> list[Entry]:
-    """Entries of a manifest whose files lie under `paths`; files are relative to the manifest.
+    """Entries of a manifest, a CSV file or JSON Lines; its files are relative to it.
 
-    defaults: of what a row leaves empty. ignored: columns to leave out of account.
+    paths: only files under these; none: all. defaults: of what a row leaves empty. ignored: columns
+    to leave out of account.
     Raises ManifestError with all that is wrong, wherever the files lie.
     """
+    known = dict.fromkeys((*COLUMNS, *ignored, *WHY))
     try:
-        table = read_table(
-            manifest, ("file",), {**dict.fromkeys(COLUMNS), **dict.fromkeys(ignored)}
-        )
+        if is_json_lines(manifest):
+            table = read_json_lines(manifest, known)
+        else:
+            table = read_table(manifest, ("file",), known)
     except OSError as error:
         raise EnrollmentError(f"{manifest}: {error.strerror or error}") from error
     common = {} if defaults is None else defaults.model_dump(exclude_unset=True)
@@ -122,22 +111,26 @@ def read_manifest(
             given = {name: cell for name, cell in cells.items() if cell}
             item = BatchItem.model_validate(common | given)
         except ValidationError as error:
-            problems += [
-                f"line {line}: {'.'.join(map(str, one['loc']))}: "
-                f"{one['msg'].removeprefix('Value error, ')}"
-                for one in error.errors()
-            ]
+            problems += [f"line {line}: {problem}" for problem in what_is_wrong(error)]
             continue
         file = _named_file(manifest.parent, row["file"])
         place = file.resolve()
         first = lines.setdefault((place, item.box), line)
         if first != line:
             problems.append(f"line {line} names the file of line {first} again; keep one of them")
-        if any(place.is_relative_to(root) for root in roots):
+        if not roots or any(place.is_relative_to(root) for root in roots):
             entries.append(Entry(file, item))
     if problems:
         raise ManifestError(manifest, problems)
     return entries
+
+
+def what_is_wrong(error: ValidationError) -> list[str]:
+    """A sentence for each label that is none."""
+    return [
+        f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}"
+        for one in error.errors()
+    ]
 
 
 def manifest_row(file: str, item: GalleryItem) -> list[str]:
@@ -160,83 +153,3 @@ def _named_file(folder: Path, name: str) -> Path:
             if os.path.lexists(folder / written):
                 return folder / written
     return folder / name
-
-
-def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Entries that go into one request: few enough, and not too large together."""
-    batch: list[Entry] = []
-    size = 0
-    for entry in entries:
-        try:
-            more = entry.file.stat().st_size
-        except OSError:  # reported when it is read
-            more = 0
-        if batch and (len(batch) == _BATCH or size + more > _BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append(entry)
-        size += more
-    if batch:
-        yield batch
-
-
-def _send_some(client: Client, entries: Sequence[Entry]) -> tuple[int, list[Failure]]:
-    """Enroll files in one request → how many there were, and those that failed.
-
-    Raises Unreachable, and ServiceProblem for a key that may not enroll: then all others fail too.
-    """
-    failures: list[Failure] = []
-    images: list[bytes] = []
-    sent: list[Entry] = []
-    for entry in entries:
-        try:
-            images.append(read_file(entry.file))
-            sent.append(entry)
-        except OSError as error:
-            failures.append(Failure(entry.file, error.strerror or str(error)))
-    if not sent:
-        return len(entries), failures
-    items = [_with_key(entry, data) for entry, data in zip(sent, images, strict=True)]
-    try:
-        results = client.enroll_batch(images, items)
-    except ServiceProblem as problem:
-        if problem.status in (401, 403):
-            raise
-        if len(sent) == 1:
-            return len(entries), [*failures, Failure(sent[0].file, str(problem))]
-        # Refused as a whole, for its size for example: what can be enrolled alone is.
-        return len(entries), failures + _sent_alone(client, sent)
-    again: list[Entry] = []
-    for entry, result in zip(sent, results, strict=True):
-        refused = result.problem
-        if refused is None:
-            continue
-        # Not the image's fault, but of the moment, or of the company it came in.
-        if len(sent) > 1 and (refused.status == 503 or refused.code == "decode_budget_spent"):
-            again.append(entry)
-        else:
-            failures.append(Failure(entry.file, refused.detail))
-    return len(entries), failures + _sent_alone(client, again)
-
-
-def _sent_alone(client: Client, entries: Sequence[Entry]) -> list[Failure]:
-    return [failure for entry in entries for failure in _send_some(client, [entry])[1]]
-
-
-def _with_key(entry: Entry, data: bytes) -> BatchItem:
-    """The entry's labels with its own key, or one for this file with these labels.
-
-    The same in every run, so that a repeat enrolls nothing twice.
-    """
-    if entry.item.key is not None:
-        return entry.item
-    given = {k: v for k, v in entry.item.model_dump(mode="json").items() if v not in (None, {})}
-    known: list[Any] = [str(entry.file.resolve())]
-    known += [given.pop("person_id", None), given.pop("camera_id", None)]
-    known.append(given.pop("modality", "auto"))
-    if given:
-        known.append(given)
-    content = hashlib.sha256(data).digest() + json.dumps(known, sort_keys=True).encode()
-    return entry.item.model_copy(
-        update={"key": f"cmt-enroll-{hashlib.sha256(content).hexdigest()}"}
-    )

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, closing
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import httpx
 
@@ -36,7 +45,9 @@ from service.api.schemas import (
     ReembedStatus,
 )
 from service.client import requests as calls
+from service.client import stream
 from service.client.requests import ImageSource, InvalidValue, ServiceProblem, Unreachable
+from service.client.stream import Entry, EntryResult
 from service.kit.urls import is_loopback
 
 __all__ = ["AsyncClient", "Client", "InvalidValue", "ServiceProblem", "Unreachable"]
@@ -121,7 +132,37 @@ class Client:
         call = calls.enroll_batch(images, items)
         return calls.parsed(self._send(call), BatchAnswer).results
 
-    def update(self, item_id: str, **fields: Any) -> GalleryItem:
+    def enroll_many(
+        self, entries: Iterable[Entry], *, per_request: int = stream.PER_REQUEST
+    ) -> Generator[EntryResult, None, None]:
+        """Enroll a stream of any length → what became of each entry, in order, as it comes.
+
+        Entries are taken as they are needed; a few requests of `per_request` images (256 at most)
+        are in memory. An entry without a key gets one from its file's path, content and labels, so
+        that the same stream can be sent again after an interruption. A bad image fails alone; a
+        busy service is waited for. Raises Unreachable, and ServiceProblem where no other request
+        would fare better.
+        """
+        waiting: deque[Future[list[EntryResult]]] = deque()
+        with ThreadPoolExecutor(stream.SENDERS) as pool:
+            try:
+                for batch in stream.batches(entries, per_request):
+                    waiting.append(pool.submit(self._enroll_some, batch))
+                    if len(waiting) >= stream.SENDERS:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+            finally:
+                for request in waiting:
+                    request.cancel()
+
+    def _enroll_some(self, entries: Sequence[Entry]) -> list[EntryResult]:
+        exchange = stream.Exchange(stream.load(entries))
+        while (call := exchange.next_call()) is not None:
+            exchange.answer(self._send(call, patience=stream.PATIENCE))
+        return exchange.results()
+
+    def update(self, item_id: str, **fields: Unpack[calls.PatchFields]) -> GalleryItem:
         """PATCH /gallery/{id}; fields: person_id, camera_id, captured_at, metadata.
 
         None empties one; those not given stay.
@@ -133,12 +174,12 @@ class Client:
         images: ImageSource | Sequence[ImageSource],
         *,
         box: Sequence[int] | None = None,
-        **fields: Any,
+        **fields: Unpack[calls.QueryFields],
     ) -> QueryAnswer:
         """POST /query; fields: query_camera_id, modality, top_k, group_by, rerank, prior, …"""
         return calls.parsed(self._send(calls.query(images, box, fields)), QueryAnswer)
 
-    def list(self, **fields: Any) -> GalleryPage:
+    def list(self, **fields: Unpack[calls.ListFields]) -> GalleryPage:
         """GET /gallery; fields: person_id, camera_id, modality, …, limit, cursor."""
         return calls.parsed(self._send(calls.list_items(fields)), GalleryPage)
 
@@ -234,14 +275,16 @@ class Client:
         """GET /readyz. Raises ServiceProblem while the service is not ready."""
         calls.checked(self._send(calls.Call("GET", "/readyz")))
 
-    def _send(self, call: calls.Call, *, stream: bool = False) -> httpx.Response:
-        for attempt in range(self._retries + 1):
+    def _send(self, call: calls.Call, *, stream: bool = False, patience: int = 1) -> httpx.Response:
+        """Send a request. patience: times the usual retries."""
+        retries = self._retries * patience
+        for attempt in range(retries + 1):
             try:
                 request = self._http.build_request(**call._asdict())
                 response = self._http.send(request, stream=stream)
             except httpx.TransportError as error:
                 raise calls.unreachable(self._http.base_url, error) from error
-            wait = calls.wait_before_retry(response, attempt, self._retries)
+            wait = calls.wait_before_retry(response, attempt, retries)
             if wait is None:
                 break
             response.close()
@@ -319,7 +362,35 @@ class AsyncClient:
         call = calls.enroll_batch(images, items)
         return calls.parsed(await self._send(call), BatchAnswer).results
 
-    async def update(self, item_id: str, **fields: Any) -> GalleryItem:
+    async def enroll_many(
+        self,
+        entries: AsyncIterable[Entry] | Iterable[Entry],
+        *,
+        per_request: int = stream.PER_REQUEST,
+    ) -> AsyncGenerator[EntryResult, None]:
+        """`Client.enroll_many`, of an asynchronous stream or an ordinary one."""
+        waiting: deque[asyncio.Task[list[EntryResult]]] = deque()
+        try:
+            async for batch in stream.batches_of_any(entries, per_request):
+                waiting.append(asyncio.create_task(self._enroll_some(batch)))
+                if len(waiting) >= stream.SENDERS:
+                    for result in await waiting.popleft():
+                        yield result
+            while waiting:
+                for result in await waiting.popleft():
+                    yield result
+        finally:
+            for request in waiting:
+                request.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _enroll_some(self, entries: Sequence[Entry]) -> list[EntryResult]:
+        exchange = stream.Exchange(await asyncio.to_thread(stream.load, entries))
+        while (call := exchange.next_call()) is not None:
+            exchange.answer(await self._send(call, patience=stream.PATIENCE))
+        return exchange.results()
+
+    async def update(self, item_id: str, **fields: Unpack[calls.PatchFields]) -> GalleryItem:
         """PATCH /gallery/{id}; fields: person_id, camera_id, captured_at, metadata.
 
         None empties one; those not given stay.
@@ -331,12 +402,12 @@ class AsyncClient:
         images: ImageSource | Sequence[ImageSource],
         *,
         box: Sequence[int] | None = None,
-        **fields: Any,
+        **fields: Unpack[calls.QueryFields],
     ) -> QueryAnswer:
         """POST /query; fields: query_camera_id, modality, top_k, group_by, rerank, prior, …"""
         return calls.parsed(await self._send(calls.query(images, box, fields)), QueryAnswer)
 
-    async def list(self, **fields: Any) -> GalleryPage:
+    async def list(self, **fields: Unpack[calls.ListFields]) -> GalleryPage:
         """GET /gallery; fields: person_id, camera_id, modality, …, limit, cursor."""
         return calls.parsed(await self._send(calls.list_items(fields)), GalleryPage)
 
@@ -435,14 +506,18 @@ class AsyncClient:
         """GET /readyz. Raises ServiceProblem while the service is not ready."""
         calls.checked(await self._send(calls.Call("GET", "/readyz")))
 
-    async def _send(self, call: calls.Call, *, stream: bool = False) -> httpx.Response:
-        for attempt in range(self._retries + 1):
+    async def _send(
+        self, call: calls.Call, *, stream: bool = False, patience: int = 1
+    ) -> httpx.Response:
+        """Send a request. patience: times the usual retries."""
+        retries = self._retries * patience
+        for attempt in range(retries + 1):
             try:
                 request = self._http.build_request(**call._asdict())
                 response = await self._http.send(request, stream=stream)
             except httpx.TransportError as error:
                 raise calls.unreachable(self._http.base_url, error) from error
-            wait = calls.wait_before_retry(response, attempt, self._retries)
+            wait = calls.wait_before_retry(response, attempt, retries)
             if wait is None:
                 break
             await response.aclose()

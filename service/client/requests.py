@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -17,7 +17,15 @@ from pydantic import BaseModel, ValidationError
 
 from model.image_files import read_file
 from model.labels import LabelError, normalized_label
-from service.api.schemas import KEY_PATTERN, BatchItem, CameraDefaults, ItemPatch
+from model.pictures import Polarity
+from service.api.schemas import (
+    KEY_PATTERN,
+    BatchItem,
+    CameraDefaults,
+    ItemPatch,
+    ModalityChoice,
+    Rerank,
+)
 from service.errors import BackupInvalid
 from service.gallery.backup.archive import check
 from service.http.problem import Problem
@@ -60,6 +68,51 @@ class Call(NamedTuple):
     timeout: Any = httpx.USE_CLIENT_DEFAULT
 
 
+class QueryFields(TypedDict, total=False):
+    """Fields of POST /query beside images and box; None is as not given."""
+
+    query_camera_id: str | None
+    modality: ModalityChoice | None
+    polarity: Polarity | None
+    top_k: int | None
+    candidates: int | None
+    exhaustive: bool
+    modulation: bool
+    rerank: Rerank | None
+    prior: float | None
+    group_by: Literal["person_id"] | None
+    person_id: str | Sequence[str] | None
+    camera_id: str | Sequence[str] | None
+    exclude_camera_id: str | Sequence[str] | None
+    gallery_modality: str | Sequence[str] | None
+    captured_from: datetime | None
+    captured_to: datetime | None
+    max_distance: float | None
+    explain: bool
+    debug: bool
+
+
+class ListFields(TypedDict, total=False):
+    """Parameters of GET /gallery; None is as not given."""
+
+    person_id: str | Sequence[str] | None
+    camera_id: str | Sequence[str] | None
+    modality: str | Sequence[str] | None
+    captured_from: datetime | None
+    captured_to: datetime | None
+    limit: int | None
+    cursor: str | None
+
+
+class PatchFields(TypedDict, total=False):
+    """Body of PATCH /gallery/{id}: None empties a field, what is not given stays."""
+
+    person_id: str | None
+    camera_id: str | None
+    captured_at: datetime | None
+    metadata: Mapping[str, Any]
+
+
 _ITEM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 _FINGERPRINT = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE | re.ASCII)
 
@@ -89,16 +142,16 @@ def enroll_batch(images: Sequence[ImageSource], items: Sequence[BatchItem] | Non
     return Call("POST", "/gallery/batch", data=data, files=[_file(image) for image in images])
 
 
-def update(item_id: str, fields: Mapping[str, Any]) -> Call:
+def update(item_id: str, fields: PatchFields) -> Call:
     """PATCH /gallery/{id}; None empties a field."""
-    changed = ItemPatch(**fields).model_dump(mode="json", include=set(fields))
+    changed = ItemPatch.model_validate(fields).model_dump(mode="json", include=set(fields))
     return Call("PATCH", item_path(item_id), json=changed)
 
 
 def query(
     images: ImageSource | Sequence[ImageSource],
     box: Sequence[int] | None,
-    fields: Mapping[str, Any],
+    fields: QueryFields,
 ) -> Call:
     """POST /query; fields that are None are left out."""
     several = [images] if isinstance(images, Path | bytes) else images
@@ -156,12 +209,12 @@ def drop_version(fingerprint: str) -> Call:
     return Call("DELETE", f"/admin/versions/{fingerprint}")
 
 
-def list_items(fields: Mapping[str, Any]) -> Call:
+def list_items(fields: ListFields) -> Call:
     """GET /gallery."""
     return Call("GET", "/gallery", params=_form(fields))
 
 
-def _form(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _form(fields: Mapping[str, object]) -> dict[str, Any]:
     """Values as the API writes them; those that are None or an empty list are left out."""
     return {name: _text(value) for name, value in fields.items() if value not in (None, (), [])}
 

@@ -7,6 +7,7 @@ import io
 import os
 import time
 import unicodedata
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +20,28 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from service.api.schemas import ItemPatch, ListParameters, QueryForm
 from service.auth.keys import KeyFile
-from service.client import AsyncClient, Client, InvalidValue, ServiceProblem, Unreachable
-from service.client.bulk import Entry, send
-from service.client.requests import LONGEST_WAIT, camera_path, item_path, wait_before_retry
+from service.client import (
+    AsyncClient,
+    BatchItem,
+    Client,
+    Entry,
+    InvalidValue,
+    ServiceProblem,
+    Unreachable,
+)
+from service.client.bulk import send
+from service.client.requests import (
+    LONGEST_WAIT,
+    ListFields,
+    PatchFields,
+    QueryFields,
+    camera_path,
+    item_path,
+    wait_before_retry,
+)
+from service.client.stream import SENDERS
 from tests.service.conftest import Serve
 
 
@@ -304,3 +323,92 @@ def test_files_that_had_no_time_left_in_their_batch_are_sent_alone(
         assert codes == ["decode_budget_spent"] * (len(visible) - 1)
         assert send(client, [Entry(file) for file in visible]) == []
         assert client.list().total == len(visible) + 1
+
+
+def crops(visible: list[Path], taken: list[int]) -> Iterator[Entry]:
+    """A stream that says how far it was read: crops, a file that is missing and one that is bad."""
+    for number in range(12):
+        taken.append(number)
+        image: Path | bytes = visible[number % 8]
+        if number == 3:
+            image = Path("missing.jpg")
+        elif number == 5:
+            image = b"\x89PNG\r\n\x1a\nrest"
+        elif number % 2:
+            image = visible[number % 8].read_bytes()
+        yield Entry(image, BatchItem(person_id=f"{number}"))
+
+
+def test_a_stream_is_enrolled_as_it_is_read_and_can_be_sent_again(
+    serve: Serve, tmp_path: Path, visible: list[Path]
+) -> None:
+    with serve(tmp_path / "data") as url, Client(url) as client:
+        taken: list[int] = []
+        results = client.enroll_many(crops(visible, taken), per_request=2)
+        first = next(results)
+        # What is sent at the same time and one request more is all that was taken.
+        assert len(taken) <= 2 * (SENDERS + 1)
+        assert client.get(first.item.id if first.item else "").person_id == "0"
+        results.close()  # interrupted
+        so_far = client.list().total
+        assert so_far < 12
+
+        taken.clear()
+        every = list(client.enroll_many(crops(visible, taken), per_request=2))
+        assert [one.entry.item.person_id for one in every] == [str(n) for n in range(12)]
+        assert [one.status for one in every].count(200) == so_far
+        assert (every[3].status, every[3].reason) == (None, "No such file or directory")
+        assert (every[5].status, every[5].code) == (422, "image_undecodable")
+        assert [one.reason for one in every if one.item is None] == [
+            every[3].reason,
+            every[5].reason,
+        ]
+        assert client.list().total == 10
+
+        async def again(stream: Iterator[Entry]) -> None:
+            async def slowly() -> AsyncIterator[Entry]:
+                for entry in stream:
+                    await asyncio.sleep(0)
+                    yield entry
+
+            async with AsyncClient(url) as other:
+                same = [one async for one in other.enroll_many(slowly(), per_request=5)]
+                assert [one.item for one in same] == [one.item for one in every]
+                assert {one.status for one in same if one.item is not None} == {200}
+                listed = other.enroll_many([Entry(visible[0], BatchItem(key="own"))])
+                assert [one.status async for one in listed] == [201]
+
+        asyncio.run(again(crops(visible, taken)))
+        assert client.list().total == 11
+
+
+def test_a_stream_stops_where_nothing_more_can_be_enrolled(
+    serve: Serve, tmp_path: Path, visible: list[Path]
+) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    _, token = file.create("desk", ["query"])
+    taken: list[int] = []
+    with (
+        serve(tmp_path / "data", api_keys_file=file.path) as url,
+        Client(url, api_key=token) as client,
+        pytest.raises(ServiceProblem) as raised,
+    ):
+        list(client.enroll_many(crops(visible, taken), per_request=1))
+    assert raised.value.status == 403
+    assert len(taken) < 12
+
+
+def test_a_busy_service_is_waited_for_longer_by_a_stream() -> None:
+    transport = busy_until(time.monotonic() + 0.5, {"Retry-After": "0.01"})
+    with Client("http://service", retries=5, transport=transport) as client:
+        with pytest.raises(ServiceProblem):
+            client.list()
+        # The stand-in knows no answer of an enrollment: that it is asked for one is the point.
+        with pytest.raises(Unreachable, match="something else than expected"):
+            list(client.enroll_many([Entry(b"image")]))
+
+
+def test_the_clients_name_every_field_of_the_api() -> None:
+    assert {*QueryFields.__annotations__, "box"} == set(QueryForm.model_fields)
+    assert set(ListFields.__annotations__) == set(ListParameters.model_fields)
+    assert set(PatchFields.__annotations__) == set(ItemPatch.model_fields)
