@@ -185,10 +185,15 @@ class Calibration:
     metric: Metric
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the reference set of a curve's gallery modality is missing."""
-        for curve in self.facts.maps:
-            if not len(self.references.get(curve.gallery, ())):
-                raise ValueError(f"the calibration has no reference embeddings of {curve.gallery}")
+        """Raise ValueError where what is compared with references has none, or of other parts."""
+        agreements = self.facts.ranking.agreements if self.facts.ranking else ()
+        for fit in (*self.facts.maps, *agreements):
+            if not len(self.references.get(fit.gallery, ())):
+                raise ValueError(f"the calibration has no reference embeddings of {fit.gallery}")
+        for one in agreements:
+            parts = self.references[one.gallery].shape[1]
+            if not len(one.slopes) == len(one.intercepts) == parts:
+                raise ValueError(f"the calibration's agreement is not that of {parts} parts")
 
     def map_of(self, query: str, gallery: str, *, modulated: bool) -> CalibrationMap | None:
         """The curve for a query and gallery modality, None where there is none."""
@@ -196,96 +201,75 @@ class Calibration:
         maps = self.facts.maps
         return next((m for m in maps if (m.query, m.gallery, m.modulated) == wanted), None)
 
-    def scores(
-        self, chosen: CalibrationMap, x: Tensor, modulation: Modulation, distance: FloatArray
-    ) -> FloatArray:
-        """Distances Q×N of queries x (Q×P×D) → scores Q×N on one scale for all queries."""
-        if chosen.normalisation == "raw":
-            return distance
-        reference = self.reference_distances(x, modulation, chosen.gallery)
-        return normalised(distance, reference, chosen.normalisation)
-
-    def reference_distances(
-        self, x: Tensor, modulation: Modulation, gallery: Modality
-    ) -> FloatArray:
-        """Queries x (Q×P×D) under γ, β (Q×D) to the references of one modality → Q×R."""
-        if self.metric == "cosine":
-            return reference_distances(x, modulation, self.references[gallery], self.metric)
-        return self._euclidean(gallery, x, modulation)
-
     @torch.inference_mode()
-    def _euclidean(self, gallery: Modality, x: Tensor, modulation: Modulation) -> FloatArray:
-        """`reference_distances`, with references that are lifted once and not for every query."""
+    def measured(self, x: Tensor, modulation: Modulation) -> dict[Modality, FloatArray]:
+        """Queries x (Q×P×D) under γ, β (Q×D) to the references of each modality → Q×R."""
+        if self.metric == "cosine":
+            return {
+                modality: reference_distances(x, modulation, rows, self.metric)
+                for modality, rows in self.references.items()
+            }
         applied = Modulation(*(parameter.double() for parameter in modulation))
-        squared = squared_lifted_distance(x.double(), self._lifted[gallery], applied)
-        distance: FloatArray = squared.sqrt().numpy()
-        return distance
+        return {
+            modality: squared_lifted_distance(x.double(), z, applied).sqrt().numpy()
+            for modality, z in self._lifted.items()
+        }
 
     @cached_property
     def _lifted(self) -> dict[Modality, Tensor]:
+        """The references, lifted once and not for every query."""
         return {modality: lift(rows.double()) for modality, rows in self.references.items()}
 
     def similarities(
         self,
-        x: Tensor,
-        modulation: Modulation | None,
+        measured: Mapping[Modality, FloatArray],
         distances: Sequence[float],
         *,
         query: str,
         gallery: Sequence[Modality],
+        modulated: bool,
     ) -> list[float | None]:
         """One query's distances → probabilities of "same person", None where there is no curve.
 
-        x: the query, P×D.
-        modulation: its γ, β (1×D each); None where it ranks unmodulated.
+        measured: the query's distances to the references, as `measured` gives them, 1×R each.
         distances: N, in the checkpoint's metric.
         query: modality of the query; anything but "rgb" and "ir" ("mixed") has no curve.
         gallery: modality of each of the N items.
+        modulated: whether all distances are under the query's γ, β.
         """
-        applied = modulation or Modulation.identity(1, x.shape[1])
         found: list[float | None] = [None] * len(distances)
         for modality in MODALITIES:
             places = [i for i, m in enumerate(gallery) if m == modality]
-            chosen = self.map_of(query, modality, modulated=modulation is not None)
+            chosen = self.map_of(query, modality, modulated=modulated)
             if not places or chosen is None:
                 continue
             distance = np.array([[distances[i] for i in places]], dtype=np.float64)
-            values = chosen.curve(self.scores(chosen, x[None], applied, distance))[0]
-            for place, value in zip(places, values.tolist(), strict=True):
+            values = chosen.curve(normalised(distance, measured[modality], chosen.normalisation))
+            for place, value in zip(places, values[0].tolist(), strict=True):
                 found[place] = value
-        return found
-
-    def moments(self, x: Tensor, modulation: Modulation) -> list[dict[Modality, Moments]]:
-        """Of the distances of each of Q queries (Q×P×D) to the references, by their modality."""
-        found: list[dict[Modality, Moments]] = [{} for _ in range(len(x))]
-        for modality in self.references:
-            for row, distances in enumerate(self.reference_distances(x, modulation, modality)):
-                found[row][modality] = moments_of(distances)
         return found
 
     def agreements(
         self,
         x: Tensor,
-        modulation: Modulation | None,
         parts: Sequence[Sequence[float]],
         *,
         query: str,
         gallery: Sequence[Modality],
     ) -> list[list[float] | None]:
-        """Squared part distances of one query, N×P → agreement of each part, see `model.ranking`.
+        """What the parts of one query (P×D) say of N items, see `model.ranking.agreement`.
 
-        The arguments are those of `similarities`. None where there is no fit.
+        parts: squared unmodulated part distances to the items, N×P. query, gallery: as of
+        `similarities`. None where there is no fit.
         """
-        applied = modulation or Modulation.identity(1, x.shape[1])
+        identity = Modulation.identity(1, x.shape[1])
         found: list[list[float] | None] = [None] * len(parts)
         for modality in MODALITIES:
             places = [i for i, m in enumerate(gallery) if m == modality]
-            fit = self.facts.ranking and self.facts.ranking.agreement(
-                query, modality, modulated=modulation is not None
-            )
+            fit = self.facts.ranking and self.facts.ranking.agreement(query, modality)
             if not places or not fit:
                 continue
-            reference = part_distances(x[None].double(), self.references[modality], applied)[0]
+            reference = part_distances(x[None].double(), self.references[modality], identity)[0]
             chosen = np.array([parts[i] for i in places], np.float64)
             for place, row in zip(
                 places, agreement(chosen, reference.numpy(), fit).tolist(), strict=True
@@ -306,6 +290,12 @@ class Calibration:
         facts["identities"] = sum(len(one.identities) for one in self.facts.people)
         facts["references"] = {name: len(rows) for name, rows in self.references.items()}
         return facts
+
+
+def moments_over(measured: Mapping[Modality, FloatArray]) -> list[dict[Modality, Moments]]:
+    """Of each of Q queries' distances to references, Q×R for each of their modalities."""
+    columns = [[moments_of(row) for row in distances] for distances in measured.values()]
+    return [dict(zip(measured, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 @torch.inference_mode()

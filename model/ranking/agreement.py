@@ -4,7 +4,8 @@ The squared distance of a part is compared with the query's squared distances of
 reference embeddings, which are of other people: in deviations below their mean, and then turned
 into the probability that two images with this part alone are of one person, drawn at even odds. A
 jacket that matches and a head that does not are thus told apart, though one distance is always
-larger than the other.
+larger than the other. All distances are without γ and β, whatever ranks: part by part, those tell
+people apart better.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from model.config import Modality
 
@@ -75,14 +75,13 @@ class PosteriorFit(_Record):
 
 
 class AgreementFit(_Record):
-    """Squared part distances → agreement, for one pair of modalities and way of ranking.
+    """Squared unmodulated part distances → agreement, for one pair of modalities.
 
     slopes, intercepts: of each part; see `model.ranking.agreement`.
     """
 
     query: Modality
     gallery: Modality
-    modulated: bool
     slopes: tuple[float, ...]
     intercepts: tuple[float, ...]
 
@@ -101,6 +100,20 @@ class RankingFacts(_Record):
     posteriors: tuple[PosteriorFit, ...] = ()
     agreements: tuple[AgreementFit, ...] = ()
 
+    @field_validator("agreements", mode="before")
+    @classmethod
+    def _of_unmodulated_parts(cls, fits: Any) -> Any:
+        """An earlier release also fitted modulated parts, which tell people apart less well."""
+        if not isinstance(fits, list | tuple):
+            return fits
+        return [
+            {name: value for name, value in fit.items() if name != "modulated"}
+            if isinstance(fit, dict)
+            else fit
+            for fit in fits
+            if not (isinstance(fit, dict) and fit.get("modulated") is True)
+        ]
+
     def posterior(self, *, modulated: bool, reranked: bool, labelled: bool) -> PosteriorFit | None:
         """The fit that was made for such searches, None where there is none."""
         wanted = (modulated, reranked, labelled)
@@ -117,8 +130,7 @@ class RankingFacts(_Record):
         )
         return None if labelled is None or unlabelled is None else (labelled, unlabelled)
 
-    def agreement(self, query: str, gallery: str, *, modulated: bool) -> AgreementFit | None:
+    def agreement(self, query: str, gallery: str) -> AgreementFit | None:
         """The fit for a pair of modalities, None where there is none."""
-        wanted = (query, gallery, modulated)
         fits = self.agreements
-        return next((f for f in fits if (f.query, f.gallery, f.modulated) == wanted), None)
+        return next((f for f in fits if (f.query, f.gallery) == (query, gallery)), None)

@@ -319,7 +319,8 @@ class Result(BaseModel):
     agreement: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
         default=None,
         description="How well each part agrees, from the top: the probability at even odds that "
-        "two images with this part's distance show one person.",
+        "two images with this part's distance show one person. Of distances without γ and β, which "
+        "tell people apart better part by part, whatever ranks.",
     )
 
 

@@ -222,8 +222,8 @@ class Hit:
     `model.ranking`; None where the checkpoint has no fit. recall_rank: place in the recall stage's
     shortlist of the item's modality, None when exhaustive. unmodulated_rank: place by the
     unmodulated distance among what was scored. rank_before_rerank: place by score without
-    re-ranking. parts: the squared part distances, whose sum is distance². The last three only when
-    asked to explain.
+    re-ranking. parts: the squared part distances, whose sum is distance²; unmodulated_parts: the
+    same without γ and β. The last four only when asked to explain.
     """
 
     rank: int
@@ -235,6 +235,7 @@ class Hit:
     unmodulated_rank: int | None = None
     rank_before_rerank: int | None = None
     parts: list[float] | None = None
+    unmodulated_parts: list[float] | None = None
 
 
 @dataclass(frozen=True)

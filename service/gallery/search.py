@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from model import Modulation
@@ -121,23 +122,25 @@ def _valid(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Places in `ranked` of the results, and the numbers of their items."""
+    """Places in `ranked` of the results, and the numbers of their items.
+
+    unmodulated: their part distances without γ and β, where asked to explain.
+    """
 
     ranked: Ranked
     places: list[int]
     numbers: list[int]
+    unmodulated: npt.NDArray[np.float32] | None
 
     def result(self, items: Mapping[int, Item], fetch_ms: float) -> SearchResult:
         """The answer, with those of its items that are given."""
         ranked = self.ranked
         found = [
-            (place, items[number])
-            for place, number in zip(self.places, self.numbers, strict=True)
-            if number in items
+            (index, items[number]) for index, number in enumerate(self.numbers) if number in items
         ]
         return SearchResult(
             hits=[
-                _hit(ranked, place, rank, item) for rank, (place, item) in enumerate(found, start=1)
+                self._hit(index, rank, item) for rank, (index, item) in enumerate(found, start=1)
             ],
             searched=ranked.searched,
             people=ranked.people,
@@ -145,6 +148,24 @@ class _Chosen:
             candidates=ranked.candidates,
             exhaustive=ranked.exhaustive,
             timings_ms=ranked.timings_ms | {"fetch": fetch_ms},
+        )
+
+    def _hit(self, index: int, rank: int, item: Item) -> Hit:
+        ranked, place = self.ranked, self.places[index]
+        recalled, plain, parts = ranked.recall_ranks, ranked.unmodulated_ranks, ranked.parts
+        explained = plain is not None
+        probabilities, unmodulated = ranked.probabilities, self.unmodulated
+        return Hit(
+            rank=rank,
+            item=item,
+            score=float(ranked.scores[place]),
+            distance=float(ranked.distances[place]),
+            probability=None if probabilities is None else float(probabilities[place]),
+            recall_rank=None if recalled is None else int(recalled[place]),
+            unmodulated_rank=None if plain is None else int(plain[place]),
+            rank_before_rerank=int(ranked.scored_ranks[place]) if explained else None,
+            parts=parts[place].tolist() if explained and parts is not None else None,
+            unmodulated_parts=None if unmodulated is None else unmodulated[index].tolist(),
         )
 
 
@@ -180,7 +201,9 @@ def _search(follower: Follower, queries: Sequence[Query], candidates: int) -> li
             most = options[i].max_distance
             if most is not None:
                 places = [place for place in places if one.distances[place] <= most]
-            chosen[i] = _Chosen(one, places, one.numbers[places].tolist())
+            explained = options[i].explain and bool(places)
+            parts = one.unmodulated_parts(queries[i].x, places) if explained else None
+            chosen[i] = _Chosen(one, places, one.numbers[places].tolist(), parts)
         waiting = growing
     return [chosen[i] for i in range(len(queries))]
 
@@ -210,20 +233,3 @@ def _places(ranked: Ranked, options: Options) -> list[int] | None:
         return None
     places: list[int] = np.sort(certain)[: options.top_k].tolist()
     return places
-
-
-def _hit(ranked: Ranked, place: int, rank: int, item: Item) -> Hit:
-    recalled, plain, parts = ranked.recall_ranks, ranked.unmodulated_ranks, ranked.parts
-    explained = plain is not None
-    probabilities = ranked.probabilities
-    return Hit(
-        rank=rank,
-        item=item,
-        score=float(ranked.scores[place]),
-        distance=float(ranked.distances[place]),
-        probability=None if probabilities is None else float(probabilities[place]),
-        recall_rank=None if recalled is None else int(recalled[place]),
-        unmodulated_rank=None if plain is None else int(plain[place]),
-        rank_before_rerank=int(ranked.scored_ranks[place]) if explained else None,
-        parts=parts[place].tolist() if explained and parts is not None else None,
-    )

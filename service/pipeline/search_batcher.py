@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model import Calibration, Modulation
+from model import Calibration, Modality, Modulation
+from model.calibration import FloatArray, moments_over
 from service.embedding.embedder import Embedder
 from service.gallery import Gallery, Options, Query, Scale, SearchResult
 from service.kit.concurrency import in_thread
@@ -28,6 +29,7 @@ _TOGETHER = 32  # queries at most, so that the first of them need not wait for t
 
 
 Rerank = Literal["none", "k_reciprocal"]
+Measured = Mapping[Modality, FloatArray]  # of a query's distances to references
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Ranking(NamedTuple):
     """A ranking with what the checkpoint's calibration says of each hit.
 
     similarities: the probability that a pair drawn at even odds shows one person; agreements: of
-    each part, where asked to explain. None where the checkpoint is not calibrated for this query
-    and gallery modality. rerank: how the ranking was.
+    each part, without γ and β, where asked to explain. None where the checkpoint is not calibrated
+    for this query and gallery modality. rerank: how the ranking was.
     """
 
     result: SearchResult
@@ -167,30 +169,45 @@ def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[EmbeddedQuery]
         Modulation(gamma[i : i + 1], beta[i : i + 1]) if query.search.modulation else None
         for i, query in enumerate(batch)
     ]
-    scales = [_scale(info.calibration, *parts) for parts in zip(batch, x, modulations, strict=True)]
+    measured = [_measured(info.calibration, *parts) for parts in zip(x, modulations, strict=True)]
+    scales = [
+        _scale(info.calibration, *parts) for parts in zip(batch, modulations, measured, strict=True)
+    ]
     queries = [
         Query(*parts)
         for parts in zip(x, modulations, (s.search for s in batch), scales, strict=True)
     ]
     results = gallery.search_all(queries, model=info.fingerprint)
     return [
-        _ranking(info.calibration, *parts) for parts in zip(batch, queries, results, strict=True)
+        _ranking(info.calibration, *parts)
+        for parts in zip(batch, queries, measured, results, strict=True)
     ]
 
 
+def _measured(
+    calibration: Calibration | None, x: Tensor, modulation: Modulation | None
+) -> Measured:
+    """Distances of one query (P×D) to the checkpoint's references, of which there may be none."""
+    if calibration is None:
+        return {}
+    return calibration.measured(x[None], modulation or Modulation.identity(1, x.shape[1]))
+
+
 def _scale(
-    calibration: Calibration | None, query: EmbeddedQuery, x: Tensor, modulation: Modulation | None
+    calibration: Calibration | None,
+    query: EmbeddedQuery,
+    modulation: Modulation | None,
+    measured: Measured,
 ) -> Scale:
-    """What the scores and probabilities of one query (P×D) go by."""
+    """What the scores and probabilities of one query go by."""
     facts = None if calibration is None else calibration.facts.ranking
     rerank = query.search.rerank
     if rerank is None:
         by_default = facts is not None and facts.reranking is not None and facts.reranking.default
         rerank = "k_reciprocal" if by_default else "none"
-    applied = modulation or Modulation.identity(1, x.shape[1])
     return Scale(
         query=query.modality,
-        references=calibration.moments(x[None], applied)[0] if calibration and facts else {},
+        references=moments_over(measured)[0] if facts and measured else {},
         facts=facts,
         modulated=modulation is not None,
         images=len(query.features),
@@ -200,7 +217,11 @@ def _scale(
 
 
 def _ranking(
-    calibration: Calibration | None, embedded: EmbeddedQuery, query: Query, result: SearchResult
+    calibration: Calibration | None,
+    embedded: EmbeddedQuery,
+    query: Query,
+    measured: Measured,
+    result: SearchResult,
 ) -> Ranking:
     rerank: Rerank = "k_reciprocal" if query.scale.rerank else "none"
     hits = result.hits
@@ -212,11 +233,13 @@ def _ranking(
         "gallery": [hit.item.modality for hit in hits],
     }
     agreements = nothing
-    if hits and hits[0].parts is not None:
-        parts = [hit.parts or [] for hit in hits]
-        agreements = calibration.agreements(query.x, query.modulation, parts, **of_pair)
+    if hits and hits[0].unmodulated_parts is not None:
+        parts = [hit.unmodulated_parts or [] for hit in hits]
+        agreements = calibration.agreements(query.x, parts, **of_pair)
     distances = [hit.distance for hit in hits]
-    similarities = calibration.similarities(query.x, query.modulation, distances, **of_pair)
+    similarities = calibration.similarities(
+        measured, distances, modulated=query.modulation is not None, **of_pair
+    )
     return Ranking(result, similarities, agreements, rerank)
 
 

@@ -36,6 +36,7 @@ from model.calibration import (
     normalised,
 )
 from model.config import MODALITIES
+from model.ranking import AgreementFit, RankingFacts
 from model.training_facts import LearntPeople
 
 LOGISTIC = LogisticCurve(slope=-2.0, intercept=1.0)
@@ -100,6 +101,29 @@ def query(tiny_model: CMT) -> tuple[Tensor, Modulation]:
         return x[0], tiny_model.modulation(x)
 
 
+def test_what_is_fitted_to_references_needs_them_and_their_parts(calibration: Calibration) -> None:
+    def agreeing(parts: int, references: dict[Modality, Tensor]) -> Calibration:
+        fit = AgreementFit(
+            query="ir", gallery="rgb", slopes=(1.0,) * parts, intercepts=(0.0,) * parts
+        )
+        ranking = RankingFacts(prior_items=30, agreements=(fit,))
+        facts = calibration.facts.model_copy(update={"maps": (), "ranking": ranking})
+        return Calibration(facts, references, calibration.metric)
+
+    references = dict(calibration.references)
+    parts = references["rgb"].shape[1]
+    x = references["rgb"][0].float()
+    assert agreeing(parts, references).agreements(
+        x, [[1e9] * parts], query="ir", gallery=["rgb"]
+    ) == [[0.0] * parts]
+    with pytest.raises(ValueError, match=f"not that of {parts} parts"):
+        agreeing(parts + 1, references)
+    with pytest.raises(ValueError, match="no reference embeddings of rgb"):
+        agreeing(parts, {"ir": references["ir"]})
+    with pytest.raises(ValueError, match="no reference embeddings of rgb"):
+        Calibration(calibration.facts, {"ir": references["ir"]}, calibration.metric)
+
+
 def test_scores_by_hand() -> None:
     distance = np.array([[1.0, 2.0, 4.0]])
     reference = np.array([[1.0, 2.0, 6.0]])  # median 2, mean 3, deviation √(14/3)
@@ -151,7 +175,11 @@ def test_similarities_follow_each_items_modality(
     x, modulation = query
     found = known(
         calibration.similarities(
-            x, modulation, [1.0, 1.0, 1.4, 1.4], query="ir", gallery=["rgb", "ir", "rgb", "ir"]
+            calibration.measured(x[None], modulation),
+            [1.0, 1.0, 1.4, 1.4],
+            query="ir",
+            gallery=["rgb", "ir", "rgb", "ir"],
+            modulated=True,
         )
     )
     references = {
@@ -168,10 +196,13 @@ def test_similarity_never_rises_with_the_distance(
     calibration: Calibration, query: tuple[Tensor, Modulation]
 ) -> None:
     distances = np.linspace(0, 5, 200).tolist()
+    x, modulation = query
+    measured = calibration.measured(x[None], modulation)
     for modality in MODALITIES:
+        gallery = [modality] * len(distances)
         found = known(
             calibration.similarities(
-                *query, distances, query="ir", gallery=[modality] * len(distances)
+                measured, distances, query="ir", gallery=gallery, modulated=True
             )
         )
         assert all(0 <= value <= 1 for value in found)
@@ -184,11 +215,13 @@ def test_where_there_is_no_curve_there_is_no_similarity(
 ) -> None:
     x, modulation = query
     both: list[Modality] = ["rgb", "ir"]
-    assert calibration.similarities(x, None, [1, 1], query="ir", gallery=both) == [None, None]
-    for other in ("rgb", "mixed"):
-        found = calibration.similarities(x, modulation, [1, 1], query=other, gallery=both)
+    measured = calibration.measured(x[None], modulation)
+    for of, modulated in (("ir", False), ("rgb", True), ("mixed", True)):
+        found = calibration.similarities(
+            measured, [1, 1], query=of, gallery=both, modulated=modulated
+        )
         assert found == [None, None]
-    assert calibration.similarities(x, modulation, [], query="ir", gallery=[]) == []
+    assert calibration.similarities(measured, [], query="ir", gallery=[], modulated=True) == []
 
 
 def test_it_comes_back_from_the_checkpoint_and_the_fingerprint_stays(
@@ -207,8 +240,11 @@ def test_it_comes_back_from_the_checkpoint_and_the_fingerprint_stays(
     assert info.calibration.facts == calibration.facts
     for modality, rows in calibration.references.items():
         assert torch.equal(info.calibration.references[modality], rows)
+    x, gamma_beta = query
     again = [
-        c.similarities(*query, [1.2], query="ir", gallery=["rgb"])
+        c.similarities(
+            c.measured(x[None], gamma_beta), [1.2], query="ir", gallery=["rgb"], modulated=True
+        )
         for c in (calibration, info.calibration)
     ]
     assert again[0] == again[1]

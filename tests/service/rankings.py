@@ -34,10 +34,9 @@ def ranking_facts(parts: int, *, between: tuple[float, float] = (12.0, 1.0)) -> 
             AgreementFit(
                 query=query,
                 gallery=gallery,
-                modulated=modulated,
                 slopes=(1.5,) * parts,
                 intercepts=(-1.0,) * parts,
             )
-            for (query, gallery), modulated in product(pairs, BOOLEANS)
+            for query, gallery in pairs
         ),
     )

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from model import Modality
+from model import Modality, Modulation
 from model.calibration import FloatArray
 from model.config import MODALITIES
 from model.modulation import part_distances
@@ -32,10 +32,10 @@ class PartFigures:
 
 
 def fit_agreements(folds: Sequence[Fold]) -> list[tuple[AgreementFit, PartFigures]]:
-    """One for each pair of modalities and way of ranking that has pairs of one person."""
+    """One for each pair of modalities that has pairs of one person."""
     found = []
-    for query, gallery, modulated in product(MODALITIES, MODALITIES, (True, False)):
-        parts = [_parts(fold, query, gallery, modulated=modulated) for fold in folds]
+    for query, gallery in product(MODALITIES, MODALITIES):
+        parts = [_parts(fold, query, gallery) for fold in folds]
         standard = np.concatenate([rows for rows, _ in parts])
         same = np.concatenate([labels for _, labels in parts])
         if same.all() or not same.any():
@@ -44,7 +44,6 @@ def fit_agreements(folds: Sequence[Fold]) -> list[tuple[AgreementFit, PartFigure
         fit = AgreementFit(
             query=query,
             gallery=gallery,
-            modulated=modulated,
             slopes=tuple(-curve.slope for curve in curves),
             intercepts=tuple(curve.intercept for curve in curves),
         )
@@ -58,17 +57,15 @@ def fit_agreements(folds: Sequence[Fold]) -> list[tuple[AgreementFit, PartFigure
     return found
 
 
-def _parts(
-    fold: Fold, query: Modality, gallery: Modality, *, modulated: bool
-) -> tuple[FloatArray, BoolArray]:
+def _parts(fold: Fold, query: Modality, gallery: Modality) -> tuple[FloatArray, BoolArray]:
     """Pairs that count × parts in deviations, and whether each pair is of one person."""
     generator = np.random.default_rng(0)
     rows, columns = (np.flatnonzero(fold.modalities == m) for m in (query, gallery))
     rows = np.sort(generator.choice(rows, min(rows.size, _QUERIES), replace=False))
     x, y = fold.images[rows], fold.images[columns]
-    modulation = fold.modulation(x, modulated=modulated)
-    parts = part_distances(x, y, modulation).double().numpy()
-    references = part_distances(x, fold.references[gallery], modulation).double().numpy()
+    identity = Modulation.identity(len(x), x.shape[2])
+    parts = part_distances(x, y, identity).double().numpy()
+    references = part_distances(x, fold.references[gallery], identity).double().numpy()
     standard = np.stack([standard_parts(*one) for one in zip(parts, references, strict=True)])
     people, cameras = fold.people, fold.cameras
     labels = people[rows], people[columns], cameras[rows], cameras[columns]

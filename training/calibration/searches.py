@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from model import CMT, Modality, Modulation
-from model.calibration import FloatArray, reference_distances
+from model.calibration import FloatArray, moments_over, reference_distances
 from model.config import MODALITIES
-from model.ranking import Moments, RankingFacts, Reranking, Searched, combined, moments_of, reranked
+from model.ranking import Moments, RankingFacts, Reranking, Searched, combined, reranked
 from training.calibration.pairs import reference_count, spread_out
 from training.calibration.people import HeldOut
 from training.evaluation.metrics import BoolArray, IntArray, Protocol, excluded_pairs
@@ -157,14 +157,12 @@ class Fold:
         if modulated not in self._found:
             x = self.queries
             modulation = self.modulation(x, modulated=modulated)
-            metric = self._model.config.metric
-            moments: list[dict[Modality, Moments]] = [{} for _ in range(len(x))]
-            for modality, references in self.references.items():
-                found = reference_distances(x, modulation, references, metric)
-                for row, of_query in zip(moments, found, strict=True):
-                    row[modality] = moments_of(of_query)
+            measured = {
+                modality: reference_distances(x, modulation, rows, self._model.config.metric)
+                for modality, rows in self.references.items()
+            }
             matrix = distances(self._model.distance, x, self.images, modulation)
-            self._found[modulated] = matrix, moments
+            self._found[modulated] = matrix, moments_over(measured)
         return self._found[modulated]
 
     def scored(self, prior_items: float, *, modulated: bool) -> list[Scored]:

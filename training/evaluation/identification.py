@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from model import CMT, Calibration, Modulation
+from model.calibration import moments_over
 from model.config import MODALITIES
 from training.evaluation.embedding import Embedded
 from training.evaluation.metrics import BoolArray, FloatArray, IntArray, Protocol, excluded_pairs
@@ -248,7 +249,7 @@ class _Asked:
         matrix = distances(self._model.distance, x, y, modulation)
         identity = Modulation.identity(len(y), y.shape[2])
         between = distances(self._model.distance, y, y, identity)
-        priors = self._calibration.moments(x, modulation)
+        priors = moments_over(self._calibration.measured(x, modulation))
         excluded = self._excluded(queries, enrolled)
         found = []
         for row, query in enumerate(queries.tolist()):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model import CMT, Calibration, Modality, Modulation
+from model.calibration import moments_over, normalised
 from model.ranking import Moments
 from training.datasets import Sample
 from training.evaluation.embedding import Embedded
@@ -159,26 +160,28 @@ class _Space:
         self.modalities = np.array([embedded.samples[i].modality for i in self.pool])
         self.query_modality = embedded.samples[self.queries[0]].modality
         self.facts = calibration.facts.ranking if calibration else None
-        self._model, self._identity = model, identity
+        self._model = model
         self.priors: dict[str, list[dict[Modality, Moments]]] = {
             way: [{}] * self.queries.size for way in ("modulated", "unmodulated")
         }
-        if calibration and self.facts:
-            self.priors["modulated"] = calibration.moments(x, self.modulation)
-            self.priors["unmodulated"] = calibration.moments(x, identity)
         self.open_set_scores = (
             {}
             if self.mixed
             else {f"{way} distance": self.distances[way] for way in ("modulated", "unmodulated")}
         )
         for name, modulation in (("modulated", self.modulation), ("unmodulated", identity)):
-            chosen = calibration and calibration.map_of(
+            if calibration is None:
+                continue
+            measured = calibration.measured(x, modulation)
+            if self.facts:
+                self.priors[name] = moments_over(measured)
+            chosen = calibration.map_of(
                 *(self.query_modality, self.modalities[0]), modulated=name == "modulated"
             )
-            if calibration and chosen and judged and not self.mixed:
+            if chosen and judged and not self.mixed:
                 # The score and not the probability: the same order, without the steps of a curve.
-                self.open_set_scores[f"{name} calibrated"] = calibration.scores(
-                    chosen, x, modulation, self.distances[name]
+                self.open_set_scores[f"{name} calibrated"] = normalised(
+                    self.distances[name], measured[chosen.gallery], chosen.normalisation
                 )
         self._all: npt.NDArray[np.float32] | None = None
         if rerank:  # every image in its turn as the query, with its own γ, β

@@ -16,8 +16,9 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from model import Modality
+from model import Modality, Modulation
 from model.config import MODALITIES
 from model.ranking import (
     DEPTH,
@@ -69,7 +70,7 @@ class Ranked:
     such a search. scored_ranks: places by score before re-ranking. recall_ranks: in the shortlist
     of the row's modality. certain: how many rows come before anything that was not scored.
     enrolled: that the person is among what was searched. people: distinct ones among it, an
-    unlabelled item counting as one.
+    unlabelled item counting as one. features, positions: where the features of the rows are.
     """
 
     numbers: Integers
@@ -88,6 +89,16 @@ class Ranked:
     candidates: int
     exhaustive: bool
     timings_ms: dict[str, float]
+    features: Features
+    positions: Integers
+
+    def unmodulated_parts(self, x: Tensor, places: Sequence[int]) -> npt.NDArray[np.float32] | None:
+        """Squared part distances of the query (P×D) to the rows at K places, without γ and β: K×P.
+
+        None with cosine as metric.
+        """
+        identity = Modulation.identity(1, x.shape[1])
+        return self.features.rescore(x, identity, self.positions[places])[1]
 
 
 @torch.inference_mode()
@@ -153,6 +164,8 @@ def _joined(found: Mapping[Modality, Scored], scale: Scale, counted: int) -> Ran
             "rescore": sum(one.rescore_ms for one in found.values()) + joined_ms,
             "rerank": reranked_ms,
         },
+        features=every[0].seen.segment.features,
+        positions=kept.places,
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from model.ranking import Moments, Reranking, blended, moments_of, reciprocal_similarity, scores
 from model.ranking.agreement import agreement
-from model.ranking.facts import AgreementFit
+from model.ranking.facts import AgreementFit, RankingFacts
 
 
 def test_blended_moments_are_those_of_all_distances_together() -> None:
@@ -105,9 +107,7 @@ def test_agreement_tells_a_part_that_matches_from_one_that_does_not() -> None:
     generator = np.random.default_rng(0)
     references = generator.normal([10, 1], [2, 0.1], (200, 2))
     mean, deviation = references.mean(0), references.std(0)
-    fit = AgreementFit(
-        query="ir", gallery="rgb", modulated=True, slopes=(2.0, 3.0), intercepts=(-1.0, 0.5)
-    )
+    fit = AgreementFit(query="ir", gallery="rgb", slopes=(2.0, 3.0), intercepts=(-1.0, 0.5))
     parts = np.array([[4.0, 1.3], [10.0, 0.6]])
     found = agreement(parts, references, fit)
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -115,3 +115,25 @@ def test_agreement_tells_a_part_that_matches_from_one_that_does_not() -> None:
         logit = fit.slopes[column] * standard + fit.intercepts[column]
         assert found[row, column] == pytest.approx(1 / (1 + math.exp(-logit)))
     assert found[0, 0] > 0.9 > 0.1 > found[0, 1]  # the first part matches, the second does not
+
+
+def test_of_an_earlier_release_the_agreement_of_unmodulated_parts_is_kept() -> None:
+    def fit(modulated: bool, slope: float) -> str:
+        return (
+            f'{{"query": "ir", "gallery": "rgb", "modulated": {str(modulated).lower()}, '
+            f'"slopes": [{slope}], "intercepts": [0]}}'
+        )
+
+    text = f'{{"prior_items": 30, "agreements": [{fit(True, 1)}, {fit(False, 2)}]}}'
+    for facts in (
+        RankingFacts.model_validate_json(text),
+        RankingFacts.model_validate(json.loads(text)),
+    ):
+        kept = AgreementFit(query="ir", gallery="rgb", slopes=(2.0,), intercepts=(0.0,))
+        assert facts.agreements == (kept,)
+        assert facts.agreement("ir", "rgb") == kept
+        assert facts.agreement("rgb", "ir") is None
+        assert RankingFacts.model_validate_json(facts.model_dump_json()) == facts
+    for wrong in ("3", "[3]", '[{"query": "ir"}]'):
+        with pytest.raises(ValidationError):
+            RankingFacts.model_validate_json(f'{{"prior_items": 30, "agreements": {wrong}}}')

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 
-from model import CMT, Calibration, save_checkpoint, store_calibration
+from model import CMT, Calibration, Modulation, save_checkpoint, store_calibration
 from model.calibration import CalibrationFacts, CalibrationMap, IsotonicCurve, LogisticCurve
 from model.cli import main
 from model.config import Modality
@@ -121,11 +121,11 @@ def test_each_query_is_judged_by_its_own_references(
     for given, applied in (({}, modulation), ({"modulation": "false"}, None)):
         results = ask(http, infrared[0], gallery_modality="rgb", **given)
         expected = info.calibration.similarities(
-            x[0],
-            applied,
+            info.calibration.measured(x, applied or Modulation.identity(1, x.shape[2])),
             [result["distance"] for result in results],
             query="ir",
             gallery=["rgb"] * len(results),
+            modulated=applied is not None,
         )
         assert [result["similarity"] for result in results] == pytest.approx(expected, abs=1e-4)
         assert None not in expected
@@ -193,13 +193,24 @@ def test_probabilities_of_all_people_and_of_nobody_are_one(
 
 
 def test_parts_agree_by_a_number_from_0_to_1(http: httpx.Client, infrared: list[Path]) -> None:
+    """Whatever ranks: it is that of the parts without γ and β."""
     explained = ask(http, infrared[0], explain="true", rerank="k_reciprocal")
     assert sorted(r["rank_before_rerank"] for r in explained) == list(range(1, 13))
     for result in explained:
         assert len(result["agreement"]) == len(result["parts"])
         assert all(0 <= part <= 1 for part in result["agreement"])
+    plain = ask(http, infrared[0], explain="true", modulation="false")
+    of_item = {result["item"]["id"]: result for result in explained}
+    for fields in ({}, {"exhaustive": "true"}, {"top_k": "2"}, {"group_by": "person_id"}):
+        for result in ask(http, infrared[0], explain="true", **fields):
+            same = of_item[result["item"]["id"]]
+            assert result["agreement"] == pytest.approx(same["agreement"], abs=1e-6)
+    for result in plain:
+        same = of_item[result["item"]["id"]]
+        assert result["agreement"] == pytest.approx(same["agreement"], abs=1e-6)
+        assert result["parts"] != pytest.approx(same["parts"], rel=1e-3)
     for modality in ("rgb", "ir"):
-        of = [r for r in explained if r["item"]["modality"] == modality]
+        of = [r for r in plain if r["item"]["modality"] == modality]
         for part in range(len(of[0]["parts"])):
             nearest_first = sorted(of, key=lambda r: float(r["parts"][part]))
             agreement = [r["agreement"][part] for r in nearest_first]

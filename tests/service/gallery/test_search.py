@@ -111,6 +111,7 @@ def test_ranking_is_that_of_the_plain_loops(
     )
     used = modulation if modulated else Modulation.identity(1, DIM)
     parts = plain_parts(x, features(), used)
+    plain = plain_parts(x, features(), Modulation.identity(1, DIM))
     distances = np.sqrt(parts.sum(1))
     order = np.argsort(distances, kind="stable")[:20]
     assert found(result, ids) == order.tolist()
@@ -119,6 +120,7 @@ def test_ranking_is_that_of_the_plain_loops(
         assert hit.parts is not None
         assert hit.parts == pytest.approx(parts[place].tolist(), rel=1e-5)
         assert sum(hit.parts) == pytest.approx(hit.distance**2, rel=1e-6)
+        assert hit.unmodulated_parts == pytest.approx(plain[place].tolist(), rel=1e-5)
     assert [hit.rank for hit in result.hits] == list(range(1, 21))
     assert (result.searched, result.exhaustive) == (COUNT, exhaustive)
     assert result.candidates == (COUNT if exhaustive else 2 * 40)  # of each modality
@@ -180,6 +182,7 @@ def test_unmodulated_ranks_are_those_among_what_was_scored(
     assert [h.unmodulated_rank for h in everything.hits] == expected
     unexplained = gallery.search(x, modulation, top_k=3).hits[0]
     assert (unexplained.unmodulated_rank, unexplained.parts) == (None, None)
+    assert unexplained.unmodulated_parts is None
 
 
 def test_a_long_shortlist_gives_the_best_of_it_however_few_are_rescored(gallery: Gallery) -> None:
@@ -379,4 +382,5 @@ def test_cosine_is_exhaustive_and_exact(tmp_path: Path, exhaustive: bool) -> Non
     assert [h.distance for h in result.hits] == pytest.approx(distances[order].tolist(), rel=1e-9)
     assert result.exhaustive
     assert all(hit.parts is None and hit.unmodulated_rank for hit in result.hits)
+    assert all(hit.unmodulated_parts is None for hit in result.hits)
     gallery.close()

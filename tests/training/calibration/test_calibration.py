@@ -405,9 +405,13 @@ def test_a_cosine_checkpoint_can_be_calibrated(
     fit = fit_of(model, embed_samples(model, samples), prior=0.2)
     assert fit.calibration.facts.ranking is not None
     assert fit.calibration.facts.ranking.agreements == ()  # parts are of the Euclidean distance
-    x = fit.calibration.references["ir"][0].float()
+    x = fit.calibration.references["ir"][:1].float()
     similarities = fit.calibration.similarities(
-        x, model.modulation(x[None]), [0.1, 0.5, 0.9], query="ir", gallery=["rgb"] * 3
+        fit.calibration.measured(x, model.modulation(x)),
+        [0.1, 0.5, 0.9],
+        query="ir",
+        gallery=["rgb"] * 3,
+        modulated=True,
     )
     found = [value for value in similarities if value is not None]
     assert len(found) == 3
