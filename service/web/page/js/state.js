@@ -26,6 +26,15 @@ export function noteCameras(ids) {
   if (fresh.length) cameras.value = new Set([...cameras.value, ...fresh]);
 }
 
+/** People that answers and lists named: to suggest. */
+export const persons = signal(new Set());
+
+/** Remember people that an answer or a list named. */
+export function notePersons(ids) {
+  const fresh = ids.filter((id) => id && !persons.value.has(id));
+  if (fresh.length) persons.value = new Set([...persons.value, ...fresh]);
+}
+
 /** The latest thing that a screen reader is to say. */
 export const announcement = signal("");
 export function announce(text) {

@@ -1,6 +1,156 @@
-// One item: not drawn yet.
-import { html } from "../ui.js";
+// One item: its crop, all that is known of it, and what can be done with it.
+import { getItem, isAborted, patchItem } from "../api.js";
+import { Loaded, useLoaded } from "../components/loaded.js";
+import { Picture } from "../components/picture.js";
+import { Problem } from "../components/problem.js";
+import { MODALITIES, instant, personName, time } from "../format.js";
+import { go, href } from "../router.js";
+import { itemChanged, searchLike } from "../search/state.js";
+import { announce, cameras, noteCameras, notePersons, persons } from "../state.js";
+import { html, useId, useState } from "../ui.js";
+import { described } from "./cards.js";
+import { Delete, Erase } from "./erase.js";
+import { localTime } from "./view.js";
+
+const SOURCES = { given: "as its sender said", camera: "by its camera's defaults", detected: "detected" };
+const POLARITIES = { white_hot: "white is hot", black_hot: "black is hot" };
 
 export function ItemView({ id }) {
-  return html`<section class="view"><h1>Item ${id}</h1><p class="soft">Nothing here yet.</p></section>`;
+  const loaded = useLoaded((options) => getItem(id, options), [id]);
+  const [changed, setChanged] = useState(null); // the item as it was saved last
+  const [erased, setErased] = useState(null); // what was erased, in words
+  if (erased || loaded.error?.code === "item_not_found") return html`<${Gone} what=${erased} />`;
+  const item = changed?.id === id ? changed : loaded.value;
+  return html`
+    <section class="view">
+      <${Loaded} loaded=${loaded} what="the item">
+        ${item && html`<${Item} key=${item.id} item=${item} onSaved=${setChanged} onErased=${setErased} />`}
+      <//>
+    </section>`;
+}
+
+function Gone({ what }) {
+  return html`
+    <section class="view">
+      <h1>Item</h1>
+      <div class="empty" role="status">
+        <strong>${what ?? "This item is not there"}</strong>
+        <p>${what ? "No query returns it any more." : "It was deleted, or its address is mistyped."}</p>
+        <a class="button primary" href=${href("gallery")}>To the gallery</a>
+      </div>
+    </section>`;
+}
+
+function Item({ item, onSaved, onErased }) {
+  const [asking, setAsking] = useState(null);
+  const close = () => setAsking(null);
+  const person = item.person_id;
+  const search = () => { go("search"); searchLike(item); };
+  return html`
+    <h1 class="text of-item">${person === null ? "Unlabelled item" : personName(item).replace(/^p/, "P")}</h1>
+    <div class="item">
+      <figure class="card item-picture">
+        <${Picture} id=${item.id} alt=${described(item)} eager=${true} />
+      </figure>
+      <div class="stack item-side">
+        <div class="row">
+          <button type="button" class="button primary" onClick=${search}>Search for this person</button>
+          ${person !== null && html`
+            <a class="button" href=${href("timeline", "", { person_id: person })}>Where seen</a>
+            <a class="button" href=${href("gallery", "", { person_id: person })}>All pictures</a>`}
+        </div>
+        <${Correct} item=${item} onSaved=${onSaved} />
+        <${Facts} item=${item} />
+        <div class="row">
+          <button type="button" class="button" onClick=${() => setAsking("delete")}>Delete this item …</button>
+          ${person !== null && html`
+            <button type="button" class="button" onClick=${() => setAsking("erase")}>Erase this person …</button>`}
+        </div>
+      </div>
+    </div>
+    ${asking === "delete" && html`<${Delete} item=${item} onClose=${close}
+      onDeleted=${() => onErased("The item is deleted")} />`}
+    ${asking === "erase" && html`<${Erase} person=${person} onClose=${close}
+      onErased=${() => onErased("The person is erased")} />`}`;
+}
+
+/** What a form says that an item does not: the body of a PATCH. */
+function changesOf(item, form) {
+  const given = Object.fromEntries(new FormData(form));
+  const changes = {};
+  for (const name of ["person_id", "camera_id"]) {
+    const label = given[name].trim() || null;
+    if (label !== item[name]) changes[name] = label;
+  }
+  // Compared as it is shown: fractions of a second are kept where nobody touched the time.
+  if (given.captured_at !== localTime(item.captured_at)) {
+    changes.captured_at = instant(given.captured_at) || null;
+  }
+  return changes;
+}
+
+function Correct({ item, onSaved }) {
+  const id = useId();
+  const [state, setState] = useState({ busy: false, error: null, saved: false });
+  const save = async (event) => {
+    event.preventDefault();
+    const changes = changesOf(item, event.target);
+    if (!Object.keys(changes).length) {
+      setState({ busy: false, error: null, saved: false });
+      announce("Nothing was changed");
+      return;
+    }
+    setState({ busy: true, error: null, saved: false });
+    try {
+      const changed = await patchItem(item.id, changes);
+      noteCameras([changed.camera_id]);
+      notePersons([changed.person_id]);
+      itemChanged(item.id, changed);
+      onSaved(changed);
+      setState({ busy: false, error: null, saved: true });
+      announce("Saved");
+    } catch (error) {
+      if (!isAborted(error)) setState({ busy: false, error, saved: false });
+    }
+  };
+  const touched = () => { if (state.saved) setState({ ...state, saved: false }); };
+  const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+  return html`
+    <form class="card padded stack" aria-label="Correct" onSubmit=${save} onInput=${touched}>
+      <div class="correct">
+        <label class="field"><span>Person</span>
+          <input name="person_id" value=${item.person_id ?? ""} list=${`${id}p`} maxlength="128" placeholder="unlabelled" autocomplete="off" /></label>
+        <label class="field"><span>Camera</span>
+          <input name="camera_id" value=${item.camera_id ?? ""} list=${`${id}c`} maxlength="128" placeholder="no camera" autocomplete="off" /></label>
+        <label class="field"><span>Captured (${zone})</span>
+          <input type="datetime-local" name="captured_at" value=${localTime(item.captured_at)} step="1" max="9999-12-31T23:59:59" /></label>
+      </div>
+      ${state.error && html`<${Problem} error=${state.error} />`}
+      <div class="row">
+        <button type="submit" class="button" disabled=${state.busy}>${state.busy ? "Saving …" : "Save"}</button>
+        <span class="soft" role="status">${state.saved ? "Saved. Queries filter by it from now on." : ""}</span>
+      </div>
+      <datalist id=${`${id}p`}>${[...persons.value].sort().map((one) => html`<option key=${one} value=${one} />`)}</datalist>
+      <datalist id=${`${id}c`}>${[...cameras.value].sort().map((one) => html`<option key=${one} value=${one} />`)}</datalist>
+    </form>`;
+}
+
+function Facts({ item }) {
+  const metadata = Object.entries(item.metadata);
+  return html`
+    <div class="card padded">
+      <dl class="facts">
+        <dt>Captured</dt><dd>${time(item.captured_at)}</dd>
+        <dt>Enrolled</dt><dd>${time(item.enrolled_at)}</dd>
+        <dt>Modality</dt><dd>${MODALITIES[item.modality]}, ${SOURCES[item.modality_source] ?? item.modality_source}</dd>
+        ${item.polarity && html`<dt>Polarity</dt><dd>${POLARITIES[item.polarity] ?? item.polarity}</dd>`}
+        <dt>Size</dt><dd>${item.width} × ${item.height} pixels, ${item.bit_depth} bits</dd>
+        <dt>Id</dt><dd><code>${item.id}</code></dd>
+        <dt>SHA-256</dt><dd><code>${item.sha256}</code></dd>
+        <dt>Checkpoint</dt><dd><code>${item.model}</code></dd>
+        ${metadata.length === 0 && html`<dt>Metadata</dt><dd>none</dd>`}
+        ${metadata.map(([name, value]) => html`<dt class="text">${name}</dt>
+          <dd class="text">${typeof value === "string" ? value : html`<code>${JSON.stringify(value)}</code>`}</dd>`)}
+      </dl>
+    </div>`;
 }

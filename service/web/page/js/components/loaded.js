@@ -1,0 +1,39 @@
+// What a view fetches: shown once it is there, with a word while it is not and what to do where it
+// fails.
+import { apiKey, isAborted } from "../api.js";
+import { html, useCallback, useEffect, useState } from "../ui.js";
+import { Problem } from "./problem.js";
+
+/** Fetch something whenever `wanted` changes, or the key does → {value, error, loading, reload}.
+ *
+ * load: given {signal}; its answer is dropped where another one is wanted meanwhile. The last value
+ * stays while the next one is on its way.
+ */
+export function useLoaded(load, wanted) {
+  const [state, setState] = useState({ value: null, error: null, loading: true });
+  const [turn, setTurn] = useState(0);
+  const key = apiKey.value;
+  useEffect(() => {
+    const abort = new AbortController();
+    setState((before) => ({ ...before, error: null, loading: true }));
+    load({ signal: abort.signal }).then(
+      (value) => { if (!abort.signal.aborted) setState({ value, error: null, loading: false }); },
+      (error) => {
+        if (!abort.signal.aborted && !isAborted(error)) setState({ value: null, error, loading: false });
+      },
+    );
+    return () => abort.abort();
+  }, [...wanted, key, turn]);
+  const reload = useCallback(() => setTurn((before) => before + 1), []);
+  return { ...state, reload };
+}
+
+/** Shows its children once something is there. loaded: of useLoaded. what: the words for it. */
+export function Loaded({ loaded, what, children }) {
+  if (loaded.error) return html`<${Problem} error=${loaded.error} onRetry=${loaded.reload} />`;
+  if (loaded.value === null) {
+    return html`<p class="loading" role="status"><span class="spinner" aria-hidden="true"></span>
+      Loading ${what} …</p>`;
+  }
+  return html`<div aria-busy=${loaded.loading}>${children}</div>`;
+}

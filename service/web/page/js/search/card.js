@@ -1,0 +1,48 @@
+// One result: its crop, and what is known of it.
+import { Icon } from "../components/icons.js";
+import { Picture } from "../components/picture.js";
+import { MODALITIES, percent, personName, time } from "../format.js";
+import { href } from "../router.js";
+import { html } from "../ui.js";
+import { Bands } from "./bands.js";
+import { closeness, moveInWords, moves } from "./words.js";
+
+/** What a picture of a result is called. */
+export const altOf = ({ rank, item }) =>
+  `Result ${rank}: ${personName(item)}, camera ${item.camera_id ?? "unknown"}, ${MODALITIES[item.modality]}`;
+
+/** How a crop lies in its frame of 1 to 2, so that what is drawn over it fits. */
+export const fit = ({ width, height }) => (width / height > 0.5
+  ? { width: "100%", aspectRatio: `${width} / ${height}` }
+  : { height: "100%", aspectRatio: `${width} / ${height}` });
+
+export function Card({ result, answer, agreement, bands, onCompare, onLike }) {
+  const { item, rank, probability } = result;
+  const moved = moves(result, answer.body, answer.asked);
+  return html`
+    <li class="result" data-testid="result" data-item=${item.id}>
+      <button type="button" class="result-picture" aria-label=${`Compare with the query: ${altOf(result)}`} onClick=${() => onCompare(rank)}>
+        <span class="fit" style=${fit(item)}>
+          <${Picture} id=${item.id} height=${256} alt=${altOf(result)} />
+          ${bands && agreement && html`<${Bands} values=${agreement} calibrated=${result.agreement !== null} />`}
+        </span>
+        <span class="rank" aria-hidden="true">${rank}</span>
+      </button>
+      <div class="result-facts">
+        <p class="result-probability">${probability === null ? closeness(result) : percent(probability)}</p>
+        <p class="result-person text" title=${item.person_id}>${item.person_id === null
+          ? html`<span class="soft">no label</span>` : html`<bdi>${item.person_id}</bdi>`}</p>
+        <p class="soft text" title=${item.camera_id}><bdi>${item.camera_id ?? "no camera"}</bdi> · ${MODALITIES[item.modality]}</p>
+        <p class="soft">${item.captured_at ? html`<time datetime=${item.captured_at}>${time(item.captured_at)}</time>` : "no time"}</p>
+        ${moved.length > 0 && html`<p class="moves">${moved.map((one) => html`
+          <span key=${one.what} class=${`move ${one.by > 0 ? "up" : "down"}`} title=${`${one.what}: ${moveInWords(one)}`}>
+            <span aria-hidden="true">${one.by > 0 ? "▲" : "▼"}${Math.abs(one.by)} ${one.what}</span>
+            <span class="visually-hidden">${moveInWords(one)}.</span></span>`)}</p>`}
+      </div>
+      <div class="result-actions">
+        <button type="button" class="button small quiet" title="Compare" aria-label=${`Compare result ${rank}`} onClick=${() => onCompare(rank)}><${Icon} name="compare" /></button>
+        <button type="button" class="button small quiet" title="Use as query" aria-label=${`Use result ${rank} as query`} onClick=${() => onLike(item)}><${Icon} name="search" /></button>
+        <a class="button small quiet" title="Open the item" aria-label=${`Open result ${rank}`} href=${href("item", item.id)}><${Icon} name="open" /></a>
+      </div>
+    </li>`;
+}

@@ -1,0 +1,42 @@
+// Which items of the gallery are searched.
+import { Tokens } from "../components/tokens.js";
+import { cameras, persons } from "../state.js";
+import { html } from "../ui.js";
+import { change, clearFilters, filterCount, options } from "./state.js";
+
+export function Filters() {
+  const chosen = options.value;
+  const count = filterCount();
+  return html`
+    <details class="card fold" open=${count > 0}>
+      <summary>Filters <span class="soft">${count ? `${count} set` : "all of the gallery is searched"}</span></summary>
+      <div class="stack fold-body">
+        <${Tokens} label="Cameras" values=${chosen.cameraIds} suggestions=${cameras.value} placeholder="any"
+          onChange=${(values) => change({ cameraIds: values })} />
+        <${Tokens} label="Without cameras" values=${chosen.excludeCameraIds} suggestions=${cameras.value} placeholder="none"
+          onChange=${(values) => change({ excludeCameraIds: values })} />
+        <${Tokens} label="People" values=${chosen.personIds} suggestions=${persons.value} placeholder="any"
+          onChange=${(values) => change({ personIds: values })} />
+        <label class="field"><span>Pictures that are</span>
+          <select name="gallery_modality" value=${chosen.galleryModality}
+            onChange=${(event) => change({ galleryModality: event.target.value })}>
+            <option value="">visible or infrared</option>
+            <option value="rgb">visible</option>
+            <option value="ir">infrared</option>
+          </select></label>
+        <div class="two">
+          <${Time} name="captured_from" label="Captured from" value=${chosen.capturedFrom} set=${(text) => change({ capturedFrom: text })} />
+          <${Time} name="captured_to" label="until" value=${chosen.capturedTo} set=${(text) => change({ capturedTo: text })} />
+        </div>
+        <p class="soft">Times are this computer's (${Intl.DateTimeFormat().resolvedOptions().timeZone}). Items without
+          a time are left out where one is set.</p>
+        ${count > 0 && html`<div><button type="button" class="button small" onClick=${clearFilters}>Clear the filters</button></div>`}
+      </div>
+    </details>`;
+}
+
+function Time({ name, label, value, set }) {
+  return html`
+    <label class="field"><span>${label}</span>
+      <input type="datetime-local" name=${name} step="1" value=${value} onChange=${(event) => set(event.target.value)} /></label>`;
+}

@@ -1,0 +1,44 @@
+// The results as a wall of pictures, with what can be drawn over it and taken out of it.
+import { html, signal, useMemo, useState } from "../ui.js";
+import { Card } from "./card.js";
+import { Compare } from "./compare.js";
+import { Export } from "./export.js";
+import { MovesChart } from "./moves.js";
+import { Switch } from "./options.js";
+import { searchLike } from "./state.js";
+import { agreements } from "./words.js";
+
+// Kept while other answers come: who looks at bands looks at them in each answer.
+const bands = signal(false);
+const chart = signal(false);
+
+export function Wall({ answer, busy }) {
+  const { results } = answer.body;
+  const [compared, setCompared] = useState(null);
+  const shares = useMemo(() => agreements(results), [results]);
+  const explained = shares.some(Boolean);
+  const calibrated = results.some((result) => result.agreement);
+  // Drawn again only where it would look different: a wall may hold a thousand cards.
+  const cards = useMemo(() => results.map((result, place) => html`
+    <${Card} key=${result.item.id} result=${result} answer=${answer} agreement=${shares[place]}
+      bands=${bands.value} onCompare=${setCompared} onLike=${searchLike} />`), [answer, bands.value]);
+  if (!results.length) return null;
+  return html`
+    <section class="wall" aria-label="Results" aria-busy=${busy}>
+      <div class="row wall-tools">
+        <${Switch} name="bands" label="Agreement of parts" on=${bands.value && explained} disabled=${!explained}
+          set=${(on) => { bands.value = on; }} title="How well each part agrees with the query, in six bands from head to feet" />
+        <${Switch} name="moves" label="Rank moves" on=${chart.value} set=${(on) => { chart.value = on; }}
+          title="What modulation and re-ranking changed" />
+        <span class="grow"></span>
+        <${Export} answer=${answer} />
+      </div>
+      ${bands.value && html`<p class="soft">${!explained ? "This checkpoint compares crops as a whole; it knows no parts."
+        : calibrated ? "Bands: the probability, at even odds, that this part shows the same person, in percent."
+          : "Bands: agreement relative to this answer; the checkpoint has no calibrated one."}</p>`}
+      ${chart.value && html`<${MovesChart} answer=${answer} />`}
+      <ol class="results">${cards}</ol>
+      ${compared !== null && html`<${Compare} answer=${answer} agreements=${shares} first=${compared}
+        onClose=${() => setCompared(null)} onLike=${searchLike} />`}
+    </section>`;
+}
