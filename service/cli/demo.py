@@ -21,7 +21,7 @@ from model.terminal import Console
 from service.api.schemas import QueryAnswer
 from service.cli.answers import headline, percent, sparkline, verdict
 from service.cli.contact_sheet import Match, Row, SheetImage, matches, render
-from service.cli.enroll import report, send_with_progress
+from service.cli.enroll import Tally, print_tally, send_with_progress
 from service.cli.outputs import Force, output
 from service.client import Client
 from service.client.bulk import read_manifest
@@ -106,8 +106,9 @@ def demo(
             card = client.model()
             console.print(f"Serving on {url}: {card.runtime} on {card.device}, {card.precision}")
             entries = read_manifest(manifest, [examples / "gallery"], ignored=[_ROLE])
-            failures = send_with_progress(client, entries, console)
-            report(len(entries), failures)
+            tally = Tally()
+            send_with_progress(client, entries, tally)
+            print_tally(len(entries), tally)
             outcomes = [_run(client, query, len(entries), console) for query in queries]
             modulated = _rank1(outcomes, [outcome.modulated for outcome in outcomes])
             unmodulated = _rank1(outcomes, [outcome.unmodulated for outcome in outcomes])
@@ -124,7 +125,7 @@ def demo(
                 console.print(f"Serving on {url}/docs until Ctrl-C.")
                 with suppress(KeyboardInterrupt):
                     threading.Event().wait()
-    if failures or modulated < expected:
+    if tally.failures or modulated < expected:
         raise typer.Exit(1)
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from model.image_files import ImageFiles, Skipped
+from model.image_files import Skipped
 from model.terminal import Console, say
-from service.api.schemas import BatchItem
+from service.cli.failures import LABELS, UNREADABLE, Failure, failure_of, is_report, write_report
+from service.cli.interrupts import INTERRUPTED, Stopping, stopping
+from service.cli.naming import (
+    FileTime,
+    LabelsInvalid,
+    Naming,
+    PatternOption,
+    TimezoneOption,
+    below,
+    naming,
+)
 from service.cli.options import (
     DEFAULT_URL,
     ApiKey,
@@ -21,44 +32,89 @@ from service.cli.options import (
     Url,
     folder,
 )
+from service.cli.outputs import Force, output
+from service.client import Entry, EntryResult, ServiceProblem, Unreachable
 from service.client.bulk import (
     COLUMNS,
     EnrollmentError,
-    Entry,
-    Failure,
     ManifestError,
     find_images,
     read_manifest,
-    send,
 )
 
 _SHOWN = 5  # names of what is left alone
+_STOPPING = "Finishing what is on its way; Ctrl-C once more ends at once."
+
+
+@dataclass
+class Plan:
+    """What is to be enrolled, what cannot be, and what is left alone."""
+
+    entries: list[Entry] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    left: list[Skipped] = field(default_factory=list)
+    unmatched: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class Tally:
+    """What has become of the entries so far."""
+
+    enrolled: int = 0
+    before: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, result: EntryResult) -> None:
+        """Count one more."""
+        if result.item is not None:
+            self.enrolled += 1
+            self.before += result.status == 200
+        else:
+            assert isinstance(result.entry.image, Path)
+            self.failures.append(failure_of(result, result.entry.image))
 
 
 def enroll(
     paths: Annotated[
-        list[Path],
+        list[Path] | None,
         # An empty one, as of an unset variable, would be the current folder.
-        typer.Argument(metavar="PATH...", help="Files and folders.", parser=folder),
-    ],
+        typer.Argument(
+            metavar="PATH...",
+            help="Files and folders; may be left out with --manifest.",
+            parser=folder,
+            show_default=False,
+        ),
+    ] = None,
+    pattern: PatternOption = None,
+    timezone: TimezoneOption = None,
+    file_time: FileTime = False,
     manifest: Annotated[
         Path | None,
         typer.Option(
-            help=f"CSV in UTF-8 with the column file and any of {', '.join(COLUMNS[1:])}. Its "
-            "files are relative to it, and only those under PATH are enrolled."
+            help=f"CSV in UTF-8, or JSON Lines, with the column file and any of "
+            f"{', '.join(COLUMNS[1:])}. Its files are relative to it, and only those under PATH "
+            "are enrolled."
         ),
     ] = None,
     ignore_column: Annotated[
         list[str] | None, typer.Option(help="Column of the manifest to leave out; repeat.")
     ] = None,
     person_id: Annotated[
-        str | None, typer.Option(help="Label of all files; with a manifest, of those without.")
+        str | None, typer.Option(help="Label of all files that nothing else labels.")
     ] = None,
     camera_id: Annotated[
-        str | None, typer.Option(help="Camera of all files; with a manifest, of those without.")
+        str | None, typer.Option(help="Camera of all files that nothing else says one of.")
     ] = None,
     modality: ModalityOption = None,
     polarity: PolarityOption = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what failed to this file, as CSV or (.jsonl) JSON Lines; give it back as "
+            "--manifest to try again."
+        ),
+    ] = None,
+    force: Force = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -68,43 +124,104 @@ def enroll(
     enrolled twice. Files that fail are listed at the end, and the exit status is then 1. A manifest
     is checked as a whole before anything is sent.
 
-    Example: cmt enroll crops/gate --camera-id gate
+    Example: cmt enroll crops --pattern '{camera}/{person}/*.jpg' --report failed.csv
     """
-    given = {
-        "person_id": person_id,
-        "camera_id": camera_id,
-        "modality": modality,
-        "polarity": polarity,
-    }
-    labels = BatchItem.model_validate({k: v for k, v in given.items() if v is not None})
-    found = ImageFiles()
-    if manifest is None:
-        found = find_images(paths)
-        entries = [Entry(file, labels) for file in found.images]
+    if manifest is not None and pattern is not None:
+        raise typer.BadParameter("--manifest and --pattern both say labels; give one of them")
+    labels = naming(
+        pattern,
+        timezone,
+        file_time=file_time,
+        person_id=person_id,
+        camera_id=camera_id,
+        modality=modality,
+        polarity=polarity,
+    )
+    target = None
+    if report is not None:
+        target = output(report, force=force or is_report(report), special=True)
+    if manifest is not None:
+        plan = Plan(_listed(manifest, paths or [], labels, ignore_column or []))
+    elif paths:
+        plan = _found(paths, labels)
     else:
-        entries = _listed(manifest, paths, labels, ignore_column or [])
-    if not entries:
-        report_skipped(found.skipped)
-        raise EnrollmentError(
-            f"no image under {', '.join(map(str, paths))}; JPEG, PNG, WebP, BMP and TIFF count"
-        )
-    console = Console()
-    with Client(url, api_key=api_key) as client:
-        client.ready()  # says at once that there is no service, not once per file
-        failures = send_with_progress(client, entries, console)
-    lost = [Failure(one.path, one.reason) for one in found.skipped if one.lost]
-    report(len(entries) + len(lost), [*failures, *lost])
-    report_skipped([one for one in found.skipped if not one.lost])
-    if failures or lost:
+        raise typer.BadParameter("name the files or folders to enroll, or give a --manifest")
+    tally = Tally(failures=[*plan.failures])
+    stopped: Exception | None = None
+    interrupted = False
+    if plan.entries:
+        with Client(url, api_key=api_key) as client, stopping(_STOPPING) as wish:
+            client.ready()  # says at once that there is no service, not once per file
+            try:
+                send_with_progress(client, plan.entries, tally, wish)
+            except (Unreachable, ServiceProblem) as error:
+                stopped = error
+            interrupted = wish.wanted
+    tally.failures.sort(key=lambda failure: failure.file)
+    print_tally(len(plan.entries) + len(plan.failures), tally)
+    _print_left(plan)
+    if target is not None:
+        write_report(target, tally.failures)
+    if stopped is not None or interrupted:
+        say("Run the same command again to go on; nothing is enrolled twice.", err=True)
+    if stopped is not None:
+        raise stopped
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if tally.failures:
         raise typer.Exit(1)
 
 
+def _found(paths: Sequence[Path], labels: Naming) -> Plan:
+    """The images under paths, with the labels that their own paths say."""
+    found = find_images(paths)
+    folders = [path for path in paths if path.is_dir()]
+    plan = Plan()
+    for one in found.skipped:
+        if one.lost:
+            plan.failures.append(Failure(one.path, UNREADABLE, one.reason))
+        else:
+            plan.left.append(one)
+    for file in found.images:
+        place = below(file, folders)
+        if labels.pattern is not None and place is None:
+            raise typer.BadParameter(
+                f"--pattern says labels of files below a folder, and {file} is none; name the "
+                "folder to walk"
+            )
+        try:
+            entry = labels.entry(file, "" if place is None else place[1])
+        except OSError as error:
+            reason = error.strerror or str(error)
+            plan.failures.append(Failure(file, UNREADABLE, reason))
+        except LabelsInvalid as error:
+            plan.failures.append(Failure(file, LABELS, str(error), error.labels))
+        else:
+            if entry is None:
+                plan.unmatched.append(file)
+            else:
+                plan.entries.append(entry)
+    if plan.entries or plan.failures:
+        return plan
+    where = ", ".join(map(str, paths))
+    if plan.unmatched and labels.pattern is not None:
+        example = plan.unmatched[0]
+        place = below(example, folders)
+        why = "" if place is None else f": {labels.pattern.why_not(place[1])}"
+        raise EnrollmentError(
+            f"none of the {len(plan.unmatched)} images under {where} matches the pattern "
+            f"{labels.pattern.text!r}; for example {example} does not{why}"
+        )
+    _print_left(plan)
+    raise EnrollmentError(f"no image under {where}; JPEG, PNG, WebP, BMP and TIFF count")
+
+
 def _listed(
-    manifest: Path, paths: Sequence[Path], labels: BatchItem, ignored: Sequence[str]
+    manifest: Path, paths: Sequence[Path], labels: Naming, ignored: Sequence[str]
 ) -> list[Entry]:
     """The entries of a manifest; where several lines are wrong, all are printed."""
     try:
-        return read_manifest(manifest, paths, labels, ignored)
+        entries = read_manifest(manifest, paths, labels.defaults, ignored)
     except ManifestError as error:
         if len(error.problems) == 1:
             raise
@@ -113,36 +230,54 @@ def _listed(
         raise EnrollmentError(
             f"{len(error.problems)} problems in {manifest}; nothing was sent, correct them first"
         ) from error
+    if not entries:
+        where = f" that is under {', '.join(map(str, paths))}" if paths else ""
+        raise EnrollmentError(f"{manifest} names no file{where}; there is nothing to enroll")
+    return entries
 
 
-def send_with_progress(client: Client, entries: list[Entry], console: Console) -> list[Failure]:
-    """Enroll `entries` under a progress bar → the files that failed."""
-    bar = Progress(
-        TextColumn("Enrolling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def send_with_progress(
+    client: Client, entries: Sequence[Entry], tally: Tally, wish: Stopping | None = None
+) -> None:
+    """Enroll `entries` under a progress bar, and count in `tally`; until there is a wish to stop.
+
+    Raises Unreachable and ServiceProblem as `Client.enroll_many`.
+    """
+
+    def wanted() -> Iterator[Entry]:
+        for entry in entries:
+            if wish is not None and wish.wanted:
+                return
+            yield entry
+
+    console = Console(stderr=True)
+    columns = (TextColumn("Enrolling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Where nobody looks, a bar would be a line in a log.
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
     with bar:
         task = bar.add_task("", total=len(entries))
-        return send(client, entries, lambda count: bar.advance(task, count))
+        for result in client.enroll_many(wanted()):
+            tally.add(result)
+            bar.advance(task)
 
 
-def report(files: int, failures: Sequence[Failure]) -> None:
+def print_tally(files: int, tally: Tally) -> None:
     """Print how many files are enrolled, and why each of the others failed."""
-    say(f"{files - len(failures)} of {files} files are enrolled.")
-    for failure in failures:
+    before = f", {tally.before} of them before" if tally.before else ""
+    say(f"{tally.enrolled} of {files} files are enrolled{before}.")
+    for failure in tally.failures:
         say(f"{failure.file}: {failure.reason}")
 
 
-def report_skipped(skipped: Sequence[Skipped]) -> None:
-    """Print what was passed over: each that may have held an image, the rest in one line."""
-    for one in skipped:
-        if one.lost:
-            say(f"{one.path}: {one.reason}")
-    left = [one for one in skipped if not one.lost]
-    if left:
-        names = ", ".join(str(one.path) for one in left[:_SHOWN])
-        more = ", …" if len(left) > _SHOWN else ""
-        say(f"Left alone, of other programs or read already: {len(left)} ({names}{more}).")
+def _print_left(plan: Plan) -> None:
+    """Print what was passed over: how many, and the names of the first."""
+    if plan.unmatched:
+        say(f"Left out by the pattern: {_named(plan.unmatched)}.")
+    if plan.left:
+        paths = [one.path for one in plan.left]
+        say(f"Left alone, of other programs or read already: {_named(paths)}.")
+
+
+def _named(paths: Sequence[Path]) -> str:
+    more = ", …" if len(paths) > _SHOWN else ""
+    return f"{len(paths)} ({', '.join(map(str, paths[:_SHOWN]))}{more})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,10 +42,12 @@ ImageSource = Path | bytes
 class ServiceProblem(Exception):  # noqa: N818 (named like the body it carries)
     """An error answered by the service; `problem` is its body. The message is its sentence."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, retry_after: float | None = None) -> None:
         super().__init__(problem.detail)
         self.problem = problem
         self.status, self.code = problem.status, problem.code
+        self.retry_after = retry_after
+        """Seconds after which the service asks to try again, where it says so."""
 
 
 class Unreachable(Exception):  # noqa: N818 (a state, not an error of the caller)
@@ -249,13 +252,18 @@ def wait_before_retry(response: httpx.Response, attempt: int, retries: int) -> f
     The server's Retry-After plus up to half of it at random, so that clients which were refused
     together do not retry together.
     """
-    if response.status_code not in (429, 503) or attempt >= retries:
-        return None
-    try:
-        asked = float(response.headers["Retry-After"])
-    except (KeyError, ValueError):
+    asked = _retry_after(response)
+    if response.status_code not in (429, 503) or attempt >= retries or asked is None:
         return None
     return min(asked * random.uniform(1, 1.5), LONGEST_WAIT)
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    try:
+        seconds = float(response.headers["Retry-After"])
+    except (KeyError, ValueError):
+        return None
+    return seconds if 0 <= seconds < math.inf else None
 
 
 def checked(response: httpx.Response) -> httpx.Response:
@@ -272,7 +280,7 @@ def checked(response: httpx.Response) -> httpx.Response:
             detail=f"{response.url} answered {response.status_code}; is it a CMT service?",
             instance=response.url.path,
         )
-    raise ServiceProblem(problem)
+    raise ServiceProblem(problem, _retry_after(response))
 
 
 def whole(response: httpx.Response) -> httpx.Response:
