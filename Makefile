@@ -25,7 +25,7 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench crash soak clean
+.PHONY: help demo test lint format docs openapi bench crash soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ format: $(DEVELOPMENT) ## format the code and order its imports
 
 docs: $(DEVELOPMENT) ## build the documentation's site into build/site; whatever is broken in it fails
 	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+
+openapi: $(DEVELOPMENT) ## write the service's OpenAPI document to docs/openapi.json
+	$(BIN)/python scripts/openapi.py
 
 bench: $(DEVELOPMENT) ## run the benchmarks and write their results to benchmarks/results
 	@mkdir -p $(RESULTS)

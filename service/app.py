@@ -65,6 +65,8 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         dependencies=[Depends(authorise), Depends(unambiguous)],
+        # What generated clients call their functions.
+        generate_unique_id_function=lambda route: route.name,
         # A slash too many is a 404, not a redirect that would send the body twice.
         redirect_slashes=False,
     )

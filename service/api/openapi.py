@@ -119,11 +119,14 @@ def form_body(model: type[FormModel], image: dict[str, Any]) -> dict[str, Any]:
 
 
 def _form_field(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a field in a form, which has no null: an empty text stands for it."""
+    """The schema of a field in a form, which has no null: an empty text stands for it.
+
+    That is the default where it is a value of the kind; generators of clients refuse any other.
+    """
     if "anyOf" in schema:
         kind = next(kind for kind in schema.pop("anyOf") if kind != {"type": "null"})
         schema = {**kind, **schema}
         del schema["default"]
-    if schema["type"] == "string" and "enum" not in schema and "const" not in schema:
+    if schema["type"] == "string" and not {"enum", "const", "format"} & schema.keys():
         schema["default"] = ""
     return schema

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from model.labels import cleaned_label
 from service.api.fields import MetadataObject, Timestamp
 from service.auth.keys import KeyFile
 from service.gallery import Camera, Gallery
+from tests.paths import ROOT
 from tests.service.conftest import Serve
 
 EXAMPLES = 30  # of the fuzzing and stateful phase, for each operation
@@ -282,3 +284,28 @@ def test_references_of_the_document_lead_somewhere(guarded: httpx.Client) -> Non
                 check(value)
 
     check(document)
+
+
+def test_the_document_in_the_repository_is_that_of_the_service(guarded: httpx.Client) -> None:
+    kept = json.loads((ROOT / "docs" / "openapi.json").read_text(encoding="utf-8"))
+    assert kept == guarded.get("/openapi.json").json(), "renew it with: make openapi"
+
+
+def test_an_empty_text_is_a_default_only_where_it_is_of_the_kind(guarded: httpx.Client) -> None:
+    """A generator of clients leaves out a whole operation for a default that is not."""
+    found: list[Any] = []
+
+    def check(part: Any) -> None:
+        if isinstance(part, dict):
+            if part.get("default") == "":
+                found.append(part)
+                assert not {"format", "minLength"} & part.keys(), part
+                assert re.search(part.get("pattern", ""), ""), part
+            for value in part.values():
+                check(value)
+        elif isinstance(part, list):
+            for value in part:
+                check(value)
+
+    check(guarded.get("/openapi.json").json())
+    assert len(found) > 3
