@@ -63,7 +63,8 @@ def _answer(path: str, request: Request) -> Response:
     tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
     # Asked for again each time and answered from the cache: a new release never runs old scripts.
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
-    if not_modified(request, tag):
-        return Response(status_code=304, headers=headers)
     media_type = _MEDIA_TYPES.get(PurePosixPath(path).suffix, "text/plain")
+    if not_modified(request, tag):
+        # With the media type: by it goes the policy, and a browser takes over that of this answer.
+        return Response(status_code=304, headers=headers, media_type=media_type)
     return Response(data, media_type=media_type, headers=headers)

@@ -32,6 +32,9 @@ def test_every_file_of_the_page_is_served_as_what_it_is(http: httpx.Client) -> N
         tag = answer.headers["etag"]
         again = http.get(answer.request.url, headers={"If-None-Match": tag})
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+        # A browser takes these over for what it has kept.
+        for name in ("content-security-policy", "cache-control", "content-type"):
+            assert again.headers[name] == answer.headers[name]
         head = http.head(answer.request.url)
         assert (head.status_code, head.content) == (200, b"")
     assert http.get("/").content == (PAGE / "index.html").read_bytes()

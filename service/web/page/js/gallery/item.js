@@ -119,11 +119,11 @@ function Correct({ item, onSaved }) {
     <form class="card padded stack" aria-label="Correct" onSubmit=${save} onInput=${touched}>
       <div class="correct">
         <label class="field"><span>Person</span>
-          <input name="person_id" value=${item.person_id ?? ""} list=${`${id}p`} maxlength="128" placeholder="unlabelled" autocomplete="off" /></label>
+          <input name="person_id" defaultValue=${item.person_id ?? ""} list=${`${id}p`} maxlength="128" placeholder="unlabelled" autocomplete="off" /></label>
         <label class="field"><span>Camera</span>
-          <input name="camera_id" value=${item.camera_id ?? ""} list=${`${id}c`} maxlength="128" placeholder="no camera" autocomplete="off" /></label>
+          <input name="camera_id" defaultValue=${item.camera_id ?? ""} list=${`${id}c`} maxlength="128" placeholder="no camera" autocomplete="off" /></label>
         <label class="field"><span>Captured (${zone})</span>
-          <input type="datetime-local" name="captured_at" value=${localTime(item.captured_at)} step="1" max="9999-12-31T23:59:59" /></label>
+          <input type="datetime-local" name="captured_at" defaultValue=${localTime(item.captured_at)} step="1" max="9999-12-31T23:59:59" /></label>
       </div>
       ${state.error && html`<${Problem} error=${state.error} />`}
       <div class="row">

@@ -49,6 +49,7 @@ export function GalleryView({ parameters: given }) {
     </section>`;
 }
 
+// Its fields start as the address says and are the reader's then: no later drawing changes them.
 function Filters({ chosen }) {
   const id = useId();
   const submit = (event) => {
@@ -60,17 +61,17 @@ function Filters({ chosen }) {
   return html`
     <form class="card padded filters" role="search" aria-label="Gallery" onSubmit=${submit}>
       <label class="field"><span>Person</span>
-        <input name="person_id" value=${chosen.person_id} list=${`${id}p`} maxlength="128" autocomplete="off" /></label>
+        <input name="person_id" defaultValue=${chosen.person_id} list=${`${id}p`} maxlength="128" autocomplete="off" /></label>
       <label class="field"><span>Camera</span>
-        <input name="camera_id" value=${chosen.camera_id} list=${`${id}c`} maxlength="128" autocomplete="off" /></label>
+        <input name="camera_id" defaultValue=${chosen.camera_id} list=${`${id}c`} maxlength="128" autocomplete="off" /></label>
       <label class="field"><span>Modality</span>
-        <select name="modality" value=${chosen.modality ?? ""}>
-          <option value="">any</option><option value="rgb">visible</option><option value="ir">infrared</option>
+        <select name="modality">${[["", "any"], ["rgb", "visible"], ["ir", "infrared"]].map(([value, words]) => html`
+          <option key=${value} value=${value} selected=${value === (chosen.modality ?? "")}>${words}</option>`)}
         </select></label>
       <label class="field when"><span>Captured from</span>
-        <input type="datetime-local" name="from" value=${localTime(chosen.from).slice(0, 16)} max="9999-12-31T23:59" /></label>
-      <label class="field when"><span>Captured to</span>
-        <input type="datetime-local" name="to" value=${localTime(chosen.to).slice(0, 16)} max="9999-12-31T23:59" /></label>
+        <input type="datetime-local" name="from" defaultValue=${localTime(chosen.from).slice(0, 16)} max="9999-12-31T23:59" /></label>
+      <label class="field when"><span>Captured before</span>
+        <input type="datetime-local" name="to" defaultValue=${localTime(chosen.to).slice(0, 16)} max="9999-12-31T23:59" /></label>
       <div class="row filters-do">
         <button type="submit" class="button primary">Show</button>
         ${any && html`<a class="button" href=${href("gallery")}>Clear</a>`}

@@ -1,0 +1,268 @@
+"""The gallery in the page: looking through it, correcting and erasing what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from service.api.schemas import GalleryItem
+from service.auth.keys import KeyFile
+from service.client import Client, ServiceProblem
+from tests.service.conftest import Serve
+from tests.service.hostile import KEPT, UNSEEN
+from tests.service.page.browser import Watch, assert_accessible, assert_fits, screenshot
+from tests.service.page.conftest import EXAMPLES, Demo, OpenTab
+
+QUERY = EXAMPLES / "queries" / "0062_cam6_0003.jpg"
+
+
+@pytest.fixture
+def strangers(demo: Demo) -> Iterator[list[GalleryItem]]:
+    """Two items of a person of this test's own."""
+    with demo.client() as client:
+        items = [client.enroll(QUERY, person_id="stranger", camera_id="gate") for _ in range(2)]
+        yield items
+        for person_id in ("stranger", "acquaintance"):
+            client.erase(person_id)
+
+
+def cards(page: Page) -> Any:
+    """The items that are shown."""
+    return page.get_by_test_id("item")
+
+
+def test_the_gallery_is_looked_through_page_by_page(demo: Demo, tab: OpenTab) -> None:
+    page = tab("#/gallery")
+    total = len(demo.items)
+    expect(page.get_by_test_id("total")).to_contain_text(f"1–60 of {total} items")
+    expect(cards(page)).to_have_count(60)
+    first = cards(page).first.get_by_role("img")
+    item = demo.items[0]
+    expect(first).to_have_attribute(
+        "alt", f"person {item.person_id}, camera {item.camera_id}, visible"
+    )
+    expect(first).to_have_js_property("naturalHeight", 256)
+    pages = page.get_by_role("navigation", name="Pages")
+    pages.get_by_role("link", name="Next").click()
+    expect(page.get_by_test_id("total")).to_contain_text(f"61–{total}")
+    expect(pages.get_by_role("link", name="Next")).to_have_count(0)
+    page.go_back()
+    expect(page.get_by_test_id("total")).to_contain_text("1–60")
+    page.go_forward()
+    pages.get_by_role("link", name="Previous").click()
+    expect(page.get_by_test_id("total")).to_contain_text("1–60")
+
+
+def test_items_are_found_by_person_camera_modality_and_time(demo: Demo, tab: OpenTab) -> None:
+    page = tab("#/gallery")
+    form = page.get_by_role("search", name="Gallery")
+    form.get_by_label("Person").fill("62")
+    page.keyboard.press("Enter")
+    wanted = [item for item in demo.items if item.person_id == "62"]
+    expect(cards(page)).to_have_count(len(wanted))
+    camera = wanted[0].camera_id or ""
+    form.get_by_label("Camera").fill(camera)
+    form.get_by_role("button", name="Show").click()
+    both = [item for item in wanted if item.camera_id == camera]
+    assert 0 < len(both) < len(wanted)
+    expect(cards(page)).to_have_count(len(both))
+    form.get_by_label("Modality").select_option("infrared")
+    form.get_by_role("button", name="Show").click()
+    expect(page.get_by_text("Nothing matches")).to_be_visible()
+    assert_accessible(page)
+    page.get_by_role("link", name="Show everything").click()
+    expect(form.get_by_label("Person")).to_have_value("")
+    # The first hour, without its end: items come every ten minutes, and each fifth has no time.
+    form.get_by_label("Captured from").fill("2026-03-01T09:00")
+    form.get_by_label("Captured before").fill("2026-03-01T10:00")
+    form.get_by_role("button", name="Show").click()
+    expect(cards(page)).to_have_count(5)
+    page.reload()
+    expect(cards(page)).to_have_count(5)
+    expect(form.get_by_label("Captured from")).to_have_value("2026-03-01T09:00")
+
+
+def test_an_item_is_opened_corrected_and_searched_for(
+    demo: Demo, tab: OpenTab, strangers: list[GalleryItem]
+) -> None:
+    page = tab("#/gallery?person_id=stranger")
+    cards(page).first.click()
+    expect(page.get_by_role("heading", name="Person stranger")).to_be_visible()
+    expect(page.get_by_role("img", name="person stranger")).to_have_js_property(
+        "naturalHeight", strangers[0].height
+    )
+    form = page.get_by_role("form", name="Correct")
+    form.get_by_label("Person").fill("acquaintance")
+    form.get_by_label("Camera").fill("")
+    form.get_by_label("Captured").fill("2026-05-04T12:30:15")
+    form.get_by_role("button", name="Save").click()
+    expect(form.get_by_role("status")).to_contain_text("Saved")
+    expect(page.get_by_role("heading", name="Person acquaintance")).to_be_visible()
+    with demo.client() as client:
+        saved = client.get(strangers[0].id)
+        assert (saved.person_id, saved.camera_id) == ("acquaintance", None)
+        assert saved.captured_at is not None
+        assert saved.captured_at.isoformat() == "2026-05-04T10:30:15+00:00"
+    for width, dark in ((360, True), (900, False), (1600, False)):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme="dark" if dark else "light")
+        assert_fits(page)
+        assert_accessible(page)
+        screenshot(page, f"item-{width}-{'dark' if dark else 'light'}")
+    page.get_by_role("button", name="Search for this person").click()
+    best = page.get_by_test_id("result").first
+    expect(best).to_contain_text("acquaintance")
+
+
+def test_what_the_service_refuses_is_said_beside_the_field(
+    tab: OpenTab, strangers: list[GalleryItem], watch: Watch
+) -> None:
+    watch.expected.append("^422: PATCH")
+    page = tab(f"#/item/{strangers[0].id}")
+    form = page.get_by_role("form", name="Correct")
+    form.get_by_label("Person").fill("\u202egnp.exe")
+    form.get_by_role("button", name="Save").click()
+    expect(form.get_by_role("alert")).to_contain_text("U+202E (RIGHT-TO-LEFT OVERRIDE)")
+    expect(form.get_by_label("Person")).to_have_value("\u202egnp.exe")
+
+
+def test_an_item_is_deleted_once_that_is_confirmed(
+    demo: Demo, tab: OpenTab, strangers: list[GalleryItem]
+) -> None:
+    page = tab(f"#/item/{strangers[0].id}")
+    page.get_by_role("button", name="Delete this item").click()
+    dialog = page.get_by_role("dialog", name="Delete this item?")
+    expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
+    assert_accessible(page)
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(page.get_by_role("button", name="Delete this item")).to_be_focused()
+    with demo.client() as client:
+        client.get(strangers[0].id)
+    page.keyboard.press("Enter")
+    dialog.get_by_role("button", name="Delete").click()
+    expect(page.locator("main")).to_contain_text("The item is deleted")
+    page.get_by_role("link", name="To the gallery").click()
+    expect(page.get_by_test_id("total")).to_contain_text(f"of {len(demo.items) + 1} items")
+    with demo.client() as client, pytest.raises(ServiceProblem, match="no item"):
+        client.get(strangers[0].id)
+
+
+def test_a_person_is_erased_once_that_is_confirmed(
+    demo: Demo, tab: OpenTab, strangers: list[GalleryItem]
+) -> None:
+    page = tab("#/gallery?person_id=stranger")
+    page.get_by_role("button", name="Erase this person").click()
+    dialog = page.get_by_role("dialog", name="Erase this person?")
+    expect(dialog).to_contain_text("2 items of person stranger")
+    screenshot(page, "erase")
+    dialog.get_by_role("button", name="Erase").click()
+    expect(page.get_by_text("Nothing matches")).to_be_visible()
+    with demo.client() as client:
+        assert client.list(person_id="stranger").total == 0
+        assert client.list().total == len(demo.items)
+
+
+def test_an_address_of_nothing_says_so(tab: OpenTab, watch: Watch) -> None:
+    watch.expected.append("^404: GET .*/gallery/")
+    for identifier in ("0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10", "nonsense", "%3Cscript%3E"):
+        page = tab(f"#/item/{identifier}")
+        expect(page.get_by_text("This item is not there")).to_be_visible()
+
+
+def test_an_empty_gallery_leads_to_enrolling(serve: Serve, tab: OpenTab, tmp_path: Path) -> None:
+    with serve(tmp_path / "data") as url:
+        page = tab("#/gallery", url=url)
+        expect(page.get_by_text("The gallery is empty")).to_be_visible()
+        assert_accessible(page)
+        page.get_by_role("link", name="Enroll pictures").click()
+        expect(page.get_by_role("heading", name="Enroll", level=1)).to_be_visible()
+
+
+def test_a_service_with_keys_asks_for_one(
+    serve: Serve, tab: OpenTab, watch: Watch, tmp_path: Path
+) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    _, token = keys.create("reader", ["query"])
+    _, writer = keys.create("writer", ["enroll"])
+    watch.expected += ["^401: GET", "^403: DELETE"]
+    with serve(tmp_path / "data", api_keys_file=keys.path) as url:
+        with Client(url, api_key=writer) as client:
+            item = client.enroll(QUERY, person_id="kept")
+        page = tab("#/gallery", url=url)
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_label("API key").fill(token)
+        page.keyboard.press("Enter")
+        expect(cards(page)).to_have_count(1)
+        # Thumbnails come with the key, too.
+        expect(cards(page).get_by_role("img")).to_have_js_property("naturalHeight", 256)
+        cards(page).click()
+        page.get_by_role("button", name="Delete this item").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        expect(page.get_by_text("may not do that").first).to_be_visible()
+        with Client(url, api_key=token) as client:
+            client.get(item.id)
+
+
+def test_what_does_not_answer_can_be_tried_again(tab: OpenTab, watch: Watch) -> None:
+    watch.expected += ["^failed: GET", "^429: GET"]
+    page = tab("#/enroll")
+    page.route("**/gallery?*", lambda route: route.abort())
+    page.get_by_role("link", name="Gallery").click()
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("does not answer")
+    page.unroute("**/gallery?*")
+    alert.get_by_role("button", name="Try again").click()
+    expect(cards(page)).to_have_count(60)
+    page.route(
+        "**/gallery?*",
+        lambda route: route.fulfill(
+            status=429,
+            headers={"Retry-After": "1", "Content-Type": "application/problem+json"},
+            body='{"title": "Overloaded", "status": 429, "detail": "busy", "code": "overloaded"}',
+        ),
+    )
+    page.get_by_role("link", name="Next").click()
+    expect(alert).to_contain_text("Overloaded")
+    assert_accessible(page)
+    page.unroute("**/gallery?*")
+    alert.get_by_role("button", name="Try again").click()
+    expect(page.get_by_test_id("total")).to_contain_text("61–")
+
+
+def test_what_others_wrote_is_text(demo: Demo, tab: OpenTab) -> None:
+    labels = list(KEPT.values())
+    with demo.client() as client:
+        items = [
+            client.enroll(
+                QUERY,
+                person_id=label,
+                camera_id=labels[-place],
+                metadata={label: label, **UNSEEN},
+            )
+            for place, label in enumerate(labels)
+        ]
+        try:
+            for width in (360, 1280):
+                page = tab("#/gallery?modality=ir", width=width)
+                expect(cards(page)).to_have_count(len(items))
+                for place, item in enumerate(items):
+                    expect(cards(page).nth(place).locator("b")).to_have_text(item.person_id or "")
+                assert_fits(page)
+                screenshot(page, f"gallery-hostile-{width}")
+                for item in (items[0], items[1], items[-1]):
+                    page.goto(f"{demo.url}/#/item/{item.id}")
+                    expect(page.get_by_label("Person", exact=True)).to_have_value(
+                        item.person_id or ""
+                    )
+                    assert_fits(page)
+                    screenshot(page, f"item-hostile-{width}")
+                assert page.locator("main script, main img[src=x]").count() == 0
+                assert_accessible(page)
+        finally:
+            for item in items:
+                client.delete(item.id)
