@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         save_checkpoint,
         store_calibration,
     )
-    from model.cmt import CMT, CMTOutput
+    from model.cmt import CMT, CMTOutput, modulation_of
     from model.modulation import (
         Modulation,
         Strength,
@@ -47,6 +47,7 @@ __all__ = [
     "modulate",
     "modulated_cosine_distance",
     "modulated_distance",
+    "modulation_of",
     "part_distances",
     "preprocess",
     "project",

@@ -157,3 +157,10 @@ class CMT(nn.Module):
         if len(given) == 1:  # a uniform batch needs no sorting, and no empty stem batch
             return "ir" in given
         return torch.tensor([m == "ir" for m in modality], device=images.device)
+
+
+@torch.inference_mode()
+def modulation_of(model: CMT, x: Tensor) -> Modulation:
+    """γ, β to rank queries Q×P×D with: Q×D each, fp32 on the CPU, wherever the network is."""
+    device = next(model.parameters()).device
+    return Modulation(*(part.float().cpu() for part in model.modulation(x.to(device))))

@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
-from model import CMT, Modulation, load_checkpoint
+from model import CMT, Modulation, load_checkpoint, modulation_of
 from model.outputs import file_option
 from service.bench.crops import BenchmarkDataError, CropFeatures
 from service.bench.population import Population, persons_in_both
@@ -135,12 +135,6 @@ def _first_of_each(persons: Sequence[int], each: int) -> list[int]:
         if seen[person] <= each:
             places.append(place)
     return places
-
-
-@torch.inference_mode()
-def modulation_of(network: CMT, x: Tensor) -> Modulation:
-    """Equation (12) for queries Q×P×D → γ, β of Q×D."""
-    return Modulation(*(parameter.float() for parameter in network.modulation(x)))
 
 
 def stronger(modulation: Modulation, deviation: float) -> Modulation:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model import CMT, Modality, Modulation, load_checkpoint
+from model import CMT, Modality, Modulation, load_checkpoint, modulation_of
 from model.device import DeviceError, chosen_device
 from model.precision import Precision, PrecisionName, choose_precision
 from model.preprocess import normalise, pixels_of
@@ -92,10 +92,9 @@ class Embedder:
                 features[batch] = run(pixels, modality)
         return features
 
-    @torch.inference_mode()
     def modulation(self, x: Tensor) -> Modulation:
         """Equation (12) for embeddings B×P×D → γ, β of B×D, on the CPU."""
-        return Modulation(*(p.float().cpu() for p in self._model.modulation(x.to(self.device))))
+        return modulation_of(self._model, x)
 
     def close(self) -> None:
         """Release the network and its memory."""

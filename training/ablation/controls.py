@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from model import CMT, Modulation, Strength
+from model import CMT, Modulation, Strength, modulation_of
 from training.ablation.results import ChosenStrength, RankingResult, SearchResult
 from training.evaluation.embedding import Embedded
-from training.evaluation.metrics import QueryScores, score_queries
-from training.evaluation.scoring import distances, mean_modulation, modulation_of
+from training.evaluation.metrics import QueryScores
+from training.evaluation.scoring import Trial, distances, mean_modulation
 from training.evaluation.splits import Split
 
 STRENGTHS = tuple(step / 10 for step in range(11))
@@ -34,22 +34,13 @@ def scores_under(
     model: CMT, embedded: Embedded, split: Split, modulation: Modulation
 ) -> list[QueryScores]:
     """Every query of a search under its row of γ, β, in the network's metric; one entry a trial."""
-    people = np.array([sample.person_id for sample in embedded.samples])
-    cameras = np.array([sample.camera for sample in embedded.samples])
     pool = np.unique(np.concatenate(split.galleries))
     x, y = (embedded.embedding[torch.from_numpy(rows)] for rows in (split.queries, pool))
     distance = distances(model.distance, x, y, modulation)
-    trials = []
-    for number, gallery in enumerate(split.galleries):
-        rows = split.rows(number)
-        queries = split.queries[rows]
-        scores = score_queries(
-            distance[np.ix_(rows, np.searchsorted(pool, gallery))],
-            *(people[queries], people[gallery], cameras[queries], cameras[gallery]),
-            split.protocol,
-        )
-        trials.append(scores.placed(rows, split.queries.size))
-    return trials
+    trials = [
+        Trial(embedded.samples, split, number, pool) for number in range(len(split.galleries))
+    ]
+    return [trial.scores(trial.of(distance)) for trial in trials]
 
 
 def own_modulation(model: CMT, embedded: Embedded, split: Split) -> Modulation:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from model import Modality, Modulation
 from model.calibration import FloatArray
@@ -49,7 +50,7 @@ def fit_agreements(folds: Sequence[Fold]) -> list[tuple[AgreementFit, PartFigure
         )
         agreements = [curve(-part) for curve, part in zip(curves, standard.T, strict=True)]
         figures = PartFigures(
-            area=[_area(part, same) for part in standard.T],
+            area=[float(roc_auc_score(same, part)) for part in standard.T],
             same=[float(values[same].mean()) for values in agreements],
             different=[float(values[~same].mean()) for values in agreements],
         )
@@ -73,12 +74,3 @@ def _parts(fold: Fold, query: Modality, gallery: Modality) -> tuple[FloatArray, 
     counted = ~excluded_pairs(*labels, fold.protocol)
     counted &= ~(same & (cameras[rows][:, None] == cameras[columns]))
     return standard[counted], same[counted]
-
-
-def _area(values: FloatArray, same: BoolArray) -> float:
-    """Under the ROC curve; equal values have no order and make no difference here."""
-    ranks = np.empty(values.size)
-    ranks[np.argsort(values)] = np.arange(values.size)
-    positives = int(same.sum())
-    above = ranks[same].sum() - positives * (positives - 1) / 2
-    return float(above / (positives * (same.size - positives)))

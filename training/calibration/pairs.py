@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from model import CMT, Modality, Modulation
+from model import CMT, Modality, Modulation, modulation_of
 from model.calibration import FloatArray, reference_distances
 from model.config import MODALITIES
 from training.calibration.people import HeldOut
 from training.datasets import Sample
 from training.evaluation.metrics import BoolArray, IntArray, excluded_pairs
-from training.evaluation.scoring import distances, modulation_of
+from training.evaluation.scoring import distances
 from training.evaluation.splits import of_modality
 
 IMAGES = 1000  # of each modality at most: a million pairs of each kind

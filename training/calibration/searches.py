@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model import CMT, Modality, Modulation
+from model import CMT, Modality, Modulation, modulation_of
 from model.calibration import FloatArray, moments_over, reference_distances
 from model.config import MODALITIES
 from model.ranking import Moments, RankingFacts, Reranking, Searched, combined, reranked
 from training.calibration.pairs import reference_count, spread_out
 from training.calibration.people import HeldOut
 from training.evaluation.metrics import BoolArray, IntArray, Protocol, excluded_pairs
-from training.evaluation.scoring import distances, modulation_of
+from training.evaluation.scoring import distances
 
 GALLERIES = (*MODALITIES, "mixed")
 FEWEST, FEW = 5, 10  # people in a gallery, at least as a rule; in a small one at most

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model import CMT, Modulation
+from model import CMT, Modulation, modulation_of
 from model.modulation import Strength
 from training.calibration.people import HeldOut
 from training.evaluation.metrics import excluded_pairs, score_queries
 from training.evaluation.module_diagnostics import top_changes
 from training.evaluation.protocols import protocol_splits
-from training.evaluation.scoring import distances, modulation_of
+from training.evaluation.scoring import distances
 from training.evaluation.splits import Split
 
 STEPS = tuple(step / 10 for step in range(1, 11))

@@ -22,6 +22,7 @@ from training.evaluation.figures import plot_cmc, plot_reliability, write_sheets
 from training.evaluation.sysu import TRIAL_FILE
 from training.evaluation.tables import (
     detail_tables,
+    explained_lines,
     identification_table,
     module_lines,
     open_set_lines,
@@ -184,7 +185,8 @@ def _show(console: Console, found: CheckpointEvaluation) -> None:
     if evaluation.identification:
         console.print_table(identification_table(evaluation, found.fitted_on))
         console.print()
-    for line in [*open_set_lines(evaluation), *module_lines(evaluation)]:
+    lines = (open_set_lines, explained_lines, module_lines)
+    for line in (line for lines_of in lines for line in lines_of(evaluation)):
         console.print(line)
     console.print(f"Checkpoint selection: {found.checkpoints[0].selection}")
     for checkpoint in found.checkpoints:

@@ -24,12 +24,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import CMT, Calibration, Modulation
+from model import CMT, Calibration, Modulation, modulation_of
 from model.calibration import moments_over
 from model.config import MODALITIES
 from training.evaluation.embedding import Embedded
 from training.evaluation.metrics import BoolArray, FloatArray, IntArray, Protocol, excluded_pairs
-from training.evaluation.scoring import distances, modulation_of
+from training.evaluation.scoring import distances
 from training.evaluation.served import Among, answer, ranked
 from training.evaluation.splits import TRIALS, seeded_gallery
 

@@ -108,6 +108,19 @@ class OpenSetEvaluation:
 
 
 @dataclass(frozen=True)
+class ExplainedAnswers:
+    """What explained first answers say, over the trials, see `training.evaluation.explained`.
+
+    answers: right ones of a trial, mean; as many wrong ones. parts, agreement: areas under the ROC
+    curve of right against wrong.
+    """
+
+    answers: float
+    parts: TrialSpread
+    agreement: TrialSpread
+
+
+@dataclass(frozen=True)
 class SplitEvaluation:
     """One search; figures are fractions in [0, 1].
 
@@ -120,6 +133,8 @@ class SplitEvaluation:
         "raw" and "reranked" null where there are none.
     modulation: None where the network has no instance alignment.
     open_set: with half of the identities enrolled.
+    explained: None where a network has no fit of agreement for this search, or no trial has both
+        right and wrong first answers.
     """
 
     setting: str
@@ -133,6 +148,7 @@ class SplitEvaluation:
     rankings: dict[str, RankingFigures]
     modulation: ModulationDiagnostics | None
     open_set: OpenSetEvaluation
+    explained: ExplainedAnswers | None
 
     @property
     def mixed(self) -> bool:
@@ -302,6 +318,7 @@ def _summarise_split(models: Sequence[SplitScores], instance_alignment: bool) ->
         rankings={way: RankingFigures.over(of_way) for way, of_way in trials.items() if of_way},
         modulation=_modulation_diagnostics(models) if instance_alignment else None,
         open_set=_open_set(models),
+        explained=_explained(models),
     )
 
 
@@ -330,6 +347,17 @@ def _open_set(models: Sequence[SplitScores]) -> OpenSetEvaluation:
         mated=float(np.mean([trial.mated for trial in sizes])),
         non_mated=float(np.mean([trial.non_mated for trial in sizes])),
         rates=rates,
+    )
+
+
+def _explained(models: Sequence[SplitScores]) -> ExplainedAnswers | None:
+    if not all(model.explained for model in models):
+        return None
+    trials = [trial for model in models for trial in model.explained]
+    return ExplainedAnswers(
+        answers=float(np.mean([trial.answers for trial in trials])),
+        parts=TrialSpread.over([trial.parts for trial in trials]),
+        agreement=TrialSpread.over([trial.agreement for trial in trials]),
     )
 
 

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model import CMT, Calibration, Modality, Modulation
+from model import CMT, Calibration, Modality, Modulation, modulation_of
 from model.calibration import moments_over, normalised
 from model.ranking import Moments
 from training.datasets import Sample
 from training.evaluation.embedding import Embedded
+from training.evaluation.explained import PartAreas, part_areas
 from training.evaluation.metrics import (
     FloatArray,
     IntArray,
@@ -59,6 +60,8 @@ class SplitScores:
         "unmodulated distance" and, where the checkpoint has a calibration for this search,
         "modulated calibrated" and "unmodulated calibrated"; in galleries of both modalities
         "modulated score" and "unmodulated score".
+    explained: what `parts` and `agreement` of first answers say, of every trial that has both
+        right and wrong ones; none without a fit of agreement for this search.
     """
 
     split: Split
@@ -69,6 +72,7 @@ class SplitScores:
     top_changes: list[tuple[float, float]]
     nearest: IntArray
     open_set: dict[str, list[OpenSetTrial]]
+    explained: list[PartAreas]
 
     @property
     def modulated(self) -> list[QueryScores]:
@@ -116,6 +120,42 @@ def score_splits(
     return [scored[id(split)] for split in splits]
 
 
+class Trial:
+    """One trial of a search.
+
+    gallery: its images. rows: the places of its queries among those of the search. columns: of its
+    gallery among those of all trials. people: of both. excluded: pairs that the protocol leaves
+    out.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], split: Split, number: int, pool: IntArray
+    ) -> None:
+        """pool: the images of all trials, ascending."""
+        people = np.array([sample.person_id for sample in samples])
+        cameras = np.array([sample.camera for sample in samples])
+        self.gallery = split.galleries[number]
+        self.rows = split.rows(number)
+        self.columns = np.searchsorted(pool, self.gallery)
+        self._split = split
+        queries = split.queries[self.rows]
+        self.people = people[queries], people[self.gallery]
+        self._labels = (*self.people, cameras[queries], cameras[self.gallery])
+        self.excluded = excluded_pairs(*self._labels, split.protocol)
+
+    def of(self, matrix: FloatArray) -> FloatArray:
+        """Of all queries × pool, the entries of this trial."""
+        asked = matrix if self._split.asked is None else matrix[self.rows]
+        return np.take(asked, self.columns, axis=1)
+
+    def scores(self, distance: FloatArray) -> QueryScores:
+        """Of all queries of the search; those that the trial does not ask are not answerable."""
+        scores = score_queries(distance, *self._labels, self._split.protocol)
+        if self._split.asked is None:
+            return scores
+        return scores.placed(self.rows, self._split.queries.size)
+
+
 class _Space:
     """Distances from a set of queries to every image that any gallery of theirs uses."""
 
@@ -133,7 +173,7 @@ class _Space:
         self.mixed = splits[0].mixed
         self.queries = splits[0].queries
         self.pool = np.unique(np.concatenate([g for split in splits for g in split.galleries]))
-        x = embedded.embedding[torch.from_numpy(self.queries)]
+        self.x = x = embedded.embedding[torch.from_numpy(self.queries)]
         self.features = embedded.embedding[torch.from_numpy(self.pool)]
         self.modulation = modulation_of(model, x)
         identity = Modulation.identity(*self.modulation.gamma.shape)
@@ -159,6 +199,7 @@ class _Space:
 
         self.modalities = np.array([embedded.samples[i].modality for i in self.pool])
         self.query_modality = embedded.samples[self.queries[0]].modality
+        self.calibration = calibration
         self.facts = calibration.facts.ranking if calibration else None
         self._model = model
         self.priors: dict[str, list[dict[Modality, Moments]]] = {
@@ -207,65 +248,58 @@ class _Space:
         chosen = np.concatenate([rows, self.queries.size + columns])
         return k_reciprocal(self._all[np.ix_(chosen, chosen)], rows.size)
 
-
-class _Trial:
-    """One trial of a search: its queries and gallery among those of a `_Space`."""
-
-    def __init__(self, space: _Space, samples: Sequence[Sample], split: Split, trial: int) -> None:
-        people = np.array([sample.person_id for sample in samples])
-        cameras = np.array([sample.camera for sample in samples])
-        self.gallery = split.galleries[trial]
-        self.rows = split.rows(trial)
-        self.columns = np.searchsorted(space.pool, self.gallery)
-        self._split, self._space = split, space
-        queries = split.queries[self.rows]
-        self.people = people[queries], people[self.gallery]
-        self._labels = (*self.people, cameras[queries], cameras[self.gallery])
-        self.excluded = excluded_pairs(*self._labels, split.protocol)
-
-    def of(self, matrix: FloatArray) -> FloatArray:
-        """Of a space's Q×N the entries of this trial."""
-        asked = matrix if self._split.asked is None else matrix[self.rows]
-        return np.take(asked, self.columns, axis=1)
-
-    def served(self, way: str, *, rerank: bool) -> FloatArray:
+    def served(self, trial: Trial, way: str, *, rerank: bool) -> FloatArray:
         """What a service orders each query's answer by, smaller is nearer: Q×N.
 
         Images that the protocol leaves out for a query are not searched, and infinitely far.
         """
-        space = self._space
-        matrix, priors = self.of(space.distances[way]), space.priors[way]
-        modalities, people = space.modalities[self.columns], self.people[1]
+        matrix, priors = trial.of(self.distances[way]), self.priors[way]
+        modalities, people = self.modalities[trial.columns], trial.people[1]
         ordered = np.full(matrix.shape, np.inf)
-        for row, query in enumerate(self.rows.tolist()):
-            items = np.flatnonzero(~self.excluded[row])
+        for row, query in enumerate(trial.rows.tolist()):
+            items = np.flatnonzero(~trial.excluded[row])
             if not items.size:
                 continue
             found = ranked(
                 *(matrix[row, items], modalities[items], people[items]),
-                query=space.query_modality,
-                facts=space.facts,
+                query=self.query_modality,
+                facts=self.facts,
                 prior=priors[query],
-                between=Among(space.between, self.columns[items]) if rerank else None,
+                between=Among(self.between, trial.columns[items]) if rerank else None,
             )
             ordered[row, items] = -found.scores
         return ordered
 
-    def scores(self, distance: FloatArray) -> QueryScores:
-        """Of all queries of the search; those that the trial does not ask are not answerable."""
-        scores = score_queries(distance, *self._labels, self._split.protocol)
-        if self._split.asked is None:
-            return scores
-        return scores.placed(self.rows, self._split.queries.size)
+    def explained(self, trial: Trial, first: IntArray, number: int) -> PartAreas | None:
+        """What parts and agreement say of first answers, given as places in a trial's gallery.
+
+        None where they say nothing.
+        """
+        if self.calibration is None:
+            return None
+        asked = np.flatnonzero(~trial.excluded.all(axis=1))
+        rows, chosen = trial.rows[asked], first[asked]
+        columns = trial.columns[chosen]
+        return part_areas(
+            self.calibration,
+            self.x[torch.from_numpy(rows)],
+            self.features[torch.from_numpy(columns)],
+            self.distances["modulated"][rows, columns],
+            trial.people[0][asked] == trial.people[1][chosen],
+            query=self.query_modality,
+            gallery=self.modalities[columns].tolist(),
+            seed=number,
+        )
 
 
 def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> SplitScores:
     rankings: dict[str, list[QueryScores]] = defaultdict(list)
     open_set: dict[str, list[OpenSetTrial]] = defaultdict(list)
     changes: list[tuple[float, float]] = []
+    explained: list[PartAreas] = []
     nearest: IntArray | None = None
     for number in range(len(split.galleries)):
-        trial = _Trial(space, samples, split, number)
+        trial = Trial(samples, split, number, space.pool)
         for way, matrix in space.distances.items():
             rankings[way].append(trial.scores(trial.of(matrix)))
         judges = {name: trial.of(score) for name, score in space.open_set_scores.items()}
@@ -274,13 +308,13 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
         )
         if split.mixed:
             with_modulation, without = (
-                trial.served(way, rerank=False) for way in ("modulated", "unmodulated")
+                space.served(trial, way, rerank=False) for way in ("modulated", "unmodulated")
             )
             judges |= {"modulated score": with_modulation, "unmodulated score": without}
             rankings["score"].append(trial.scores(with_modulation))
             rankings["unmodulated_score"].append(trial.scores(without))
         if space.facts and space.facts.reranking:
-            answers = trial.served("modulated", rerank=True)
+            answers = space.served(trial, "modulated", rerank=True)
             rankings["reranked_as_served"].append(trial.scores(answers))
         again = space.reranked(trial.rows, trial.columns)
         if again is not None:
@@ -288,8 +322,12 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
         changes.append(top_changes(with_modulation, without, trial.excluded))
         for name, score in judges.items():
             open_set[name].append(open_set_trial(score, *trial.people, trial.excluded, number))
+        best = nearest_kept(with_modulation, trial.excluded, NEAREST_KEPT)
+        areas = space.explained(trial, best[:, 0], number)
+        if areas is not None:
+            explained.append(areas)
         if nearest is None:
-            found = trial.gallery[nearest_kept(with_modulation, trial.excluded, NEAREST_KEPT)]
+            found = trial.gallery[best]
             nearest = np.zeros((split.queries.size, found.shape[1]), dtype=np.int64)
             nearest[trial.rows] = found
     people = np.array([sample.person_id for sample in samples])
@@ -304,6 +342,7 @@ def _score_split(space: _Space, samples: Sequence[Sample], split: Split) -> Spli
         top_changes=changes,
         nearest=nearest,
         open_set=dict(open_set),
+        explained=explained,
     )
 
 
@@ -315,13 +354,6 @@ def _as_trained(model: CMT) -> Iterator[None]:
         yield
     finally:
         model.strength = strength
-
-
-def modulation_of(model: CMT, queries: Tensor) -> Modulation:
-    """γ, β of queries Q×P×D, Q×D each, fp32 on the CPU."""
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        return Modulation(*(part.float().cpu() for part in model.modulation(queries.to(device))))
 
 
 def mean_modulation(modulation: Modulation) -> Modulation:

@@ -177,6 +177,17 @@ def open_set_lines(evaluation: Evaluation) -> list[str]:
     return lines
 
 
+def explained_lines(evaluation: Evaluation) -> list[str]:
+    """How well `parts` and `agreement` of first answers tell right ones from wrong ones."""
+    return [
+        f"{split.title}: of {e.answers:.0f} right and {e.answers:.0f} wrong first answers a trial, "
+        f"area under ROC {e.parts.mean:.3f} ± {e.parts.std:.3f} by the sum of parts, "
+        f"{e.agreement.mean:.3f} ± {e.agreement.std:.3f} by mean agreement"
+        for split in evaluation.splits
+        if (e := split.explained) is not None
+    ]
+
+
 def _open_set_cell(rate: TrialSpread | None, trials: int) -> str:
     return "–" if rate is None else _spread(rate, trials > 1)
 

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from model import CMT, Calibration, Modulation, Strength, modulated_distance
+from model import CMT, Calibration, Modality, Modulation, Strength, modulated_distance
 from model.calibration import CalibrationFacts
 from model.cli import main
 from model.config import MODALITIES
-from model.ranking import RankingFacts, Reranking, reciprocal_similarity
+from model.ranking import AgreementFit, RankingFacts, Reranking, reciprocal_similarity
 from tests.paths import MINI
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample, read_sysu
 from training.evaluation import Split, protocol_splits
 from training.evaluation.embedding import Embedded, embed_samples
-from training.evaluation.metrics import FloatArray, QueryScores, score_queries
+from training.evaluation.explained import PartAreas, part_areas
+from training.evaluation.metrics import BoolArray, FloatArray, QueryScores, score_queries
 from training.evaluation.protocols import mixed_splits
 from training.evaluation.report import Evaluation, score_model, summarise
 from training.evaluation.scoring import SplitScores, score_splits
+from training.evaluation.tables import explained_lines
 
 SYSU = DatasetName.SYSU
 
@@ -324,3 +326,73 @@ def test_every_way_of_ranking_is_of_all_models_or_of_none(
     found: list[SplitScores] = with_facts.splits
     assert "reranked_as_served" in found[0].rankings
     assert "reranked_as_served" not in summarise(SYSU, [with_facts, without]).splits[0].rankings
+
+
+def agreeing(embedded: Embedded) -> Calibration:
+    """The same with agreement, fitted for infrared queries of visible galleries."""
+    known = calibration(embedded)
+    assert known.facts.ranking is not None
+    parts = embedded.embedding.shape[1]
+    slopes, intercepts = (tuple(part + step for part in range(parts)) for step in (1.0, -1.0))
+    fit = AgreementFit(query="ir", gallery="rgb", slopes=slopes, intercepts=intercepts)
+    ranking = known.facts.ranking.model_copy(update={"agreements": (fit,)})
+    facts = known.facts.model_copy(update={"ranking": ranking})
+    return Calibration(facts, known.references, known.metric)
+
+
+def test_what_parts_and_agreement_tell_by_hand(embedded: Embedded) -> None:
+    known = agreeing(embedded)
+    x, y = embedded.embedding[:6], embedded.embedding[6:12]
+    distance = np.array([0.3, 0.9, 0.5, 0.4, 0.7, 0.1])
+    right = np.array([True, True, False, True, False, False])
+    references = known.references["rgb"].double()
+    agreement = []
+    for mine, other in zip(x.double(), y.double(), strict=True):
+        found = 0.0
+        for part in range(x.shape[1]):
+            to_references = (mine[part] - references[:, part]).square().sum(1).numpy()
+            apart = float((mine[part] - other[part]).square().sum())
+            standard = (to_references.mean() - apart) / to_references.std()
+            found += 1 / (1 + np.exp(-((part + 1) * standard + part - 1)))
+        agreement.append(found)
+
+    def area(values: Sequence[float]) -> float:
+        pairs = [(r, w) for r in np.flatnonzero(right) for w in np.flatnonzero(~right)]
+        return float(np.mean([values[r] > values[w] for r, w in pairs]))
+
+    def told(right: BoolArray, *, query: str = "ir") -> PartAreas | None:
+        kinds: list[Modality] = ["rgb"] * 6
+        return part_areas(known, x, y, distance, right, query=query, gallery=kinds, seed=0)
+
+    expected = PartAreas(3, area((-distance).tolist()), area(agreement))
+    assert told(right) == pytest.approx(expected)
+    assert expected.parts == pytest.approx(4 / 9)
+    assert told(np.ones(6, np.bool_)) is None
+    assert told(right, query="rgb") is None  # was not fitted
+
+
+def test_first_answers_of_every_trial_are_told_apart(
+    tiny_model: CMT, samples: list[Sample], embedded: Embedded
+) -> None:
+    splits = protocol_splits(SYSU, samples)[:1]
+    known = agreeing(embedded)
+    scores = score_model(tiny_model, samples, splits, calibration=known)
+    explained = scores.splits[0].explained
+    rights = [int((trial.first_rank == 1).sum()) for trial in scores.splits[0].modulated]
+    counts = [min(20, right, splits[0].queries.size - right) for right in rights]
+    assert [areas.answers for areas in explained] == counts
+    assert min(counts) > 0
+    assert len({areas.agreement for areas in explained}) > 1
+    evaluation = summarise(SYSU, [scores])
+    written = json.loads(json.dumps(evaluation.to_json()))["splits"][0]["explained"]
+    assert written["answers"] == pytest.approx(np.mean(counts))
+    for score in ("parts", "agreement"):
+        areas = [getattr(one, score) for one in explained]
+        assert all(0 <= area <= 1 for area in areas)
+        assert written[score] == pytest.approx({"mean": np.mean(areas), "std": np.std(areas)})
+    (line,) = explained_lines(evaluation)
+    assert line.startswith("all-search single-shot: of ")
+    assert f"{written['agreement']['mean']:.3f} ± " in line
+    plain = summarise(SYSU, [score_model(tiny_model, samples, splits)])
+    assert plain.splits[0].explained is None
+    assert explained_lines(plain) == []
