@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,8 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
-from model import CMT, load_checkpoint, preprocess
-from model.benchmark import Spread, compare, publish
+from model import CMT, load_checkpoint, preprocess, save_checkpoint
+from model.benchmark import Comparison, Spread, compare, publish
 from model.outputs import ResultsFile
 from service.bench.crops import decoded, image_files
 from service.bench.data import CHECKPOINT, numbers
@@ -34,6 +35,8 @@ def embed(
 ) -> None:
     """Time the service's embedder, preprocessing included, against the plain network in fp32.
 
+    A checkpoint that also embeds each crop's mirror image is timed without it, too.
+
     Example: cmt bench embed --network resnet50 --batches 1,32
     """
     settings = {
@@ -45,36 +48,52 @@ def embed(
         "runtime": runtime,
     }
     crops = decoded(image_files(images))
-    with checkpoint_of(checkpoint, network) as path:
-        embedder = Embedder(path, device, runtime)
-        plain, _ = load_checkpoint(path, embedder.device)
-        agreement = _agreement(embedder, plain, crops)
-        rows: list[tuple[object, ...]] = []
-        results: list[dict[str, object]] = []
-        for batch in numbers(batches):
-            chosen = list(islice(cycle(crops), batch))
-            _plain(plain, chosen), embedder.embed(chosen)
-            time = compare(
-                lambda chosen=chosen: embedder.embed(chosen),  # type: ignore[misc]
-                lambda chosen=chosen: _plain(plain, chosen),  # type: ignore[misc]
-                rounds,
-            )
-            rate = Spread(*(batch / s for s in (time.ours.median, time.ours.most, time.ours.least)))
-            results.append(
-                {
-                    "batch": batch,
-                    "runtime": embedder.runtime,
-                    "precision": embedder.precision,
-                    "images per second": rate,
-                    "seconds": time,
-                    **agreement,
-                }
-            )
-            rows.append((batch, embedder.runtime, rate, time.ours, time.theirs, time.ratio))
-        embedder.close()
-    columns = ("batch", "runtime", "images/s", "ours, s", "eager fp32, s", "times faster")
-    rows.append(("", embedder.precision, *(f"{k}: {v:.4f}" for k, v in agreement.items()), "", ""))
+    rows: list[tuple[object, ...]] = []
+    results: list[dict[str, object]] = []
+    with checkpoint_of(checkpoint, network) as path, tempfile.TemporaryDirectory() as folder:
+        for views, file in _by_views(path, Path(folder)):
+            embedder = Embedder(file, device, runtime)
+            plain, _ = load_checkpoint(file, embedder.device)
+            agreement = _agreement(embedder, plain, crops)
+            for batch in numbers(batches):
+                time = _compared(embedder, plain, list(islice(cycle(crops), batch)), rounds)
+                seconds = (time.ours.median, time.ours.most, time.ours.least)
+                rate = Spread(*(batch / s for s in seconds))
+                results.append(
+                    {
+                        "batch": batch,
+                        "views": views,
+                        "runtime": embedder.runtime,
+                        "precision": embedder.precision,
+                        "images per second": rate,
+                        "seconds": time,
+                        **agreement,
+                    }
+                )
+                rows.append(
+                    (batch, views, embedder.runtime, rate, time.ours, time.theirs, time.ratio)
+                )
+            shares = (f"{name}: {share:.4f}" for name, share in agreement.items())
+            rows.append(("", views, embedder.precision, *shares, "", ""))
+            embedder.close()
+    columns = ("batch", "views", "runtime", "images/s", "ours, s", "eager fp32, s", "times faster")
     publish("embed", settings, columns, rows, results, json)
+
+
+def _by_views(checkpoint: Path, folder: Path) -> Iterator[tuple[int, Path]]:
+    """Files by the views of a crop that they embed: the mirror image is one of two."""
+    model, _ = load_checkpoint(checkpoint)
+    yield 1 + model.config.mirror, checkpoint
+    if model.config.mirror:
+        single = CMT(model.config.model_copy(update={"mirror": False}))
+        single.load_state_dict(model.state_dict())
+        save_checkpoint(folder / "single.safetensors", single)
+        yield 1, folder / "single.safetensors"
+
+
+def _compared(embedder: Embedder, plain: CMT, crops: Sequence[Crop], rounds: int) -> Comparison:
+    _plain(plain, crops), embedder.embed(crops)
+    return compare(lambda: embedder.embed(crops), lambda: _plain(plain, crops), rounds)
 
 
 @torch.inference_mode()

@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import CMT, CMTConfig, Modulation, load_checkpoint, modulated_distance
+from model import (
+    CMT,
+    CMTConfig,
+    Modulation,
+    load_checkpoint,
+    modulated_distance,
+    save_checkpoint,
+)
 from service.bench.crops import BenchmarkDataError, CropFeatures, embedded
 from service.bench.data import Source, stronger
 from service.bench.embed import embed
@@ -325,3 +332,17 @@ def test_embed_agrees_with_the_plain_module(tmp_path: Path, tiny_checkpoint: Pat
     assert [r["batch"] for r in results] == [1, 3]
     assert all(r["lowest cosine"] > 0.998 for r in results)
     assert all(r["images per second"]["median"] > 0 for r in results)
+
+
+def test_embed_times_a_mirrored_crop_with_both_views_and_with_one(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    model, _ = load_checkpoint(tiny_checkpoint)
+    mirrored = CMT(model.config.model_copy(update={"mirror": True}))
+    mirrored.load_state_dict(model.state_dict())
+    save_checkpoint(tmp_path / "mirrored.safetensors", mirrored)
+    file = tmp_path / "mirrored.safetensors"
+    embed(file, None, MINI / "cam1", "2", 1, "cpu", "torch", tmp_path / "r.json")
+    results = report(tmp_path / "r.json")["results"]
+    assert [(r["batch"], r["views"]) for r in results] == [(2, 2), (2, 1)]
+    assert all(r["lowest cosine"] > 0.998 for r in results)
