@@ -134,7 +134,7 @@ class _Files:
 
         Raises OSError or RuntimeError; nothing is left then.
         """
-        self.xml.parent.mkdir(parents=True, exist_ok=True)
+        self.xml.parent.mkdir(0o700, parents=True, exist_ok=True)
         self._remove()
         try:
             openvino.save_model(graph, self.xml, compress_to_fp16=False)

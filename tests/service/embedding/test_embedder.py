@@ -149,6 +149,13 @@ def test_a_good_graph_on_disk_is_not_converted_again(
     torch.testing.assert_close(again.embed(batch), eager.embed(batch), rtol=1e-3, atol=1e-4)
 
 
+def test_what_is_kept_in_a_data_folder_is_its_owners(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    start(tiny_checkpoint, tmp_path / "cache").close()
+    kept = [tmp_path / "cache", *(tmp_path / "cache").iterdir()]
+    assert len(kept) == 7
+    assert [path for path in kept if path.stat().st_mode & 0o077] == []
+
+
 def test_without_a_place_for_graphs_the_network_runs(
     tiny_checkpoint: Path, eager: Embedder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
