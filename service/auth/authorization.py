@@ -87,7 +87,8 @@ def _let_in(
     key = None if credentials is None else keyring.find(credentials.credentials)
     if key is None:
         raise Unauthorized(
-            "send a known key as `Authorization: Bearer KEY`; `cmt keys create` makes one",
+            "send a known key as `Authorization: Bearer KEY`, for `cmt` in CMT_API_KEY; "
+            "`cmt keys create` makes one",
             headers={"WWW-Authenticate": "Bearer"},
         )
     request.state.actor = f"key:{key.id}"

@@ -50,7 +50,7 @@ from service.client.stream import PER_REQUEST, Loaded, batches, load
 Done = Literal["leave", "move", "delete"]
 
 _ATTEMPTS = 5  # after which a file that the service fails on is given up
-_LONGEST_WAIT = 60.0
+_LONGEST_WAIT = 15.0  # an unanswered question costs the service little
 _NO_ANSWER = "no_answer"
 _SHOWN = 5  # names of what the pattern leaves out
 _GONE = "the folder is not there; it is waited for"

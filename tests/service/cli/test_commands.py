@@ -24,6 +24,7 @@ from service.auth.keys import KeyFile
 from service.client import Client
 from service.errors import Overloaded, ServiceError
 from tests.service.conftest import Serve
+from tests.service.processes import wait_for
 
 CMT = [sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())"]
 
@@ -187,6 +188,153 @@ def test_a_manifest_with_a_problem_sends_nothing(
     assert run(capsys, *arguments, "--camera-id", "gate", "--person-id", "other")[0] == 0
     [item] = client.list().items
     assert (item.person_id, item.camera_id) == ("anna", "gate")
+
+
+def test_enroll_takes_labels_from_paths(
+    client: Client, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted(folder.glob("?/*.jpg"))
+    shutil.copy(files[0], folder / "1" / "7 .jpg")
+    shutil.copy(files[0], folder / "top.jpg")
+    report = tmp_path / "failed.csv"
+    arguments = ("enroll", folder, "--pattern", "{camera}/{person}.jpg")
+    status, out, _ = run(
+        capsys, *arguments, "--report", report, "--camera-id", "other", "--modality", "rgb"
+    )
+    assert status == 1
+    assert "4 of 5 files are enrolled." in out
+    assert "7 .jpg: person_id: the label begins or ends with white space" in out
+    assert f"Left out by the pattern: 1 ({folder}/top.jpg)" in out
+    labels = {(item.camera_id, item.person_id) for item in client.list().items}
+    assert labels == {(file.parent.name, file.stem) for file in files}
+    # The report is a manifest, with what is to be mended as it is written in the path.
+    status, _, err = run(capsys, "enroll", "--manifest", report)
+    assert (status, client.list().total) == (1, 4)
+    assert "line 2: person_id: the label begins or ends with white space" in err
+    report.write_text(report.read_text().replace('"7 "', '"7"'))
+    assert run(capsys, "enroll", "--manifest", report, "--report", report)[0] == 0
+    assert client.list(person_id="7", camera_id="1", modality="rgb").total == 1
+    assert len(report.read_text().splitlines()) == 1
+    assert run(capsys, *arguments, "--file-time")[0] == 1
+    assert {item.captured_at is not None for item in client.list().items} == {False, True}
+
+
+def test_enroll_says_what_is_wrong_with_a_pattern(
+    client: Client, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sorted(folder.glob("?/*"))[0]
+    for options, sentence in (
+        (("--pattern", "{person}/{camera}/*.jpg"), f"for example {first} does not: it lies 1 fold"),
+        (("--pattern", "{persn}/*"), "is it {person}?"),
+        (("--pattern", "{person}/*", "--manifest", "x.csv"), "give one of them"),
+        (("--pattern", "{time}.jpg", "--timezone", "Mars/Base"), "'Mars/Base' is no time zone"),
+    ):
+        status, out, err = run(capsys, "enroll", folder, *options)
+        assert status in (1, 2)
+        assert sentence in err
+        assert (len(err.splitlines()), out) == (1, "")
+    for path in (first, tmp_path / "nowhere"):
+        status, _, err = run(capsys, "enroll", path, "--pattern", "{person}.jpg")
+        assert status == 2
+        assert f"{path} is none; name the folder" in err
+    assert run(capsys, "enroll")[0] == 2
+    assert client.list().total == 0
+
+
+def test_enroll_by_json_lines_and_what_failed_as_such(
+    client: Client, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad, lost = sorted(folder.glob("?/*"))[0], folder / "bad.png", folder / "lost.jpg"
+    bad.write_bytes(b"no picture")
+    manifest, report = folder / "list.jsonl", tmp_path / "failed.jsonl"
+    name = str(good.relative_to(folder))
+    rows: list[dict[str, Any]] = [
+        {"file": name, "person_id": 7, "box": [0, 0, 30, 60], "metadata": {"shift": [1, None]}},
+        {"file": "bad.png", "camera_id": "gate"},
+        {"file": "lost.jpg", "person_id": None},
+    ]
+    manifest.write_text("\n\n".join(map(json.dumps, rows)))
+    assert run(capsys, "enroll", "--manifest", manifest, "--report", report)[0] == 1
+    [item] = client.list().items
+    assert (item.person_id, item.width, item.metadata) == ("7", 30, {"shift": [1, None]})
+    told = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [(one["file"], one["code"]) for one in told] == [
+        (str(bad), "image_type_unsupported"),
+        (str(lost), "file_unreadable"),
+    ]
+    for file in (bad, lost):
+        shutil.copy(good, file)
+    assert run(capsys, "enroll", "--manifest", report)[0] == 0
+    assert client.list().total == 3
+    assert client.list(camera_id="gate").total == 1
+    manifest.write_text('{"file": "a", "persn_id": "b"}\n[]\n{"file": ""}\n{"file"\n')
+    status, _, err = run(capsys, "enroll", "--manifest", manifest)
+    assert status == 1
+    for problem in (
+        "line 1: the name 'persn_id' is unknown; is it 'person_id'?",
+        "line 2 is no object",
+        "line 3 names no file",
+        "line 4 is no JSON",
+    ):
+        assert problem in err
+    kept = tmp_path / "kept.csv"
+    kept.write_text("mine")
+    assert run(capsys, "enroll", folder, "--report", kept)[0] == 2
+    assert kept.read_text() == "mine"
+
+
+def test_enroll_that_is_interrupted_goes_on_where_it_was(
+    serve: Serve, image: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crops, keys = tmp_path / "crops", KeyFile(tmp_path / "keys.json")
+    crops.mkdir()
+    for number in range(300):
+        (crops / f"{number}.jpg").write_bytes(image)
+    # Slow enough to be interrupted: a request of 64 files in so many seconds.
+    _, slow = keys.create("slow", ["enroll"], rate="1/2 seconds")
+    _, token = keys.create("desk", ["query", "enroll"])
+    with (
+        serve(tmp_path / "data", api_keys_file=keys.path) as url,
+        Client(url, api_key=token) as client,
+    ):
+        process = subprocess.Popen(
+            [*CMT, "enroll", str(crops), "--url", url, "--api-key", slow],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        wait_for(lambda: client.list(limit=1).total, "nothing is enrolled")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        stored = client.list(limit=1).total
+        assert 0 < stored < 300
+        assert f"{stored} of 300 files are enrolled" in out
+        assert "Run the same command again to go on" in err
+        assert "Traceback" not in err
+        again = ("enroll", crops, "--url", url, "--api-key", token)
+        status, out, _ = run(capsys, *again)
+        assert status == 0
+        assert f"300 of 300 files are enrolled, {stored} of them before." in out
+        assert client.list(limit=1).total == 300
+
+
+def test_enroll_stops_where_the_service_ends(
+    serve: Serve, image: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    _, token = keys.create("desk", ["query"])
+    (tmp_path / "a.jpg").write_bytes(image)
+    with serve(tmp_path / "data", api_keys_file=keys.path) as url:
+        report = tmp_path / "failed.csv"
+        for options, sentence in (
+            ((), "CMT_API_KEY"),
+            (("--api-key", token), "scope"),
+        ):
+            arguments = ("enroll", tmp_path / "a.jpg", "--url", url, "--report", report, *options)
+            status, out, err = run(capsys, *arguments)
+            assert (status, out) == (1, "0 of 1 files are enrolled.\n")
+            assert err.splitlines()[-1].startswith("Error: ")
+            assert sentence in err.splitlines()[-1]
+        assert len(report.read_text().splitlines()) == 1  # nothing is wrong with the file
 
 
 def test_an_export_can_be_enrolled_again(
