@@ -67,9 +67,10 @@ async function problemOf(response) {
 /** Call the service → its Response. Raises ApiError, or AbortError where `signal` aborts.
  *
  * path: from the root, without a slash before it; parts that are data are encoded by the caller.
- * query: parameters; a list repeats one, null and "" leave it out.
+ * query: parameters; a list repeats one, null and "" leave it out. quiet: no dialog opens where the
+ * key may not do this, because nobody has asked for it.
  */
-export async function call(path, { method = "GET", query = {}, form, json, signal: abort, headers = {} } = {}) {
+export async function call(path, { method = "GET", query = {}, form, json, signal: abort, headers = {}, quiet = false } = {}) {
   const url = new URL(path, ROOT);
   for (const [name, value] of Object.entries(query)) {
     for (const one of Array.isArray(value) ? value : [value]) {
@@ -94,7 +95,7 @@ export async function call(path, { method = "GET", query = {}, form, json, signa
   }
   if (response.ok) return response;
   const problem = await problemOf(response);
-  if (problem.refused) keyWanted.value = problem;
+  if (problem.refused && !(quiet && problem.status === 403)) keyWanted.value = problem;
   throw problem;
 }
 

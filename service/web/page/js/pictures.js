@@ -6,6 +6,19 @@ import { getImage } from "./api.js";
 const KEPT = 400; // thumbnails of a few kilobytes each
 const AT_ONCE = 6; // as many connections as a browser opens to one host
 
+const PATIENCE = 3; // times that a picture is asked for where the service is overloaded
+
+async function fetched(id, height) {
+  for (let left = PATIENCE; ; left -= 1) {
+    try {
+      return await getImage(id, height);
+    } catch (error) {
+      if (left <= 1 || !(error.overloaded || error.status === 503)) throw error;
+      await new Promise((resolve) => { setTimeout(resolve, 1000 * Math.min(error.retryAfter ?? 1, 10)); });
+    }
+  }
+}
+
 const entries = new Map(); // key → {url: Promise<string>, users, dead}; oldest use first
 const waiting = [];
 let running = 0;
@@ -26,7 +39,7 @@ function load(key, id, height) {
       if (entries.get(key) === entry) entries.delete(key);
       reject(new DOMException("no longer wanted", "AbortError"));
     };
-    const run = () => getImage(id, height).then(
+    const run = () => fetched(id, height).then(
       (blob) => resolve(URL.createObjectURL(blob)),
       (error) => { if (entries.get(key) === entry) entries.delete(key); reject(error); },
     );

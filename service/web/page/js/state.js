@@ -12,9 +12,9 @@ export const cameras = signal(new Set());
 /** Read the model card and cameras: at the start, and again with a new key. */
 export async function refreshModel() {
   try {
-    model.value = await getModel();
+    model.value = await getModel({ quiet: true });
     modelProblem.value = null;
-    noteCameras((await getCameras()).map((camera) => camera.camera_id));
+    noteCameras((await getCameras({ quiet: true })).map((camera) => camera.camera_id));
   } catch (error) {
     if (!isAborted(error)) modelProblem.value = error;
   }

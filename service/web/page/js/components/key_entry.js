@@ -14,11 +14,12 @@ export function KeyEntry() {
     refreshModel();
   };
   return html`
-    <${Dialog} title="This service needs a key" onClose=${() => { keyWanted.value = null; }}>
+    <${Dialog} title=${problem.code ? "This service needs a key" : "API key"} onClose=${() => { keyWanted.value = null; }}>
       <form class="stack" onSubmit=${submit}>
         <p>${problem.code === "scope_missing"
           ? "The key in use may not do that; enter one that may."
-          : apiKey.value ? "The service does not know this key (any more)." : "Enter the API key you were given."}</p>
+          : problem.code && apiKey.value ? "The service does not know the key in use (any more)."
+            : "Enter the API key that you were given, if the service has keys."}</p>
         ${problem.detail && html`<p class="soft">The service says: ${problem.detail}.</p>`}
         <label class="field"><span>API key</span>
           <input ref=${input} type="password" name="key" autocomplete="off" spellcheck=${false} required autofocus />

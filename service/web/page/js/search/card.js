@@ -7,14 +7,14 @@ import { html } from "../ui.js";
 import { Bands } from "./bands.js";
 import { closeness, moveInWords, moves } from "./words.js";
 
+const EAGER = 24; // results whose pictures are fetched at once, wherever they stand
+
 /** What a picture of a result is called. */
 export const altOf = ({ rank, item }) =>
   `Result ${rank}: ${personName(item)}, camera ${item.camera_id ?? "unknown"}, ${MODALITIES[item.modality]}`;
 
-/** How a crop lies in its frame of 1 to 2, so that what is drawn over it fits. */
-export const fit = ({ width, height }) => (width / height > 0.5
-  ? { width: "100%", aspectRatio: `${width} / ${height}` }
-  : { height: "100%", aspectRatio: `${width} / ${height}` });
+/** The shape of a crop, by which it lies in its frame so that what is drawn over it fits. */
+export const shape = ({ width, height }) => ({ "--aspect": width / height });
 
 export function Card({ result, answer, agreement, bands, onCompare, onLike }) {
   const { item, rank, probability } = result;
@@ -22,8 +22,8 @@ export function Card({ result, answer, agreement, bands, onCompare, onLike }) {
   return html`
     <li class="result" data-testid="result" data-item=${item.id}>
       <button type="button" class="result-picture" aria-label=${`Compare with the query: ${altOf(result)}`} onClick=${() => onCompare(rank)}>
-        <span class="fit" style=${fit(item)}>
-          <${Picture} id=${item.id} height=${256} alt=${altOf(result)} />
+        <span class="fit" style=${shape(item)}>
+          <${Picture} id=${item.id} height=${256} alt=${altOf(result)} eager=${rank <= EAGER} />
           ${bands && agreement && html`<${Bands} values=${agreement} calibrated=${result.agreement !== null} />`}
         </span>
         <span class="rank" aria-hidden="true">${rank}</span>
@@ -31,7 +31,7 @@ export function Card({ result, answer, agreement, bands, onCompare, onLike }) {
       <div class="result-facts">
         <p class="result-probability">${probability === null ? closeness(result) : percent(probability)}</p>
         <p class="result-person text" title=${item.person_id}>${item.person_id === null
-          ? html`<span class="soft">no label</span>` : html`<bdi>${item.person_id}</bdi>`}</p>
+          ? html`<span class="soft">no label</span>` : html`Person <bdi>${item.person_id}</bdi>`}</p>
         <p class="soft text" title=${item.camera_id}><bdi>${item.camera_id ?? "no camera"}</bdi> · ${MODALITIES[item.modality]}</p>
         <p class="soft">${item.captured_at ? html`<time datetime=${item.captured_at}>${time(item.captured_at)}</time>` : "no time"}</p>
         ${moved.length > 0 && html`<p class="moves">${moved.map((one) => html`

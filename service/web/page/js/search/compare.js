@@ -5,7 +5,7 @@ import { Picture } from "../components/picture.js";
 import { MODALITIES, decimal, percent, personName, time } from "../format.js";
 import { html, useState } from "../ui.js";
 import { Bands } from "./bands.js";
-import { altOf } from "./card.js";
+import { altOf, shape } from "./card.js";
 
 const QUERY = 0; // stands for the query, where a result stands by its rank
 
@@ -49,7 +49,7 @@ function Side({ name, value, set, answer, agreements, bands }) {
           ${results.map((one) => html`<option key=${one.rank} value=${one.rank}>${one.rank}. ${personName(one.item)}</option>`)}
         </select></label>
       ${result ? html`
-        <div class="side-picture"><span class="fit" style=${tall(result.item)}>
+        <div class="side-picture"><span class="fit" style=${shape(result.item)}>
           <${Picture} id=${result.item.id} height=${512} alt=${altOf(result)} eager />
           ${bands && agreements[at] && html`<${Bands} values=${agreements[at]} calibrated=${result.agreement !== null} />`}
         </span></div>
@@ -60,8 +60,6 @@ function Side({ name, value, set, answer, agreements, bands }) {
           <dt>Kind</dt><dd>${MODALITIES[answer.body.query.modality]}</dd></dl>`}
     </section>`;
 }
-
-const tall = ({ width, height }) => ({ aspectRatio: `${width} / ${height}`, height: `min(52vh, ${(200 * height) / width}%)` });
 
 function Facts({ result }) {
   const { item } = result;

@@ -68,8 +68,9 @@ export function Ranking() {
         <${Switch} name="modulation" label="Modulation" on=${chosen.modulation} set=${(on) => change({ modulation: on })}
           title="Compare as this query's γ and β say; off ranks by plain distance" />
         <${Switch} name="rerank" label="Re-ranking" on=${Boolean(used || chosen.rerank) && reranked}
+          disabled=${!used && !chosen.rerank}
           set=${(on) => change({ rerank: on ? "k_reciprocal" : "none" })}
-          title="Let the neighbours of the best results count too" />
+          title=${used ? "Let the neighbours of the best results count too" : "As the checkpoint says; the first answer shows it"} />
         <${Switch} name="grouped" label="Group by person" on=${chosen.grouped} set=${(on) => change({ grouped: on })}
           title="Only the best picture of each person" />
         <${Switch} name="exhaustive" label="Compare all in full" on=${chosen.exhaustive} set=${(on) => change({ exhaustive: on })}

@@ -1,13 +1,16 @@
 // Choosing what is searched for: a file, several, a drop, the clipboard; and what was chosen.
 import { Icon } from "../components/icons.js";
+import { MODALITIES } from "../format.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 import { BoxDialog } from "./box.js";
 import {
-  MOST_IMAGES, box, boxUrl, choose, drop, earlier, goBack, pictures, remark, reset, search, searching,
+  MOST_IMAGES, answer, box, boxUrl, choose, drop, earlier, goBack, pictures, remark, reset, search, searching,
 } from "./state.js";
 
 // What the service reads; a browser may not show all of it.
 const ACCEPTED = "image/jpeg,image/png,image/webp,image/bmp,image/tiff,.tif,.tiff";
+
+const SOURCES = { detected: "detected", given: "as you said", camera: "as the camera's defaults say" };
 
 /** The files of a drop or of the clipboard; a folder counts as none. */
 function filesOf(transfer) {
@@ -77,6 +80,7 @@ export function Pick() {
   const [drawing, setDrawing] = useState(false);
   const over = useTransfers();
   const chosen = pictures.value;
+  const found = chosen.length > 0 && answer.value?.pictures === chosen ? answer.value.body.query : null;
   const single = chosen.length === 1 ? chosen[0] : null;
   const changed = (event) => {
     const files = [...event.target.files];
@@ -102,6 +106,8 @@ export function Pick() {
           ${chosen.map((picture) => html`<${Chosen} key=${picture.key} picture=${picture}
             removable=${!single} part=${single && boxUrl.value} />`)}
         </ul>`}
+      ${found && html`<p class="soft" data-testid="taken-as">Taken as ${MODALITIES[found.modality]}: ${
+        single?.item && found.modality_source === "given" ? "as it is stored" : SOURCES[found.modality_source]}.</p>`}
       ${single && html`<${Frame} picture=${single} onDraw=${() => setDrawing(true)} />`}
       ${remark.value && html`<p class="notice warning small" role="status">${remark.value}</p>`}
       <div class="row">

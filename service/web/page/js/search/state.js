@@ -213,11 +213,13 @@ effect(() => {
   untracked(() => { if (problem.value?.refused) search(); });
 });
 
-/** An item was changed or deleted elsewhere: show it so here. item: null where it is gone. */
+/** An item was changed or deleted elsewhere: show it so here, and search again, because
+ * probabilities are about people. item: null where it is gone. */
 export function itemChanged(id, item) {
-  if (!answer.value) return;
+  if (!answer.value?.body.results.some((result) => result.item.id === id)) return;
   const results = answer.value.body.results
     .map((result) => (result.item.id === id ? item && { ...result, item } : result))
     .filter(Boolean);
-  answer.value = { ...answer.value, body: { ...answer.value.body, results }, stale: true };
+  answer.value = { ...answer.value, body: { ...answer.value.body, results } };
+  change({});
 }

@@ -12,6 +12,9 @@ import {
 } from "./state.js";
 import { Wall } from "./wall.js";
 
+// On a phone the answer comes first, and what shapes it is folded away.
+const WIDE = matchMedia("(min-width: 860px)");
+
 export function SearchView({ parameters }) {
   const like = parameters.get("like");
   useEffect(() => {
@@ -24,7 +27,7 @@ export function SearchView({ parameters }) {
       <h1 class="visually-hidden">Find a person</h1>
       <div class="search-side">
         <${Pick} />
-        <details class="card fold" open>
+        <details class="card fold" open=${WIDE.matches}>
           <summary>How to search</summary>
           <div class="stack fold-body"><${QueryKind} /><${Prior} /><${Ranking} /></div>
         </details>

@@ -37,7 +37,7 @@ export function Wall({ answer, busy }) {
         : calibrated ? "Bands: the probability, at even odds, that this part shows the same person, in percent."
           : "Bands: agreement relative to this answer; the checkpoint has no calibrated one."}</p>`}
       ${chart.value && html`<${MovesChart} answer=${answer} />`}
-      <ol class="results">${cards}</ol>
+      <ol class=${`results ${results.length > 60 ? "results-many" : ""}`}>${cards}</ol>
       ${compared !== null && html`<${Compare} answer=${answer} agreements=${shares} first=${compared}
         onClose=${() => setCompared(null)} onLike=${searchLike} />`}
     </section>`;
