@@ -10,7 +10,15 @@ from model.ranking.facts import AgreementFit, PosteriorFit, RankingFacts, Rerank
 from model.ranking.posterior import Answer, Beyond, Searched, posterior
 from model.ranking.reranking import reciprocal_similarity
 from model.ranking.scores import Moments, blended, moments_of, scores
-from model.ranking.search import DEPTH, combined, in_deviations, own_share, reranked, spread_ratio
+from model.ranking.search import (
+    DEPTH,
+    combined,
+    in_deviations,
+    neighbours_shared,
+    own_share,
+    reranked,
+    spread_ratio,
+)
 
 __all__ = [
     "DEPTH",
@@ -26,6 +34,7 @@ __all__ = [
     "combined",
     "in_deviations",
     "moments_of",
+    "neighbours_shared",
     "own_share",
     "posterior",
     "reciprocal_similarity",

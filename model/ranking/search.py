@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -82,18 +83,42 @@ def reranked(
     if share == 0:
         return found
     best = np.argsort(-found, kind="stable")[:DEPTH]
-    apart = in_deviations(between(best), np.asarray(modalities)[best], facts)
-    similarity = reciprocal_similarity(-found[best], apart, reranking.size(images), reranking)
+    names, size = np.asarray(modalities)[best], reranking.size(images)
     raised = found.copy()
-    raised[best] += share * similarity
+    raised[best] += share * neighbours_shared(
+        found[best], names, between(best), facts.between, size, reranking
+    )
     return raised
 
 
-def in_deviations(between: FloatArray, modalities: Modalities, facts: RankingFacts) -> FloatArray:
-    """K×K distances among items → in deviations from the mean of their pair of modalities."""
+def neighbours_shared(
+    found: FloatArray,
+    modalities: Modalities,
+    between: FloatArray,
+    known: Mapping[str, tuple[float, float]],
+    size: int,
+    reranking: Reranking,
+) -> FloatArray:
+    """Scores of the K items to re-rank → how much of the query's neighbourhood each one shares.
+
+    between, known: see `in_deviations`. size: of a neighbourhood.
+    """
+    apart = in_deviations(between, modalities, known)
+    return reciprocal_similarity(-found, apart, size, reranking)
+
+
+def in_deviations(
+    between: FloatArray, modalities: Modalities, known: Mapping[str, tuple[float, float]]
+) -> FloatArray:
+    """K×K distances among items → in deviations from the mean of their pair of modalities.
+
+    known: `RankingFacts.between`. A pair that it lacks (nothing is known, or there was a single
+    reference of a modality) goes by these distances alone.
+    """
     names = np.asarray(modalities)
     apart = np.empty_like(between)
-    for pair, (mean, deviation) in facts.between.items():
-        rows, columns = (np.flatnonzero(names == name) for name in pair.split())
-        apart[np.ix_(rows, columns)] = (between[np.ix_(rows, columns)] - mean) / deviation
+    for first, second in product(np.unique(names).tolist(), repeat=2):
+        block = np.ix_(names == first, names == second)
+        mean, deviation = known.get(f"{first} {second}") or moments_of(between[block])
+        apart[block] = (between[block] - mean) / (deviation or 1.0)
     return apart

@@ -14,7 +14,7 @@ import typer
 from model import CMT, Modulation, load_checkpoint
 from model.benchmark import Spread, compare, publish, seconds
 from model.outputs import ResultsFile
-from model.ranking import Moments, RankingFacts, Reranking, in_deviations, reciprocal_similarity
+from model.ranking import Moments, RankingFacts, Reranking, neighbours_shared
 from service.bench.data import (
     CHECKPOINT,
     STATISTICS,
@@ -141,6 +141,11 @@ def _features(data: Data) -> Features:
 def _reranked(features: Features, positions: npt.NDArray[np.int64], facts: RankingFacts) -> None:
     """As the service re-ranks: distances among the items, then what their neighbours say."""
     reranking = facts.reranking or Reranking()
-    between = in_deviations(features.between(positions), np.full(len(positions), "rgb"), facts)
-    to_query = np.linspace(-3, 3, len(positions))
-    reciprocal_similarity(to_query, between, reranking.size(4), reranking)
+    neighbours_shared(
+        np.linspace(3, -3, len(positions)),
+        np.full(len(positions), "rgb"),
+        features.between(positions),
+        facts.between,
+        reranking.size(4),
+        reranking,
+    )

@@ -19,7 +19,7 @@ import numpy as np
 
 from model.calibration import FloatArray
 from model.config import MODALITIES
-from model.ranking import DEPTH, RankingFacts, Reranking, in_deviations, reciprocal_similarity
+from model.ranking import DEPTH, RankingFacts, Reranking, neighbours_shared
 from training.calibration.searches import GALLERIES, Draw, Fold, Scored, Search
 from training.evaluation.metrics import IntArray
 
@@ -97,10 +97,15 @@ class _Case:
         best = np.argsort(-self.found.scores, kind="stable")[:DEPTH]
         items = self.found.search.items[best]
         between = self.fold.between[np.ix_(items, items)]
-        apart = in_deviations(between, self.fold.modalities[items], facts)
         added = np.zeros(len(self.found.scores))
-        to_query = -self.found.scores[best]
-        added[best] = reciprocal_similarity(to_query, apart, size, reranking)
+        added[best] = neighbours_shared(
+            self.found.scores[best],
+            self.fold.modalities[items],
+            between,
+            facts.between,
+            size,
+            reranking,
+        )
         return added
 
 

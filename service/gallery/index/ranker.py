@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +27,10 @@ from model.ranking import (
     Reranking,
     Searched,
     blended,
-    in_deviations,
     moments_of,
+    neighbours_shared,
     own_share,
     posterior,
-    reciprocal_similarity,
     scores,
     spread_ratio,
 )
@@ -297,34 +295,19 @@ def _bonus(rows: _Rows, features: Features, searched: Searched, scale: Scale) ->
     if weight:
         first = np.flatnonzero(rows.counted)[:DEPTH]
         best = rows.taken(first)
-        modalities = best.modalities
-        distances = features.between(best.places)
-        facts, to_query = scale.facts, -best.scores
-        if facts is None:  # nothing is known of the distances but these
-            facts = RankingFacts(prior_items=1, between=_measured(distances, modalities))
+        known, by_score = scale.facts and scale.facts.between, best.scores
+        if scale.facts is None:  # scores are distances, and nothing is known of them but these
             own = moments_of(best.distances)
-            to_query, weight = -scores(best.distances, own), weight * own.deviation
-        similarity = reciprocal_similarity(
-            to_query,
-            in_deviations(distances, modalities, facts),
+            by_score, weight = scores(best.distances, own), weight * own.deviation
+        bonus[first] = weight * neighbours_shared(
+            by_score,
+            best.modalities,
+            features.between(best.places),
+            known or {},
             reranking.size(images),
             reranking,
         )
-        bonus[first] = weight * similarity
     return bonus
-
-
-def _measured(
-    distances: Floats, modalities: npt.NDArray[np.str_]
-) -> dict[str, tuple[float, float]]:
-    """`RankingFacts.between` of these items alone."""
-    found: dict[str, tuple[float, float]] = {}
-    for first, second in product(MODALITIES, MODALITIES):
-        block = distances[np.ix_(modalities == first, modalities == second)]
-        if block.size:
-            here = moments_of(block)
-            found[f"{first} {second}"] = here.mean, here.deviation or 1.0
-    return found
 
 
 def _posterior(

@@ -64,8 +64,21 @@ def test_share_of_the_querys_own_modality() -> None:
 
 def test_distances_among_items_are_those_of_their_pair() -> None:
     names = np.array(["rgb", "ir"])
-    found = in_deviations(np.array([[0.4, 1.2], [1.2, 0.5]]), names, FACTS)
+    found = in_deviations(np.array([[0.4, 1.2], [1.2, 0.5]]), names, FACTS.between)
     np.testing.assert_allclose(found, [[-1, 1], [1, 2]])
+
+
+def test_a_pair_of_modalities_of_which_nothing_is_known_goes_by_its_own_distances() -> None:
+    names = np.array(["rgb", "ir", "rgb"])
+    between = np.array([[0.0, 3.0, 4.0], [3.0, 0.0, 5.0], [4.0, 5.0, 0.0]])
+    known = {"rgb rgb": (2.0, 2.0), "rgb ir": (1.0, 1.0)}
+    found = in_deviations(between, names, known)
+    np.testing.assert_allclose(found[np.ix_([0, 2], [0, 2])], [[-1, 1], [1, -1]])
+    np.testing.assert_allclose(found[[0, 2], 1], [2, 4])
+    np.testing.assert_allclose(found[1, [0, 2]], [-1, 1])  # of mean 4 and deviation 1
+    assert found[1, 1] == 0  # a single one has no deviation
+    assert np.isfinite(in_deviations(between, names, {})).all()
+    assert in_deviations(np.empty((0, 0)), names[:0], {}).shape == (0, 0)
 
 
 def test_only_the_best_are_reranked_and_only_raised() -> None:
