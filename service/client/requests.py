@@ -36,7 +36,7 @@ M = TypeVar("M", bound=BaseModel)
 
 LONGEST_WAIT = 30.0
 
-ImageSource = Path | bytes
+ImageSource = str | Path | bytes
 
 
 class ServiceProblem(Exception):  # noqa: N818 (named like the body it carries)
@@ -157,7 +157,7 @@ def query(
     fields: QueryFields,
 ) -> Call:
     """POST /query; fields that are None are left out."""
-    several = [images] if isinstance(images, Path | bytes) else images
+    several = [images] if isinstance(images, str | Path | bytes) else images
     data = _form({"box": _box(box), **fields})
     return Call("POST", "/query", data=data, files=[_file(image) for image in several])
 
@@ -243,7 +243,12 @@ def _box(box: Sequence[int] | None) -> str | None:
 
 def _file(image: ImageSource) -> tuple[str, tuple[str, bytes]]:
     """A part of a form. A file's name stays here: it need not be text, and nobody asks for it."""
-    return "image", ("image", read_file(image) if isinstance(image, Path) else image)
+    return "image", ("image", image_bytes(image))
+
+
+def image_bytes(image: ImageSource) -> bytes:
+    """The bytes of an image, which is a file's path or its content. Raises OSError."""
+    return image if isinstance(image, bytes) else read_file(Path(image))
 
 
 def wait_before_retry(response: httpx.Response, attempt: int, retries: int) -> float | None:

@@ -16,9 +16,15 @@ from typing import Any
 
 import httpx
 
-from model.image_files import read_file
 from service.api.schemas import BatchAnswer, BatchItem, BatchResult, GalleryItem
-from service.client.requests import Call, ImageSource, ServiceProblem, enroll_batch, parsed
+from service.client.requests import (
+    Call,
+    ImageSource,
+    ServiceProblem,
+    enroll_batch,
+    image_bytes,
+    parsed,
+)
 
 SENDERS = 2  # one request is sent while the service embeds the other's images
 PER_REQUEST = 64
@@ -115,7 +121,7 @@ def load(entries: Iterable[Entry]) -> list[Loaded | EntryResult]:
     loaded: list[Loaded | EntryResult] = []
     for entry in entries:
         try:
-            data = read_file(entry.image) if isinstance(entry.image, Path) else entry.image
+            data = image_bytes(entry.image)
         except OSError as error:
             loaded.append(EntryResult(entry, reason=error.strerror or str(error)))
         else:
@@ -172,10 +178,10 @@ class Exchange:
 
 
 def _size(image: ImageSource) -> int:
-    if not isinstance(image, Path):
+    if isinstance(image, bytes):
         return len(image)
     try:
-        return image.stat().st_size
+        return Path(image).stat().st_size
     except OSError:  # reported when it is read
         return 0
 
@@ -188,7 +194,8 @@ def _with_key(entry: Entry, data: bytes) -> BatchItem:
     if entry.item.key is not None:
         return entry.item
     given = {k: v for k, v in entry.item.model_dump(mode="json").items() if v not in (None, {})}
-    known: list[Any] = [str(entry.image.resolve()) if isinstance(entry.image, Path) else None]
+    image = entry.image
+    known: list[Any] = [None if isinstance(image, bytes) else str(Path(image).resolve())]
     known += [given.pop("person_id", None), given.pop("camera_id", None)]
     known.append(given.pop("modality", "auto"))
     if given:

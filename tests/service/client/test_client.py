@@ -129,6 +129,18 @@ def test_every_verb_as_coroutines(url: str, visible: list[Path], infrared: list[
     asyncio.run(scenario())
 
 
+def test_a_path_may_be_text(url: str, visible: list[Path]) -> None:
+    crop = str(visible[0])
+    with Client(url) as client:
+        item = client.enroll(crop, person_id="by text")
+        [streamed] = client.enroll_many([Entry(crop, BatchItem(person_id="by text"))])
+        one, two = client.query(crop), client.query([crop, visible[0]])
+        client.erase("by text")
+    assert streamed.item is not None
+    assert (streamed.status, streamed.item.sha256) == (201, item.sha256)
+    assert (one.query.images, two.query.images) == (1, 2)
+
+
 def test_a_key_is_sent(serve: Serve, tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     _, token = file.create("desk", ["query"])
