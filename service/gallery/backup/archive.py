@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from model.strict_json import read_json
 from service.errors import BackupInvalid
 
 DATABASE, KEY, MANIFEST = "gallery.sqlite3", "audit.key", "manifest.json"
@@ -227,7 +227,7 @@ def _manifest(backup: Path, archive: ZipFile) -> Manifest:
         raise damaged(backup, "its manifest is too large or compressed")
     with _judged(backup):
         text = archive.read(MANIFEST)
-        said = json.loads(text)
+        said = read_json(text.decode())
     if not isinstance(said, dict) or said.get("format") != "cmt-backup":
         raise BackupInvalid(f"{backup} is no backup; give a file that `cmt backup` wrote")
     if isinstance(said.get("version"), int) and said["version"] > VERSION:

@@ -179,6 +179,16 @@ def test_files_of_others(good: Path, tmp_path: Path) -> None:
     refused(more, "unknown", tmp_path)
 
 
+def test_a_manifest_that_says_two_things(good: Path, tmp_path: Path) -> None:
+    parts = members(good)
+    active = json.loads(parts[MANIFEST])["active"]
+    mine = f'"active": {json.dumps(active)}'.encode()
+    assert parts[MANIFEST].count(mine) == 1
+    for other, reason in ((b'"active": null', "'active' is there twice"), (b'"x": NaN', "damaged")):
+        twice = parts | {MANIFEST: parts[MANIFEST].replace(mine, mine + b", " + other)}
+        refused(written(tmp_path / "x.zip", twice), reason, tmp_path)
+
+
 def test_of_a_newer_release(good: Path, tmp_path: Path) -> None:
     parts = members(good)
     with_manifest(parts, lambda manifest: manifest.update(version=2, compressed="zstd"))
