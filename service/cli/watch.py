@@ -511,7 +511,7 @@ def _print_end(watcher: Watcher, *, once: bool) -> None:
         return
     waiting = watcher.unfinished
     if waiting:
-        say(f"{waiting} are left for the next time: still being written, or not readable now.")
+        say(f"Left for the next time: {waiting}, still being written or not readable now.")
     earlier = sum(row.state == "failed" for row in watcher.journal.rows.values()) - watcher.failed
     if earlier > 0:
-        say(f"{earlier} were refused in earlier runs; --retry-failed tries them again.")
+        say(f"Refused in earlier runs: {earlier}; --retry-failed tries them again.")
