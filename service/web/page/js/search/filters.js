@@ -1,14 +1,15 @@
 // Which items of the gallery are searched.
 import { Tokens } from "../components/tokens.js";
 import { cameras, persons } from "../state.js";
-import { html } from "../ui.js";
+import { html, useState } from "../ui.js";
 import { change, clearFilters, filterCount, options } from "./state.js";
 
 export function Filters() {
   const chosen = options.value;
   const count = filterCount();
+  const [open] = useState(count > 0); // later it is as the reader folds it
   return html`
-    <details class="card fold" open=${count > 0}>
+    <details class="card fold" open=${open}>
       <summary>Filters <span class="soft">${count ? `${count} set` : "all of the gallery is searched"}</span></summary>
       <div class="stack fold-body">
         <${Tokens} label="Cameras" values=${chosen.cameraIds} suggestions=${cameras.value} placeholder="any"
