@@ -2,7 +2,7 @@
 import { Icon } from "../components/icons.js";
 import { Picture } from "../components/picture.js";
 import { Problem } from "../components/problem.js";
-import { plural } from "../format.js";
+import { MODALITIES, plural, time } from "../format.js";
 import { href } from "../router.js";
 import { cameras, persons } from "../state.js";
 import { html, useEffect, useId, useState } from "../ui.js";
@@ -95,7 +95,7 @@ function Labels() {
         <input type="datetime-local" value=${time} onInput=${set("time")} step="1" max="9999-12-31T23:59:59" /></label>
       <label class="field"><span>Modality</span>
         <select value=${modality} onChange=${set("modality")}>
-          <option value="">as the camera's defaults say, else detected</option>
+          <option value="">camera's default, else detected</option>
           <option value="auto">detected</option><option value="rgb">visible</option><option value="ir">infrared</option>
         </select></label>
       <label class="field"><span>Labels from paths</span>
@@ -115,6 +115,9 @@ function mistake() {
   return null;
 }
 
+const shownAs = (name, value) =>
+  (name === "captured_at" && !Number.isNaN(Date.parse(value)) ? time(value) : MODALITIES[value] ?? value);
+
 /** What the labels come to for the first file that waits. */
 function Preview() {
   const wrong = mistake();
@@ -128,7 +131,7 @@ function Preview() {
   const said = fits && Object.entries(fieldsOf(fits, match)).filter(([, value]) => value);
   return html`
     ${fits && html`<p class="soft text" data-testid="preview"><code>${fits.path}</code>: ${said.map(([name, value], place) =>
-      html`${place ? ", " : ""}${name.replace(/_id$|_at$/, "")} <b>${value}</b>`)}</p>`}
+      html`${place ? ", " : ""}${name.replace(/_id$|_at$/, "")} <b>${shownAs(name, value)}</b>`)}</p>`}
     ${misfits > 0 && html`<p class="wrong">${plural(misfits, "path does", "paths do")} not fit the pattern.</p>`}`;
 }
 
