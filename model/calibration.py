@@ -187,9 +187,9 @@ class Calibration:
     def __post_init__(self) -> None:
         """Raise ValueError where what is compared with references has none, or of other parts."""
         agreements = self.facts.ranking.agreements if self.facts.ranking else ()
-        for fit in (*self.facts.maps, *agreements):
-            if not len(self.references.get(fit.gallery, ())):
-                raise ValueError(f"the calibration has no reference embeddings of {fit.gallery}")
+        for gallery in (fit.gallery for fits in (self.facts.maps, agreements) for fit in fits):
+            if not len(self.references.get(gallery, ())):
+                raise ValueError(f"the calibration has no reference embeddings of {gallery}")
         for one in agreements:
             parts = self.references[one.gallery].shape[1]
             if not len(one.slopes) == len(one.intercepts) == parts:

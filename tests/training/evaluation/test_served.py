@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -356,8 +356,10 @@ def test_what_parts_and_agreement_tell_by_hand(embedded: Embedded) -> None:
             found += 1 / (1 + np.exp(-((part + 1) * standard + part - 1)))
         agreement.append(found)
 
-    def area(values: Sequence[float]) -> float:
-        pairs = [(r, w) for r in np.flatnonzero(right) for w in np.flatnonzero(~right)]
+    def area(values: list[float]) -> float:
+        pairs = [
+            (r, w) for r in np.flatnonzero(right).tolist() for w in np.flatnonzero(~right).tolist()
+        ]
         return float(np.mean([values[r] > values[w] for r, w in pairs]))
 
     def told(right: BoolArray, *, query: str = "ir") -> PartAreas | None:
