@@ -181,6 +181,8 @@ def read_data(
         {"--train-ids": training, "--eval-ids": test, "--select-ids": chosen}, dataset, name
     )
     facts: dict[str, Any] = {"dataset": dataset.value}
+    if name_of(dataset, name) != name_of(dataset, None):  # checkpoints know their people by it
+        facts["name"] = name
     if layout.trials > 1:
         facts["trial"] = trial
     facts["training"] = sample_facts(training, roots)

@@ -255,7 +255,8 @@ def test_finished_cells_are_not_made_again(
     settings = json.loads(stated.read_text())
     del settings["recipe"]["modulation_without_generators"]
     stated.write_text(json.dumps(settings))
-    assert main(table3_command(ablation)) == 0
+    assert "name" not in settings["data"]
+    assert main([*table3_command(ablation), "--dataset-name", "sysu"]) == 0  # as without a name
     assert checkpoint.stat().st_mtime_ns == before
     assert "step" not in capsys.readouterr().out.split("Table 3", 1)[0]
 
@@ -349,6 +350,8 @@ def test_a_folder_of_other_settings_is_refused(
     other.write_text(yaml.safe_dump(TINY | {"margin": 0.5}))
     command[command.index("--recipe") + 1] = str(other)
     assert main(command) == 1
+    assert "holds a cell of another recipe, start or data" in capsys.readouterr().err
+    assert main([*table3_command(ablation), "--dataset-name", "another"]) == 1
     assert "holds a cell of another recipe, start or data" in capsys.readouterr().err
 
 
