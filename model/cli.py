@@ -80,7 +80,6 @@ class BenchmarkGroup(CommandGroup):
 
 app = typer.Typer(
     cls=CommandGroup,
-    add_completion=False,
     help="Find a person across visible and infrared cameras.\n\nExample: cmt query crop.png",
     epilog="cmt COMMAND --help explains a command and shows an example.",
 )

@@ -1,14 +1,19 @@
 """The `cmt` command, run as users run it: a process, with commands of a package it never saw."""
 
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import model.cli
 
@@ -244,6 +249,58 @@ def test_every_registered_command_has_a_summary_and_loads(
         assert isinstance(command, model.cli.RegisteredCommand)
         assert command.help, f"{command.entry_point.value}: no docstring or help="
         assert command.load() is not None
+
+
+def commands(group: Any, ctx: typer.Context, path: str) -> Iterator[tuple[str, Any]]:
+    """Every command and group below a group, with what is typed to reach it."""
+    for name in group.list_commands(ctx):
+        _, command, _ = group.resolve_command(ctx, [name])
+        yield f"{path} {name}", command
+        if isinstance(command, TyperGroup):
+            inner = typer.Context(command, info_name=name, parent=ctx)
+            yield from commands(command, inner, f"{path} {name}")
+
+
+def test_every_command_shows_an_example_that_it_understands() -> None:
+    root = get_command(model.cli.app)
+    tree = dict(commands(root, typer.Context(root, info_name="cmt"), "cmt"))
+    assert {"cmt query", "cmt gallery versions drop", "cmt bench recall", "cmt watch"} <= set(tree)
+    for path, command in tree.items():
+        paragraphs = [" ".join(text.split()) for text in (command.help or "").split("\n\n")]
+        examples = [text for text in paragraphs if text.startswith(f"Example: {path}")]
+        assert examples, path
+        if isinstance(command, TyperGroup):
+            continue
+        example = examples[0].removeprefix("Example: ")
+        command.make_context(path, shlex.split(example)[len(path.split()) :])
+
+
+def test_the_shell_completes_commands_options_and_values() -> None:
+    """Also those of commands that are imported only when they run."""
+    for line, words in {
+        "cmt enr": ["enroll"],
+        "cmt gallery ver": ["versions"],
+        "cmt enroll --patt": ["--pattern"],
+        "cmt watch . --done ": ["delete", "leave", "move"],
+    }.items():
+        place = len(line.split()) - (not line.endswith(" "))
+        asked = {"COMP_WORDS": line, "COMP_CWORD": str(place), "_CMT_COMPLETE": "complete_bash"}
+        program = "import sys; from model.cli import main; sys.exit(main([]))"
+        answer = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **asked},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert sorted(answer.stdout.split()) == words
+    shown = subprocess.run(
+        [sys.executable, "-c", "from model.cli import main; main(['--show-completion', 'bash'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "complete -o default -F _cmt_completion cmt" in shown.stdout
 
 
 def test_closed_descriptors_are_opened_on_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from model.cli import main
@@ -519,16 +521,6 @@ def test_doctor(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "no checkpoint at" in out
 
 
-@pytest.mark.parametrize(
-    "command", ["serve", "enroll", "query", "gallery list", "gallery show", "gallery delete",
-                "keys create", "keys list", "keys revoke", "doctor", "demo"],
-)  # fmt: skip
-def test_every_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, *command.split(), "--help")
-    assert status == 0
-    assert f"Example: cmt {command}" in " ".join(out.split())
-
-
 def test_no_service_is_one_sentence(
     infrared: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -624,11 +616,12 @@ def test_serve_on_a_port_in_use(
     assert not list(tmp_path.iterdir())  # told before anything is loaded or made
 
 
-def test_demo(
-    tiny_checkpoint: Path, visible: list[Path], infrared: list[Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    examples, sheet = tmp_path / "examples", tmp_path / "sheet.html"
+@pytest.fixture
+def examples(
+    tiny_checkpoint: Path, visible: list[Path], infrared: list[Path], tmp_path: Path
+) -> Path:
+    """A small folder of the kind that the demo shows."""
+    examples = tmp_path / "examples"
     examples.mkdir()
     shutil.copy(tiny_checkpoint, examples / "demo.safetensors")
     rows = ["file,person_id,camera_id,modality,role"]
@@ -639,6 +632,16 @@ def test_demo(
             shutil.copy(file, examples / name)
             rows.append(f"{name},{file.parent.name},cam,{kind},{role}")
     (examples / "manifest.csv").write_text("\n".join(rows))
+    return examples
+
+
+def test_demo(
+    examples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sheet = tmp_path / "sheet.html"
     monkeypatch.setenv("CMT_RUNTIME", "torch")
     monkeypatch.setenv("CMT_DATABASE_URL", "sqlite:////nowhere/else.sqlite3")  # not the demo's
     for expected, status in ((0.0, 0), (1.1, 1)):
@@ -649,6 +652,36 @@ def test_demo(
         assert "2 infrared queries against 4 visible crops" in answer[1]
         assert "Rank-1 with modulation" in answer[1]
         assert sheet.read_text().count("<img") == 2 + 2 * 4
+
+
+def test_the_demo_ends_with_the_address_of_its_page(examples: Path, tmp_path: Path) -> None:
+    (examples / "expected.json").write_text('{"rank1": 0}')
+    command = [*CMT, "demo", "--examples", str(examples), "--html", str(tmp_path / "s.html")]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "CMT_RUNTIME": "torch", "COLUMNS": "200"},
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        try:
+            for line in process.stdout:
+                lines.append(line.strip())
+                if line.startswith("http"):
+                    break
+            page = httpx.get(lines[-1], trust_env=False)
+            assert page.headers["content-type"].startswith("text/html")
+            [named] = re.findall(r"\S+\.jpg", lines[-2])
+            assert Path(named).parent == examples / "query"
+            items = httpx.get(f"{lines[-1]}gallery", trust_env=False).json()["items"]
+            assert all(item["captured_at"] for item in items)
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.read() == ""
+        assert process.wait(60) == 0
 
 
 def test_every_error_has_a_code_of_its_own() -> None:
