@@ -6,8 +6,10 @@ import json
 import logging
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +27,11 @@ from service.cli.enroll import Tally, print_tally, send_with_progress
 from service.cli.outputs import Force, output
 from service.client import Client
 from service.client.bulk import read_manifest
+from service.client.stream import Entry
 
 SHOWN = 5
 _TITLE = "Infrared queries, visible gallery"
+_MORNING, _APART = datetime(2026, 3, 1, 7, 0, tzinfo=UTC), timedelta(minutes=5)
 _ROLE = "role"  # the column that tells queries from the gallery
 
 
@@ -105,7 +109,7 @@ def demo(
         with running(settings) as url, Client(url) as client:
             card = client.model()
             console.print(f"Serving on {url}: {card.runtime} on {card.device}, {card.precision}")
-            entries = read_manifest(manifest, [examples / "gallery"], ignored=[_ROLE])
+            entries = _timed(read_manifest(manifest, [examples / "gallery"], ignored=[_ROLE]))
             tally = Tally()
             send_with_progress(client, entries, tally)
             print_tally(len(entries), tally)
@@ -122,11 +126,35 @@ def demo(
             for line in (*lines, f"Contact sheet: {html.resolve()}"):
                 console.print(line)
             if not once:
-                console.print(f"Serving on {url}/docs until Ctrl-C.")
+                console.print()
+                for line in _invitation(outcomes):
+                    console.print(line)
+                console.print(f"{url}/")
                 with suppress(KeyboardInterrupt):
                     threading.Event().wait()
     if tally.failures or modulated < expected:
         raise typer.Exit(1)
+
+
+def _timed(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries at invented times of one day: renderings have none, a timeline needs some."""
+    return [
+        replace(
+            entry, item=entry.item.model_copy(update={"captured_at": _MORNING + place * _APART})
+        )
+        for place, entry in enumerate(entries)
+    ]
+
+
+def _invitation(outcomes: list[Outcome]) -> list[str]:
+    """What to do on the page, whose address follows."""
+    right = [outcome for outcome in outcomes if outcome.right(outcome.modulated)]
+    picture = (right or outcomes)[0].example.file
+    return [
+        "The times at which the crops were captured are invented. Serving until Ctrl-C.",
+        "Open this page in a browser, and drop a picture on it, such as",
+        f"{picture}, or another one of that folder:",
+    ]
 
 
 def _is_own(html: Path) -> bool:

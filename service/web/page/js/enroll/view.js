@@ -121,7 +121,7 @@ const shownAs = (name, value) =>
 /** What the labels come to for the first file that waits. */
 function Preview() {
   const wrong = mistake();
-  if (wrong) return html`<p class="wrong text" role="alert">${wrong}</p>`;
+  if (wrong) return html`<p class="fault text" role="alert">${wrong}</p>`;
   const match = matcher();
   if (!match) return null;
   const open = entries.value.filter((entry) => entry.state.value.kind !== "enrolled" && entry.state.value.kind !== "known");
@@ -132,7 +132,7 @@ function Preview() {
   return html`
     ${fits && html`<p class="soft text" data-testid="preview"><code>${fits.path}</code>: ${said.map(([name, value], place) =>
       html`${place ? ", " : ""}${name.replace(/_id$|_at$/, "")} <b>${shownAs(name, value)}</b>`)}</p>`}
-    ${misfits > 0 && html`<p class="wrong">${plural(misfits, "path does", "paths do")} not fit the pattern.</p>`}`;
+    ${misfits > 0 && html`<p class="fault">${plural(misfits, "path does", "paths do")} not fit the pattern.</p>`}`;
 }
 
 function Progress() {
@@ -157,7 +157,7 @@ function Progress() {
       </div>
       <progress max=${total} value=${done} aria-label="Enrolled so far"></progress>
       <p data-testid="progress"><b>${(enrolled + known).toLocaleString("en")}</b> of ${plural(total, "picture")} enrolled${
-        known ? ` (${known} were already)` : ""}${failed ? html`, <b class="wrong">${failed} failed</b>` : ""}${
+        known ? ` (${known} were already)` : ""}${failed ? html`, <b class="fault">${failed} failed</b>` : ""}${
         sending && busy ? `, ${sending} on their way` : ""}.</p>
       ${waiting.value > 0 && html`<p class="soft" role="status">The service has more to do than it can take; going on in
         ${" "}${waiting.value} s.</p>`}
@@ -198,7 +198,7 @@ function Row({ entry }) {
       <span class="file-picture">${item && html`<${Picture} id=${item.id} height=${64} alt="" />`}</span>
       <span class="file-words">
         <span class="text">${item ? html`<a href=${href("item", item.id)}>${name}</a>` : name}</span>
-        ${problem && html`<span class="wrong text">${problem.title}: ${problem.detail}</span>`}
+        ${problem && html`<span class="fault text">${problem.title}: ${problem.detail}</span>`}
         ${item && html`<span class="soft text">${[item.person_id ?? "unlabelled", item.camera_id ?? "no camera"].join(" · ")}</span>`}
       </span>
       <span class="file-state">${WORDS[kind]}</span>

@@ -135,11 +135,15 @@ function Correct({ item, onSaved }) {
     </form>`;
 }
 
+/** A text with what nobody would see, or what would turn the rest around, as its code; joiners are
+ * parts of words and emoji. */
+const visible = (text) => text.replace(/(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cn}]/gu, (sign) => `\\u{${sign.codePointAt(0).toString(16)}}`);
+
 function Facts({ item }) {
   const metadata = Object.entries(item.metadata);
   return html`
     <div class="card padded">
-      <dl class="facts">
+      <dl class="item-facts">
         <dt>Captured</dt><dd>${time(item.captured_at)}</dd>
         <dt>Enrolled</dt><dd>${time(item.enrolled_at)}</dd>
         <dt>Modality</dt><dd>${MODALITIES[item.modality]}, ${SOURCES[item.modality_source] ?? item.modality_source}</dd>
@@ -149,8 +153,8 @@ function Facts({ item }) {
         <dt>SHA-256</dt><dd><code>${item.sha256}</code></dd>
         <dt>Checkpoint</dt><dd><code>${item.model}</code></dd>
         ${metadata.length === 0 && html`<dt>Metadata</dt><dd>none</dd>`}
-        ${metadata.map(([name, value]) => html`<dt class="text">${name}</dt>
-          <dd class="text">${typeof value === "string" ? value : html`<code>${JSON.stringify(value)}</code>`}</dd>`)}
+        ${metadata.map(([name, value]) => html`<dt class="text">${visible(name)}</dt>
+          <dd class="text">${typeof value === "string" ? visible(value) : html`<code>${visible(JSON.stringify(value))}</code>`}</dd>`)}
       </dl>
     </div>`;
 }

@@ -177,7 +177,7 @@ function Chart({ timed }) {
 }
 
 const shortened = (text, width) => {
-  const signs = [...text], most = Math.max(8, Math.floor(width / 9));
+  const signs = [...text], most = Math.max(8, Math.floor(width / 16));
   return signs.length > most ? `${signs.slice(0, most).join("")}…` : text;
 };
 
