@@ -256,6 +256,21 @@ def test_results_group_by_person(tab: OpenTab) -> None:
     expect(page.locator(".moves")).to_have_count(0)
 
 
+def test_a_long_wall_is_drawn_as_it_is_looked_at(demo: Demo, tab: OpenTab) -> None:
+    page = tab()
+    page.get_by_label("Show at most").select_option("1000")
+    body = choose(page, QUERY)
+    assert len(body["results"]) == len(demo.items) > 100
+    last = page.get_by_test_id("result").last
+    expect(last.locator("img")).to_have_attribute("alt", re.compile(f"^Result {len(demo.items)}: "))
+    expect(last.get_by_role("button")).to_have_count(0)
+    last.scroll_into_view_if_needed()
+    expect(
+        last.get_by_role("button", name=f"Use result {len(demo.items)} as query")
+    ).to_be_visible()
+    expect(last.locator("img")).to_have_js_property("naturalHeight", 256)
+
+
 def test_two_crops_side_by_side(tab: OpenTab) -> None:
     page = tab()
     body = choose(page, QUERY)

@@ -8,10 +8,11 @@ const AT_ONCE = 6; // as many connections as a browser opens to one host
 
 const PATIENCE = 3; // times that a picture is asked for where the service is overloaded
 
-async function fetched(id, height) {
+/** An item's picture as a Blob, asked for again where the service has too much to do. */
+export async function patiently(id, height, options) {
   for (let left = PATIENCE; ; left -= 1) {
     try {
-      return await getImage(id, height);
+      return await getImage(id, height, options);
     } catch (error) {
       if (left <= 1 || !(error.overloaded || error.status === 503)) throw error;
       await new Promise((resolve) => { setTimeout(resolve, 1000 * Math.min(error.retryAfter ?? 1, 10)); });
@@ -25,7 +26,8 @@ let running = 0;
 
 function next() {
   while (running < AT_ONCE && waiting.length) {
-    const { entry, run } = waiting.shift();
+    // Whoever scrolls past many pictures looks at the latest ones.
+    const { entry, run } = waiting.length > 40 ? waiting.pop() : waiting.shift();
     if (entry.users === 0) { entry.cancel(); continue; }
     running += 1;
     run().finally(() => { running -= 1; next(); });
@@ -39,7 +41,7 @@ function load(key, id, height) {
       if (entries.get(key) === entry) entries.delete(key);
       reject(new DOMException("no longer wanted", "AbortError"));
     };
-    const run = () => fetched(id, height).then(
+    const run = () => patiently(id, height).then(
       (blob) => resolve(URL.createObjectURL(blob)),
       (error) => { if (entries.get(key) === entry) entries.delete(key); reject(error); },
     );

@@ -19,7 +19,8 @@ export function KeyEntry() {
         <p>${problem.code === "scope_missing"
           ? "The key in use may not do that; enter one that may."
           : problem.code && apiKey.value ? "The service does not know the key in use (any more)."
-            : "Enter the API key that you were given, if the service has keys."}</p>
+            : problem.code ? "Enter the API key that you were given; whoever runs the service makes one."
+              : "Enter the API key that you were given, if the service has keys."}</p>
         ${problem.detail && html`<p class="soft">The service says: ${problem.detail}.</p>`}
         <label class="field"><span>API key</span>
           <input ref=${input} type="password" name="key" autocomplete="off" spellcheck=${false} required autofocus />

@@ -10,13 +10,20 @@ const near = new IntersectionObserver((seen) => {
   }
 }, { rootMargin: "600px" });
 
+/** Call `then` each time an element comes near the screen → what to call to stop that. */
+export function whenNear(element, then) {
+  watchers.set(element, then);
+  near.observe(element);
+  return () => { watchers.delete(element); near.unobserve(element); };
+}
+
 /** id: of the item. height: of the thumbnail, null for the whole crop. eager: fetch it at once. */
 export function Picture({ id, height = null, alt, eager = false }) {
   const frame = useRef(null);
   const [url, setUrl] = useState(null);
   const [failed, setFailed] = useState(false);
   useEffect(() => {
-    let loan = null, gone = false;
+    let loan = null, gone = false, stop = () => {};
     setUrl(null);
     setFailed(false);
     const load = () => {
@@ -28,10 +35,8 @@ export function Picture({ id, height = null, alt, eager = false }) {
         (error) => { if (!gone && !isAborted(error)) setFailed(true); },
       );
     };
-    const element = frame.current;
-    const stop = () => { watchers.delete(element); near.unobserve(element); };
     if (eager) load();
-    else { watchers.set(element, load); near.observe(element); }
+    else stop = whenNear(frame.current, load);
     return () => { gone = true; stop(); loan?.release(); };
   }, [id, height, eager]);
   return html`

@@ -1,9 +1,9 @@
 // One result: its crop, and what is known of it.
 import { Icon } from "../components/icons.js";
-import { Picture } from "../components/picture.js";
+import { Picture, whenNear } from "../components/picture.js";
 import { MODALITIES, percent, personName, time } from "../format.js";
 import { href } from "../router.js";
-import { html } from "../ui.js";
+import { html, useEffect, useRef, useState } from "../ui.js";
 import { Bands } from "./bands.js";
 import { closeness, moveInWords, moves } from "./words.js";
 
@@ -16,11 +16,26 @@ export const altOf = ({ rank, item }) =>
 /** The shape of a crop, by which it lies in its frame so that what is drawn over it fits. */
 export const shape = ({ width, height }) => ({ "--aspect": width / height });
 
-export function Card({ result, answer, agreement, bands, onCompare, onLike }) {
+/** A result as a list item. lazy: no more than its name until it comes near the screen. */
+export function Card({ lazy, ...rest }) {
+  const { result } = rest;
+  const place = useRef(null);
+  const [near, setNear] = useState(!lazy || result.rank <= EAGER);
+  useEffect(() => {
+    if (near) return undefined;
+    const stop = whenNear(place.current, () => { stop(); setNear(true); });
+    return stop;
+  }, [near]);
+  return html`
+    <li ref=${place} class=${`result ${near ? "" : "result-far"}`} data-testid="result" data-item=${result.item.id}>
+      ${near ? html`<${Near} ...${rest} />` : html`<img src="data:," alt=${altOf(result)} />`}
+    </li>`;
+}
+
+function Near({ result, answer, agreement, bands, onCompare, onLike }) {
   const { item, rank, probability } = result;
   const moved = moves(result, answer.body, answer.asked);
   return html`
-    <li class="result" data-testid="result" data-item=${item.id}>
       <button type="button" class="result-picture" aria-label=${`Compare with the query: ${altOf(result)}`} onClick=${() => onCompare(rank)}>
         <span class="fit" style=${shape(item)}>
           <${Picture} id=${item.id} height=${256} alt=${altOf(result)} eager=${rank <= EAGER} />
@@ -43,6 +58,5 @@ export function Card({ result, answer, agreement, bands, onCompare, onLike }) {
         <button type="button" class="button small quiet" title="Compare" aria-label=${`Compare result ${rank}`} onClick=${() => onCompare(rank)}><${Icon} name="compare" /></button>
         <button type="button" class="button small quiet" title="Use as query" aria-label=${`Use result ${rank} as query`} onClick=${() => onLike(item)}><${Icon} name="search" /></button>
         <a class="button small quiet" title="Open the item" aria-label=${`Open result ${rank}`} href=${href("item", item.id)}><${Icon} name="open" /></a>
-      </div>
-    </li>`;
+      </div>`;
 }

@@ -9,7 +9,7 @@ const COLUMNS = [
 export function cell(value) {
   if (value === null || value === undefined) return "";
   if (typeof value === "number") return String(value);
-  const text = /^[\s\u0000-\u001f]*[=+\-@]|^[\t\r\n]/u.test(value) ? `'${value}` : value;
+  const text = /^[\s\u0000-\u001f]*[=+\-@＝＋－＠]|^[\t\r\n]/u.test(value) ? `'${value}` : value;
   return /[",\r\n;]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 

@@ -1,7 +1,7 @@
 // An answer as one HTML file that needs nothing else: pictures inside, no script, and a policy that
 // forbids any.
-import { getImage } from "../api.js";
 import { MODALITIES, percent, personName, time } from "../format.js";
+import { patiently } from "../pictures.js";
 import { closeness, extent, headline, meaning } from "./words.js";
 
 const AT_ONCE = 6;
@@ -46,7 +46,7 @@ async function thumbnails(items, signal, onProgress) {
     while (next < items.length) {
       const place = next++;
       try {
-        found[place] = await dataUri(await getImage(items[place].id, 256, { signal }));
+        found[place] = await dataUri(await patiently(items[place].id, 256, { signal }));
       } catch (error) {
         if (error.status !== 404) throw error; // deleted meanwhile: the report says so
       }

@@ -19,8 +19,9 @@ export function Wall({ answer, busy }) {
   const explained = shares.some(Boolean);
   const calibrated = results.some((result) => result.agreement);
   // Drawn again only where it would look different: a wall may hold a thousand cards.
+  const many = results.length > 60;
   const cards = useMemo(() => results.map((result, place) => html`
-    <${Card} key=${result.item.id} result=${result} answer=${answer} agreement=${shares[place]}
+    <${Card} key=${result.item.id} lazy=${many} result=${result} answer=${answer} agreement=${shares[place]}
       bands=${bands.value} onCompare=${setCompared} onLike=${searchLike} />`), [answer, bands.value]);
   if (!results.length) return null;
   return html`
@@ -37,7 +38,7 @@ export function Wall({ answer, busy }) {
         : calibrated ? "Bands: the probability, at even odds, that this part shows the same person, in percent."
           : "Bands: agreement relative to this answer; the checkpoint has no calibrated one."}</p>`}
       ${chart.value && html`<${MovesChart} answer=${answer} />`}
-      <ol class=${`results ${results.length > 60 ? "results-many" : ""}`}>${cards}</ol>
+      <ol class=${`results ${many ? "results-many" : ""}`}>${cards}</ol>
       ${compared !== null && html`<${Compare} answer=${answer} agreements=${shares} first=${compared}
         onClose=${() => setCompared(null)} onLike=${searchLike} />`}
     </section>`;
