@@ -6,9 +6,11 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from service.client import Client
+from service.client import Client, Entry
 from service.client.bulk import read_manifest, send
 from service.server import running
 from service.settings import Settings
@@ -17,6 +19,20 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 CHECKPOINT = EXAMPLES / "compact.safetensors"
 IMAGES = ROOT / "docs" / "images"
+
+
+STARTED = datetime(2026, 3, 1, 8, 0, tzinfo=UTC)
+"""When the first crop is said to be taken; the next ones follow every ten minutes."""
+
+
+def timed(entry: Entry, number: int) -> Entry:
+    """The entry with a time, so that there is something to see on the timeline."""
+    captured = STARTED + timedelta(minutes=10 * number)
+    return replace(entry, item=entry.item.model_copy(update={"captured_at": captured}))
+
+
+def ignore(_: int) -> None:
+    """Show no progress."""
 
 
 @contextmanager
@@ -29,6 +45,6 @@ def demo_service() -> Iterator[tuple[str, Client]]:
             entries = read_manifest(
                 EXAMPLES / "manifest.csv", [EXAMPLES / "gallery"], ignored=["role"]
             )
-            failures = send(client, entries, lambda _: None)
+            failures = send(client, [timed(entry, n) for n, entry in enumerate(entries)], ignore)
             assert not failures, failures
             yield url, client

@@ -10,24 +10,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-
 from service.api.openapi import openapi_document
 from service.app import create_app
 from service.auth.authorization import ROUTE_SCOPES
 from service.settings import Settings
 
-PAGE, DOCUMENT = "reference/http.md", "reference/openapi.json"
+PAGE, PLACE = "reference/http.md", "<!-- the operations come here -->"
 _METHODS = ("get", "put", "post", "delete", "patch")
 
 
-def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the page, and the OpenAPI document itself."""
-    document = openapi()
-    files.append(File.generated(config, PAGE, content=page(document)))
-    files.append(File.generated(config, DOCUMENT, content=json.dumps(document, indent=1)))
-    return files
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
+    """Write the operations into their page."""
+    if page.file.src_uri != PAGE:
+        return markdown
+    assert PLACE in markdown, f"docs/{PAGE} must say where the operations go: {PLACE}"
+    return markdown.replace(PLACE, reference(openapi()))
 
 
 def openapi() -> dict[str, Any]:
@@ -36,14 +33,10 @@ def openapi() -> dict[str, Any]:
     return openapi_document(create_app(Settings(checkpoint=nowhere, data_dir=nowhere)), keys=True)
 
 
-def page(document: dict[str, Any]) -> str:
+def reference(document: dict[str, Any]) -> str:
     """The reference as Markdown."""
     models = document["components"]["schemas"]
     parts = [
-        "# HTTP reference",
-        f"Version {document['info']['version']}, written from the service's own "
-        "[OpenAPI document](openapi.json). A running service shows the same at `/docs`, where "
-        "calls can be tried, and at `/openapi.json`.",
         # One level down: these headings of the document stand below the page's title.
         document["info"]["description"].replace("\n### ", "\n## "),
         "## Operations",
