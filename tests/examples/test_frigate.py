@@ -16,7 +16,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 
 from service.client import Client
@@ -92,22 +91,6 @@ def running(*arguments: Any) -> Iterator[list[str]]:
         assert "stopped" in lines[-1]
     finally:
         process.kill()
-
-
-@pytest.fixture(scope="module")
-def service(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path
-) -> Iterator[ServiceProcess]:
-    with ServiceProcess(tmp_path_factory.mktemp("data"), tiny_checkpoint) as process:
-        yield process
-
-
-@pytest.fixture
-def client(service: ServiceProcess) -> Iterator[Client]:
-    with Client(service.url) as client:
-        yield client
-        for item in client.list(limit=1000).items:
-            client.delete(item.id)
 
 
 def test_persons_that_ended_are_enrolled_once_each(
