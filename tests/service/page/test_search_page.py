@@ -80,7 +80,7 @@ def test_choosing_a_file_searches_and_search_repeats_it(demo: Demo, tab: OpenTab
     said = {"likely": "Likely", "possible": "Possibly"}[body["match"]]
     headline = page.get_by_role("heading", level=2).first
     expect(headline).to_have_text(f"{said} person {best['item']['person_id']}")
-    expect(page.get_by_test_id("announcement")).to_contain_text(f"{said} person")
+    expect(page.locator("main [aria-live=polite]")).to_contain_text(f"{said} person")
     answer = page.locator(".headline")
     expect(answer).to_contain_text(percent(best["probability"]))
     expect(answer).to_contain_text(f"Searched {body['searched']} items of {body['people']} people")

@@ -1,7 +1,7 @@
 // The answer in words: who it probably is, how probable that is, and what was assumed.
 import { decimal, percent } from "../format.js";
 import { model } from "../state.js";
-import { html } from "../ui.js";
+import { html, useEffect, useRef } from "../ui.js";
 import { extent, headline, meaning } from "./words.js";
 
 const MARKS = { likely: "✓", possible: "?", none: "–", unknown: "≈" };
@@ -9,11 +9,16 @@ const MARKS = { likely: "✓", possible: "?", none: "–", unknown: "≈" };
 export function Headline({ answer }) {
   const { body, asked, pictures } = answer;
   const words = headline(body);
+  const element = useRef(null);
+  // On a phone the answer to a new query stands below the query: show it.
+  useEffect(() => {
+    if (matchMedia("(max-width: 859px)").matches) element.current.scrollIntoView({ block: "start" });
+  }, [pictures]);
   const cutoffs = model.value?.match;
   const prior = asked.prior ?? model.value?.prior ?? 0.5;
   const own = body.results.find((result) => pictures.some((one) => one.item?.id === result.item.id));
   return html`
-    <section class=${`card headline ${words.kind}`} aria-labelledby="headline" data-match=${body.match ?? "unknown"}>
+    <section ref=${element} class=${`card headline ${words.kind}`} aria-labelledby="headline" data-match=${body.match ?? "unknown"}>
       <span class="headline-mark" aria-hidden="true">${MARKS[words.kind]}</span>
       <div class="headline-words">
         <h2 id="headline" class="text">${words.title}</h2>
@@ -25,10 +30,10 @@ export function Headline({ answer }) {
         ${own && html`<p class="own">The query is itself enrolled, as result ${own.rank}: a picture always finds itself,
           so look at the results after it.</p>`}
         ${!asked.modulation && html`<p>Ranked without modulation, to compare.</p>`}
-        <p class="soft">${extent(body)}; re-ranking ${body.rerank === "none" ? "off" : "on"}.
+        <p class="soft" aria-live="off">${extent(body)}; re-ranking ${body.rerank === "none" ? "off" : "on"}.
           ${words.kind !== "unknown" && body.searched > 0 && ` ${meaning(body, prior)}`}</p>
         ${words.kind !== "unknown" && html`
-          <details class="soft"><summary>How to read this</summary>
+          <details class="soft" aria-live="off"><summary>How to read this</summary>
             <ul>
               ${cutoffs && html`<li>“Likely” from a probability of ${percent(cutoffs.likely)} for the first result;
                 “Probably not enrolled” where it is under ${percent(cutoffs.none)} likely that the person is among
@@ -55,7 +60,7 @@ function Scale({ body, cutoffs }) {
       </span>
     </div>`;
   return html`
-    <div class="scale">
+    <div class="scale" aria-live="off">
       ${bar("First result is the person", first, cutoffs?.likely, `likely from ${decimal(cutoffs?.likely, 2)}`)}
       ${bar("Enrolled at all", body.probability_enrolled ?? 0, cutoffs?.none, `not enrolled under ${decimal(cutoffs?.none, 2)}`)}
     </div>`;

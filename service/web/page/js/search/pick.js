@@ -93,7 +93,7 @@ export function Pick() {
     <section class=${`card pick ${over ? "pick-over" : ""}`} aria-label="Query">
       <label class=${`dropzone ${chosen.length ? "dropzone-small" : ""}`}>
         <input ref=${input} class="visually-hidden" type="file" name="query" multiple accept=${ACCEPTED}
-          aria-label="Pictures of the person to search for" onChange=${changed}
+          aria-label="Pictures of the person you look for" onChange=${changed}
           onCancel=${() => { more.current = false; }} />
         <${Icon} name="upload" size=${chosen.length ? 18 : 26} />
         <span><strong>${chosen.length ? "Another person" : "Choose or drop a picture of a person"}</strong>

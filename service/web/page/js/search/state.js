@@ -1,9 +1,8 @@
 // What is searched for, how, and what came back: kept while other views are open.
 import { apiKey, getImage, getItem, isAborted, query } from "../api.js";
 import { personName } from "../format.js";
-import { announce, noteCameras, notePersons } from "../state.js";
+import { noteCameras, notePersons } from "../state.js";
 import { effect, signal, untracked } from "../ui.js";
-import { headline } from "./words.js";
 
 export const MOST_IMAGES = 16;
 
@@ -196,8 +195,6 @@ export async function search() {
     answer.value = { body, asked, pictures: used, ms: performance.now() - started };
     noteCameras(body.results.map((result) => result.item.camera_id));
     notePersons(body.results.map((result) => result.item.person_id));
-    const words = headline(body);
-    announce([words.title, words.figure, words.whole].filter(Boolean).join(". "));
   } catch (error) {
     if (running !== own || isAborted(error)) return;
     problem.value = error;

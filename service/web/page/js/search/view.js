@@ -28,13 +28,21 @@ export function SearchView({ parameters }) {
       <div class="search-side">
         <${Pick} />
         <details class="card fold" open=${WIDE.matches}>
-          <summary>How to search</summary>
+          <summary>Options</summary>
           <div class="stack fold-body"><${QueryKind} /><${Prior} /><${Ranking} /></div>
         </details>
         <${Filters} />
       </div>
-      <div class="search-main"><${Answer} /></div>
+      <div class="search-main">
+        <div class=${searching.value ? "dimmed" : ""} aria-live="polite"><${Verdict} /></div>
+        <${Answer} />
+      </div>
     </div>`;
+}
+
+// Apart from the rest, in an element that stays: a screen reader reads what appears in it.
+function Verdict() {
+  return answer.value && !problem.value ? html`<${Headline} answer=${answer.value} />` : null;
 }
 
 function Answer() {
@@ -46,7 +54,6 @@ function Answer() {
   return html`
     <div class=${searching.value ? "dimmed" : ""}>
       ${searching.value && html`<p class="progress" role="status"><span class="spinner" aria-hidden="true"></span> Searching…</p>`}
-      <${Headline} answer=${found} />
       ${!found.body.results.length && html`<${Empty} body=${found.body} />`}
       <${Wall} answer=${found} busy=${searching.value} />
     </div>`;
