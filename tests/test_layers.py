@@ -15,6 +15,7 @@ HEAVY = ("torch", "torchvision", "faiss", "openvino", "sqlalchemy", "alembic")
 COMMANDS = (
     "",
     "query",
+    "watch",
     "enroll",
     "keys",
     "keys create",

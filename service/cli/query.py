@@ -26,6 +26,7 @@ from service.cli.options import (
     Url,
 )
 from service.cli.outputs import Force, output
+from service.cli.pictures import Pictures, print_pictures, renderer
 
 Option = typer.Option
 
@@ -60,6 +61,7 @@ def query(
     gallery_modality: Annotated[list[Modality] | None, Option()] = None,
     max_distance: Annotated[float | None, Option(help="Drop weaker results.")] = None,
     json: AsJson = False,
+    pictures: Pictures = "auto",
     html: Annotated[Path | None, Option(help="Write a contact sheet to this file.")] = None,
     force: Force = False,
     url: Url = DEFAULT_URL,
@@ -75,6 +77,7 @@ def query(
     Example: cmt query infrared.png --group-by person_id --html sheet.html
     """
     sheet = None if html is None else output(html, force=force, special=True)
+    shown = None if json else renderer(pictures)
     with Client(url, api_key=api_key) as client:
         answer = client.query(
             images,
@@ -105,10 +108,12 @@ def query(
                 matches=matches(client, answer, top_k),
             )
             write_whole(sheet, render("Who is this?", [_summary(answer)], [row]), PRIVATE)
-    if json:
-        say_json(answer.model_dump_json(indent=2, exclude_unset=True))
-    else:
+        if json:
+            say_json(answer.model_dump_json(indent=2, exclude_unset=True))
+            return
         say(headline(answer))
+        if shown is not None:
+            print_pictures(shown, client, images, answer)
         Console().print_table(result_table(answer, top_k))
         say(_summary(answer))
 
