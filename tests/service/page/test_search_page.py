@@ -96,6 +96,74 @@ def test_choosing_a_file_searches_and_search_repeats_it(demo: Demo, tab: OpenTab
     assert changed(page, search.click)["results"] == body["results"]
 
 
+def _result(rank: int, person: str | None, probability: float | None) -> dict[str, Any]:
+    similarity = None if probability is None else 0.5
+    return {
+        "rank": rank,
+        "item": {"person_id": person},
+        "probability": probability,
+        "similarity": similarity,
+        "distance": 1.25,
+    }
+
+
+def test_headlines_follow_match_and_name_nobody_without_a_label(tab: OpenTab) -> None:
+    page = tab()
+
+    def words(match: str | None, enrolled: float | None, *results: Any) -> Any:
+        body = {
+            "match": match,
+            "probability_enrolled": enrolled,
+            "results": list(results),
+            "searched": 9,
+            "people": 4,
+        }
+        script = "async body => (await import('./page/js/search/words.js')).headline(body)"
+        return page.evaluate(script, body)
+
+    likely = words("likely", 0.999, _result(1, "62", 0.9), _result(2, "7", 0.01))
+    assert (likely["title"], likely["figure"]) == ("Likely person 62", "probability 90%")
+    assert likely["whole"].endswith("among the 4 people searched at all: >99%")
+    assert likely["notes"] == []
+
+    close = words("possible", 0.9, _result(1, "62", 0.45), _result(2, "62", 0.45),
+                  _result(3, None, 0.5), _result(4, "7", 0.2))  # fmt: skip
+    assert close["title"] == "Possibly person 62"
+    assert close["notes"] == ["Next: the unlabelled person of result 3, 50%"]
+
+    unlabelled = words("likely", 0.9, _result(1, None, 0.85))
+    assert unlabelled["title"] == "Likely the unlabelled person of result 1"
+    weak = words("possible", 0.3, _result(1, "62", 0.04), _result(2, "7", 0.03))
+    assert weak["notes"] == ["Nobody stands out: the first of them is only 4% probable"]
+    nobody = words("none", 0.004, _result(1, "62", 0.003))
+    assert (nobody["title"], nobody["figure"]) == ("Probably not enrolled", "")
+    assert nobody["whole"].endswith(": <1%")
+    unknown = words(None, None, _result(1, "62", None))
+    assert (unknown["title"], unknown["figure"]) == ("Nearest: person 62", "distance 1.250")
+
+
+def test_cells_of_a_table_are_never_formulas(tab: OpenTab) -> None:
+    script = "async cells => cells.map((await import('./page/js/search/csv.js')).cell)"
+    cells = [
+        "=1+1",
+        " =1",
+        "+1",
+        "-1",
+        "@x",
+        "\t=1",
+        "\u003d",
+        "ok",
+        'a "b", c',
+        "a\r\nb",
+        -1.5,
+        None,
+    ]
+    assert tab().evaluate(script, cells) == [
+        "'=1+1", "' =1", "'+1", "'-1", "'@x", "'\t=1", "'=", "ok",
+        '"a ""b"", c"', '"a\r\nb"', "-1.5", "",
+    ]  # fmt: skip
+
+
 def test_drops_and_pastes_search_too(tab: OpenTab) -> None:
     page = tab()
     content = base64.b64encode(QUERY.read_bytes()).decode()

@@ -21,11 +21,12 @@ export function MovesChart({ answer }) {
     return html`<p class="card padded soft">Neither modulation nor re-ranking is on, so nothing has moved.</p>`;
   }
   const shown = body.results.slice(0, SHOWN);
-  const last = shown.length + 1; // where those come from that were further down
-  const y = (rank) => TOP + ROW * (Math.min(rank ?? last, last) - 0.5);
+  const rows = stages.map(([, rank]) => rowsOf(shown.map(rank), shown.length));
+  const most = Math.max(...rows.flatMap((one) => [...one.values()]));
+  const y = (stage, rank) => TOP + ROW * (rows[stage].get(rank) - 0.5);
   const x = (stage) => LEFT + STEP * stage;
   const moved = shown.filter((one) => moves(one, body, asked).length).length;
-  const width = x(stages.length - 1) + 210, height = TOP + ROW * (last + 0.5);
+  const width = x(stages.length - 1) + 210, height = TOP + ROW * (most + 0.5);
   return html`
     <figure class="card padded moves-chart">
       <figcaption><h3>Rank moves</h3>
@@ -37,12 +38,18 @@ export function MovesChart({ answer }) {
         ${stages.map(([name], stage) => html`<text key=${name} x=${x(stage)} y="16" text-anchor="middle" class="moves-head">${name}</text>`)}
         ${shown.map((one) => html`
           <g key=${one.item.id} class=${`moves-line ${direction(stages[0][1](one), one.rank)}`}>
-            <polyline points=${stages.map(([, rank], stage) => `${x(stage)},${y(rank(one))}`).join(" ")} />
-            ${stages.map(([name, rank], stage) => html`<${Place} key=${name} x=${x(stage)} y=${y(rank(one))} rank=${rank(one)} />`)}
-            <text x=${x(stages.length - 1) + 20} y=${y(one.rank) + 4} class="moves-name">${short(personName(one.item))}</text>
+            <polyline points=${stages.map(([, rank], stage) => `${x(stage)},${y(stage, rank(one))}`).join(" ")} />
+            ${stages.map(([name, rank], stage) => html`<${Place} key=${name} x=${x(stage)} y=${y(stage, rank(one))} rank=${rank(one)} />`)}
+            <text x=${x(stages.length - 1) + 20} y=${y(stages.length - 1, one.rank) + 4} class="moves-name">${short(personName(one.item))}</text>
           </g>`)}
       </svg></div>
     </figure>`;
+}
+
+/** The row of each rank: its own, and below the last one shown those that were further down. */
+function rowsOf(ranks, shown) {
+  const further = [...new Set(ranks.filter((rank) => rank > shown))].sort((a, b) => a - b);
+  return new Map(ranks.map((rank) => [rank, rank > shown ? shown + 1 + further.indexOf(rank) : rank]));
 }
 
 function Place({ x, y, rank }) {

@@ -2,6 +2,8 @@
 // the page and the exported files say the same.
 import { decimal, percent, plural } from "../format.js";
 
+const STANDS_OUT = 0.1; // below it a name in the headline would say more than the answer does
+
 /** An answer in words: {kind, title, figure, whole, notes}.
  *
  * kind: "likely", "possible", "none", or "unknown" where the checkpoint has no probabilities.
@@ -37,7 +39,10 @@ export function headline(body) {
     title: `${match === "likely" ? "Likely" : "Possibly"} ${name}`,
     figure: `probability ${percent(first.probability)}`,
     whole,
-    notes: runnersUp(results),
+    notes: [
+      ...(first.probability < STANDS_OUT ? [`Nobody stands out: the first of them is only ${percent(first.probability)} probable`] : []),
+      ...runnersUp(results),
+    ],
   };
 }
 
