@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = "repository"  # of the site
 _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))|(?<=src=\")([^\"#:]+)(?=\")")
 
+_TEXT_LINK = re.compile(r"\[([^\]]+)\]\(([^)\s#:]+)\)")
+
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the files outside of docs/ that pages link to, and those that these link to."""
@@ -49,6 +51,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, files: F
     here = page.file.src_uri
     place = here.removeprefix(f"{FOLDER}/") if here.startswith(f"{FOLDER}/") else f"docs/{here}"
 
+    def without_folders(found: re.Match[str]) -> str:
+        """The text alone of a link to a folder, of which a site has no page."""
+        meant = posixpath.normpath(posixpath.join(posixpath.dirname(place), found[2]))
+        return found[1] if (ROOT / meant).is_dir() else found[0]
+
     def turned(found: re.Match[str]) -> str:
         target, anchor = found[1] or found[3], found[2] or ""
         meant = posixpath.normpath(posixpath.join(posixpath.dirname(place), target))
@@ -57,7 +64,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, files: F
             return os.path.relpath(goal, posixpath.dirname(here) or ".") + anchor
         return found[0]
 
-    return outside_code(markdown, lambda text: _LINK.sub(turned, text))
+    return outside_code(
+        markdown, lambda text: _LINK.sub(turned, _TEXT_LINK.sub(without_folders, text))
+    )
 
 
 def _targets(page: str, markdown: str) -> list[str]:
