@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import RequestMalformed
@@ -34,6 +35,7 @@ class Intake:
     - HEAD is answered as GET; the server leaves out the body.
     - X-Forwarded-For, -Proto and -Prefix hold where `trusted` has the peer and they are sound.
     - An answer that is given long before the end of a body says that the connection is closed.
+    - The place where the service is mounted leads to the page, which is one slash further.
 
     root_path: where the service is mounted, unless a trusted proxy says so.
     """
@@ -53,6 +55,10 @@ class Intake:
             await problems.response(Request(scope), error)(scope, receive, send)
             return
         prefix = self._believe(scope) or self._root_path
+        if prefix and scope["path"] == prefix and scope["method"] in ("GET", "HEAD"):
+            # The links of the page are relative: they lead nowhere without the slash.
+            await RedirectResponse(f"{prefix}/", 308)(scope, receive, send)
+            return
         if prefix:
             _mount(scope, prefix)
         receive, send = _telling_early_answers(scope, receive, send)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from playwright.sync_api import Page, Route, expect
 
 from service.auth.keys import KeyFile
 from service.client import Client
+from service.client.patterns import PathPattern
 from tests.service.conftest import Serve
 from tests.service.hostile import KEPT
 from tests.service.page.browser import Watch, assert_accessible, assert_fits, screenshot
@@ -124,6 +126,63 @@ def test_a_folder_tells_person_camera_and_time_by_its_paths(
         [item] = gallery.list(person_id=f"Zoë {place}").items
         assert item.camera_id == f"cam {place % 2}"
         assert str(item.captured_at) == f"2026-03-01 {9 + place:02}:00:00+00:00"
+
+
+def test_patterns_mean_what_they_mean_on_the_command_line(tab: OpenTab) -> None:
+    patterns = [
+        "{camera}/{person}/*.jpg",
+        "{camera_id}/**/{person}_*.png",
+        "**/{person}-c?{camera}.jpg",
+        "./{person}/{camera}/{time}",
+        "{person}/{person}.jpg",
+        "{modality}/{polarity}/{time}.jpg",
+        "a+b (1)/{person}.jpg",
+    ]
+    paths = [
+        "gate/anna/1.jpg",
+        "Gate/Anna/1.JPG",
+        "gate/anna/1.png",
+        "gate/a/b/c/anna_7.png",
+        "gate/anna_7.png",
+        "x/y/anna-c1gate.jpg",
+        "anna-c1gate.jpg",
+        "anna/gate/20260301T140500Z.jpg",
+        "anna/gate/2026-03-01 14.05.09,25+0100.png",
+        "anna/anna.jpg",
+        "anna/berta.jpg",
+        "Thermal/BLACK_HOT/2026-03-01T14:05:00Z.jpg",
+        "visible/white_hot/20260301-140500+01:00.jpg",
+        "A+B (1)/Zoe\u0308.jpg",
+    ]
+    page = tab("#/enroll")
+    found = page.evaluate(
+        """async ([patterns, paths]) => {
+          const { readPattern } = await import("./page/js/enroll/pattern.js");
+          return patterns.map((pattern) => paths.map((path) => readPattern(pattern)(path)));
+        }""",
+        [patterns, paths],
+    )
+    matched = 0
+    for pattern, row in zip(patterns, found, strict=True):
+        read = PathPattern(pattern, UTC)
+        for path, labels in zip(paths, row, strict=True):
+            texts = read.match(path)
+            wanted = None if texts is None else read.labels(texts)
+            if wanted is not None and "polarity" in wanted:
+                wanted["polarity"] = wanted["polarity"].lower()
+            time = None if labels is None else labels.pop("captured_at", None)
+            assert labels == wanted, (pattern, path)
+            if texts is not None and time is not None:
+                try:
+                    told = read.time(texts)
+                except ValueError:  # the page leaves it to the service to say so
+                    continue
+                assert datetime.fromisoformat(time) == told
+            matched += wanted is not None
+    assert matched >= len(patterns)
+    for wrong in ("{camera}/{who}", "{camera}{person}/*", "{camera", "*/*.jpg", "*{person}.jpg"):
+        page.get_by_label("Labels from paths").fill(wrong)
+        expect(page.get_by_role("alert")).to_be_visible()
 
 
 def test_a_dropped_folder_is_read_to_its_last_file(

@@ -86,13 +86,40 @@ def test_the_page_works_where_the_service_is_mounted(
     serve: Serve, tab: OpenTab, tmp_path: Path
 ) -> None:
     with serve(tmp_path / "data", root_path="/reid/desk") as url:
-        page = tab("reid/desk/", url=url)
+        page = tab("reid/desk", url=url)
         expect(page.get_by_role("navigation")).to_be_visible()
         sources = page.locator("script[src]").evaluate_all("all => all.map(one => one.src)")
         assert sources
         assert all(one.startswith(urljoin(url, "/reid/desk/page/")) for one in sources)
         page.goto(f"{url}/reid/desk/#/gallery")
         expect(page.get_by_role("heading", name="Gallery", level=1)).to_be_visible()
+
+
+def test_the_keyboard_reaches_every_view_and_skips_to_what_is_shown(tab: OpenTab) -> None:
+    page = tab("#/gallery")
+    expect(page.get_by_test_id("item").first).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("combobox", name="Person")).to_be_focused()
+    page.get_by_role("link", name="Timeline", exact=True).press("Enter")
+    expect(page.get_by_role("heading", name="Timeline", level=1)).to_be_visible()
+    expect(page.get_by_role("link", name="Timeline", exact=True)).to_have_attribute(
+        "aria-current", "page"
+    )
+
+
+def test_the_theme_is_kept(tab: OpenTab) -> None:
+    page = tab("#/timeline")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    page.get_by_label("Theme").select_option("Dark")
+    dark = page.evaluate(ground)
+    assert dark != light
+    page.reload()
+    expect(page.get_by_label("Theme")).to_have_value("dark")
+    assert page.evaluate(ground) == dark
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -34,7 +34,7 @@ export function readPattern(text) {
       regex += "[^/]*";
       open = true;
     } else {
-      regex += token === "?" ? "[^/]" : token.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&");
+      regex += token === "?" ? "[^/]" : token.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
       open = false;
     }
   }
@@ -48,7 +48,10 @@ export function readPattern(text) {
 }
 
 function labelsOf(texts) {
-  if (texts.modality) texts.modality = MODALITIES[texts.modality.toLowerCase()] ?? texts.modality;
+  if (texts.modality) {
+    const modality = texts.modality.toLowerCase();
+    texts.modality = MODALITIES[modality] ?? modality;
+  }
   if (texts.polarity) texts.polarity = texts.polarity.toLowerCase();
   if (texts.captured_at) texts.captured_at = timeOf(texts.captured_at);
   return texts;
