@@ -316,8 +316,8 @@ def test_a_thumbnail_has_the_height_that_was_asked_for(
         assert small.size == (round(height * item["width"] / item["height"]), height)
         whole = Image.open(visible[0]).resize(small.size)
         assert np.abs(np.asarray(small, float) - np.asarray(whole, float)).mean() < 6
-    for height in ("63", "513", "0", "-64", "64.5", "tall", ""):
-        assert http.get(path, params={"height": height}).json()["code"] == "parameters_invalid"
+    for wrong in ("63", "513", "0", "-64", "64.5", "tall", ""):
+        assert http.get(path, params={"height": wrong}).json()["code"] == "parameters_invalid"
     assert http.get(path, params={"width": 64}).status_code == 422
     assert http.get(path).content == visible[0].read_bytes()
 

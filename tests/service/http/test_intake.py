@@ -259,8 +259,8 @@ def test_everything_stays_inside_the_prefix(mounted: httpx.Client, visible: list
         answer = mounted.request(method, "/reid")
         assert (answer.status_code, answer.headers["location"]) == (308, "/reid/")
     assert mounted.post("/reid").status_code == 404
-    page = mounted.get("/reid", follow_redirects=True)
-    assert page.headers["content-type"].startswith("text/html")
+    followed = mounted.get("/reid", follow_redirects=True)
+    assert followed.headers["content-type"].startswith("text/html")
 
 
 def test_nobody_else_is_believed(http: httpx.Client, visible: list[Path]) -> None:
