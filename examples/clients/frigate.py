@@ -48,21 +48,18 @@ class State:
 
     @classmethod
     def load(cls, file: Path, first: float) -> State:
-        return cls(**json.loads(file.read_text())) if file.exists() else cls(first)
+        try:
+            return cls(**json.loads(file.read_text())) if file.exists() else cls(first)
+        except (ValueError, TypeError) as error:
+            raise typer.BadParameter(f"{file} is no state of this program; remove it") from error
 
     def save(self, file: Path) -> None:
         self.done = {i: at for i, at in self.done.items() if at >= self.after - LOOK_BACK}
         write_whole(file, json.dumps(asdict(self)))
 
 
-class Box(BaseModel):
-    """What Frigate says of the best frame. box: x, y, width, height, relative to it."""
-
-    box: tuple[float, float, float, float] | None = None
-
-
 class Person(BaseModel):
-    """A tracked object of Frigate's API; end_time is None while it is tracked."""
+    """A tracked object of Frigate's API. end_time: None while it is tracked. data: its box too."""
 
     id: str
     camera: str
@@ -70,7 +67,7 @@ class Person(BaseModel):
     end_time: float | None
     has_snapshot: bool
     zones: list[str] = []
-    data: Box
+    data: dict[str, Any] | None = None
 
 
 _PERSONS = TypeAdapter(list[Person])
@@ -138,14 +135,14 @@ def take_all(frigate: Frigate, client: Client, state: State, file: Path) -> bool
 def take(frigate: Frigate, client: Client, person: Person) -> None:
     """Enroll one person, or say why never. Raises where it can be enrolled later."""
     name = f"{person.id} ({person.camera})"
-    image = frigate.frame(person.id)
-    if image is None or person.data.box is None:
+    image, box = frigate.frame(person.id), (person.data or {}).get("box")
+    if image is None or box is None:
         say(f"{name}: Frigate has no snapshot of it any more, or no box", err=True)
         return
     try:
         with Image.open(BytesIO(image)) as opened:
             width, height = opened.size
-        x, y, w, h = person.data.box
+        x, y, w, h = box  # relative to the frame
         left, right = (round(width * max(0, min(1, part))) for part in (x, x + w))
         top, bottom = (round(height * max(0, min(1, part))) for part in (y, y + h))
         client.enroll(
@@ -162,7 +159,7 @@ def take(frigate: Frigate, client: Client, person: Person) -> None:
             raise
         if problem.code != "idempotency_conflict":  # which it was enrolled under before
             say(f"{name}: {problem}", err=True)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # no picture, or no box
         say(f"{name}: {error}", err=True)
 
 
@@ -234,7 +231,7 @@ def main(
                 try:
                     if take_all(nvr, client, done, state):
                         wait = min(SOON, interval)
-                except (ServiceProblem, Unreachable, httpx.HTTPError, ValueError) as error:
+                except (ServiceProblem, Unreachable, httpx.HTTPError, OSError, ValueError) as error:
                     if once or status_of(error) in KEY_REFUSED:
                         say(f"Error: {error}", err=True)
                         raise typer.Exit(1) from error

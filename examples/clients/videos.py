@@ -177,7 +177,10 @@ def main(
     try:
         local = ZoneInfo(zone) if zone else None  # that of this machine
         detect = load_detector(detector, weights)
-        far: dict[str, list[Any]] = json.loads(state.read_text()) if state.exists() else {}
+        try:
+            far: dict[str, list[Any]] = json.loads(state.read_text()) if state.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{state} is no state of this program; remove it") from error
         with Client(url, api_key=api_key) as client:
             client.ready()
             for video in find_videos(folder, settle):

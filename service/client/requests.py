@@ -8,7 +8,8 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeVar
 from urllib.parse import quote
@@ -264,10 +265,16 @@ def wait_before_retry(response: httpx.Response, attempt: int, retries: int) -> f
 
 
 def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds that the server asks to wait: a number of them or, by some proxies, a date."""
+    text = response.headers.get("Retry-After", "")
     try:
-        seconds = float(response.headers["Retry-After"])
-    except (KeyError, ValueError):
-        return None
+        seconds = float(text)
+    except ValueError:
+        try:
+            moment = parsedate_to_datetime(text).replace(tzinfo=UTC)  # as all dates of HTTP are
+        except ValueError:
+            return None
+        seconds = max(0.0, (moment - datetime.now(UTC)).total_seconds())
     return seconds if 0 <= seconds < math.inf else None
 
 
