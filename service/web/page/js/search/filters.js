@@ -27,7 +27,7 @@ export function Filters() {
           </select></label>
         <div class="two">
           <${Time} name="captured_from" label="Captured from" value=${chosen.capturedFrom} set=${(text) => change({ capturedFrom: text })} />
-          <${Time} name="captured_to" label="until" value=${chosen.capturedTo} set=${(text) => change({ capturedTo: text })} />
+          <${Time} name="captured_to" label="Captured until" value=${chosen.capturedTo} set=${(text) => change({ capturedTo: text })} />
         </div>
         <p class="soft">Times are this computer's (${Intl.DateTimeFormat().resolvedOptions().timeZone}). Items without
           a time are left out where one is set.</p>
