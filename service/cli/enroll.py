@@ -43,6 +43,7 @@ from service.client.bulk import (
 )
 
 _SHOWN = 5  # names of what is left alone
+_FAILURES = 20  # that are printed where a report has all
 _STOPPING = "Finishing what is on its way; Ctrl-C once more ends at once."
 
 
@@ -150,15 +151,16 @@ def enroll(
     stopped: Exception | None = None
     interrupted = False
     if plan.entries:
-        with Client(url, api_key=api_key) as client, stopping(_STOPPING) as wish:
+        with Client(url, api_key=api_key) as client:
             client.ready()  # says at once that there is no service, not once per file
-            try:
-                send_with_progress(client, plan.entries, tally, wish)
-            except (Unreachable, ServiceProblem) as error:
-                stopped = error
-            interrupted = wish.wanted
+            with stopping(_STOPPING) as wish:
+                try:
+                    send_with_progress(client, plan.entries, tally, wish)
+                except (Unreachable, ServiceProblem) as error:
+                    stopped = error
+                interrupted = wish.wanted
     tally.failures.sort(key=lambda failure: failure.file)
-    print_tally(len(plan.entries) + len(plan.failures), tally)
+    print_tally(len(plan.entries) + len(plan.failures), tally, report)
     _print_left(plan)
     if target is not None:
         write_report(target, tally.failures)
@@ -261,12 +263,18 @@ def send_with_progress(
             bar.advance(task)
 
 
-def print_tally(files: int, tally: Tally) -> None:
-    """Print how many files are enrolled, and why each of the others failed."""
+def print_tally(files: int, tally: Tally, report: Path | None = None) -> None:
+    """Print how many files are enrolled, and why each of the others failed.
+
+    report: where all of them are, so that the first are enough here.
+    """
     before = f", {tally.before} of them before" if tally.before else ""
     say(f"{tally.enrolled} of {files} files are enrolled{before}.")
-    for failure in tally.failures:
+    most = len(tally.failures) if report is None else _FAILURES
+    for failure in tally.failures[:most]:
         say(f"{failure.file}: {failure.reason}")
+    if len(tally.failures) > most:
+        say(f"{len(tally.failures) - most} more failed; all are in {report}.")
 
 
 def _print_left(plan: Plan) -> None:

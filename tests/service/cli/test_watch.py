@@ -94,15 +94,16 @@ def test_each_file_is_enrolled_once(
     second.rename(drop / "yard" / "renamed.jpg")
     os.utime(first, (1, 1))
     assert "0 files enrolled" in once(capsys, drop, *pattern)[1]
-    # A copy is another file, and so is one that is overwritten.
-    shutil.copy(first, drop / "gate" / "copy.jpg")
+    # A copy is another file, also of one that is renamed, and so is one that is overwritten.
+    first.rename(drop / "gate" / "moved.jpg")
+    shutil.copy(drop / "gate" / "moved.jpg", drop / "gate" / "copy.jpg")
     shutil.copy(visible[2], first)
     assert "2 files enrolled" in once(capsys, drop, *pattern)[1]
     assert client.list().total == 4
-    # Without its journal the service knows what it has, but for the file with another name.
+    # Without its journal the service knows what it has, but for files with another name.
     (drop.parent / "drop.cmt-watch.sqlite3").unlink()
     assert once(capsys, drop, *pattern)[0] == 0
-    assert client.list().total == 5
+    assert client.list().total == 6
     # What somebody deleted from the gallery is not put there again.
     for item in client.list().items:
         client.delete(item.id)
