@@ -6,15 +6,17 @@ import importlib
 import json
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 
 import av
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as small_network
 
 from model.torchvision_compat import extension_loads
@@ -53,11 +55,17 @@ def loaded(weights):
 
 
 def write_video(
-    file: Path, crop: Path, seen: range, *, seconds: int = 4, created: str | None = None
+    file: Path,
+    crop: Path,
+    seen: range,
+    *,
+    seconds: int = 4,
+    created: str | None = None,
+    place: tuple[int, int, int, int] = PLACE,
 ) -> None:
     """Ten frames a second; the person is there in those of `seen`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    x, y, width, height = PLACE
+    x, y, width, height = place
     with Image.open(crop) as opened:
         person = opened.resize((width, height)).point(lambda value: max(value, 60))
     with av.open(str(file), "w") as container:
@@ -161,6 +169,33 @@ def test_people_of_all_videos_are_enrolled_once(
         "yard/night.mkv: 0 enrolled, 4 known",
     ]
     assert client.list().total == 8
+
+
+def test_a_video_that_was_filmed_upright_is_turned(
+    service: ServiceProcess, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "finder.py").write_text(FINDER)
+    lying = tmp_path / "lying.png"
+    with Image.open(sorted((MINI / "cam1").glob("*/0001.jpg"))[0]) as opened:
+        person = opened.resize((48, 112)).point(lambda value: max(value, 60))
+        person.transpose(Image.Transpose.ROTATE_90).save(lying)
+    video = tmp_path / "recordings" / "phone" / "clip.mp4"
+    write_video(video, lying, range(10), seconds=1, place=(40, 40, 112, 48))
+    # The matrix by which a player turns it by 90° clockwise, as phones write it.
+    data = bytearray(video.read_bytes())
+    at = data.index(b"tkhd") + 44
+    data[at : at + 36] = struct.pack("!9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    video.write_bytes(data)
+    done = run(tmp_path, service.url)
+    assert done.returncode == 0, done.stderr
+    [item] = client.list().items
+    crop = Image.open(BytesIO(client.image(item.id)[0])).convert("RGB").resize((48, 112))
+
+    def difference(other: Image.Image) -> float:
+        return sum(ImageStat.Stat(ImageChops.difference(crop, other)).mean) / 3
+
+    assert item.height > item.width
+    assert difference(person) < 15 < difference(person.transpose(Image.Transpose.ROTATE_180))
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
