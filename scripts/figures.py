@@ -221,7 +221,7 @@ def probability(client: Client, folder: Path) -> None:
     for file in shown:
         for absent in (False, True):
             others = [one for one in people if one != person(file)]
-            answer = client.query(file, **({"person_id": others} if absent else {}))
+            answer = client.query(file, person_id=others if absent else None)
             rows.append(answer)
             labels.append(f"person {person(file)}{', left out' if absent else ''}")
     for place, answer in enumerate(rows):

@@ -42,8 +42,12 @@ def views(browser: Browser, url: str, folder: Path) -> None:
     """The page's views: an answer, the gallery, where a person was seen; an answer on a phone."""
 
     def opened(view: str, width: int = 1280, height: int = 900, **options: Any) -> Page:
-        size = {"width": width, "height": height}
-        page = browser.new_page(viewport=size, timezone_id="UTC", locale="en-GB", **options)
+        page = browser.new_page(
+            viewport={"width": width, "height": height},
+            timezone_id="UTC",
+            locale="en-GB",
+            **options,
+        )
         page.goto(f"{url}/{view}")
         return page
 
@@ -52,11 +56,8 @@ def views(browser: Browser, url: str, folder: Path) -> None:
         page.screenshot(path=folder / f"page-{name}.png")
         page.close()
 
-    for name, options in (
-        ("search", {}),
-        ("phone", {"width": 390, "height": 844, "color_scheme": "dark", "device_scale_factor": 2}),
-    ):
-        page = opened("", **options)
+    phone = opened("", 390, 844, color_scheme="dark", device_scale_factor=2)
+    for name, page in (("search", opened("")), ("phone", phone)):
         page.locator("input[type=file]").first.set_input_files(QUERY)
         page.get_by_test_id("result").first.wait_for()
         shot(page, name)

@@ -44,7 +44,8 @@ def listed(docstring: str, names: set[str]) -> str:
         if paragraph.startswith((" ", "\t")) or not names:
             out.append(paragraph)
             continue
-        inside = re.compile(rf"(?<=[.;] )((?:{'|'.join(map(re.escape, sorted(names)))})): (?=\S)")
+        name = f"(?:{'|'.join(map(re.escape, sorted(names)))})"
+        inside = re.compile(rf"(?<=[.;] )({name}(?:, {name})*): (?=\S)")
         lines: list[str] = []
         paragraph = re.sub(r"(?<=\. )Raises ", r"\nRaises ", paragraph)
         for line in inside.sub(r"\n\1: ", paragraph).split("\n"):

@@ -7,6 +7,7 @@ Markdown: it can be searched, linked to and printed, and needs no script.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,15 @@ def operation(method: str, path: str, told: dict[str, Any], models: dict[str, An
         named = models[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
         if named.get("properties"):
             parts.append(fields(named))
-    rows = []
+    answers = []
     for status, answer in told["responses"].items():
         bodies = answer.get("content", {})
         kinds = ", ".join(
             shown(one["schema"]) if one.get("schema") else f"`{media}`"
             for media, one in bodies.items()
         )
-        rows.append((status, cell(answer["description"]), kinds))
-    return "\n\n".join([*parts, table(("status", "", "body"), rows)])
+        answers.append((status, cell(answer["description"]), kinds))
+    return "\n\n".join([*parts, table(("status", "", "body"), answers)])
 
 
 def model(name: str, schema: dict[str, Any]) -> str:
@@ -144,7 +145,7 @@ def shown(schema: dict[str, Any]) -> str:
     return f"{kind}, {', '.join(limits)}" if limits else str(kind)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
     return "\n".join(lines)
