@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from service.api.openapi import openapi_document
-from service.app import create_app
+from scripts.openapi import document
 from service.auth.authorization import ROUTE_SCOPES
-from service.settings import Settings
 
 PAGE, PLACE = "reference/http.md", "<!-- the operations come here -->"
 _METHODS = ("get", "put", "post", "delete", "patch")
@@ -25,24 +22,18 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     if page.file.src_uri != PAGE:
         return markdown
     assert PLACE in markdown, f"docs/{PAGE} must say where the operations go: {PLACE}"
-    return markdown.replace(PLACE, reference(openapi()))
+    return markdown.replace(PLACE, reference(json.loads(document())))
 
 
-def openapi() -> dict[str, Any]:
-    """The document of a service with keys; no checkpoint is loaded and no gallery opened."""
-    nowhere = Path("unused")
-    return openapi_document(create_app(Settings(checkpoint=nowhere, data_dir=nowhere)), keys=True)
-
-
-def reference(document: dict[str, Any]) -> str:
+def reference(told: dict[str, Any]) -> str:
     """The reference as Markdown."""
-    models = document["components"]["schemas"]
+    models = told["components"]["schemas"]
     parts = [
         # One level down: these headings of the document stand below the page's title.
-        document["info"]["description"].replace("\n### ", "\n## "),
+        told["info"]["description"].replace("\n### ", "\n## "),
         "## Operations",
     ]
-    for path, operations in document["paths"].items():
+    for path, operations in told["paths"].items():
         parts += [
             operation(method.upper(), path, operations[method], models)
             for method in _METHODS
