@@ -91,6 +91,8 @@ class Frigate:
             page = [one for one in _PERSONS.validate_json(some.content) if one.id not in seen]
             if not page:
                 return
+            if [one.start_time for one in page] != sorted(one.start_time for one in page):
+                raise ValueError("Frigate does not list what began first; take 0.15 or newer")
             yield page
             seen.update(person.id for person in page)
             after = page[-1].start_time - 0.001  # several may begin in one frame

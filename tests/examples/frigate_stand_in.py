@@ -21,6 +21,7 @@ class FrigateStandIn:
         self.files: dict[str, bytes] = {}
         self.logins = 0
         self.down = False
+        self.old = False  # a release that does not know the parameter `sort`
         password_is = password
         stand_in = self
 
@@ -67,7 +68,7 @@ class FrigateStandIn:
         assert query["sort"] == ["date_asc"]
         found = [
             event
-            for event in sorted(self.events, key=lambda event: event["start_time"])
+            for event in sorted(self.events, key=lambda one: one["start_time"], reverse=self.old)
             if event["label"] in query["labels"][0].split(",") and event["start_time"] > after
         ]
         return json.dumps(found[:limit]).encode()

@@ -126,6 +126,12 @@ def test_persons_that_ended_are_enrolled_once_each(
         assert "Traceback" not in refused.stderr
 
         login = (*arguments, "--user", "viewer")
+        frigate.old = True
+        refused = run(*login, environment={"FRIGATE_PASSWORD": "secret"})
+        assert (refused.returncode, client.list().total) == (1, 0)
+        assert "take 0.15 or newer" in refused.stderr
+        frigate.old, frigate.logins = False, 0
+
         done = run(*login, environment={"FRIGATE_PASSWORD": "secret"})
         assert done.returncode == 0, done.stderr
         assert frigate.logins == 1
