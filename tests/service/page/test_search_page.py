@@ -478,6 +478,9 @@ def test_every_width_in_light_and_dark(hostile: str, tab: OpenTab) -> None:
         page.get_by_role("switch", name="Agreement of parts").check()
         page.get_by_role("switch", name="Rank moves").check()
         page.get_by_text("Filters").click()
+        for width in (320, 440, 860, 1280):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert_fits(page)
         assert_accessible(page)
 
 

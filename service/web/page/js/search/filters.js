@@ -25,7 +25,7 @@ export function Filters() {
             <option value="rgb">visible</option>
             <option value="ir">infrared</option>
           </select></label>
-        <div class="two">
+        <div class="two times">
           <${Time} name="captured_from" label="Captured from" value=${chosen.capturedFrom} set=${(text) => change({ capturedFrom: text })} />
           <${Time} name="captured_to" label="Captured until" value=${chosen.capturedTo} set=${(text) => change({ capturedTo: text })} />
         </div>
