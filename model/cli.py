@@ -39,11 +39,14 @@ class RegisteredCommand(TyperCommand):
         """Import the target and make the command that Typer runs."""
         target = self.entry_point.load()
         if isinstance(target, typer.Typer):
-            return get_group(target)
+            group = get_group(target)
+            _unwrap(group)
+            return group
         single = typer.Typer(add_completion=False)
         single.command(self.entry_point.name)(target)
         command = get_command(single)
         assert isinstance(command, TyperCommand)
+        _unwrap(command)
         return command
 
 
@@ -187,6 +190,15 @@ def _sentence(error: Exception) -> str:
     if not message or isinstance(error, LookupError | TypeError | AttributeError | AssertionError):
         return f"{type(error).__name__}: {message} (--verbose shows where)"
     return message
+
+
+def _unwrap(command: Any) -> None:
+    """Join the lines of each paragraph of the help; Typer would break them as the source does."""
+    if command.help:
+        paragraphs = command.help.split("\n\n")
+        command.help = "\n\n".join(_one_line(paragraph) for paragraph in paragraphs)
+    for inner in getattr(command, "commands", {}).values():
+        _unwrap(inner)
 
 
 def _summary(entry_point: EntryPoint) -> str:

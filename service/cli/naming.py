@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
@@ -22,8 +21,7 @@ PatternOption = Annotated[
     str | None,
     typer.Option(
         help="Where a file's labels stand in its path below the folder, such as "
-        "'{camera}/{person}/*.jpg', '{person}_{camera}_*' or "
-        "'{camera}/{time:%Y-%m-%d}/{time:%H%M%S}.jpg'. ** is any number of folders."
+        "'{camera}/{person}/*.jpg' or '{camera}_{time:%Y%m%d%H%M}*'; ** is any number of folders."
     ),
 ]
 TimezoneOption = Annotated[
@@ -107,7 +105,6 @@ def _zone(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, LookupError):
-        known = "" if os.path.isdir("/usr/share/zoneinfo") else " (this system has only UTC)"  # noqa: PTH112
         raise typer.BadParameter(
-            f"{name!r} is no time zone{known}; write one such as UTC or Europe/Berlin"
+            f"{name!r} is no time zone; write one such as UTC or Europe/Berlin"
         ) from None

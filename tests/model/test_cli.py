@@ -42,6 +42,9 @@ def drop() -> None:
 def greet(name: str, loud: bool = False) -> None:
     """Say hello.
 
+    To one person,
+    by name.
+
     Example: cmt greet Ada
     """
     typer.echo(f"hello {name}" + "!" * loud)
@@ -161,6 +164,7 @@ def test_a_function_and_a_group_run(plugin: Path) -> None:
 def test_help_of_a_command_shows_its_example(plugin: Path) -> None:
     answer = run(plugin, "greet", "--help")
     assert answer.returncode == 0
+    assert "To one person, by name." in answer.stdout
     assert "Example: cmt greet Ada" in answer.stdout
     assert "drop" in run(plugin, "boxes", "--help").stdout
 
