@@ -1,6 +1,8 @@
 """Draw the pictures of docs/concepts from the demo checkpoint and the example crops.
 
-Every number in them is what the service answers, or what the network computes, when this runs.
+Every number in them is what the service answers, or what the network computes, when this runs: on
+another machine, where another precision is fastest, the second digit may differ, and two results
+that are almost equal change places. The text beside a picture has to stay true of it.
 
 Example: python -m scripts.figures
 """

@@ -19,6 +19,13 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from scripts.demo_service import EXAMPLES, IMAGES, ROOT, demo_service
 
+# Cards are drawn, and their crops loaded, as they come near.
+_SHOWN = """() => [...document.querySelectorAll('[data-testid=result], [data-testid=item]')]
+  .filter((card) => card.getBoundingClientRect().top < innerHeight)
+  .every((card) => {
+    const image = card.querySelector('img');
+    return image && image.complete && image.naturalWidth > 0 && !image.hidden;
+  })"""
 QUERY = EXAMPLES / "queries" / "0122_cam6_0001.jpg"
 
 
@@ -52,7 +59,9 @@ def views(browser: Browser, url: str, folder: Path) -> None:
         return page
 
     def shot(page: Page, name: str) -> None:
+        page.wait_for_function(_SHOWN)
         page.wait_for_load_state("networkidle")
+        page.wait_for_timeout(500)  # what fades in
         page.screenshot(path=folder / f"page-{name}.png")
         page.close()
 
@@ -73,6 +82,7 @@ def main() -> None:
     """Take all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=IMAGES, help="where the pictures go")
+    parser.add_argument("--skip-sheet", action="store_true", help="the page's views only")
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="its path")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +91,8 @@ def main() -> None:
             executable_path=given.chromium,
             chromium_sandbox=False,  # which does not work for root in containers
         )
-        contact_sheet(browser, given.folder)
+        if not given.skip_sheet:
+            contact_sheet(browser, given.folder)
         with demo_service() as (url, _):
             views(browser, url, given.folder)
         browser.close()
