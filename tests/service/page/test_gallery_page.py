@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from service.api.schemas import GalleryItem
+from service.api.schemas import BatchItem, GalleryItem
 from service.auth.keys import KeyFile
 from service.client import Client, ServiceProblem
 from tests.service.conftest import Serve
@@ -55,6 +55,13 @@ def test_the_gallery_is_looked_through_page_by_page(demo: Demo, tab: OpenTab) ->
     page.go_forward()
     pages.get_by_role("link", name="Previous").click()
     expect(page.get_by_test_id("total")).to_contain_text("1–60")
+    # Back from an item one is where one was.
+    cards(page).nth(55).click()
+    expect(page.get_by_role("heading", name="Person")).to_be_in_viewport()
+    expect(page.locator("main")).to_be_focused()
+    page.go_back()
+    expect(cards(page).nth(55).get_by_role("link")).to_be_focused()
+    expect(cards(page).nth(55)).to_be_in_viewport()
 
 
 def test_items_are_found_by_person_camera_modality_and_time(demo: Demo, tab: OpenTab) -> None:
@@ -146,6 +153,7 @@ def test_an_item_is_deleted_once_that_is_confirmed(
     page.keyboard.press("Enter")
     dialog.get_by_role("button", name="Delete").click()
     expect(page.locator("main")).to_contain_text("The item is deleted")
+    expect(page.locator("main")).to_be_focused()
     page.get_by_role("link", name="To the gallery").click()
     expect(page.get_by_test_id("total")).to_contain_text(f"of {len(demo.items) + 1} items")
     with demo.client() as client, pytest.raises(ServiceProblem, match="no item"):
@@ -237,15 +245,17 @@ def test_what_does_not_answer_can_be_tried_again(tab: OpenTab, watch: Watch) -> 
 def test_what_others_wrote_is_text(demo: Demo, tab: OpenTab) -> None:
     labels = list(KEPT.values())
     with demo.client() as client:
-        items = [
-            client.enroll(
-                QUERY,
-                person_id=label,
-                camera_id=labels[-place],
-                metadata={label: label, **UNSEEN},
-            )
-            for place, label in enumerate(labels)
-        ]
+        results = client.enroll_batch(
+            [QUERY] * len(labels),
+            [
+                BatchItem(
+                    person_id=label, camera_id=labels[-place], metadata={label: label, **UNSEEN}
+                )
+                for place, label in enumerate(labels)
+            ],
+        )
+        items = [result.item for result in results if result.item is not None]
+        assert len(items) == len(labels)
         try:
             for width in (360, 1280):
                 page = tab("#/gallery?modality=ir", width=width)

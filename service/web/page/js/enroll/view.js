@@ -123,7 +123,7 @@ function Preview() {
   const wrong = mistake();
   if (wrong) return html`<p class="fault text" role="alert">${wrong}</p>`;
   const match = matcher();
-  if (!match) return null;
+  if (!match || running.value) return null; // which would look at all files whenever one is done
   const open = entries.value.filter((entry) => entry.state.value.kind !== "enrolled" && entry.state.value.kind !== "known");
   if (!open.length) return null;
   const misfits = open.filter((entry) => !fieldsOf(entry, match)).length;

@@ -12,7 +12,7 @@ export const described = (item) =>
 
 export function Cards({ items }) {
   return html`<ul class="cards">${items.map((item) => html`
-    <li key=${item.id} data-testid="item">
+    <li key=${item.id} data-testid="item" data-item=${item.id}>
       <a class="card item-card" href=${href("item", item.id)}>
         <${Picture} id=${item.id} height=${THUMBNAIL} alt=${described(item)} />
         <span class="item-words">

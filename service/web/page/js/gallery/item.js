@@ -7,7 +7,7 @@ import { MODALITIES, instant, personName, time } from "../format.js";
 import { go, href } from "../router.js";
 import { itemChanged, searchLike } from "../search/state.js";
 import { announce, cameras, noteCameras, notePersons, persons } from "../state.js";
-import { html, useId, useState } from "../ui.js";
+import { html, useEffect, useId, useState } from "../ui.js";
 import { described } from "./cards.js";
 import { Delete, Erase } from "./erase.js";
 import { localTime } from "./view.js";
@@ -17,6 +17,10 @@ const POLARITIES = { white_hot: "white is hot", black_hot: "black is hot" };
 
 export function ItemView({ id }) {
   const loaded = useLoaded((options) => getItem(id, options), [id]);
+  useEffect(() => {
+    scrollTo({ top: 0 });
+    if (document.activeElement === document.body) document.querySelector("main").focus();
+  }, [id]);
   const [changed, setChanged] = useState(null); // the item as it was saved last
   const [erased, setErased] = useState(null); // what was erased, in words
   if (erased || loaded.error?.code === "item_not_found") return html`<${Gone} what=${erased} />`;
@@ -30,6 +34,7 @@ export function ItemView({ id }) {
 }
 
 function Gone({ what }) {
+  useEffect(() => { document.querySelector("main").focus(); }, []); // what had the focus is gone
   return html`
     <section class="view">
       <h1>Item</h1>

@@ -5,7 +5,7 @@ import { Loaded, useLoaded } from "../components/loaded.js";
 import { MODALITIES, instant, plural } from "../format.js";
 import { go, href } from "../router.js";
 import { announce, cameras, noteCameras, notePersons, persons } from "../state.js";
-import { html, useId, useState } from "../ui.js";
+import { html, useId, useLayoutEffect, useRef, useState } from "../ui.js";
 import { Erase } from "./erase.js";
 import { Cards } from "./cards.js";
 
@@ -14,6 +14,7 @@ const FILTERS = ["person_id", "camera_id", "modality", "from", "to"];
 
 // Cursors lead onwards only; the way back is what was seen on the way.
 const before = new Map(); // cursor → the parameters of the page before it
+let opened = null; // the id of the item that was opened last
 
 /** The filters of an address as GET /gallery takes them. from, to: local times, or instants. */
 export function filtersOf(parameters) {
@@ -36,15 +37,14 @@ export function GalleryView({ parameters: given }) {
     notePersons(found.items.map((item) => item.person_id));
     if (found.next_cursor) before.set(found.next_cursor, parameters);
     announce(found.total ? plural(found.total, "item") : "Nothing found");
-    return found;
+    return { found, chosen, cursor, number: Number(page) || 1 };
   }, [wanted]);
   return html`
     <section class="view">
       <h1>Gallery</h1>
       <${Filters} key=${FILTERS.map((name) => chosen[name]).join("\n")} chosen=${chosen} />
       <${Loaded} loaded=${loaded} what="the gallery">
-        <${Page} found=${loaded.value} chosen=${chosen} number=${Number(page) || 1} cursor=${cursor}
-          onChange=${loaded.reload} />
+        <${Page} ...${loaded.value} onChange=${loaded.reload} />
       <//>
     </section>`;
 }
@@ -94,6 +94,13 @@ export function localTime(text) {
 function Page({ found, chosen, number, cursor, onChange }) {
   const [erasing, setErasing] = useState(false);
   const { items, total } = found;
+  const cards = useRef(null);
+  useLayoutEffect(() => { // back from an item: where it was opened
+    const card = opened && cards.current?.querySelector(`[data-item="${CSS.escape(opened)}"]`);
+    opened = null;
+    card?.scrollIntoView({ block: "center" });
+    card?.querySelector("a").focus({ preventScroll: true });
+  }, []);
   if (!items.length) return html`<${Nothing} chosen=${chosen} number=${number} />`;
   const first = (number - 1) * PER_PAGE + 1;
   const person = chosen.person_id;
@@ -107,7 +114,8 @@ function Page({ found, chosen, number, cursor, onChange }) {
         <button type="button" class="button small" onClick=${() => setErasing(true)}>Erase this person …</button>
       </div>`}
     </div>
-    <${Cards} items=${items} />
+    <div ref=${cards} onClick=${(event) => { opened = event.target.closest("[data-item]")?.dataset.item; }}>
+      <${Cards} items=${items} /></div>
     <${Paging} next=${found.next_cursor} chosen=${chosen} number=${number} cursor=${cursor} total=${total} />
     ${erasing && html`<${Erase} person=${person} onClose=${() => setErasing(false)}
       onErased=${() => { setErasing(false); onChange(); }} />`}`;
