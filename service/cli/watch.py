@@ -98,7 +98,6 @@ def watch(
     """
     if not watched.is_dir():
         raise EnrollmentError(f"there is no folder {watched}; make it, or give another")
-    refuse_data_folder(watched)
     home = watched.resolve()
     if not home.name and (journal is None or (done == "move" and move_to is None)):
         raise typer.BadParameter("nothing is beside the folder /; give --journal and --move-to")
@@ -113,6 +112,8 @@ def watch(
     )
     place = journal or home.with_name(f"{home.name}.cmt-watch.sqlite3")
     aside = (move_to or home.with_name(f"{home.name}.done")).resolve()
+    for one in (watched, place.parent, aside):
+        refuse_data_folder(one)
     with (
         closing(Journal(place)) as known,
         # It tells at once that it is refused; how long to wait is decided here.

@@ -278,7 +278,7 @@ def test_what_cannot_work_is_said_at_once(
             (tmp_path / "none", (), "there is no folder"),
             (drop, ("--pattern", "{camra}/*"), "is it {camera}?"),
             (drop, ("--journal", other), "is no journal of `cmt watch`"),
-            (drop, ("--journal", tmp_path / "data" / "gallery.sqlite3"), "is no journal"),
+            (drop, ("--journal", tmp_path / "data" / "gallery.sqlite3"), "is the data folder"),
             (drop, ("--journal", tmp_path / "none" / "x"), "cannot be used (No such file"),
             (tmp_path / "data", (), "is the data folder of a gallery"),
             (drop, ("--url", "http://127.0.0.1:9"), "no answer from http://127.0.0.1:9"),

@@ -1,4 +1,4 @@
-"""Labels from the paths of files: what a pattern means, and what is said of one without a meaning."""
+"""Labels from the paths of files: what a pattern means, and what is said of one without sense."""
 
 from __future__ import annotations
 
