@@ -41,7 +41,9 @@ class Settings(BaseSettings):
     data_dir: Path
     """Database, index and caches; created if missing, locked while the service runs."""
     database_url: str | None = None
-    """SQLAlchemy URL of another database than the SQLite file in `data_dir`."""
+    """SQLAlchemy URL of another database than the SQLite file in `data_dir`.
+
+    `?password_file=FILE` names the file that holds its password."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)

@@ -172,14 +172,15 @@ def _decoding() -> str:
 
 def _database(url: str) -> str:
     from sqlalchemy import create_engine, text
-    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
+    from service.gallery.storage.database import address_of
     from service.kit.urls import without_password
 
+    address = address_of(Path(), url)
+    shown = without_password(address)
     try:
-        shown = without_password(make_url(url))
-        engine = create_engine(url)
+        engine = create_engine(address)
         with engine.connect() as connection:
             connection.execute(text("SELECT 1"))
             server = engine.dialect.server_version_info or ()

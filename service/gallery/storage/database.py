@@ -37,6 +37,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
 _ADVISORY_LOCK = 0x636D745F72656964  # any number that no other program's lock has
 _POSTGRES_DISK_FULL = "53100"
+_PASSWORD_FILE = "password_file"
 # At the start of a writing transaction, and for it alone: behind a pooler the next transaction of
 # this connection may be another session's. Any other value than off waits for the disk.
 _POSTGRES_WRITES = f"""
@@ -260,7 +261,11 @@ def _alembic() -> Config:
 
 
 def address_of(folder: Path, url: str | None) -> URL:
-    """The URL of a gallery's database. Raises DatabaseUnavailable for a URL of another kind."""
+    """The URL of a gallery's database. Raises DatabaseUnavailable for a URL of another kind.
+
+    A parameter `password_file` of a PostgreSQL URL names the file that holds the password: what
+    stands in the environment is shown by many programs.
+    """
     if url is None:
         return URL.create("sqlite", database=str(folder / FILE_NAME))
     try:
@@ -269,7 +274,7 @@ def address_of(folder: Path, url: str | None) -> URL:
         address = None
     if address is not None:
         if address.drivername == "postgresql+psycopg":
-            return address
+            return _with_password(address)
         name = address.database or ":memory:"
         is_file = not address.query and not name.startswith((":", "file:"))
         if address.drivername == "sqlite" and is_file:
@@ -278,6 +283,28 @@ def address_of(folder: Path, url: str | None) -> URL:
         "the database URL is none that a gallery can live in; give sqlite:///FILE or "
         "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
     )
+
+
+def _with_password(address: URL) -> URL:
+    """The address with the password that its `password_file` holds, where it has one."""
+    file = address.query.get(_PASSWORD_FILE)
+    if file is None:
+        return address
+    if not isinstance(file, str) or address.password:
+        raise DatabaseUnavailable(
+            f"the database URL has several passwords; give one, or one {_PASSWORD_FILE}"
+        )
+    try:
+        password = Path(file).read_text().strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise DatabaseUnavailable(
+            f"the database's password cannot be read from {file} ({reason}); check the file, its "
+            "owner and its mode"
+        ) from error
+    if not password:
+        raise DatabaseUnavailable(f"the file {file} holds no password; write the database's there")
+    return address.set(password=password).difference_update_query([_PASSWORD_FILE])
 
 
 def _sqlite_engine(address: URL, connect: Callable[[], sqlite3.Connection]) -> Engine:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, make_url, select, update
 from sqlalchemy.exc import DBAPIError
 
 from model.labels import LabelError
@@ -459,3 +459,44 @@ def test_the_triggers_are_those_that_a_backup_may_have(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
         query = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
         assert dict(connection.execute(query)) == AUDIT_TRIGGERS
+
+
+def test_a_password_comes_from_a_file(
+    postgres: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    address = make_url(postgres_url)
+    [(hba,)] = postgres.execute("SHOW hba_file")
+    rules = Path(hba).read_text()
+    postgres.execute("CREATE ROLE keeper LOGIN PASSWORD 'ä secret: /@ one'")
+    postgres.execute(f"ALTER DATABASE {address.database} OWNER TO keeper")
+    Path(hba).write_text(f"local all keeper scram-sha-256\n{rules}")
+    postgres.execute("SELECT pg_reload_conf()")
+    file = tmp_path / "password"
+    url = address.set(username="keeper").update_query_dict({"password_file": str(file)})
+    text = url.render_as_string(hide_password=False)
+
+    def opened() -> None:
+        Store(tmp_path / "data", MODEL, SIZE, text).close()
+
+    try:
+        with pytest.raises(DatabaseUnavailable, match=r"cannot be read from \S+ \(No such file"):
+            opened()
+        file.write_text("\n")
+        with pytest.raises(DatabaseUnavailable, match="holds no password"):
+            opened()
+        file.write_text("another one")
+        with pytest.raises(DatabaseUnavailable, match="does not answer") as raised:
+            opened()
+        assert "another" not in str(raised.value)
+        file.write_text("ä secret: /@ one\n")
+        opened()
+        text = url.set(password="twice").render_as_string(hide_password=False)
+        with pytest.raises(DatabaseUnavailable, match="several passwords"):
+            opened()
+    finally:
+        Path(hba).write_text(rules)
+        postgres.execute("SELECT pg_reload_conf()")
+        postgres.execute(f"ALTER DATABASE {address.database} OWNER TO postgres")
+        postgres.execute("DROP OWNED BY keeper")
+        postgres.drop_database(postgres_url)
+        postgres.execute("DROP ROLE keeper")
