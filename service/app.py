@@ -38,6 +38,11 @@ def create_app(settings: Settings) -> FastAPI:
         "cmt_http_requests_in_flight", "Requests being worked on.", lambda: drain.in_flight
     )
 
+    # From the first scrape on: a counter that appears with its first event seems not to have grown.
+    metrics.requests.labels("GET", "/readyz", 503)
+    for kind in problems.catalogue():
+        metrics.rejections.labels(kind.code)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
         resources = open_resources(settings, metrics, tracing)

@@ -15,6 +15,7 @@ from service.gallery import Gallery
 from service.http.admission import Admission
 from service.images import Decoders
 from service.images.decode import ImageLimits
+from service.observability.gpu import watch_gpu
 from service.observability.logs import dropped_lines
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
@@ -67,6 +68,8 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
         reembedder = ReembeddingJob(pipeline, settings)
         stack.callback(reembedder.close)
         _watch(metrics, gallery, admission, pipeline)
+        if embedder.device.startswith("cuda"):
+            watch_gpu(metrics, embedder.device)
         log.info(
             "%d items; %s on %s, %s",
             len(gallery),
