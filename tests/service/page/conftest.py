@@ -29,7 +29,7 @@ class Demo:
     """The service that all tests of the page share, and what it holds.
 
     Every fifth item has no time. Tests that change something use labels of their own, and delete
-    what they enrolled.
+    what they enrolled. A fixture that does so is asked for before `tab`, which then closes first.
     """
 
     url: str

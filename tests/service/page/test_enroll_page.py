@@ -69,7 +69,7 @@ def enroll(page: Page) -> None:
     button(page).click()
 
 
-def test_many_files_are_enrolled_once_each(demo: Demo, tab: OpenTab, gallery: Client) -> None:
+def test_many_files_are_enrolled_once_each(demo: Demo, gallery: Client, tab: OpenTab) -> None:
     page = tab("#/enroll")
     choose(page, CROPS)
     expect(rows(page, "waiting")).to_have_count(5)
@@ -100,7 +100,7 @@ def test_many_files_are_enrolled_once_each(demo: Demo, tab: OpenTab, gallery: Cl
 
 
 def test_a_folder_tells_person_camera_and_time_by_its_paths(
-    tab: OpenTab, gallery: Client, folder: Path
+    gallery: Client, tab: OpenTab, folder: Path
 ) -> None:
     page = tab("#/enroll")
     choose(page, folder, "Choose a folder")
@@ -186,7 +186,7 @@ def test_patterns_mean_what_they_mean_on_the_command_line(tab: OpenTab) -> None:
 
 
 def test_a_dropped_folder_is_read_to_its_last_file(
-    tab: OpenTab, gallery: Client, folder: Path
+    gallery: Client, tab: OpenTab, folder: Path
 ) -> None:
     page = tab("#/enroll")
     expect(page.get_by_text("Drop pictures or folders here")).to_be_visible()
@@ -199,7 +199,7 @@ def test_a_dropped_folder_is_read_to_its_last_file(
 
 
 def test_what_fails_is_said_and_can_be_tried_again(
-    tab: OpenTab, gallery: Client, watch: Watch, tmp_path: Path
+    gallery: Client, tab: OpenTab, watch: Watch, tmp_path: Path
 ) -> None:
     watch.expected.append("^(415|422): POST")
     broken = [tmp_path / "cut.jpg", tmp_path / "text.png"]
@@ -230,7 +230,7 @@ def test_what_fails_is_said_and_can_be_tried_again(
 
 
 def test_a_busy_service_is_waited_for_and_a_lost_answer_doubles_nothing(
-    tab: OpenTab, gallery: Client, watch: Watch
+    gallery: Client, tab: OpenTab, watch: Watch
 ) -> None:
     watch.expected.append("^429: POST")
     keys: list[str] = []
@@ -269,7 +269,7 @@ def test_a_busy_service_is_waited_for_and_a_lost_answer_doubles_nothing(
 
 
 def test_a_service_that_is_gone_stops_it_and_nothing_is_lost(
-    tab: OpenTab, gallery: Client, watch: Watch
+    gallery: Client, tab: OpenTab, watch: Watch
 ) -> None:
     watch.expected.append("^507: POST")
     page = tab("#/enroll")
@@ -312,7 +312,7 @@ def test_a_key_that_may_enroll_is_asked_for(
             assert client.list().total == 3
 
 
-def test_names_and_labels_are_text(tab: OpenTab, gallery: Client, tmp_path: Path) -> None:
+def test_names_and_labels_are_text(gallery: Client, tab: OpenTab, tmp_path: Path) -> None:
     folder = tmp_path / "<img src=x onerror=alert(1)>"
     folder.mkdir()
     # Browsers take a backslash in the name of a file for a slash.

@@ -94,7 +94,7 @@ def test_items_are_found_by_person_camera_modality_and_time(demo: Demo, tab: Ope
 
 
 def test_an_item_is_opened_corrected_and_searched_for(
-    demo: Demo, tab: OpenTab, strangers: list[GalleryItem]
+    demo: Demo, strangers: list[GalleryItem], tab: OpenTab
 ) -> None:
     page = tab("#/gallery?person_id=stranger")
     cards(page).first.click()
@@ -126,7 +126,7 @@ def test_an_item_is_opened_corrected_and_searched_for(
 
 
 def test_what_the_service_refuses_is_said_beside_the_field(
-    tab: OpenTab, strangers: list[GalleryItem], watch: Watch
+    strangers: list[GalleryItem], tab: OpenTab, watch: Watch
 ) -> None:
     watch.expected.append("^422: PATCH")
     page = tab(f"#/item/{strangers[0].id}")
@@ -138,7 +138,7 @@ def test_what_the_service_refuses_is_said_beside_the_field(
 
 
 def test_an_item_is_deleted_once_that_is_confirmed(
-    demo: Demo, tab: OpenTab, strangers: list[GalleryItem]
+    demo: Demo, strangers: list[GalleryItem], tab: OpenTab
 ) -> None:
     page = tab(f"#/item/{strangers[0].id}")
     page.get_by_role("button", name="Delete this item").click()
@@ -161,7 +161,7 @@ def test_an_item_is_deleted_once_that_is_confirmed(
 
 
 def test_a_person_is_erased_once_that_is_confirmed(
-    demo: Demo, tab: OpenTab, strangers: list[GalleryItem]
+    demo: Demo, strangers: list[GalleryItem], tab: OpenTab
 ) -> None:
     page = tab("#/gallery?person_id=stranger")
     page.get_by_role("button", name="Erase this person").click()
@@ -273,6 +273,7 @@ def test_what_others_wrote_is_text(demo: Demo, tab: OpenTab) -> None:
                     screenshot(page, f"item-hostile-{width}")
                 assert page.locator("main script, main img[src=x]").count() == 0
                 assert_accessible(page)
+                page.close()  # before what it shows is erased
         finally:
             for item in items:
                 client.delete(item.id)

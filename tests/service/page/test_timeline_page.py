@@ -36,7 +36,7 @@ def walk(demo: Demo) -> Iterator[Client]:
         client.erase(WALKER)
 
 
-def test_sightings_are_drawn_and_told_in_their_order(tab: OpenTab, walk: Client) -> None:
+def test_sightings_are_drawn_and_told_in_their_order(walk: Client, tab: OpenTab) -> None:
     page = tab("#/timeline")
     page.get_by_role("combobox", name="Person").fill(WALKER)
     page.keyboard.press("Enter")
@@ -93,5 +93,6 @@ def test_the_scale_of_time_is_as_long_as_the_walk(
             ticks = page.get_by_test_id("chart").locator(".tick text")
             expect(ticks.filter(has_text=words).first).to_be_visible()
             assert 1 <= ticks.count() <= 16
+            page.close()  # before what it shows is erased
         finally:
             client.erase("traveller")
