@@ -199,7 +199,9 @@ def _keys(path: Path) -> str:
     keys = KeyFile(path).read()
     if not keys:
         raise Trouble(f"{path} holds no key; make one with `cmt keys create --file {path}`")
-    if path.stat().st_mode & 0o077:
+    status = path.stat()
+    # A file of somebody else's is shared with this user by its group: a mounted secret is such.
+    if status.st_mode & (0o077 if status.st_uid == os.geteuid() else 0o007):
         raise Trouble(f"others may read {path}; run `chmod 600 {path}`")
     scopes = sorted({scope for key in keys for scope in key.scopes})
     return f"{len(keys)} keys, for {', '.join(scopes)}"

@@ -74,14 +74,28 @@ def test_a_misspelt_field_would_be_found() -> None:
         kubernetes_validate.validate(manifest, KUBERNETES[-1], strict=True)
 
 
-def test_every_file_is_in_a_kustomization_or_is_the_example() -> None:
+def test_every_file_is_in_a_kustomization_or_stands_for_itself() -> None:
     files = {path for path in FOLDER.rglob("*.yaml") if path.name != "kustomization.yaml"}
     named = {
         customization.parent / name
         for customization in FOLDER.rglob("kustomization.yaml")
         for name in re.findall(r"^  - (\S+\.yaml)$", customization.read_text(), re.MULTILINE)
     }
-    assert files - named == {FOLDER / "secrets.example.yaml"}
+    assert files - named == {FOLDER / "secrets.example.yaml", FOLDER / "maintenance.yaml"}
+
+
+def test_the_pod_for_restoring_has_the_volume_and_no_more_rights() -> None:
+    (pod,) = documents(FOLDER / "maintenance.yaml")
+    kubernetes_validate.validate(pod, KUBERNETES[-1], strict=True)
+    (container,) = pod["spec"]["containers"]
+    assert pod["spec"]["securityContext"] == pod_of("cpu")["securityContext"]
+    assert container["securityContext"] == container_of("cpu")["securityContext"]
+    assert container["image"] == container_of("cpu")["image"]
+    assert pod["spec"]["volumes"][0] == pod_of("cpu")["volumes"][0]
+    assert container["volumeMounts"] == container_of("cpu")["volumeMounts"][:2]
+    # The Service must not send requests to it.
+    selector = only(overlay("cpu"), "Service")["spec"]["selector"]
+    assert not selector.items() <= pod["metadata"]["labels"].items()
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -6,6 +6,7 @@ import csv
 import errno
 import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,18 @@ def test_doctor_looks_at_keys_and_database(
     assert "chmod 600" in printed
     assert "does not answer" in printed
     assert "secret" not in printed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_doctor_takes_keys_that_a_group_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys.json"
+    KeyFile(keys).create("desk", ["query"])
+    os.chown(keys, 10001, os.getegid())
+    for mode, expected in ((0o440, 0), (0o444, 1)):
+        keys.chmod(mode)
+        assert run(capsys, "doctor", "--api-keys-file", keys)[0] == expected, oct(mode)
 
 
 def test_cameras_have_defaults_until_they_are_deleted(
