@@ -47,7 +47,7 @@ NOT_RUN = {
     "docs/ablation.md": 6,
     "docs/benchmarks.md": 12,
     "docs/calibration.md": 2,
-    "docs/deployment.md": 8,
+    "docs/deploy.md": 13,
     "docs/export.md": 3,
     "docs/guides/calibrate.md": 1,
     "docs/guides/checkpoint.md": 2,
