@@ -208,6 +208,44 @@ def test_secrets_are_made_once_and_in_a_private_folder(tmp_path: Path) -> None:
     assert needed - {"null"} <= now.keys()
 
 
+def test_compose_itself_reads_it_so(tmp_path: Path) -> None:
+    compose = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+    version = [*compose, "version", "--short"]
+    if not shutil.which(compose[0]) or not subprocess.run(version, capture_output=True).stdout:
+        pytest.skip("docker compose is not installed; the other tests read the file as YAML")
+    shutil.copy(ROOT / "docker-compose.yml", tmp_path)
+    chosen = {
+        "COMPOSE_PROFILES": "gpu,tls,monitoring,postgres",
+        "CMT_RETENTION_DAYS": "30",
+        "CMT_CORS_ORIGINS": '["https://desk.example"]',
+        "EDGE": "10.9.8",
+        "GPU": "1",
+        "MEMORY_LIMIT": "64m",
+    }
+    assert chosen.keys() <= shown().keys()
+    lines = "".join(f"{name}={value}\n" for name, value in chosen.items())
+    (tmp_path / ".env").write_text(f"{EXAMPLE}\n{lines}")
+    command = [*compose, "config", "--format", "json"]
+    answer = subprocess.run(
+        command, cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    read = json.loads(answer.stdout)
+    assert read["services"].keys() == SERVICES.keys() - {"cpu"}
+    gpu = read["services"]["gpu"]
+    assert {name: value for name, value in gpu["environment"].items() if value is not None} == {
+        "CMT_DEVICE": "cuda",
+        "CMT_RETENTION_DAYS": "30",
+        "CMT_CORS_ORIGINS": '["https://desk.example"]',
+        "CMT_TRUSTED_PROXIES": '["10.9.8.2"]',
+    }
+    assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] == ["1"]
+    assert int(gpu["mem_limit"]) == int(gpu["memswap_limit"]) == 64 << 20
+    (network,) = read["networks"]["edge"]["ipam"]["config"]
+    assert network["subnet"] == "10.9.8.0/28"
+    assert read["services"]["caddy"]["networks"]["edge"]["ipv4_address"] == "10.9.8.2"
+
+
 # --- TLS ---
 
 

@@ -74,7 +74,7 @@ def start(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def serving(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The service with the demo's checkpoint, until it is ready; killed in the end."""
     checkpoint = next((ROOT / "examples").glob("*.safetensors"))
     command, environment = arguments(
