@@ -144,6 +144,10 @@ def test_the_files_of_grafana_belong_together() -> None:
     assert "prometheus" in compose
     mounts = dict(volume.split(":")[:2] for volume in compose["grafana"]["volumes"])
     assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    described = (ROOT / "docs/operations.md").read_text()
+    for name in names():
+        metric = re.sub(r"_(bucket|sum|count)$", "", name)
+        assert re.search(rf"`{metric}[`{{]", described), f"{name} is in no table of metrics"
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     for alert in ALERTS:
