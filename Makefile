@@ -25,10 +25,10 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs openapi bench crash soak clean
+.PHONY: help demo test lint format docs openapi bench crash soak gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUNNABLE) ## start the service with the demo gallery, query it, serve until Ctrl-C (ONCE=1: end)
 	$(BIN)/cmt demo $(if $(ONCE),--once)
@@ -77,6 +77,10 @@ soak: $(DEVELOPMENT) ## ten minutes of all kinds of load at once on a service th
 	@mkdir -p $(RESULTS)
 	$(BIN)/python -m tests.service.soak.run --minutes 10 --json $(RESULTS)/soak.json \
 		--checkpoint examples/compact.safetensors
+
+gpu-check: ## on a machine with a GPU: its tests and benchmarks, in eight minutes, without a network
+	@# Such a machine may have no environment of ours: its own Python has torch then.
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m scripts.gpu_check --out $(RESULTS)/gpu
 
 clean: ## remove the environment and what tools have cached
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -52,3 +52,11 @@ def tiny_checkpoint(tiny_model: CMT, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     save_checkpoint(path, tiny_model, training={"dataset": "none", "identities": [1, 2]})
     return path
+
+
+@pytest.fixture
+def gpu() -> str:
+    """The GPU's name for torch. Tests that take it are marked `gpu`: `make gpu-check` runs them."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return "cuda"

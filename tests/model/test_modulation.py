@@ -187,3 +187,13 @@ def test_cosine_distance_equals_modulate_then_measure() -> None:
             dot = sum(s * t for s, t in zip(a, b, strict=True))
             norms = math.hypot(*a) * math.hypot(*b)
             assert result[q, n].item() == pytest.approx(1 - dot / norms, rel=1e-9)
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_the_same_distances(gpu: str) -> None:
+    x, y, modulation = draw(3, 500, 6, 32, seed=5)
+    there = Modulation(*(one.to(gpu) for one in modulation))
+    for measured in (modulated_distance, part_distances):
+        expected = measured(x, y, modulation)
+        found = measured(x.to(gpu), y.to(gpu), there)
+        torch.testing.assert_close(found.cpu(), expected)

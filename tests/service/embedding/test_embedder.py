@@ -202,3 +202,23 @@ def test_bad_settings_are_sentences(tiny_checkpoint: Path, tmp_path: Path) -> No
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeUnavailable, match="no CUDA device"):
             Embedder(tiny_checkpoint, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "least"), [("float32", 0.9999), ("bfloat16", 0.99)])
+def test_a_gpu_embeds_as_the_cpu_does(
+    eager: Embedder, tiny_checkpoint: Path, gpu: str, precision: str, least: float
+) -> None:
+    there = Embedder(tiny_checkpoint, device=gpu, precision=precision)  # type: ignore[arg-type]
+    try:
+        for count in (1, 7, 40):
+            batch = crops(count)
+            found = functional.cosine_similarity(
+                there.embed(batch).flatten(1), eager.embed(batch).flatten(1)
+            )
+            assert float(found.min()) > least
+        x = eager.embed(crops(3))
+        for ours, theirs in zip(there.modulation(x), eager.modulation(x), strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4)
+    finally:
+        there.close()
