@@ -60,7 +60,7 @@ def test_it_serves_on_a_gpu_unless_told_otherwise() -> None:
         build = SERVICES[name]["build"]
         assert (ROOT / build["context"] / build["dockerfile"]).is_file()
         assert build["args"]["EXTRA"] in PROJECT["project"]["optional-dependencies"]
-        assert "data:/data" in SERVICES[name]["volumes"]
+        assert "data:/data" in map(filled, SERVICES[name]["volumes"])
         assert SERVICES[name]["environment"]["CMT_DEVICE"] == {"gpu": "cuda", "cpu": "cpu"}[name]
 
 
@@ -221,6 +221,7 @@ def test_compose_itself_reads_it_so(tmp_path: Path) -> None:
         "EDGE": "10.9.8",
         "GPU": "1",
         "MEMORY_LIMIT": "64m",
+        "DATA": str(tmp_path),
     }
     assert chosen.keys() <= shown().keys()
     lines = "".join(f"{name}={value}\n" for name, value in chosen.items())
@@ -241,6 +242,8 @@ def test_compose_itself_reads_it_so(tmp_path: Path) -> None:
     }
     assert gpu["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] == ["1"]
     assert int(gpu["mem_limit"]) == int(gpu["memswap_limit"]) == 64 << 20
+    mounts = {one["target"]: (one["type"], one["source"]) for one in gpu["volumes"]}
+    assert mounts["/data"] == ("bind", str(tmp_path))
     (network,) = read["networks"]["edge"]["ipam"]["config"]
     assert network["subnet"] == "10.9.8.0/28"
     assert read["services"]["caddy"]["networks"]["edge"]["ipv4_address"] == "10.9.8.2"
