@@ -220,12 +220,19 @@ def test_secrets_are_named_where_the_example_says_and_have_no_value() -> None:
 
 def test_the_service_monitor_scrapes_the_service() -> None:
     """Its CRD is not Kubernetes': what the operator's schema asks for is written out here."""
-    monitor, service = only(build(FOLDER / "monitoring"), "ServiceMonitor"), None
+    monitor = only(build(FOLDER / "monitoring"), "ServiceMonitor")
     assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
     assert monitor.keys() == {"apiVersion", "kind", "metadata", "spec"}
     assert monitor["spec"].keys() == {"selector", "endpoints"}  # both required
     (endpoint,) = monitor["spec"]["endpoints"]
-    assert endpoint.keys() == {"port", "path", "interval", "scrapeTimeout", "authorization"}
+    assert endpoint.keys() == {
+        *("port", "path", "interval", "scrapeTimeout", "authorization", "relabelings")
+    }
+    (relabeling,) = endpoint["relabelings"]
+    assert relabeling.keys() == {"targetLabel", "replacement"}
+    assert relabeling["targetLabel"] == "job"
+    alerts = (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text()
+    assert set(re.findall(r'job="(\w+)"', alerts)) == {relabeling["replacement"]}
     assert endpoint["authorization"].keys() == {"type", "credentials"}
     assert endpoint["authorization"]["type"] == "Bearer"
     durations = [endpoint[name] for name in ("scrapeTimeout", "interval")]
