@@ -32,10 +32,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("model", "service", "training")
 SECONDS = 480.0
 _RESERVE = 10.0  # to write down how a part ended
 _CMT = (sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())")
-_MISSING = re.compile(r"No module named '([\w.]+)'")
+# As Python says it, and as `cmt` does.
+_MISSING = re.compile(r"(?:No module named|the module) '([\w.]+)'")
 _GIB = 1 << 30
 # A million rows of 1,792 numbers: in fp16, and the other side's fp32 with what it needs meanwhile.
 _MEMORY_OF_A_MILLION = 20 * _GIB
@@ -59,11 +61,16 @@ def parts(out: Path, rows: int) -> list[Part]:
         words = f"bench {part.partition('-')[0]} --device cuda {options} --json".split()
         return Part(part, seconds, (*_CMT, *words, str(out / f"{part}.json")))
 
-    tests = [str(file.relative_to(ROOT)) for file in marked_files()]
-    pytest = (sys.executable, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors")
+    def tests(room: str) -> Part:
+        part = f"tests-{room}"
+        files = [str(file.relative_to(ROOT)) for file in marked_files(room)]
+        options = ("-m", "gpu", "--continue-on-collection-errors", f"--junitxml={out / part}.xml")
+        return Part(part, 50, (sys.executable, "-m", "pytest", *options, *files))
+
     serve = "--network resnet50 --clients 1,32 --seconds 5 --rounds 1 --against naive"
     return [
-        Part("tests", 100, (*pytest, f"--junitxml={out / 'tests.xml'}", *tests)),
+        # A process for each room: where one's packages are missing, the others' tests still run.
+        *(tests(room) for room in ROOMS if marked_files(room)),
         bench("rescore", 150, f"--sizes {rows} --queries 1,32"),
         bench("embed", 50, "--network resnet50 --batches 1,32,128"),
         bench("train-paper", 45, "--recipe paper"),
@@ -72,9 +79,9 @@ def parts(out: Path, rows: int) -> list[Part]:
     ]
 
 
-def marked_files() -> list[Path]:
-    """Files with a test that is marked `gpu`: the others need not be collected."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
+def marked_files(room: str) -> list[Path]:
+    """A room's files with a test that is marked `gpu`: the others need not be collected."""
+    files = sorted((ROOT / "tests" / room).rglob("test_*.py"))
     return [file for file in files if "pytest.mark.gpu" in file.read_text()]
 
 
@@ -93,12 +100,12 @@ def _median(call: Callable[[], object]) -> float:
     """Seconds of a call on the device, after some that are not counted."""
     taken = []
     for _ in range(15):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         call()
         end.record()
         end.synchronize()
-        taken.append(start.elapsed_time(end) / 1000)
+        taken.append(float(start.elapsed_time(end)) / 1000)
     return statistics.median(taken[5:])
 
 
@@ -149,7 +156,7 @@ def of_tests(ended: str, found: dict[str, Any]) -> str:
     if not ended.startswith("not run"):
         return ended
     if kinds & {"failure", "error"}:
-        return "failed; see tests.log"
+        return "failed; see the log"
     return f"ok for {found['passed']} tests; {ended}" if found["passed"] else ended
 
 
@@ -210,8 +217,8 @@ def check(out: Path) -> bool:
             else:
                 entry = run(part, out, min(part.seconds, left), environment)
             entry["rates of the device"] = measured
-            if part.name == "tests":
-                entry |= tests_of(out / "tests.xml")
+            if part.name.startswith("tests"):
+                entry |= tests_of(out / f"{part.name}.xml")
                 entry["ended"] = of_tests(entry["ended"], entry)
             elif (file := out / f"{part.name}.json").exists():
                 result = {"rates of the device": measured, **json.loads(file.read_text())}
