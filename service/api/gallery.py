@@ -48,7 +48,9 @@ from service.resources import Resources
 
 router = APIRouter(prefix="/gallery", tags=["gallery"])
 
-_CACHED = "private, max-age=3600, immutable"  # of a thumbnail
+_CACHED = (
+    "private, no-cache"  # of a picture: kept by a browser, and asked for again before it is shown
+)
 _ITEMS_BYTES = BATCH_IMAGES * 16 * 1024  # 8 KB of metadata and the other fields of each image
 
 IdempotencyKey = Annotated[
@@ -242,10 +244,11 @@ async def get_item(item_id: ItemId, state: ResourcesDep) -> GalleryItem:
         **documented(errors.ItemNotFound, errors.MemoryExhausted, errors.RuntimeUnavailable),
         200: {
             "description": "The stored crop: the upload without metadata, or the box as PNG; with "
-            "`height` a JPEG thumbnail, with an ETag.",
+            "`height` a JPEG thumbnail. It has an ETag: whoever keeps it asks whether the item is "
+            "still there before showing it again.",
             "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
         },
-        304: {"description": "The thumbnail of the ETag in If-None-Match, unchanged."},
+        304: {"description": "The picture of the ETag in If-None-Match, unchanged."},
     },
 )
 async def get_image(
@@ -258,16 +261,15 @@ async def get_image(
     """The stored crop of one item, or a thumbnail of it."""
     item = await state.pipeline.stored(partial(state.gallery.get, item_id))
     await state.pipeline.audit_writer.note(Act(actor, "image", item_id))
-    headers = {}
-    if parameters.height is not None:
-        # An item's crop never changes. It may be erased: no cache keeps it for longer than this.
-        tag = f'W/"{item.sha256}-{parameters.height}"'
-        headers = {"ETag": tag, "Cache-Control": _CACHED, "Vary": "Authorization"}
-        if not_modified(request, tag):
-            return Response(status_code=304, headers=headers)
+    # An item's crop never changes, but it may be erased: then no cache may show it any more.
+    height = parameters.height
+    tag = f'W/"{item.sha256}{"" if height is None else f"-{height}"}"'
+    headers = {"ETag": tag, "Cache-Control": _CACHED, "Vary": "Authorization"}
+    if not_modified(request, tag):
+        return Response(status_code=304, headers=headers)
     data, media_type = await state.pipeline.stored(partial(state.gallery.image, item_id))
-    if parameters.height is not None:
-        data = await thumbnail(state.pipeline, item, data, parameters.height, actor)
+    if height is not None:
+        data = await thumbnail(state.pipeline, item, data, height, actor)
         media_type = "image/jpeg"
     return Response(data, media_type=media_type, headers=headers)
 
