@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +27,7 @@ from service.api.schemas import QueryAnswer
 from service.cli.answers import headline, percent, sparkline, verdict
 from service.cli.contact_sheet import Match, Row, SheetImage, matches, render
 from service.cli.enroll import Tally, print_tally, send_with_progress
+from service.cli.interrupts import stopping
 from service.cli.outputs import Force, output
 from service.client import Client
 from service.client.bulk import read_manifest
@@ -32,6 +36,7 @@ from service.client.stream import Entry
 SHOWN = 5
 _TITLE = "Infrared queries, visible gallery"
 _MORNING, _APART = datetime(2026, 3, 1, 7, 0, tzinfo=UTC), timedelta(minutes=5)
+_STOPPING = "Ending, and removing the gallery; Ctrl-C once more ends at once."
 _ROLE = "role"  # the column that tells queries from the gallery
 
 
@@ -94,7 +99,12 @@ def demo(
     except ServerError:
         port = 0
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="cmt-demo-") as folder:
+    with (
+        _private_files(),
+        stopping(_STOPPING, raises=True) as wish,
+        tempfile.TemporaryDirectory(prefix="cmt-demo-") as folder,
+    ):
+        wish.at_once = partial(_remove, Path(folder))
         settings = Settings(
             checkpoint=checkpoint,
             data_dir=Path(folder),
@@ -134,6 +144,24 @@ def demo(
                     threading.Event().wait()
     if tally.failures or modulated < expected:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Within, whatever a library writes into the data folder is its owner's alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder into which a thread may still write."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
 def _timed(entries: Sequence[Entry]) -> list[Entry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,12 +18,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Stopping:
     """Whether somebody wants the command to stop. sentence: said at once, at the first signal.
 
-    At the second signal the process ends: its threads may wait for an answer for minutes.
+    raises: the first signal also raises KeyboardInterrupt, for a command that does not ask.
+    At the second signal the process ends: its threads may wait for an answer for minutes. What
+    must happen even then is `at_once`.
     """
 
-    def __init__(self, sentence: str) -> None:
-        self._sentence = sentence
+    def __init__(self, sentence: str, *, raises: bool = False) -> None:
+        self._sentence, self._raises = sentence, raises
         self._wanted = threading.Event()
+        self.at_once: Callable[[], None] = lambda: None
 
     @property
     def wanted(self) -> bool:
@@ -37,16 +40,21 @@ class Stopping:
     def signalled(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal. What is interrupted may be printing: this writes past all buffers."""
         if self.wanted:
-            os._exit(INTERRUPTED)
+            try:
+                self.at_once()
+            finally:
+                os._exit(INTERRUPTED)
         self._wanted.set()
         if number != signal.SIGHUP:  # after which there may be no terminal
             os.write(2, f"\n{self._sentence}\n".encode())
+        if self._raises:
+            raise KeyboardInterrupt
 
 
 @contextmanager
-def stopping(sentence: str) -> Iterator[Stopping]:
+def stopping(sentence: str, *, raises: bool = False) -> Iterator[Stopping]:
     """Within, signals that end a process are a wish to stop."""
-    wish = Stopping(sentence)
+    wish = Stopping(sentence, raises=raises)
     before = {number: signal.signal(number, wish.signalled) for number in _SIGNALS}
     try:
         yield wish

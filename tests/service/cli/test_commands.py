@@ -684,6 +684,31 @@ def test_the_demo_ends_with_the_address_of_its_page(examples: Path, tmp_path: Pa
         assert process.wait(60) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_leaves_nothing(
+    number: signal.Signals, examples: Path, tmp_path: Path
+) -> None:
+    (examples / "expected.json").write_text('{"rank1": 0}')
+    (tmp_path / "temporary").mkdir()
+    command = [*CMT, "demo", "--examples", str(examples), "--html", str(tmp_path / "s.html")]
+    environment = {**os.environ, "CMT_RUNTIME": "torch", "TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("Loading")
+        process.send_signal(number)
+        wait_for(process.stderr.readline, "it says nothing")  # an empty line comes first
+        assert "Ctrl-C once more ends at once" in process.stderr.readline()
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "Traceback" not in said
+    assert "open to others" not in said
+    assert not list((tmp_path / "temporary").glob("cmt-demo-*"))
+
+
 def test_every_error_has_a_code_of_its_own() -> None:
     kinds: list[Any] = ServiceError.__subclasses__()
     assert Overloaded in kinds
