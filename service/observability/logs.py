@@ -17,8 +17,9 @@ from service.observability.log_queue import QueueHandler
 
 Format = Literal["auto", "json", "console"]
 
-# They log lines at every request or migration that are of no use to operators.
-_NOISY = ("alembic", "httpx", "httpcore")
+# They log lines at every start, request or migration that are of no use to operators: faiss.loader
+# tells of libraries for other processors that it could not load, as if that were an error.
+_NOISY = ("alembic", "faiss.loader", "httpx", "httpcore")
 
 
 _EVERY: list[Processor] = [
