@@ -44,6 +44,7 @@ class OpenTab(Protocol):
     """Opens a view in a new window.
 
     view: as in the address, such as "#/gallery". url: of another service than the demo's.
+    zone: the time zone of the reader.
     """
 
     def __call__(
@@ -54,6 +55,7 @@ class OpenTab(Protocol):
         height: int = 900,
         dark: bool = False,
         url: str | None = None,
+        zone: str = "Europe/Berlin",
     ) -> Page: ...
 
 
@@ -116,12 +118,13 @@ def tab(demo: Demo, browser: Browser, watch: Watch) -> Iterator[OpenTab]:
             height: int = 900,
             dark: bool = False,
             url: str | None = None,
+            zone: str = "Europe/Berlin",
         ) -> Page:
             context = browser.new_context(
                 viewport={"width": width, "height": height},
                 color_scheme="dark" if dark else "light",
                 locale="en-GB",
-                timezone_id="Europe/Berlin",
+                timezone_id=zone,
                 accept_downloads=True,
             )
             contexts.callback(context.close)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from service.api.schemas import BatchItem, GalleryItem
 from service.auth.keys import KeyFile
@@ -125,6 +125,94 @@ def test_an_item_is_opened_corrected_and_searched_for(
     expect(best).to_contain_text("acquaintance")
 
 
+def test_what_nobody_touched_is_never_sent(demo: Demo, tab: OpenTab) -> None:
+    times = (
+        "2026-05-04T01:30:00Z",
+        "2025-11-02T06:30:00Z",  # 01:30 in New York for the second time that night
+        "2026-05-04T01:30:07.123456Z",
+        "0001-01-01T00:00:00Z",  # in the year 0 in New York
+        "9999-12-31T23:59:59.5Z",
+    )
+    with demo.client() as client:
+        items = [
+            client.enroll(QUERY, person_id="timed", camera_id="gate", captured_at=moment)
+            for moment in times
+        ]
+        try:
+            page = tab(zone="America/New_York")
+            form = page.get_by_role("form", name="Correct")
+            sent: list[Any] = []
+            page.on(
+                "request",
+                lambda request: (
+                    sent.append(request.post_data_json) if request.method == "PATCH" else None
+                ),
+            )
+            for item in items:
+                page.goto(f"{demo.url}/#/item/{item.id}")
+                form.get_by_label("Person").fill("timed too")
+                form.get_by_role("button", name="Save").click()
+                expect(form.get_by_role("status")).to_contain_text("Saved")
+                # The other labels are not written back, whoever changed them meanwhile.
+                client.update(item.id, camera_id="yard")
+                form.get_by_label("Person").fill("timed")
+                form.get_by_role("button", name="Save").click()
+                expect(page.get_by_role("heading", name="Person timed", exact=True)).to_be_visible()
+                saved = client.get(item.id)
+                assert saved.captured_at == item.captured_at
+                assert (saved.person_id, saved.camera_id) == ("timed", "yard")
+            assert sent == [{"person_id": "timed too"}, {"person_id": "timed"}] * len(items)
+            # What is touched is sent: a time to the second, and none.
+            form.get_by_label("Captured").fill("2026-05-04T12:30")
+            form.get_by_role("button", name="Save").click()
+            expect(form.get_by_role("status")).to_contain_text("Saved")
+            assert sent[-1] == {"captured_at": "2026-05-04T16:30:00.000Z"}
+            form.get_by_label("Captured").fill("")
+            form.get_by_role("button", name="Save").click()
+            expect(form.get_by_role("status")).to_contain_text("Saved")
+            assert sent[-1] == {"captured_at": None}
+            page.close()  # before what it shows is erased
+        finally:
+            for item in items:
+                client.delete(item.id)
+
+
+def test_an_address_shows_and_changes_its_own_item_only(
+    demo: Demo, strangers: list[GalleryItem], tab: OpenTab, watch: Watch
+) -> None:
+    watch.expected.append("^404: GET .*/gallery/")
+    one, other = strangers
+    page = tab(f"#/item/{one.id}")
+    expect(page.get_by_text(one.id)).to_be_visible()
+    page.get_by_role("button", name="Delete this item").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route(f"**/gallery/{other.id}", hold)
+    page.evaluate("id => { location.hash = `#/item/${id}`; }", other.id)
+    # Nothing of the first one stands under the second one's address while that is on its way.
+    expect(page.get_by_text("Loading the item")).to_be_visible()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_text(one.id)).to_have_count(0)
+    expect(page.get_by_role("button", name="Save")).to_have_count(0)
+    held[0].continue_()
+    page.unroute(f"**/gallery/{other.id}")
+    expect(page.get_by_text(other.id)).to_be_visible()
+    page.get_by_role("button", name="Delete this item").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator("main")).to_contain_text("The item is deleted")
+    page.go_back()
+    expect(page.get_by_text(one.id)).to_be_visible()
+    expect(page.locator("main").get_by_text("The item is deleted", exact=True)).to_have_count(0)
+    page.go_forward()
+    expect(page.get_by_text("This item is not there")).to_be_visible()
+    with demo.client() as client:
+        assert client.get(one.id).person_id == "stranger"
+
+
 def test_what_the_service_refuses_is_said_beside_the_field(
     strangers: list[GalleryItem], tab: OpenTab, watch: Watch
 ) -> None:
@@ -182,6 +270,20 @@ def test_an_address_of_nothing_says_so(tab: OpenTab, watch: Watch) -> None:
         expect(page.get_by_text("This item is not there")).to_be_visible()
 
 
+def test_a_page_number_of_the_address_is_not_believed(demo: Demo, tab: OpenTab) -> None:
+    page = tab("#/gallery?page=1e9")
+    total = page.get_by_test_id("total")
+    expect(total).to_have_text(f"1–60 of {len(demo.items)} items")
+    page.get_by_role("link", name="Next").click()
+    expect(total).to_contain_text("61–")
+    address = page.url
+    for wrong in ("999999999", "0", "-3", "1e9", "1", ""):
+        page.goto(address.replace("page=2", f"page={wrong}"))
+        expect(total).to_have_text(f"{len(demo.items) - 60} of {len(demo.items)} items")
+    page.get_by_role("link", name="First page").click()
+    expect(total).to_contain_text("1–60")
+
+
 def test_an_empty_gallery_leads_to_enrolling(serve: Serve, tab: OpenTab, tmp_path: Path) -> None:
     with serve(tmp_path / "data") as url:
         page = tab("#/gallery", url=url)
@@ -197,7 +299,8 @@ def test_a_service_with_keys_asks_for_one(
     keys = KeyFile(tmp_path / "keys.json")
     _, token = keys.create("reader", ["query"])
     _, writer = keys.create("writer", ["enroll"])
-    watch.expected += ["^401: GET", "^403: DELETE"]
+    _, keeper = keys.create("keeper", ["query", "enroll"])
+    watch.expected += ["^401: GET", "^403: (DELETE|PATCH)"]
     with serve(tmp_path / "data", api_keys_file=keys.path) as url:
         with Client(url, api_key=writer) as client:
             item = client.enroll(QUERY, person_id="kept")
@@ -209,11 +312,29 @@ def test_a_service_with_keys_asks_for_one(
         # Thumbnails come with the key, too.
         expect(cards(page).get_by_role("img")).to_have_js_property("naturalHeight", 256)
         cards(page).click()
+        # What was refused is done once a key is entered that may do it.
+        form = page.get_by_role("form", name="Correct")
+        form.get_by_label("Person").fill("renamed")
+        form.get_by_role("button", name="Save").click()
+        dialog = page.get_by_role("dialog", name="This service needs a key")
+        expect(dialog).to_contain_text("may not do that")
+        page.keyboard.press("Escape")
+        form.get_by_role("alert").get_by_role("button", name="Enter a key").click()
+        dialog.get_by_label("API key").fill(keeper)
+        page.keyboard.press("Enter")
+        expect(form.get_by_role("status")).to_contain_text("Saved")
+        expect(page.get_by_role("alert")).to_have_count(0)
+        page.get_by_role("button", name="Key set").click()
+        page.get_by_role("dialog").get_by_label("API key").fill(token)
+        page.keyboard.press("Enter")
         page.get_by_role("button", name="Delete this item").click()
         page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-        expect(page.get_by_text("may not do that").first).to_be_visible()
+        expect(dialog).to_contain_text("may not do that")
         with Client(url, api_key=token) as client:
-            client.get(item.id)
+            assert client.get(item.id).person_id == "renamed"
+        dialog.get_by_label("API key").fill(keeper)
+        page.keyboard.press("Enter")
+        expect(page.locator("main")).to_contain_text("The item is deleted")
 
 
 def test_what_does_not_answer_can_be_tried_again(tab: OpenTab, watch: Watch) -> None:

@@ -1,7 +1,7 @@
 // What a view fetches: shown once it is there, with a word while it is not and what to do where it
 // fails.
 import { apiKey, isAborted } from "../api.js";
-import { html, useCallback, useEffect, useState } from "../ui.js";
+import { html, useCallback, useEffect, useRef, useState } from "../ui.js";
 import { Problem } from "./problem.js";
 
 /** Fetch something whenever `wanted` changes, or the key does → {value, error, loading, reload}.
@@ -26,6 +26,17 @@ export function useLoaded(load, wanted) {
   }, [...wanted, key, turn]);
   const reload = useCallback(() => setTurn((before) => before + 1), []);
   return { ...state, reload };
+}
+
+/** Do again what was refused, once another key is entered. error: of the latest attempt, or null. */
+export function useNewKey(error, again) {
+  const key = apiKey.value;
+  const used = useRef(key);
+  useEffect(() => {
+    const other = key !== used.current;
+    used.current = key;
+    if (other && key && error?.refused) again();
+  }, [key]);
 }
 
 /** Shows its children once something is there. loaded: of useLoaded. what: the words for it. */

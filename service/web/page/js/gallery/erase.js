@@ -1,7 +1,7 @@
 // Erasing: one item, or all of a person. Asked first, since nothing brings it back.
 import { deleteItem, erasePerson, isAborted, listItems } from "../api.js";
 import { Dialog } from "../components/dialog.js";
-import { Loaded, useLoaded } from "../components/loaded.js";
+import { Loaded, useLoaded, useNewKey } from "../components/loaded.js";
 import { Problem } from "../components/problem.js";
 import { plural } from "../format.js";
 import { forget } from "../pictures.js";
@@ -23,6 +23,7 @@ function Ask({ title, action, perform, onClose, ready = true, children }) {
       setBusy(false);
     }
   };
+  useNewKey(error, confirm);
   return html`
     <${Dialog} title=${title} onClose=${onClose} footer=${html`
       <button type="button" class="button" onClick=${onClose} autofocus>Cancel</button>

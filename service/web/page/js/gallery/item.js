@@ -1,13 +1,13 @@
 // One item: its crop, all that is known of it, and what can be done with it.
 import { getItem, isAborted, patchItem } from "../api.js";
-import { Loaded, useLoaded } from "../components/loaded.js";
+import { Loaded, useLoaded, useNewKey } from "../components/loaded.js";
 import { Picture } from "../components/picture.js";
 import { Problem } from "../components/problem.js";
 import { MODALITIES, instant, personName, time } from "../format.js";
 import { go, href } from "../router.js";
 import { itemChanged, searchLike } from "../search/state.js";
 import { announce, cameras, noteCameras, notePersons, persons } from "../state.js";
-import { html, useEffect, useId, useState } from "../ui.js";
+import { html, useEffect, useId, useRef, useState } from "../ui.js";
 import { described } from "./cards.js";
 import { Delete, Erase } from "./erase.js";
 import { localTime } from "./view.js";
@@ -15,16 +15,19 @@ import { localTime } from "./view.js";
 const SOURCES = { given: "as its sender said", camera: "by its camera's defaults", detected: "detected" };
 const POLARITIES = { white_hot: "white is hot", black_hot: "black is hot" };
 
-export function ItemView({ id }) {
-  const loaded = useLoaded((options) => getItem(id, options), [id]);
+// Each address has a view of its own: nothing of another item is shown at it, or acted on.
+export const ItemView = ({ id }) => html`<${Opened} key=${id} id=${id} />`;
+
+function Opened({ id }) {
+  const loaded = useLoaded((options) => getItem(id, options), []);
   useEffect(() => {
     scrollTo({ top: 0 });
     if (document.activeElement === document.body) document.querySelector("main").focus();
-  }, [id]);
+  }, []);
   const [changed, setChanged] = useState(null); // the item as it was saved last
   const [erased, setErased] = useState(null); // what was erased, in words
   if (erased || loaded.error?.code === "item_not_found") return html`<${Gone} what=${erased} />`;
-  const item = changed?.id === id ? changed : loaded.value;
+  const item = changed ?? loaded.value;
   return html`
     <section class="view">
       <${Loaded} loaded=${loaded} what="the item">
@@ -79,27 +82,36 @@ function Item({ item, onSaved, onErased }) {
       onErased=${() => onErased("The person is erased")} />`}`;
 }
 
-/** What a form says that an item does not: the body of a PATCH. */
+/** What a field showed before anybody touched it: not all that an item says can be typed, such as
+ * fractions of a second, the year 0, or which of two equal hours it was when the clocks went back. */
+function untouched(input) {
+  const fresh = document.createElement("input");
+  fresh.type = input.type;
+  fresh.value = input.defaultValue;
+  return fresh.value;
+}
+
+/** What the reader changed of an item: the body of a PATCH. */
 function changesOf(item, form) {
-  const given = Object.fromEntries(new FormData(form));
   const changes = {};
   for (const name of ["person_id", "camera_id"]) {
-    const label = given[name].trim() || null;
-    if (label !== item[name]) changes[name] = label;
+    const input = form.elements[name], label = input.value.trim() || null;
+    if (input.value !== untouched(input) && label !== item[name]) changes[name] = label;
   }
-  // Compared as it is shown: fractions of a second are kept where nobody touched the time.
-  if (given.captured_at !== localTime(item.captured_at)) {
-    changes.captured_at = instant(given.captured_at) || null;
+  const input = form.elements.captured_at, before = untouched(input);
+  // The same time may be written with seconds and without.
+  if (input.value !== before && Date.parse(input.value) !== Date.parse(before)) {
+    changes.captured_at = instant(input.value) || null;
   }
   return changes;
 }
 
 function Correct({ item, onSaved }) {
   const id = useId();
+  const form = useRef(null);
   const [state, setState] = useState({ busy: false, error: null, saved: false });
-  const save = async (event) => {
-    event.preventDefault();
-    const changes = changesOf(item, event.target);
+  const save = async () => {
+    const changes = changesOf(item, form.current);
     if (!Object.keys(changes).length) {
       setState({ busy: false, error: null, saved: false });
       announce("Nothing was changed");
@@ -118,10 +130,15 @@ function Correct({ item, onSaved }) {
       if (!isAborted(error)) setState({ busy: false, error, saved: false });
     }
   };
+  useNewKey(state.error, save);
+  const submit = (event) => {
+    event.preventDefault();
+    save();
+  };
   const touched = () => { if (state.saved) setState({ ...state, saved: false }); };
   const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
   return html`
-    <form class="card padded stack" aria-label="Correct" onSubmit=${save} onInput=${touched}>
+    <form class="card padded stack" aria-label="Correct" ref=${form} onSubmit=${submit} onInput=${touched}>
       <div class="correct">
         <label class="field"><span>Person</span>
           <input name="person_id" defaultValue=${item.person_id ?? ""} list=${`${id}p`} maxlength="128" placeholder="unlabelled" autocomplete="off" /></label>
@@ -130,7 +147,7 @@ function Correct({ item, onSaved }) {
         <label class="field"><span>Captured (${zone})</span>
           <input type="datetime-local" name="captured_at" defaultValue=${localTime(item.captured_at)} step="1" max="9999-12-31T23:59:59" /></label>
       </div>
-      ${state.error && html`<${Problem} error=${state.error} />`}
+      ${state.error && html`<${Problem} error=${state.error} onRetry=${save} />`}
       <div class="row">
         <button type="submit" class="button" disabled=${state.busy}>${state.busy ? "Saving …" : "Save"}</button>
         <span class="soft" role="status">${state.saved ? "Saved. Queries filter by it from now on." : ""}</span>

@@ -22,8 +22,8 @@ export function filtersOf(parameters) {
     person_id: parameters.person_id,
     camera_id: parameters.camera_id,
     modality: parameters.modality,
-    captured_from: instant(localTime(parameters.from)),
-    captured_to: instant(localTime(parameters.to)),
+    captured_from: localTime(parameters.from) && instant(parameters.from),
+    captured_to: localTime(parameters.to) && instant(parameters.to),
   };
 }
 
@@ -37,16 +37,22 @@ export function GalleryView({ parameters: given }) {
     notePersons(found.items.map((item) => item.person_id));
     if (found.next_cursor) before.set(found.next_cursor, parameters);
     announce(found.total ? plural(found.total, "item") : "Nothing found");
-    return { found, chosen, cursor, number: Number(page) || 1 };
+    return { found, wanted, chosen, cursor, number: cursor ? numberOf(page, found) : 1 };
   }, [wanted]);
   return html`
     <section class="view">
       <h1>Gallery</h1>
       <${Filters} key=${FILTERS.map((name) => chosen[name]).join("\n")} chosen=${chosen} />
       <${Loaded} loaded=${loaded} what="the gallery">
-        <${Page} ...${loaded.value} onChange=${loaded.reload} />
+        <${Page} key=${loaded.value?.wanted} ...${loaded.value} stale=${loaded.value?.wanted !== wanted} onChange=${loaded.reload} />
       <//>
     </section>`;
+}
+
+/** The number of a page as its address says it, or null where it cannot be that one. */
+function numberOf(text, { items, total }) {
+  const number = /^[1-9]\d{0,8}$/.test(text) ? Number(text) : 1;
+  return number > 1 && (number - 1) * PER_PAGE + items.length <= total ? number : null;
 }
 
 // Its fields start as the address says and are the reader's then: no later drawing changes them.
@@ -81,17 +87,20 @@ function Filters({ chosen }) {
     </form>`;
 }
 
-/** A time of an address as <input type="datetime-local"> holds it; empty where it is none. */
+/** A time of an address as <input type="datetime-local"> holds it; empty where it is none,
+ * or in a year that such a field cannot hold. */
 export function localTime(text) {
   const moment = new Date(text ?? "");
   if (Number.isNaN(moment.getTime())) return "";
+  if (moment.getFullYear() < 1 || moment.getFullYear() > 9999) return "";
   const two = (number) => String(number).padStart(2, "0");
   const year = String(moment.getFullYear()).padStart(4, "0");
   return `${year}-${two(moment.getMonth() + 1)}-${two(moment.getDate())}`
     + `T${two(moment.getHours())}:${two(moment.getMinutes())}:${two(moment.getSeconds())}`;
 }
 
-function Page({ found, chosen, number, cursor, onChange }) {
+// stale: another page is on its way, and this one's person is no longer the address's.
+function Page({ found, chosen, number, cursor, stale, onChange }) {
   const [erasing, setErasing] = useState(false);
   const { items, total } = found;
   const cards = useRef(null);
@@ -101,15 +110,15 @@ function Page({ found, chosen, number, cursor, onChange }) {
     card?.scrollIntoView({ block: "center" });
     card?.querySelector("a").focus({ preventScroll: true });
   }, []);
-  if (!items.length) return html`<${Nothing} chosen=${chosen} number=${number} />`;
+  if (!items.length) return html`<${Nothing} chosen=${chosen} later=${Boolean(cursor)} />`;
   const first = (number - 1) * PER_PAGE + 1;
   const person = chosen.person_id;
   return html`
     <div class="bar">
-      <p data-testid="total">${total > items.length
+      <p data-testid="total">${number === null ? html`<b>${items.length}</b> of ${plural(total, "item")}` : total > items.length
         ? html`<b>${first.toLocaleString("en")}–${(first + items.length - 1).toLocaleString("en")}</b> of ${plural(total, "item")}`
         : html`<b>${plural(total, "item")}</b>`}</p>
-      ${person && html`<div class="row">
+      ${person && !stale && html`<div class="row">
         <a class="button small" href=${href("timeline", "", { person_id: person })}>Where seen</a>
         <button type="button" class="button small" onClick=${() => setErasing(true)}>Erase this person …</button>
       </div>`}
@@ -117,7 +126,7 @@ function Page({ found, chosen, number, cursor, onChange }) {
     <div ref=${cards} onClick=${(event) => { opened = event.target.closest("[data-item]")?.dataset.item; }}>
       <${Cards} items=${items} /></div>
     <${Paging} next=${found.next_cursor} chosen=${chosen} number=${number} cursor=${cursor} total=${total} />
-    ${erasing && html`<${Erase} person=${person} onClose=${() => setErasing(false)}
+    ${erasing && !stale && html`<${Erase} person=${person} onClose=${() => setErasing(false)}
       onErased=${() => { setErasing(false); onChange(); }} />`}`;
 }
 
@@ -129,18 +138,18 @@ function Paging({ next, chosen, number, cursor, total }) {
     <nav class="row paging" aria-label="Pages" onClick=${(event) => { if (event.target.closest("a")) top(); }}>
       ${cursor && html`<a class="button" href=${href("gallery", "", chosen)}>First page</a>`}
       ${back && html`<a class="button" href=${href("gallery", "", back)}>Previous</a>`}
-      <span class="soft">Page ${number} of ${Math.max(number, Math.ceil(total / PER_PAGE))}</span>
-      ${next && html`<a class="button" href=${href("gallery", "", { ...chosen, page: number + 1, cursor: next })}>Next</a>`}
+      ${number && html`<span class="soft">Page ${number} of ${Math.max(number, Math.ceil(total / PER_PAGE))}</span>`}
+      ${next && html`<a class="button" href=${href("gallery", "", { ...chosen, ...(number && { page: number + 1 }), cursor: next })}>Next</a>`}
     </nav>`;
 }
 
-function Nothing({ chosen, number }) {
-  if (number > 1) {
+function Nothing({ chosen, later }) {
+  if (later) {
     return html`<div class="empty"><strong>This page is empty now</strong>
       <p>What stood here was deleted.</p>
       <a class="button" href=${href("gallery", "", chosen)}>First page</a></div>`;
   }
-  if (Object.keys(chosen).length) {
+  if (FILTERS.some((name) => chosen[name])) {
     const said = [
       chosen.person_id && `person ${chosen.person_id}`,
       chosen.camera_id && `camera ${chosen.camera_id}`,
