@@ -298,8 +298,9 @@ def test_the_shell_completes_commands_options_and_values() -> None:
             check=True,
         )
         assert sorted(answer.stdout.split()) == words
-    shown = subprocess.run(
-        [sys.executable, "-c", "from model.cli import main; main(['--show-completion', 'bash'])"],
+    program = "from model.cli import main; main(['--show-completion'])"
+    shown = subprocess.run(  # the nearest shell is looked for: `make` has another
+        ["bash", "-c", '"$0" -c "$1"; exit $?', sys.executable, program],
         capture_output=True,
         text=True,
         check=True,
