@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -133,7 +134,7 @@ def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
         proxy_headers=False,  # `service.http.intake` understands them
         timeout_graceful_shutdown=settings.shutdown_timeout,
     )
-    logging.getLogger("uvicorn.error").addFilter(_no_startup_traceback)
+    logging.getLogger("uvicorn.error").addFilter(_of_use)
     return app, _Server(config, app.state.drain, lingering, settings)
 
 
@@ -141,7 +142,9 @@ class _Server(uvicorn.Server):
     """After a signal new requests are answered with 503 while those in flight finish.
 
     It keeps listening until nothing is in flight and `shutdown_linger` is over, so that a load
-    balancer sees the 503 before connections are refused. A second Ctrl-C ends it at once.
+    balancer sees the 503 before connections are refused. While it loads, a signal takes effect once
+    that is done. A second Ctrl-C ends it at once: it cancels what is in flight, and does not wait
+    for threads that load or close, since whatever they write outlives the loss of power.
     """
 
     def __init__(
@@ -150,15 +153,31 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._drain, self._lingering, self._settings = drain, lingering, settings
         self._signalled: float | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            os._exit(128 + sig)
         if self._signalled is not None or not self.started:
+            if self._signalled is None and not self.should_exit:
+                self._say("loading: it ends once that is done; a second Ctrl-C ends it at once")
             self.config.timeout_graceful_shutdown = 0
             super().handle_exit(sig, frame)
             return
+        self._say("ending once requests in flight are answered; a second Ctrl-C ends it at once")
         self._captured_signals.append(sig)
         self._signalled = time.monotonic()
         self._drain.closing = True
+
+    def _say(self, sentence: str) -> None:
+        """Log from a signal handler, which may have interrupted a line of the log."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(log.info, sentence)
 
     async def on_tick(self, counter: int) -> bool:
         if self._signalled is not None and not self.should_exit:
@@ -172,6 +191,8 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _no_startup_traceback(record: logging.LogRecord) -> bool:
-    """Drop uvicorn's traceback of a failed start: `run` raises the exception itself."""
-    return not record.getMessage().startswith("Traceback ")
+def _of_use(record: logging.LogRecord) -> bool:
+    """Drop lines of uvicorn: the traceback of a failed start, since `run` raises the exception
+    itself, and the error that requests were cancelled where there were none.
+    """
+    return not record.getMessage().startswith(("Traceback ", "Cancel 0 "))

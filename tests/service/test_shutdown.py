@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
-from socket import create_connection, socket
+from socket import create_connection, create_server, socket
 
 import httpx
 import pytest
@@ -166,3 +166,23 @@ def test_a_second_ctrl_c_ends_it_at_once(
             service.ended()
     assert "Traceback" not in service.text()
     assert_gone(children)
+
+
+def test_a_second_ctrl_c_ends_it_while_it_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with create_server(("127.0.0.1", 0)) as database:  # which never answers
+        port = database.getsockname()[1]
+        database.settimeout(120)
+        service = ServiceProcess(
+            tmp_path, tiny_checkpoint, database_url=f"postgresql+psycopg://u:p@127.0.0.1:{port}/d"
+        )
+        try:
+            waiting, _ = database.accept()
+            with waiting:
+                service.send(signal.SIGINT)
+                wait_for(lambda: "a second Ctrl-C" in service.text(), "it says nothing")
+                assert service.process.poll() is None
+                service.send(signal.SIGINT)
+                assert service.ended() == 130
+        finally:
+            service.kill()
+    assert_no_defect(service)
