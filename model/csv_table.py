@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -49,6 +50,11 @@ def read_table(path: Path, needed: Collection[str], known: Collection[str] | Non
     return table
 
 
+def leave_out(column: str) -> str:
+    """How to enroll in spite of a column that is not known."""
+    return f"to leave it out, give --ignore-column {shlex.quote(column)}"
+
+
 def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Records that are not empty, each with the line where it begins. Raises csv.Error."""
     reader = csv.reader(
@@ -82,8 +88,8 @@ def _header_problems(
             yield f"the column {name!r} is there {names.count(name)} times; keep one"
         if known is not None and name not in known:
             near = get_close_matches(name, known, 1)
-            hint = f"is it {near[0]!r}?" if near else f"the columns are {columns}"
-            yield f"the column {name!r} is unknown; {hint}"
+            hint = f"is it {near[0]!r}?" if near else f"the columns are {columns};"
+            yield f"the column {name!r} is unknown; {hint} {leave_out(name)}"
     for name in needed:
         if name not in names:
             yield f"there is no column {name!r}; it needs the columns {columns} in its first line"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from service.api.schemas import QueryAnswer, Result
+from service.kit.text import counted
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _VERDICTS = {
@@ -31,8 +32,10 @@ def headline(answer: QueryAnswer) -> str:
         return NO_FIT
     if not answer.searched:
         return f"{said}: nothing was searched."
-    among = "the one person" if answer.people == 1 else f"the {answer.people} people"
-    whole = f"Among {among} searched at all: {percent(enrolled)}."
+    among = f"Among the {counted(answer.people, 'person', 'people')} searched at all"
+    if answer.people == 1:
+        among = "That it is the only person searched"
+    whole = f"{among}: {percent(enrolled)}."
     first = answer.results[0] if answer.results else None
     if first is None or answer.match == "none":
         return f"{said}. {whole}"

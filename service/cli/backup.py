@@ -10,6 +10,7 @@ import typer
 from model.terminal import say
 from service.cli.options import DEFAULT_URL, ApiKey, Client, Url, data_dir_option, folder
 from service.cli.outputs import Force, output
+from service.kit.text import counted
 
 DatabaseUrl = Annotated[
     str | None,
@@ -59,7 +60,7 @@ def backup(
         with offline(data_dir, database_url) as backups:
             backups.write(target, actor=_ACTOR, folder=temp_dir)
     size = target.stat().st_size
-    say(f"Wrote {file}: {peek(target).counts['items']} items, {size / 1e6:,.1f} MB.")
+    say(f"Wrote {file}: {counted(peek(target).counts['items'], 'item')}, {size / 1e6:,.1f} MB.")
 
 
 def restore(
@@ -76,7 +77,8 @@ def restore(
     from service.gallery.backup.restore import restore as fill
 
     manifest = fill(file, data_dir, database_url, actor=_ACTOR)
+    items = counted(manifest.counts["items"], "item")
     say(
-        f"Restored {manifest.counts['items']} items of {manifest.created_at:%Y-%m-%d %H:%M:%S} "
+        f"Restored {items} of {manifest.created_at:%Y-%m-%d %H:%M:%S} "
         f"UTC; start the service with --data-dir {data_dir}."
     )

@@ -32,6 +32,7 @@ from service.cli.outputs import Force, output
 from service.client import Client
 from service.client.bulk import read_manifest
 from service.client.stream import Entry
+from service.kit.text import counted
 
 SHOWN = 5
 _TITLE = "Infrared queries, visible gallery"
@@ -127,7 +128,8 @@ def demo(
             modulated = _rank1(outcomes, [outcome.modulated for outcome in outcomes])
             unmodulated = _rank1(outcomes, [outcome.unmodulated for outcome in outcomes])
             lines = [
-                f"{len(outcomes)} infrared queries against {len(entries)} visible crops.",
+                f"{counted(len(outcomes), 'infrared query', 'infrared queries')} against "
+                f"{counted(len(entries), 'visible crop')}.",
                 f"Rank-1 with modulation {modulated:.0%}, without {unmodulated:.0%}; "
                 f"expected with modulation: at least {expected:.0%}.",
             ]
@@ -259,8 +261,8 @@ def _checkpoint(examples: Path) -> Path:
     found = sorted(examples.glob("*.safetensors"))
     if len(found) != 1:
         raise DemoError(
-            f"{examples} holds {len(found)} .safetensors files and must hold one; run this in a "
-            "clone of the repository, or give --examples"
+            f"{examples} holds {counted(len(found), '.safetensors file')} and must hold one; "
+            "run this in a clone of the repository, or give --examples"
         )
     return found[0]
 

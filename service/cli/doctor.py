@@ -17,6 +17,7 @@ from rich.text import Text
 
 from model.terminal import Console
 from service.cli.options import data_dir_option
+from service.kit.text import counted
 
 _LOW_DISK = 1 << 30
 
@@ -204,4 +205,4 @@ def _keys(path: Path) -> str:
     if status.st_mode & (0o077 if status.st_uid == os.geteuid() else 0o007):
         raise Trouble(f"others may read {path}; run `chmod 600 {path}`")
     scopes = sorted({scope for key in keys for scope in key.scopes})
-    return f"{len(keys)} keys, for {', '.join(scopes)}"
+    return f"{counted(len(keys), 'key')}, for {', '.join(scopes)}"

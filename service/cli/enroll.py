@@ -41,9 +41,10 @@ from service.client.bulk import (
     find_images,
     read_manifest,
 )
+from service.kit.text import counted
 
 _SHOWN = 5  # names of what is left alone
-_FAILURES = 20  # that are printed where a report has all
+_FAILURES = 20  # that are printed
 _STOPPING = "Finishing what is on its way; Ctrl-C once more ends at once."
 
 
@@ -164,7 +165,7 @@ def enroll(
     _print_left(plan)
     if target is not None:
         write_report(target, tally.failures)
-    if stopped is not None or interrupted:
+    if interrupted or (stopped is not None and _passes(stopped)):
         say("Run the same command again to go on; nothing is enrolled twice.", err=True)
     if stopped is not None:
         raise stopped
@@ -172,6 +173,11 @@ def enroll(
         raise typer.Exit(INTERRUPTED)
     if tally.failures:
         raise typer.Exit(1)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same command may fare better later: not with a key that may not enroll."""
+    return not isinstance(error, ServiceProblem) or error.status not in (401, 403)
 
 
 def _found(paths: Sequence[Path], labels: Naming) -> Plan:
@@ -211,7 +217,7 @@ def _found(paths: Sequence[Path], labels: Naming) -> Plan:
         place = below(example, folders)
         why = "" if place is None else f": {labels.pattern.why_not(place[1])}"
         raise EnrollmentError(
-            f"none of the {len(plan.unmatched)} images under {where} matches the pattern "
+            f"none of {counted(len(plan.unmatched), 'image')} under {where} matches the pattern "
             f"{labels.pattern.text!r}; for example {example} does not{why}"
         )
     _print_left(plan)
@@ -264,17 +270,17 @@ def send_with_progress(
 
 
 def print_tally(files: int, tally: Tally, report: Path | None = None) -> None:
-    """Print how many files are enrolled, and why each of the others failed.
+    """Print how many files are enrolled, and why the first of the others failed.
 
-    report: where all of them are, so that the first are enough here.
+    report: where all of them are.
     """
     before = f", {tally.before} of them before" if tally.before else ""
-    say(f"{tally.enrolled} of {files} files are enrolled{before}.")
-    most = len(tally.failures) if report is None else _FAILURES
-    for failure in tally.failures[:most]:
+    say(f"{tally.enrolled} of {counted(files, 'file is', 'files are')} enrolled{before}.")
+    for failure in tally.failures[:_FAILURES]:
         say(f"{failure.file}: {failure.reason}")
-    if len(tally.failures) > most:
-        say(f"{len(tally.failures) - most} more failed; all are in {report}.")
+    if len(tally.failures) > _FAILURES:
+        where = "--report FILE names all" if report is None else f"all are in {report}"
+        say(f"{len(tally.failures) - _FAILURES} more failed; {where}.")
 
 
 def _print_left(plan: Plan) -> None:

@@ -16,6 +16,7 @@ from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Moda
 from service.cli.outputs import Force, output, refuse_data_folder
 from service.client.bulk import EXPORTED, manifest_row
 from service.client.requests import ListFields, item_path
+from service.kit.text import counted
 
 gallery = typer.Typer(
     help="List, show, export and delete enrolled crops.\n\nExample: cmt gallery list --person-id 17"
@@ -26,6 +27,10 @@ _PRIVATE_FOLDER = 0o700
 _ITEMS, _MANIFEST = "items.jsonl", "manifest.csv"
 _PARTIAL = ".partial"
 _SHORT = 12  # digits of a fingerprint that tell checkpoints apart
+
+
+class ErasureError(Exception):
+    """Nothing of a person was found; the message says the remedy."""
 
 
 @gallery.command("list")
@@ -71,6 +76,8 @@ def list_items(
     if not json:
         Console().print_table(table)
         say(f"{shown} of {page.total}")
+    elif cursor is not None:
+        say(f"{shown} of {page.total}; --limit {page.total} prints all", err=True)
 
 
 @gallery.command()
@@ -122,7 +129,7 @@ def export(
             if page.next_cursor is None:
                 break
         text.detach()  # the file is closed where it was opened
-    say(f"{count} crops are in {folder}.")
+    say(f"{counted(count, 'crop is', 'crops are')} in {folder}.")
 
 
 def _fetch(client: Client, item_id: str, folder: Path) -> str:
@@ -172,6 +179,8 @@ def delete(
 ) -> None:
     """Delete items, or erase a person. There is no way back.
 
+    The exit status is 1 where no item has that person, as with a mistyped label.
+
     Example: cmt gallery delete --person-id 17 --yes
     """
     if bool(item_ids) == (person_id is not None):
@@ -183,11 +192,17 @@ def delete(
         typer.confirm(printable(f"Delete {what}?"), abort=True)
     with Client(url, api_key=api_key) as client:
         if person_id is not None:
-            say(f"Deleted {client.erase(person_id)} items.")
+            erased = client.erase(person_id)
+            if not erased:
+                raise ErasureError(
+                    f"no item has the person {person_id!r}, so that nothing was deleted; labels "
+                    "are compared to the letter, and `cmt gallery list` shows them"
+                )
+            say(f"Deleted {counted(erased, 'item')}.")
             return
         for item_id in item_ids or []:
             client.delete(item_id)
-        say(f"Deleted {len(item_ids or [])} items.")
+        say(f"Deleted {counted(len(item_ids or []), 'item')}.")
 
 
 versions = typer.Typer(
@@ -248,8 +263,8 @@ def drop_version(
                 f"no checkpoint begins with {fingerprint!r}; `cmt gallery versions list` has them"
             )
         [version] = fitting
-        name = version.fingerprint[:_SHORT]
+        name, items = version.fingerprint[:_SHORT], counted(version.embedded, "item")
         if not yes:
-            typer.confirm(f"Drop the features of {version.embedded:,} items by {name}?", abort=True)
+            typer.confirm(f"Drop the features of {items} by {name}?", abort=True)
         client.drop_version(version.fingerprint)
-        say(f"Dropped the features of {version.embedded:,} items by {name}.")
+        say(f"Dropped the features of {items} by {name}.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Unpack
 
 import typer
 from rich.table import Table
@@ -27,6 +28,9 @@ from service.cli.options import (
 )
 from service.cli.outputs import Force, output
 from service.cli.pictures import Pictures, print_pictures, renderer
+from service.client import ServiceProblem
+from service.client.requests import QueryFields
+from service.kit.text import counted
 
 Option = typer.Option
 
@@ -79,7 +83,8 @@ def query(
     sheet = None if html is None else output(html, force=force, special=True)
     shown = None if json else renderer(pictures)
     with Client(url, api_key=api_key) as client:
-        answer = client.query(
+        answer = _asked(
+            client,
             images,
             top_k=top_k,
             candidates=candidates,
@@ -118,6 +123,19 @@ def query(
         say(_summary(answer))
 
 
+def _asked(client: Client, images: list[Path], **fields: Unpack[QueryFields]) -> QueryAnswer:
+    """The answer; an error about one of several images names its file."""
+    try:
+        return client.query(images, **fields)
+    except ServiceProblem as problem:
+        found = re.match(r"image (\d+) of \d+: ", str(problem))
+        if found is None:
+            raise
+        detail = f"{images[int(found[1]) - 1]}: {str(problem)[found.end() :]}"
+        told = problem.problem.model_copy(update={"detail": detail})
+        raise ServiceProblem(told, problem.retry_after) from problem
+
+
 def result_table(answer: QueryAnswer, show: int) -> Table:
     """The first `show` results, one line each."""
     probable = any(result.probability is not None for result in answer.results)
@@ -145,7 +163,8 @@ def result_table(answer: QueryAnswer, show: int) -> Table:
 def _summary(answer: QueryAnswer) -> str:
     scored = "all scored" if answer.exhaustive else f"{answer.candidates} rescored"
     again = ", re-ranked" if answer.rerank != "none" else ""
+    searched = counted(answer.searched, "item")
     return (
-        f"{answer.searched} items searched, {scored}{again}; the query is {answer.query.modality} "
+        f"{searched} searched, {scored}{again}; the query is {answer.query.modality} "
         f"({answer.query.modality_source})."
     )

@@ -34,6 +34,7 @@ from service.cli.options import (
 from service.cli.outputs import refuse_data_folder
 from service.cli.watcher import Done, Watcher
 from service.client.bulk import EnrollmentError
+from service.kit.text import counted
 
 _STOPPING = "Finishing what is on its way; the journal knows how to go on."
 
@@ -92,7 +93,7 @@ def watch(
     Waits for files to be whole and for a service that is busy, restarts or has a full disk. A file
     that is overwritten is enrolled anew; one that is renamed is not. What the service refuses is
     said, remembered and not tried again until it changes. With --once the exit status is 1 if a
-    file failed.
+    file failed in this run, not in an earlier one.
 
     Example: cmt watch /srv/nvr --pattern '{camera}/{time:%Y%m%d-%H%M%S}*.jpg' --timezone UTC
     """
@@ -137,7 +138,7 @@ def watch(
 
 def _print_end(watcher: Watcher, *, once: bool) -> None:
     """Print what a run has done, and what it leaves."""
-    say(f"{watcher.enrolled} files enrolled, {watcher.failed} refused.")
+    say(f"{counted(watcher.enrolled, 'file')} enrolled, {watcher.failed} refused.")
     if not once:
         say("The same command goes on from here.")
         return

@@ -90,7 +90,8 @@ def read_manifest(
     to leave out of account.
     Raises ManifestError with all that is wrong, wherever the files lie.
     """
-    known = dict.fromkeys((*COLUMNS, *ignored, *WHY))
+    # The header of a CSV file is read in lower case.
+    known = dict.fromkeys((*COLUMNS, *ignored, *map(str.casefold, ignored), *WHY))
     try:
         if is_json_lines(manifest):
             table = read_json_lines(manifest, known)

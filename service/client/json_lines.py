@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from model.csv_table import Table
+from model.csv_table import Table, leave_out
 from model.strict_json import read_json
 
 
@@ -43,8 +43,10 @@ def read_json_lines(path: Path, known: Collection[str]) -> Table:
         unknown = [name for name in content if name not in known]
         for name in unknown:
             near = get_close_matches(name, known, 1)
-            hint = f"is it {near[0]!r}?" if near else f"the names are {', '.join(known)}"
-            table.problems.append(f"line {line}: the name {name!r} is unknown; {hint}")
+            hint = f"is it {near[0]!r}?" if near else f"the names are {', '.join(known)};"
+            table.problems.append(
+                f"line {line}: the name {name!r} is unknown; {hint} {leave_out(name)}"
+            )
         if not unknown:
             cells = {name: _cell(value) for name, value in content.items()}
             table.rows.append((line, {"file": "", **cells}))

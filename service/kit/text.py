@@ -1,6 +1,11 @@
-"""Text that every reader takes."""
+"""Text that every reader takes, and counts as people say them."""
 
 from __future__ import annotations
+
+
+def counted(count: int, one: str, more: str | None = None) -> str:
+    """A count with its noun: 1 item, 2,198 items. more: a plural that is not made with an s."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def is_utf_8(text: str) -> bool:

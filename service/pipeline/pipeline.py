@@ -231,7 +231,16 @@ class Pipeline:
 
     async def _all_decoded(self, pictures: Sequence[Picture], share: Share) -> list[_Decoded]:
         decode = partial(self._decoders.submit, share=share)
-        return await gathered(self._decoded(picture, decode) for picture in pictures)
+
+        async def named(place: int, picture: Picture) -> _Decoded:
+            try:
+                return await self._decoded(picture, decode)
+            except ServiceError as error:
+                if len(pictures) > 1 and error.code.startswith("image_"):
+                    error.detail = f"image {place} of {len(pictures)}: {error.detail}"
+                raise
+
+        return await gathered(named(place, one) for place, one in enumerate(pictures, start=1))
 
     async def _decoded(self, picture: Picture, decode: _Decode) -> _Decoded:
         engine = self.engine

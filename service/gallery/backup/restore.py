@@ -8,8 +8,8 @@ killed before that leaves an empty gallery.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -29,7 +29,7 @@ from service.gallery.backup.temporary_copy import remove_leftovers, scratch
 from service.gallery.index import snapshot
 from service.gallery.storage.audit import KEY_FILE, Act, read_key, write
 from service.gallery.storage.database import FILE_NAME, Database, address_of, known_revisions
-from service.gallery.storage.folder_lock import FolderLock
+from service.gallery.storage.folder_lock import LOCK_FILE, FolderLock
 from service.gallery.storage.private_files import tighten
 from service.gallery.storage.tables import schema
 
@@ -153,9 +153,24 @@ def _refuse_rows(connection: Connection) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    lock = FolderLock(folder)
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        remove_leftovers(folder)
-        yield
-    finally:
-        lock.release()
+        lock = FolderLock(folder)
+        try:
+            remove_leftovers(folder)
+            yield
+        finally:
+            lock.release()
+    except BaseException:
+        _unmake(missing)
+        raise
+
+
+def _unmake(made: Sequence[Path]) -> None:
+    """Remove folders that were made for nothing, from the innermost on; a gallery's stays."""
+    for folder in made:
+        with suppress(OSError):
+            if {file.name for file in folder.iterdir()} <= {LOCK_FILE, KEY_FILE}:
+                for file in folder.iterdir():
+                    file.unlink()
+            folder.rmdir()

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from service.kit.text import counted
+
 log = logging.getLogger(__name__)
 
 FOLDER, FILE = 0o700, 0o600
@@ -76,9 +78,9 @@ def tighten(folder: Path) -> None:
             why = why or reason
     if changed:
         log.warning(
-            "%d files or folders of the data folder %s were open to others or not to their owner; "
+            "%s of the data folder %s, open to others or not to their owner until now: "
             "now only their owner may use them",
-            *(changed, folder),
+            *(counted(changed, "file or folder", "files or folders"), folder),
         )
     if refused:
         log.warning("%s", told(folder, refused, why))
@@ -92,8 +94,8 @@ def open_to_others(folder: Path) -> list[Path]:
 def told(folder: Path, found: list[Path], reason: str) -> str:
     """A sentence about what others may use. reason: why that is so for the first."""
     return (
-        f"others may use {len(found)} files or folders of the data folder {folder}, such as "
-        f"{found[0]} ({reason}); it holds personal data: mount it so that only the service's user "
+        f"others may use {counted(len(found), 'file or folder', 'files or folders')} of the data "
+        f"folder {folder}, such as {found[0]} ({reason}); it holds personal data: mount it so that only the service's user "
         "can enter it"
     )
 

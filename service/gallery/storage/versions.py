@@ -26,6 +26,7 @@ from service.gallery.storage.rows import blocks
 from service.gallery.storage.streaming import checked, record_changes
 from service.gallery.storage.tables import crops, features, items, models
 from service.gallery.times import microseconds, moment_of
+from service.kit.text import counted
 
 _INFRARED = (items.c.modality, items.c.polarity)
 _DROPPED_AT_ONCE = 2_000  # rows of features per transaction, so that enrollments wait briefly
@@ -197,8 +198,8 @@ class Versions:
             missing = _count_missing(connection, fingerprint)
             if missing:
                 raise ModelVersionConflict(
-                    f"{missing} items have no features of model version {fingerprint[:12]} yet; "
-                    "embed them again before it is activated"
+                    f"{counted(missing, 'item has', 'items have')} no features of model version "
+                    f"{fingerprint[:12]} yet; embed them again before it is activated"
                 )
             active = models.c.state == "active"
             connection.execute(update(models).where(active).values(state="retired"))

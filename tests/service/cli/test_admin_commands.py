@@ -106,7 +106,7 @@ def test_doctor_looks_at_keys_and_database(
     options = ["--api-keys-file", keys, "--database-url", database]
     status, printed, _ = run(capsys, "doctor", *options)
     assert status == 0, printed
-    assert "1 keys, for query" in printed
+    assert "1 key, for query" in printed
     assert "a process of its own decodes images" in printed
     keys.chmod(0o644)
     nowhere = "postgresql+psycopg://u:secret@127.0.0.1:1/x"
@@ -183,7 +183,11 @@ def test_doctor_tries_a_lock_and_looks_at_modes(
     assert (status, "writable, lockable and private" in printed) == (0, True)
     (tmp_path / "data" / "gallery.sqlite3").chmod(0o644)
     status, printed, _ = run(capsys, *look)
-    assert (status, "warning" in printed, "others may use 1 files" in printed) == (0, True, True)
+    assert (status, "warning" in printed, "others may use 1 file or folder of" in printed) == (
+        0,
+        True,
+        True,
+    )
 
     key = tmp_path / "data" / "audit.key"
     key.rename(tmp_path / "elsewhere")

@@ -243,6 +243,60 @@ def test_enroll_says_what_is_wrong_with_a_pattern(
     assert client.list().total == 0
 
 
+def test_what_many_files_lack_is_said_of_the_first(
+    client: Client, visible: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crops, report = tmp_path / "crops", tmp_path / "failed.csv"
+    crops.mkdir()
+    for number in range(25):
+        shutil.copy(visible[0], crops / f"{number:02}.jpg")
+    arguments = ("enroll", crops, "--pattern", "{time}.jpg", "--timezone", "UTC")
+    status, out, _ = run(capsys, *arguments)
+    assert status == 1
+    first, *named, last = out.splitlines()
+    assert first == "0 of 25 files are enrolled."
+    assert (len(named), last) == (20, "5 more failed; --report FILE names all.")
+    assert f"5 more failed; all are in {report}." in run(capsys, *arguments, "--report", report)[1]
+    assert len(report.read_text().splitlines()) == 26
+    assert client.list().total == 0
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "manifest.jsonl"])
+def test_an_unknown_column_can_be_left_out(
+    name: str, client: Client, visible: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    manifest = tmp_path / name
+    rows = {"manifest.csv": f"file,Shot by\n{visible[0]},me\n",
+            "manifest.jsonl": json.dumps({"file": str(visible[0]), "Shot by": "me"})}  # fmt: skip
+    manifest.write_text(rows[name])
+    status, _, err = run(capsys, "enroll", "--manifest", manifest)
+    assert status == 1
+    [column] = re.findall(r"--ignore-column '([^']+)'", err)
+    for written in (column, "Shot by"):
+        arguments = ("enroll", "--manifest", manifest, "--ignore-column", written)
+        status, out, err = run(capsys, *arguments)
+        assert (status, err) == (0, "")
+        assert out.startswith("1 of 1 file is enrolled")
+    assert client.list().total == 1
+
+
+def test_a_backup_that_is_none_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "notes.txt").write_text("mine")
+    for file in ("cut.zip", "missing.zip"):
+        for folder in (tmp_path / "new" / "deep", there):
+            status, _, err = run(capsys, "restore", tmp_path / file, "--data-dir", folder)
+            assert status == 1
+            assert err.startswith("Error: ")
+        assert not (tmp_path / "new").exists()
+        assert (there / "notes.txt").read_text() == "mine"
+
+
 def test_enroll_by_json_lines_and_what_failed_as_such(
     client: Client, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,7 +387,8 @@ def test_enroll_stops_where_the_service_ends(
         ):
             arguments = ("enroll", tmp_path / "a.jpg", "--url", url, "--report", report, *options)
             status, out, err = run(capsys, *arguments)
-            assert (status, out) == (1, "0 of 1 files are enrolled.\n")
+            assert (status, out) == (1, "0 of 1 file is enrolled.\n")
+            assert "again" not in err  # it cannot help
             assert err.splitlines()[-1].startswith("Error: ")
             assert sentence in err.splitlines()[-1]
         assert len(report.read_text().splitlines()) == 1  # nothing is wrong with the file
@@ -389,6 +444,10 @@ def test_query_prints_a_table_json_and_a_sheet(
     answer = json.loads(out)
     assert answer["query"]["images"] == 2
     assert len(answer["results"]) == 2
+    (tmp_path / "crop.csv").write_text("no picture")
+    status, _, err = run(capsys, "query", infrared[0], tmp_path / "crop.csv", infrared[1])
+    assert status == 1
+    assert err.startswith(f"Error: {tmp_path}/crop.csv: ")
     _, out, _ = run(
         capsys,
         "query",
@@ -418,7 +477,14 @@ def test_gallery_list_show_delete(
     _, out, _ = run(capsys, "gallery", "show", items[0].id, "--save", crop)
     assert json.loads(out)["sha256"] == items[0].sha256
     assert crop.read_bytes() == visible[0].read_bytes()
-    assert run(capsys, "gallery", "delete", items[0].id, "--yes")[0] == 0
+    status, out, err = run(capsys, "gallery", "list", "--json", "--limit", 2)
+    assert (status, len(out.splitlines())) == (0, 2)
+    assert err == "2 of 3; --limit 3 prints all\n"
+    status, out, err = run(capsys, "gallery", "delete", "--person-id", "nobody", "--yes")
+    assert (status, out) == (1, "")
+    assert err.startswith("Error: no item has the person 'nobody'")
+    assert client.list().total == 3
+    assert run(capsys, "gallery", "delete", items[0].id, "--yes")[:2] == (0, "Deleted 1 item.\n")
     assert run(capsys, "gallery", "delete", "--person-id", items[1].person_id, "--yes")[0] == 0
     assert [item.id for item in client.list().items] == [items[2].id]
     status, _, err = run(capsys, "gallery", "show", items[0].id)

@@ -130,7 +130,7 @@ def test_what_is_refused_is_remembered_until_it_changes(
     bad.touch()
     status, out, err = once(capsys, drop, *options)
     assert (status, err) == (0, "")
-    assert "1 files enrolled, 0 refused." in out
+    assert "1 file enrolled, 0 refused." in out
     assert client.list(person_id="cut").total == 1
     status, out, err = once(capsys, drop, *options, "--retry-failed")
     assert (status, "2 refused" in out, client.list().total) == (1, True, 1)
@@ -195,9 +195,9 @@ def test_a_file_is_whole_when_it_no_longer_changes(
         ended.set()
         writer.join()
     assert status == 0
-    assert "1 files enrolled, 0 refused." in out
+    assert "1 file enrolled, 0 refused." in out
     assert "Left for the next time: 1" in out
-    assert "1 files enrolled" in once(capsys, drop)[1]
+    assert "1 file enrolled" in once(capsys, drop)[1]
     assert client.list().total == 2
 
 

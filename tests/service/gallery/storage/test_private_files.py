@@ -170,7 +170,7 @@ def test_a_service_keeps_even_its_caches_private(tiny_checkpoint: Path, tmp_path
         assert_private(folder, "lock", "gallery.sqlite3", "audit.key")
         assert (folder / "cache").is_dir() == (runtime == "openvino")
     assert_private(folder)
-    assert "were open to others" not in service.text()
+    assert "open to others" not in service.text()
 
 
 # --- locks ---
