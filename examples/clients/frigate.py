@@ -109,10 +109,16 @@ class Frigate:
         return None
 
     def _get(self, path: str, **parameters: Any) -> httpx.Response:
-        answer = self._http.get(path, params=parameters)
-        if answer.status_code == 401 and self._login is not None:  # not yet, or no longer
-            self._http.post("/api/login", json=self._login).raise_for_status()
+        try:
             answer = self._http.get(path, params=parameters)
+            if answer.status_code == 401 and self._login is not None:  # not yet, or no longer
+                self._http.post("/api/login", json=self._login).raise_for_status()
+                answer = self._http.get(path, params=parameters)
+        except httpx.TransportError as error:
+            raise ConnectionError(
+                f"Frigate at {self._http.base_url} does not answer ({error}); check that it runs, "
+                "and the address of --frigate"
+            ) from error
         return answer
 
 
@@ -186,8 +192,12 @@ def listen(host: str, port: int, topic: str, login: tuple[str, str | None] | Non
             if said["type"] == "end" and said["after"]["label"] == "person":
                 woken.set()
 
+    def failed(_listener: Listener, _data: Any) -> None:
+        say(f"the MQTT broker {host}:{port} does not answer; trying again", err=True)
+
     listener = Listener(CallbackAPIVersion.VERSION2)
     listener.on_connect, listener.on_message = connected, told
+    listener.on_connect_fail = failed
     if login is not None:
         listener.username_pw_set(*login)
     listener.reconnect_delay_set(1, 30)

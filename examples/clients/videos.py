@@ -133,13 +133,17 @@ def start_of(file: Path, container: Any, started: str | None, zone: ZoneInfo | N
 
 
 def find_videos(folder: Path, settle: float) -> Iterator[Video]:
-    """The videos in a folder, by path; one that is still being written is left for the next run."""
+    """The videos in a folder, by path; one that changed just now is left for the next run."""
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         if file.suffix.lower() in SUFFIXES and not any(map(is_other_programs, name.parts)):
             status = file.stat()
             if time.time() - status.st_mtime < settle:
-                say(f"{name}: is still being written; left for the next run", err=True)
+                say(
+                    f"{name}: changed in the last {settle:g} s; left for the next run, or give "
+                    "--settle 0 if it is whole",
+                    err=True,
+                )
             elif file.is_file():
                 yield Video(file, name.as_posix(), file.parent.resolve().name, status.st_size)
 

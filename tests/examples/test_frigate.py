@@ -159,6 +159,15 @@ def test_persons_that_ended_are_enrolled_once_each(
         assert client.list().total == 5
 
 
+def test_what_does_not_answer_is_named(service: ServiceProcess, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    silent = f"http://127.0.0.1:{port}"  # closed again
+    done = run(silent, service.url, tmp_path / "state.json", "--once")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: Frigate at {silent} does not answer")
+
+
 def message(one: dict[str, Any], kind: str) -> bytes:
     """What Frigate says of a tracked object."""
     said = {name: one[name] for name in ("id", "camera", "label", "start_time", "end_time")}

@@ -136,6 +136,11 @@ def test_people_of_all_videos_are_enrolled_once(
     empty = broken.with_name("empty.mp4")
     empty.touch()
 
+    early = run(place, service.url, "--settle", "86400")
+    assert (early.returncode, early.stdout) == (0, "")
+    assert all("changed in the last 86400 s" in line for line in early.stderr.splitlines())
+    assert len(early.stderr.splitlines()) == 4
+
     done = run(place, service.url)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
