@@ -268,6 +268,52 @@ def test_a_busy_service_is_waited_for_and_a_lost_answer_doubles_nothing(
     assert gallery.list(person_id="newcomer").total == 3
 
 
+def test_a_time_typed_in_part_is_not_dropped(gallery: Client, tab: OpenTab) -> None:
+    page = tab("#/enroll")
+    choose(page, CROPS[:2])
+    page.get_by_label("Person").fill("newcomer")
+    captured = page.get_by_label("Captured")
+    captured.focus()
+    page.keyboard.type("0405")
+    page.get_by_label("Person").focus()
+    expect(page.get_by_role("alert")).to_contain_text("This time is not complete")
+    expect(captured).to_have_attribute("aria-invalid", "true")
+    expect(button(page)).to_be_disabled()
+    expect(rows(page, "waiting")).to_have_count(2)
+    assert gallery.list(person_id="newcomer").total == 0
+    assert_accessible(page)
+    screenshot(page, "enroll-half-a-time")
+    captured.fill("2026-05-04T12:30:15")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    enroll(page)
+    expect(rows(page, "enrolled")).to_have_count(2)
+    items = gallery.list(person_id="newcomer").items
+    assert {str(item.captured_at) for item in items} == {"2026-05-04 10:30:15+00:00"}
+
+
+def test_what_is_waited_for_is_said(gallery: Client, tab: OpenTab, watch: Watch) -> None:
+    watch.expected += ["^failed: POST", "^503: POST"]
+    page = tab("#/enroll")
+    page.route("**/gallery", lambda route: route.abort())
+    page.get_by_label("Person").fill("newcomer")
+    choose(page, CROPS[:1])
+    enroll(page)
+    expect(page.get_by_text("The service does not answer; going on in")).to_be_visible()
+    expect(page.get_by_text("more to do than it can take")).to_have_count(0)
+    page.unroute("**/gallery")
+    page.route(
+        "**/gallery",
+        lambda route: route.fulfill(
+            status=503,
+            headers={"Retry-After": "1", "Content-Type": "application/problem+json"},
+            body='{"title": "Starting", "status": 503, "detail": "it starts", "code": "not_ready"}',
+        ),
+    )
+    expect(page.get_by_text("The service is not ready; going on in")).to_be_visible()
+    page.unroute("**/gallery")
+    expect(rows(page, "enrolled")).to_have_count(1, timeout=20_000)
+
+
 def test_a_service_that_is_gone_stops_it_and_nothing_is_lost(
     gallery: Client, tab: OpenTab, watch: Watch
 ) -> None:

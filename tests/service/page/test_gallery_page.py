@@ -85,7 +85,7 @@ def test_items_are_found_by_person_camera_modality_and_time(demo: Demo, tab: Ope
     expect(form.get_by_label("Person")).to_have_value("")
     # The first hour, without its end: items come every ten minutes, and each fifth has no time.
     form.get_by_label("Captured from").fill("2026-03-01T09:00")
-    form.get_by_label("Captured before").fill("2026-03-01T10:00")
+    form.get_by_label("Captured until").fill("2026-03-01T10:00")
     form.get_by_role("button", name="Show").click()
     expect(cards(page)).to_have_count(5)
     page.reload()
@@ -258,16 +258,84 @@ def test_a_person_is_erased_once_that_is_confirmed(
     screenshot(page, "erase")
     dialog.get_by_role("button", name="Erase").click()
     expect(page.get_by_text("Nothing matches")).to_be_visible()
+    expect(page.locator("main")).to_be_focused()  # the button that had been is gone
     with demo.client() as client:
         assert client.list(person_id="stranger").total == 0
         assert client.list().total == len(demo.items)
 
 
-def test_an_address_of_nothing_says_so(tab: OpenTab, watch: Watch) -> None:
+def test_an_address_of_nothing_says_so(demo: Demo, tab: OpenTab, watch: Watch) -> None:
     watch.expected.append("^404: GET .*/gallery/")
-    for identifier in ("0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10", "nonsense", "%3Cscript%3E"):
-        page = tab(f"#/item/{identifier}")
+    page = tab()
+    for identifier in (
+        "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10",
+        "nonsense",
+        "%3Cscript%3E",
+        "..",
+        ".",
+        "../model",
+        "%2e%2e",
+        "",
+    ):
+        page.goto("about:blank")
+        page.goto(f"{demo.url}/#/item/{identifier}")
         expect(page.get_by_text("This item is not there")).to_be_visible()
+    page.goto(f"{demo.url}/#/search?like=..")
+    expect(page.get_by_role("alert")).to_contain_text("No item has this address")
+
+
+def test_a_dropped_file_is_searched_for_wherever_it_falls(demo: Demo, tab: OpenTab) -> None:
+    page = tab("#/gallery")
+    devtools = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(QUERY)], "dragOperationsMask": 1}
+    for view in ("gallery", "timeline", f"item/{demo.items[0].id}"):
+        page.goto(f"{demo.url}/#/{view}")
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        for kind in ("dragEnter", "dragOver", "drop"):
+            devtools.send(
+                "Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data}
+            )
+        expect(page.get_by_test_id("result").first).to_be_visible()
+        expect(page.get_by_role("link", name="Search", exact=True)).to_have_attribute(
+            "aria-current", "page"
+        )
+    assert page.url.startswith(f"{demo.url}/#/search")
+
+
+def test_errors_name_fields_as_the_forms_do(demo: Demo, tab: OpenTab, watch: Watch) -> None:
+    watch.expected.append("^422: GET")
+    page = tab("#/gallery?from=2026-03-02T00:00&to=2026-03-01T00:00")
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("Captured until: must not be before “Captured from”.")
+    page.goto(page.url + "&modality=sonar")
+    expect(alert.get_by_role("listitem")).to_have_count(2)
+    expect(alert).to_contain_text("Modality: ")
+    for raw in ("captured_", "person_id", "modality.0"):
+        expect(alert).not_to_contain_text(raw)
+    assert_accessible(page)
+    screenshot(page, "gallery-wrong-fields")
+
+
+def test_a_time_typed_in_part_is_never_left_out(
+    strangers: list[GalleryItem], demo: Demo, tab: OpenTab
+) -> None:
+    page = tab("#/gallery")
+    form = page.get_by_role("search", name="Gallery")
+    form.get_by_label("Captured from").focus()
+    page.keyboard.type("0105")
+    form.get_by_role("button", name="Show").click()
+    expect(form.get_by_role("alert")).to_contain_text("This time is not complete")
+    expect(cards(page)).to_have_count(60)
+    assert page.url.endswith("#/gallery")
+    page.goto(f"{demo.url}/#/item/{strangers[0].id}")
+    form = page.get_by_role("form", name="Correct")
+    form.get_by_label("Captured").focus()
+    page.keyboard.type("0105")
+    form.get_by_role("button", name="Save").click()
+    expect(form.get_by_role("alert")).to_contain_text("This time is not complete")
+    screenshot(page, "item-half-a-time")
+    with demo.client() as client:
+        assert client.get(strangers[0].id).captured_at is None
 
 
 def test_a_page_number_of_the_address_is_not_believed(demo: Demo, tab: OpenTab) -> None:

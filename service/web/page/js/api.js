@@ -1,12 +1,24 @@
 // All HTTP of the page: the key, errors as the service words them, and its verbs. Views call these
 // and never fetch().
-import { signal } from "./ui.js";
+import { effect, signal, untracked } from "./ui.js";
 
 const ROOT = new URL("../../", import.meta.url); // where the service lives, under any root path
 const STORED = "cmt-key";
 
 function storedKey() {
-  try { return sessionStorage.getItem(STORED) ?? ""; } catch { return ""; }
+  try {
+    const stored = sessionStorage.getItem(STORED) ?? "";
+    return keyFault(stored) ? "" : stored;
+  } catch { return ""; }
+}
+
+/** What no key has, in a sentence, or null. fetch() throws where a header holds such characters. */
+export function keyFault(text) {
+  const [strange] = text.trim().match(/[^\x21-\x7e]/u) ?? [];
+  if (strange === undefined) return null;
+  const code = `U+${strange.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+  const shown = /[\p{L}\p{N}\p{P}\p{S}]/u.test(strange) ? `the character “${strange}”` : `spaces or the like (${code})`;
+  return `No key has ${shown}; copy the key as it was given to you.`;
 }
 
 /** The API key, kept for this tab only; empty where there is none. */
@@ -14,6 +26,16 @@ export const apiKey = signal(storedKey());
 
 /** Why a key is asked for: the problem of the latest call that was refused, or null. */
 export const keyWanted = signal(null);
+
+/** Call `then(before)` each time the key becomes another one. */
+export function whenKeyChanges(then) {
+  let last = apiKey.peek();
+  effect(() => {
+    const before = last;
+    last = apiKey.value;
+    if (last !== before) untracked(() => then(before));
+  });
+}
 
 /** Use a key from now on; empty forgets it. */
 export function useKey(text) {
@@ -99,8 +121,34 @@ export async function call(path, { method = "GET", query = {}, form, json, signa
   throw problem;
 }
 
-const data = async (...given) => (await call(...given)).json();
-const itemPath = (id) => `gallery/${encodeURIComponent(id)}`;
+async function data(...given) {
+  const response = await call(...given);
+  try {
+    return await response.json();
+  } catch (error) {
+    if (isAborted(error)) throw error;
+    throw new ApiError({
+      title: "Not the service's answer",
+      code: "http_error",
+      status: 502,
+      detail: "Something between this page and the service answered in its place, or cut the answer "
+        + "short; try again, or ask whoever runs it.",
+    });
+  }
+}
+
+const ID = /^[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}$/i;
+
+/** The path of an item. Raises ApiError where its id is none, since ".." would lead elsewhere. */
+function itemPath(id) {
+  if (ID.test(id)) return `gallery/${id}`;
+  throw new ApiError({
+    title: "Item not found",
+    code: "item_not_found",
+    status: 404,
+    detail: "No item has this address; open one from the gallery.",
+  });
+}
 
 /** A form from fields: lists repeat a field; null, undefined and "" leave it out. */
 export function formOf(fields, images = []) {
@@ -119,10 +167,10 @@ export const getCameras = async (options) => (await data("cameras", options)).ca
 export const query = (images, fields, options) =>
   data("query", { ...options, method: "POST", form: formOf(fields, images) });
 export const listItems = (filters, options) => data("gallery", { ...options, query: filters });
-export const getItem = (id, options) => data(itemPath(id), options);
-export const patchItem = (id, changes, options) =>
+export const getItem = async (id, options) => data(itemPath(id), options);
+export const patchItem = async (id, changes, options) =>
   data(itemPath(id), { ...options, method: "PATCH", json: changes });
-export const deleteItem = (id, options) => call(itemPath(id), { ...options, method: "DELETE" });
+export const deleteItem = async (id, options) => call(itemPath(id), { ...options, method: "DELETE" });
 export const erasePerson = (personId, options) =>
   data("gallery", { ...options, method: "DELETE", query: { person_id: personId } });
 /** Enroll one image. key: makes a repeat harmless. */

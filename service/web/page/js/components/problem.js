@@ -29,9 +29,9 @@ export function Problem({ error, onRetry = null }) {
   return html`
     <div class=${`notice ${kind}`} role="alert" data-code=${error.code}>
       <strong>${error.title ?? "The page met a defect"}</strong>
-      <p>${sentence(error.detail ?? error.message)}</p>
-      ${error.fields?.length > 1 && html`<ul>${error.fields.map((field) =>
-        html`<li><code>${field.name}</code> ${field.detail}</li>`)}</ul>`}
+      ${error.fields?.length > 1
+        ? html`<ul>${error.fields.map((field) => html`<li>${worded(field)}</li>`)}</ul>`
+        : html`<p>${said(error)}</p>`}
       ${hint(error) && html`<p class="soft">${hint(error)}</p>`}
       <div class="row">
         ${error.refused && html`<button type="button" class="button"
@@ -42,9 +42,32 @@ export function Problem({ error, onRetry = null }) {
     </div>`;
 }
 
+// What forms call the parameters of the API.
+const NAMES = {
+  person_id: "Person", camera_id: "Camera", exclude_camera_id: "Without cameras", query_camera_id: "Camera of the query",
+  captured_at: "Captured", captured_from: "Captured from", captured_to: "Captured until",
+  modality: "Modality", gallery_modality: "Pictures that are", polarity: "Polarity", image: "Picture", box: "Box",
+  top_k: "Show at most", prior: "Prior", rerank: "Re-ranking", modulation: "Modulation", metadata: "Metadata",
+};
+const RAW = /\b[a-z]+(?:_[a-z]+)+\b/g; // other words mean what they say
+
+/** A wrong parameter in words: its name as forms have it, without its place in a list. */
+function worded({ name, detail }) {
+  const [first] = name.split(".");
+  return `${Object.hasOwn(NAMES, first) ? NAMES[first] : name}: ${sentence(renamed(detail), false)}`;
+}
+
+const renamed = (text) => text.replace(RAW, (name) => (Object.hasOwn(NAMES, name) ? `“${NAMES[name]}”` : name));
+
+/** What an error says, with wrong parameters as forms call them. */
+export function said(error) {
+  if (error.fields?.length) return error.fields.map(worded).join(" ");
+  return sentence(error.detail ?? error.message);
+}
+
 /** The service's sentences begin small and have no full stop, to stand in longer ones. */
-function sentence(text) {
-  const whole = text.charAt(0).toUpperCase() + text.slice(1);
+function sentence(text, begins = true) {
+  const whole = begins ? text.charAt(0).toUpperCase() + text.slice(1) : text;
   return /[.!?]$/.test(whole) ? whole : `${whole}.`;
 }
 

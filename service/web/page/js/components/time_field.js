@@ -15,7 +15,7 @@ export function timeFault(input) {
  * onFault(sentence): what is wrong with what is typed, null once nothing is; the value stays as it
  * was meanwhile. turn: where it changes, the field shows its value again, whatever is typed.
  */
-export function TimeField({ label, name, value, onTime, onFault = () => {}, turn = 0 }) {
+export function TimeField({ label, name, value, onTime = () => {}, onFault = () => {}, turn = 0 }) {
   const input = useRef(null);
   const known = useRef(null);
   const id = useId();

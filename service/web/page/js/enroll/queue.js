@@ -20,8 +20,11 @@ export const labels = signal({ person: "", camera: "", time: "", modality: "", p
 export const running = signal(false);
 /** Why enrolling stopped by itself: an ApiError, or null. */
 export const stopped = signal(null);
-/** Seconds until the service is asked again, 0 where nothing waits. */
+/** Seconds until the service is asked again, 0 where nothing waits; and why: an ApiError. */
 export const waiting = signal(0);
+export const waitingFor = signal(null);
+/** What is wrong with the time that is typed, in a sentence, or null: nothing is sent meanwhile. */
+export const timeFault = signal(null);
 
 // State of an entry: {kind, item?, problem?}. Kinds, and how many entries are of each:
 const KINDS = ["waiting", "sending", "enrolled", "known", "failed"];
@@ -84,7 +87,7 @@ export function fieldsOf(entry, match) {
 
 /** Enroll what waits; failed: what failed before, too. */
 export async function start({ failed = false } = {}) {
-  if (running.value) return;
+  if (running.value || timeFault.value) return;
   const match = matcher();
   if (failed) {
     entries.value.filter((entry) => entry.state.value.kind === "failed")
@@ -162,6 +165,7 @@ async function patiently(request, own) {
       if (!later || attempt === TRIES) throw error;
       const seconds = Math.min(error.retryAfter ?? 2 ** (attempt - 1), LONGEST_WAIT);
       resumeAt = Math.max(resumeAt, Date.now() + 1000 * seconds);
+      waitingFor.value = error;
     }
   }
 }

@@ -1,14 +1,16 @@
 // Enrolling: choose files or folders, say what holds for them, and see what became of each.
 import { Icon } from "../components/icons.js";
 import { Picture } from "../components/picture.js";
-import { Problem } from "../components/problem.js";
+import { Problem, said } from "../components/problem.js";
+import { TimeField } from "../components/time_field.js";
 import { MODALITIES, plural, time } from "../format.js";
 import { href } from "../router.js";
 import { cameras, persons } from "../state.js";
 import { html, useEffect, useId, useState } from "../ui.js";
 import { chosen, dropped, sorted } from "./files.js";
 import {
-  add, clear, counts, entries, fieldsOf, labels, matcher, passed, running, start, stop, stopped, waiting,
+  add, clear, counts, entries, fieldsOf, labels, matcher, passed, running, start, stop, stopped, timeFault, waiting,
+  waitingFor,
 } from "./queue.js";
 
 const ROWS = 200; // drawn at once
@@ -91,8 +93,9 @@ function Labels() {
         <input value=${person} onInput=${set("person")} list=${`${id}p`} maxlength="128" placeholder="unlabelled" autocomplete="off" /></label>
       <label class="field"><span>Camera</span>
         <input value=${camera} onInput=${set("camera")} list=${`${id}c`} maxlength="128" placeholder="no camera" autocomplete="off" /></label>
-      <label class="field"><span>Captured</span>
-        <input type="datetime-local" value=${time} onInput=${set("time")} step="1" max="9999-12-31T23:59:59" /></label>
+      <${TimeField} label="Captured" name="captured_at" value=${time}
+        onTime=${(text) => { labels.value = { ...labels.value, time: text }; }}
+        onFault=${(sentence) => { timeFault.value = sentence; }} />
       <label class="field"><span>Modality</span>
         <select value=${modality} onChange=${set("modality")}>
           <option value="">camera's default, else detected</option>
@@ -135,13 +138,19 @@ function Preview() {
     ${misfits > 0 && html`<p class="fault">${plural(misfits, "path does", "paths do")} not fit the pattern.</p>`}`;
 }
 
+/** Why the service is waited for, as the beginning of a sentence. */
+function reason(error) {
+  if (error?.overloaded) return "The service has more to do than it can take";
+  return error?.code === "unreachable" ? "The service does not answer" : "The service is not ready";
+}
+
 function Progress() {
   const { waiting: open, sending, enrolled, known, failed } = counts.value;
   const total = entries.value.length;
   if (!total) return null;
   const done = enrolled + known + failed;
   const busy = running.value;
-  const wrong = mistake() !== null;
+  const wrong = mistake() !== null || timeFault.value !== null;
   return html`
     <div class="card padded stack">
       <div class="row">
@@ -159,7 +168,7 @@ function Progress() {
       <p data-testid="progress"><b>${(enrolled + known).toLocaleString("en")}</b> of ${plural(total, "picture")} enrolled${
         known ? ` (${known} were already)` : ""}${failed ? html`, <b class="fault">${failed} failed</b>` : ""}${
         sending && busy ? `, ${sending} on their way` : ""}.</p>
-      ${waiting.value > 0 && html`<p class="soft" role="status">The service has more to do than it can take; going on in
+      ${waiting.value > 0 && html`<p class="soft" role="status">${reason(waitingFor.value)}; going on in
         ${" "}${waiting.value} s.</p>`}
       ${stopped.value && html`<${Problem} error=${stopped.value} onRetry=${() => start()} />`}
     </div>`;
@@ -198,7 +207,7 @@ function Row({ entry }) {
       <span class="file-picture">${item && html`<${Picture} id=${item.id} height=${64} alt="" />`}</span>
       <span class="file-words">
         <span class="text">${item ? html`<a href=${href("item", item.id)}>${name}</a>` : name}</span>
-        ${problem && html`<span class="fault text">${problem.title}: ${problem.detail}</span>`}
+        ${problem && html`<span class="fault text">${problem.title}: ${said(problem)}</span>`}
         ${item && html`<span class="soft text">${[item.person_id ?? "unlabelled", item.camera_id ?? "no camera"].join(" · ")}</span>`}
       </span>
       <span class="file-state">${WORDS[kind]}</span>

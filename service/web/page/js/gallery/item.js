@@ -3,6 +3,7 @@ import { getItem, isAborted, patchItem } from "../api.js";
 import { Loaded, useLoaded, useNewKey } from "../components/loaded.js";
 import { Picture } from "../components/picture.js";
 import { Problem } from "../components/problem.js";
+import { TimeField } from "../components/time_field.js";
 import { MODALITIES, instant, personName, time } from "../format.js";
 import { go, href } from "../router.js";
 import { itemChanged, searchLike } from "../search/state.js";
@@ -43,7 +44,7 @@ function Gone({ what }) {
       <h1>Item</h1>
       <div class="empty" role="status">
         <strong>${what ?? "This item is not there"}</strong>
-        <p>${what ? "No query returns it any more." : "It was deleted, or its address is mistyped."}</p>
+        <p>${what ? "No query returns it any more." : "There is no such item: it was deleted, or its address is mistyped."}</p>
         <a class="button primary" href=${href("gallery")}>To the gallery</a>
       </div>
     </section>`;
@@ -82,11 +83,9 @@ function Item({ item, onSaved, onErased }) {
       onErased=${() => onErased("The person is erased")} />`}`;
 }
 
-/** What a field showed before anybody touched it: not all that an item says can be typed, such as
- * fractions of a second, the year 0, or which of two equal hours it was when the clocks went back. */
+/** What a field of text showed before anybody touched it: not all that a label has can be typed. */
 function untouched(input) {
-  const fresh = document.createElement("input");
-  fresh.type = input.type;
+  const fresh = input.cloneNode();
   fresh.value = input.defaultValue;
   return fresh.value;
 }
@@ -98,11 +97,10 @@ function changesOf(item, form) {
     const input = form.elements[name], label = input.value.trim() || null;
     if (input.value !== untouched(input) && label !== item[name]) changes[name] = label;
   }
-  const input = form.elements.captured_at, before = untouched(input);
-  // The same time may be written with seconds and without.
-  if (input.value !== before && Date.parse(input.value) !== Date.parse(before)) {
-    changes.captured_at = instant(input.value) || null;
-  }
+  // Compared as it is shown, with seconds or without: a field holds neither fractions of a second nor
+  // all years, nor which of two equal hours it was when the clocks went back.
+  const { value } = form.elements.captured_at, shown = localTime(item.captured_at);
+  if (value !== shown && Date.parse(value) !== Date.parse(shown)) changes.captured_at = instant(value) || null;
   return changes;
 }
 
@@ -111,6 +109,7 @@ function Correct({ item, onSaved }) {
   const form = useRef(null);
   const [state, setState] = useState({ busy: false, error: null, saved: false });
   const save = async () => {
+    if (!form.current.reportValidity()) return;
     const changes = changesOf(item, form.current);
     if (!Object.keys(changes).length) {
       setState({ busy: false, error: null, saved: false });
@@ -144,8 +143,7 @@ function Correct({ item, onSaved }) {
           <input name="person_id" defaultValue=${item.person_id ?? ""} list=${`${id}p`} maxlength="128" placeholder="unlabelled" autocomplete="off" /></label>
         <label class="field"><span>Camera</span>
           <input name="camera_id" defaultValue=${item.camera_id ?? ""} list=${`${id}c`} maxlength="128" placeholder="no camera" autocomplete="off" /></label>
-        <label class="field"><span>Captured (${zone})</span>
-          <input type="datetime-local" name="captured_at" defaultValue=${localTime(item.captured_at)} step="1" max="9999-12-31T23:59:59" /></label>
+        <${TimeField} label=${`Captured (${zone})`} name="captured_at" value=${localTime(item.captured_at)} />
       </div>
       ${state.error && html`<${Problem} error=${state.error} onRetry=${save} />`}
       <div class="row">

@@ -2,6 +2,7 @@
 // that the browser's own way back works and a view can be passed on.
 import { listItems } from "../api.js";
 import { Loaded, useLoaded } from "../components/loaded.js";
+import { TimeField } from "../components/time_field.js";
 import { MODALITIES, instant, plural } from "../format.js";
 import { go, href } from "../router.js";
 import { announce, cameras, noteCameras, notePersons, persons } from "../state.js";
@@ -74,10 +75,8 @@ function Filters({ chosen }) {
         <select name="modality">${[["", "any"], ["rgb", "visible"], ["ir", "infrared"]].map(([value, words]) => html`
           <option key=${value} value=${value} selected=${value === (chosen.modality ?? "")}>${words}</option>`)}
         </select></label>
-      <label class="field when"><span>Captured from</span>
-        <input type="datetime-local" name="from" defaultValue=${localTime(chosen.from).slice(0, 16)} max="9999-12-31T23:59" /></label>
-      <label class="field when"><span>Captured before</span>
-        <input type="datetime-local" name="to" defaultValue=${localTime(chosen.to).slice(0, 16)} max="9999-12-31T23:59" /></label>
+      <div class="when"><${TimeField} label="Captured from" name="from" value=${localTime(chosen.from)} /></div>
+      <div class="when"><${TimeField} label="Captured until" name="to" value=${localTime(chosen.to)} /></div>
       <div class="row filters-do">
         <button type="submit" class="button primary">Show</button>
         ${any && html`<a class="button" href=${href("gallery")}>Clear</a>`}
