@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from service.auth.keys import KeyFile
 from service.client import Client
@@ -265,8 +265,21 @@ def test_the_prior_is_shown_and_changes_the_probability(tab: OpenTab) -> None:
     expect(page.get_by_role("heading", level=2).first).to_have_text("Probably not enrolled")
     standard = changed(page, page.get_by_role("button", name="Back to the standard, 50%").click)
     assert standard["probability_enrolled"] == before
-    enter("100")  # certainty is no prior
-    expect(prior).to_have_value("50")
+    alert = page.get_by_role("alert")
+    for wrong in ("100", "0", "-3", "1e9", ""):  # certainty is no prior
+        enter(wrong)
+        expect(prior).to_have_value(wrong)
+        expect(prior).to_have_attribute("aria-invalid", "true")
+        expect(alert).to_contain_text("more than 0 and less than 100 percent")
+        expect(page.get_by_test_id("result").first).to_be_visible()  # of the last right one
+    page.get_by_role("button", name="Search", exact=True).click()
+    expect(page.locator("[data-code=not_searched]")).to_contain_text("Prior: Give more than 0")
+    expect(page.get_by_test_id("result")).to_have_count(0)
+    for exact in ("99.99", "0.001"):
+        changed(page, lambda text=exact: enter(text))  # type: ignore[misc]
+        expect(prior).to_have_value(exact)
+        expect(page.locator(".headline")).to_contain_text(f"if it was {exact}% likely")
+    expect(alert).to_have_count(0)
 
 
 def test_modulation_and_reranking_are_compared(tab: OpenTab) -> None:
@@ -332,6 +345,20 @@ def test_a_long_wall_is_drawn_as_it_is_looked_at(demo: Demo, tab: OpenTab) -> No
     last = page.get_by_test_id("result").last
     expect(last.locator("img")).to_have_attribute("alt", re.compile(f"^Result {len(demo.items)}: "))
     expect(last.get_by_role("button")).to_have_count(0)
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    expect(last.locator(".result-person")).to_be_visible()
+    expect(page.get_by_role("button", name="Search", exact=True)).to_have_count(0)
+    expect(page.get_by_role("button", name="Export CSV")).to_have_count(0)
+    expect(last.locator("img")).to_have_js_property("naturalHeight", 256)
+    screenshot(page, "search-print")
+
+
+def test_a_long_wall_is_drawn_as_it_is_scrolled(demo: Demo, tab: OpenTab) -> None:
+    page = tab()
+    page.get_by_label("Show at most").select_option("1000")
+    choose(page, QUERY)
+    last = page.get_by_test_id("result").last
     last.scroll_into_view_if_needed()
     expect(
         last.get_by_role("button", name=f"Use result {len(demo.items)} as query")
@@ -378,10 +405,112 @@ def test_a_result_becomes_the_next_query(tab: OpenTab) -> None:
 def test_an_item_is_searched_for_by_address(demo: Demo, tab: OpenTab) -> None:
     with_box = demo.items[0]
     page = tab()
-    with answered(page) as answer:
-        page.evaluate("id => { location.hash = `#/search?like=${id}`; }", with_box.id)
-    assert answer()["results"][0]["item"]["id"] == with_box.id
-    assert page.evaluate("location.hash") == "#/search"
+    for _ in range(2):  # the same address again is another wish
+        with answered(page) as answer:
+            page.evaluate("id => { location.hash = `#/search?like=${id}`; }", with_box.id)
+        assert answer()["results"][0]["item"]["id"] == with_box.id
+        assert page.evaluate("location.hash") == "#/search"
+    for strange in ("constructor", "toString", "__proto__", "nothing"):
+        page.evaluate("name => { location.hash = `#/${name}`; }", strange)
+        expect(page.get_by_role("heading", name="Find a person")).to_be_attached()
+        expect(page).to_have_title("Search · CMT")
+
+
+def test_the_newest_query_wins(tab: OpenTab) -> None:
+    page = tab()
+    choose(page, QUERY)
+    held: list[Route] = []
+    page.route(re.compile(r"/image$"), lambda route: held.append(route))  # not the thumbnails
+    use = page.get_by_role("button", name="Use result 1 as query", exact=True)
+    ways: list[tuple[Callable[[], object], str | None]] = [
+        (lambda: choose(page, OTHER), OTHER.name),
+        (page.get_by_role("button", name="Previous query").click, QUERY.name),
+        (page.get_by_role("button", name="Clear", exact=True).click, None),
+    ]
+    for way, left in ways:
+        with page.expect_request(re.compile(r"/image$")):
+            use.click()
+        way()
+        held[-1].continue_()
+        page.wait_for_load_state("networkidle")
+        names = page.get_by_role("list", name="Chosen pictures").locator("figcaption")
+        expect(names).to_have_text([left] if left else [])
+        expect(page.get_by_text("Searching…")).to_have_count(0)
+    assert len(held) == len(ways)
+
+
+def test_a_time_typed_in_part_is_no_filter(tab: OpenTab) -> None:
+    page = tab()
+    choose(page, QUERY)
+    page.get_by_text("Filters").click()
+    field = page.locator("[name=captured_from]")
+    field.focus()
+    page.keyboard.type("01")
+    field.blur()
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(page.get_by_role("alert")).to_have_text(
+        "This time is not complete: fill in all of it, or clear it."
+    )
+    screenshot(page, "search-half-a-time")
+    assert_accessible(page)
+    page.get_by_role("button", name="Search", exact=True).click()
+    refused = page.locator("[data-code=not_searched]")
+    expect(refused).to_contain_text("Captured from: This time is not complete")
+    clear = page.get_by_role("button", name="Clear the filters")
+    assert changed(page, clear.click)["results"]
+    expect(page.get_by_role("alert")).to_have_count(0)
+    assert not field.evaluate("one => one.validity.badInput")
+    expect(field).to_have_attribute("max", "9999-12-31T23:59:59")
+    sent = page.evaluate("""async () => {
+      const state = await import("./page/js/search/state.js");
+      state.options.value = { ...state.options.value, capturedFrom: "99999-01-01T00:00" };
+      return state.fields().captured_from; }""")
+    assert sent == "99999-01-01T00:00"
+
+
+def test_what_was_erased_is_in_no_query(demo: Demo, tab: OpenTab, watch: Watch) -> None:
+    watch.expected.append("failed: GET blob:")
+    with demo.client() as client:
+        item = client.enroll(EXAMPLES / "gallery" / "0062_cam2_0003.jpg", person_id="passing")
+    page = tab(f"#/search?like={item.id}")
+    picture = page.get_by_alt_text("Query: person passing, no camera")
+    url = picture.get_attribute("src")
+    choose(page, QUERY)
+    expect(page.get_by_role("button", name="Previous query")).to_be_visible()
+    card = page.locator(f"[data-item='{item.id}']")
+    link = card.get_by_role("link")
+    link.click()
+    expect(page.get_by_role("heading", name="Person passing")).to_be_visible()
+    page.go_back()
+    expect(link).to_be_focused()
+    link.click()
+    page.get_by_role("button", name="Delete this item").click()
+    with answered(page):  # for what is left
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.get_by_text("The item is deleted").first).to_be_visible()
+    page.get_by_role("link", name="Search", exact=True).click()
+    expect(page.get_by_test_id("result").first).to_be_visible()
+    expect(card).to_have_count(0)
+    expect(page.get_by_role("button", name="Previous query")).to_have_count(0)
+    alive = """url => new Promise((tell) => { const image = new Image();
+      image.onload = () => tell(true); image.onerror = () => tell(false); image.src = url; })"""
+    assert not page.evaluate(alive, url)
+    assert page.evaluate(alive, page.get_by_alt_text("Query:").get_attribute("src"))
+
+
+def test_pictures_that_failed_are_fetched_again(tab: OpenTab, watch: Watch) -> None:
+    watch.expected.append("^500: GET .*/image")
+    page = tab()
+    pattern = re.compile(r"/image\?height=256")
+    page.route(pattern, lambda route: route.fulfill(status=500))
+    body = choose(page, QUERY)
+    expect(page.get_by_text("picture not available")).to_have_count(len(body["results"]))
+    page.unroute(pattern)
+    changed(page, page.get_by_role("button", name="Search", exact=True).click)
+    expect(page.get_by_text("picture not available")).to_have_count(0)
+    expect(page.get_by_test_id("result").first.locator("img")).to_have_js_property(
+        "naturalHeight", 256
+    )
 
 
 def test_a_box_is_drawn_on_a_whole_frame(tab: OpenTab, tmp_path: Path) -> None:
@@ -420,6 +549,21 @@ def test_a_box_is_drawn_on_a_whole_frame(tab: OpenTab, tmp_path: Path) -> None:
         for name in ("Left", "Top", "Width", "Height")
     ]
     assert values == pytest.approx([10, 20, 100, 300], abs=2)
+    dialog.get_by_role("button", name="Cancel").click()
+
+    unseen = tmp_path / "frame.tif"
+    frame.save(unseen)
+    choose(page, unseen)
+    page.get_by_role("button", name="Draw a box").click()
+    expect(dialog).to_contain_text("cannot show the picture")
+    left = dialog.get_by_label("Left", exact=True)
+    for value, fault in {"-5": "at least 0", "": "whole numbers", "1.5": "whole numbers"}.items():
+        left.fill(value)
+        expect(dialog).to_contain_text(fault)
+        expect(apply).to_be_disabled()
+    left.fill("400")
+    assert changed(page, apply.click)["results"]
+    expect(page.get_by_text("The part 64 × 128 at 400, 0 is searched for.")).to_be_visible()
 
 
 @pytest.fixture
@@ -462,6 +606,8 @@ def test_exports(hostile: str, tab: OpenTab, watch: Watch) -> None:
     expect(opened.get_by_role("heading", level=1)).to_contain_text("person")
     expect(opened.locator("figure img")).to_have_count(1 + len(body["results"]))
     expect(opened.get_by_text(HOSTILE).first).to_be_visible()
+    times = opened.get_by_text(re.compile(r"2026.*GMT\+\d"))
+    expect(times.first).to_be_visible()  # whoever reads it elsewhere knows whose clock it was
     sizes = opened.locator("img").evaluate_all("all => all.map(one => one.naturalWidth)")
     assert all(sizes)
 
@@ -504,7 +650,10 @@ def test_what_the_service_refuses_is_said_in_its_words(
     alert = page.get_by_role("alert")
     expect(alert).to_have_attribute("data-code", "image_type_unsupported")
     expect(page.get_by_test_id("result")).to_have_count(0)
-    expect(page.get_by_text("This browser cannot show JPG")).to_be_visible()
+    expect(page.get_by_text("This browser cannot show this file. The service")).to_be_visible()
+    file.write_bytes(b"")
+    page.locator("input[type=file]").first.set_input_files(file)
+    expect(page.get_by_text("This file is empty.")).to_be_visible()
 
 
 def test_without_a_service_the_page_says_so_and_goes_on(tab: OpenTab, watch: Watch) -> None:
@@ -558,10 +707,21 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(
         expect(field).to_be_focused()
         screenshot(page, "search-key")
         assert_accessible(page)
+        field.fill("cmt_ключ")
+        field.press("Enter")
+        expect(dialog).to_contain_text("No key has the character “к”")
+        # A drag that selects what was typed may end outside of the dialog.
+        around = field.bounding_box()
+        assert around is not None
+        page.mouse.move(around["x"] + 30, around["y"] + 10)
+        page.mouse.down()
+        page.mouse.move(3, 3)
+        page.mouse.up()
+        expect(field).to_have_value("cmt_ключ")
         field.fill("cmt_wrong")
         field.press("Enter")
         expect(dialog).to_contain_text("does not know the key in use")
-        field.fill(key)
+        field.fill(f" {key}  ")
         field.press("Enter")
         expect(dialog).to_have_count(0)
         choose(page, visible[0])
@@ -573,6 +733,20 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(
         kept = page.evaluate("JSON.stringify([{...localStorage}, document.cookie, location.href])")
         assert key not in kept
         expect(page.get_by_role("dialog")).to_have_count(0)
+
+        changed(page, page.get_by_role("button", name="Use result 1 as query").click)
+        page.get_by_role("button", name="Key set").click()
+        page.get_by_role("button", name="Forget the key").click()
+        expect(dialog).to_be_visible()  # nothing works without one
+        expect(page.get_by_test_id("result")).to_have_count(0)
+        expect(page.locator(".headline")).to_have_count(0)
+        # What the reader chose is there to go back to, what the key fetched is not.
+        expect(page.get_by_role("list", name="Chosen pictures")).to_have_count(0)
+        dialog.get_by_role("button", name="Close").click()
+        page.get_by_role("button", name="Previous query").click()
+        expect(page.get_by_alt_text(f"Query: {visible[0].name}")).to_be_visible()
+        page.mouse.click(3, 3)  # on the backdrop, of the dialog that asks again
+        expect(dialog).to_have_count(0)
 
 
 def test_overload_is_counted_down(

@@ -5,7 +5,8 @@ import { Problem } from "./components/problem.js";
 import { EnrollView } from "./enroll/view.js";
 import { GalleryView } from "./gallery/view.js";
 import { ItemView } from "./gallery/item.js";
-import { href, route } from "./router.js";
+import { go, href, route } from "./router.js";
+import { take } from "./search/pick.js";
 import { SearchView } from "./search/view.js";
 import { announcement, refreshModel, theme } from "./state.js";
 import { TimelineView } from "./timeline/view.js";
@@ -20,6 +21,9 @@ const VIEWS = {
 };
 const NAVIGATION = ["search", "gallery", "timeline", "enroll"];
 const THEMES = { auto: "System", light: "Light", dark: "Dark" };
+
+/** The name of the view that the address means; what is none of them means the first. */
+const viewName = () => (Object.hasOwn(VIEWS, route.value.view) ? route.value.view : "search");
 
 function Header({ view }) {
   return html`
@@ -48,6 +52,28 @@ function toMain(event) {
   document.querySelector("main").focus();
 }
 
+// A file that is dropped where no view takes it would be opened in place of the page.
+const withFiles = (event) => event.dataTransfer?.types.includes("Files");
+addEventListener("dragover", (event) => { if (withFiles(event)) event.preventDefault(); });
+addEventListener("drop", (event) => {
+  if (!withFiles(event)) return;
+  event.preventDefault();
+  if (["search", "enroll"].includes(viewName()) || document.querySelector("dialog[open]")) return;
+  take(event.dataTransfer);
+  go("search");
+});
+
+// Where what had the focus is gone, the view gets it; else the keyboard begins at the top again.
+function keepFocus(root) {
+  let latest = null;
+  addEventListener("focusin", ({ target }) => { latest = target; });
+  new MutationObserver(() => {
+    if (document.activeElement !== document.body || !latest || latest.isConnected) return;
+    latest = null;
+    document.querySelector("main")?.focus({ preventScroll: true });
+  }).observe(root, { childList: true, subtree: true });
+}
+
 function View({ name, id }) {
   const [failure, reset] = useErrorBoundary((error) => console.error(error));
   if (failure) return html`<${Problem} error=${failure} onRetry=${reset} />`;
@@ -56,8 +82,8 @@ function View({ name, id }) {
 }
 
 function App() {
-  const { view, id } = route.value;
-  const name = view in VIEWS ? view : "search";
+  const { id } = route.value;
+  const name = viewName();
   return html`
     <${Header} view=${name} />
     <main id="main" tabindex="-1"><${View} key=${name} name=${name} id=${id} /></main>
@@ -66,10 +92,11 @@ function App() {
 }
 
 effect(() => {
-  const [title] = VIEWS[route.value.view] ?? VIEWS.search;
+  const [title] = VIEWS[viewName()];
   document.title = `${title} · CMT`;
 });
 const root = document.getElementById("app");
 root.replaceChildren();
 render(html`<${App} />`, root);
+keepFocus(root);
 refreshModel();

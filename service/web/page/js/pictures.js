@@ -1,10 +1,17 @@
 // Pictures of gallery items as object URLs. They are fetched, not linked, because an <img> cannot
 // send the key. A small cache keeps what was seen lately; what it drops is revoked, unless it is
 // still on the screen.
-import { getImage } from "./api.js";
+import { getImage, whenKeyChanges } from "./api.js";
+import { signal } from "./ui.js";
 
 const KEPT = 400; // thumbnails of a few kilobytes each
 const AT_ONCE = 6; // as many connections as a browser opens to one host
+
+/** Grows when pictures that failed are worth another try. */
+export const attempt = signal(0);
+/** Try again what failed: after a search, a retry, or once the network is back. */
+export const retryFailed = () => { attempt.value += 1; };
+addEventListener("online", retryFailed);
 
 const PATIENCE = 3; // times that a picture is asked for where the service is overloaded
 
@@ -81,11 +88,15 @@ export function borrow(id, height = null) {
   };
 }
 
-/** Forget the pictures of an item that was deleted. */
-export function forget(id) {
+function dropWhere(chosen) {
   for (const [key, entry] of [...entries]) {
-    if (!key.startsWith(`${id} `)) continue;
+    if (!chosen(key)) continue;
     entries.delete(key);
     entry.url.then(URL.revokeObjectURL, () => {});
   }
 }
+
+/** Forget the pictures of an item that was deleted. */
+export const forget = (id) => dropWhere((key) => key.startsWith(`${id} `));
+
+whenKeyChanges(() => dropWhere(() => true)); // another key may not see them

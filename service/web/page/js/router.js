@@ -19,5 +19,11 @@ export function href(view, id = "", parameters = {}) {
   return `#/${view}${id && `/${encodeURIComponent(id)}`}${search && `?${search}`}`;
 }
 
+/** Stand at a view without a step in the history. */
+export function replace(...given) {
+  history.replaceState(null, "", href(...given));
+  route.value = parse(); // of which no event tells
+}
+
 /** Go to a view. */
 export const go = (...given) => { location.hash = href(...given); };

@@ -1,5 +1,5 @@
 // What several views share: the model card, the names to suggest, the theme, announcements.
-import { getCameras, getModel, isAborted } from "./api.js";
+import { getCameras, getModel, isAborted, whenKeyChanges } from "./api.js";
 import { effect, signal } from "./ui.js";
 
 /** GET /model, or null before it is known. `modelProblem`: why it is not. */
@@ -20,6 +20,16 @@ export async function refreshModel() {
   }
 }
 
+// What one key was told is not for the next one.
+whenKeyChanges((before) => {
+  if (before) {
+    cameras.value = new Set();
+    persons.value = new Set();
+    model.value = null;
+  }
+  refreshModel();
+});
+
 /** Remember cameras that an answer or a list named. */
 export function noteCameras(ids) {
   const fresh = ids.filter((id) => id && !cameras.value.has(id));
@@ -33,6 +43,11 @@ export const persons = signal(new Set());
 export function notePersons(ids) {
   const fresh = ids.filter((id) => id && !persons.value.has(id));
   if (fresh.length) persons.value = new Set([...persons.value, ...fresh]);
+}
+
+/** Suggest a person no longer: they were erased. */
+export function forgetPerson(id) {
+  persons.value = new Set([...persons.value].filter((one) => one !== id));
 }
 
 /** The latest thing that a screen reader is to say. */

@@ -15,10 +15,18 @@ export function Dialog({ title, onClose, wide = false, footer = null, children }
       if (before?.isConnected) before.focus();
     };
   }, []);
-  const outside = (event) => { if (event.target === dialog.current) onClose(); };
+  // A drag from a field to outside of the dialog, or back, is no wish to close it.
+  const ends = useRef([]);
+  const outside = (event) => {
+    const all = [...ends.current, event.target];
+    ends.current = [];
+    if (all.length === 3 && all.every((target) => target === dialog.current)) onClose();
+  };
   return html`
     <dialog ref=${dialog} class=${`dialog ${wide ? "dialog-wide" : ""}`} aria-labelledby=${heading}
-      onCancel=${(event) => { event.preventDefault(); onClose(); }} onClick=${outside}>
+      onCancel=${(event) => { event.preventDefault(); onClose(); }}
+      onPointerDown=${(event) => { ends.current = [event.target]; }}
+      onPointerUp=${(event) => { ends.current.push(event.target); }} onClick=${outside}>
       <div class="dialog-box">
         <header class="dialog-head">
           <h2 id=${heading}>${title}</h2>
@@ -28,14 +36,4 @@ export function Dialog({ title, onClose, wide = false, footer = null, children }
         ${footer && html`<footer class="dialog-foot">${footer}</footer>`}
       </div>
     </dialog>`;
-}
-
-/** Ask before something that cannot be taken back. action: the verb on the button. */
-export function Confirm({ title, action, onConfirm, onClose, children }) {
-  return html`
-    <${Dialog} title=${title} onClose=${onClose} footer=${html`
-      <button type="button" class="button" onClick=${onClose}>Cancel</button>
-      <button type="button" class="button danger" onClick=${onConfirm}>${action}</button>`}>
-      ${children}
-    <//>`;
 }

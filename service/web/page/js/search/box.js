@@ -1,24 +1,24 @@
 // Draw a box around the person in a whole frame: with the pointer, or by numbers.
 import { Dialog } from "../components/dialog.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
-import { box, searchPart } from "./state.js";
+import { begin, box, searchPart } from "./state.js";
 
 const LEAST = { width: 16, height: 32 }; // what the service takes
 
 const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
 
-/** What is wrong with a box in a picture of that size, in a sentence, or null. */
+/** What is wrong with a box in a picture of that size, null where unknown: a sentence, or null. */
 function fault(part, size) {
-  if (Object.values(part).some((value) => !Number.isInteger(value))) return "Give four whole numbers.";
+  if (Object.values(part).some((value) => !Number.isSafeInteger(value))) return "Give four whole numbers.";
+  if (part.x < 0 || part.y < 0) return "Left and top are at least 0.";
   if (part.width < LEAST.width || part.height < LEAST.height) {
     return `A box has at least ${LEAST.width} × ${LEAST.height} pixels; make it larger.`;
   }
-  const inside = part.x >= 0 && part.y >= 0
-    && part.x + part.width <= size.width && part.y + part.height <= size.height;
+  const inside = size === null || part.x + part.width <= size.width && part.y + part.height <= size.height;
   return inside ? null : `The box must lie inside the picture, which is ${size.width} × ${size.height}.`;
 }
 
-/** A picture of a part of an image → an object URL. */
+/** A picture of a part of an image, or null. */
 async function cut(image, part) {
   const canvas = document.createElement("canvas");
   canvas.width = part.width;
@@ -26,8 +26,7 @@ async function cut(image, part) {
   canvas.getContext("2d").drawImage(
     image, part.x, part.y, part.width, part.height, 0, 0, part.width, part.height,
   );
-  const blob = await new Promise((resolve) => { canvas.toBlob(resolve, "image/png"); });
-  return blob && URL.createObjectURL(blob);
+  return new Promise((resolve) => { canvas.toBlob(resolve, "image/png"); });
 }
 
 const FIELDS = [["x", "Left"], ["y", "Top"], ["width", "Width"], ["height", "Height"]];
@@ -38,7 +37,7 @@ export function BoxDialog({ picture, onClose }) {
   const [size, setSize] = useState(null);
   const [blind, setBlind] = useState(false); // the browser cannot show the picture
   const [part, setPart] = useState(box.value);
-  const wrong = part && size ? fault(part, size) : null;
+  const wrong = part && fault(part, size);
 
   const loaded = () => {
     const found = { width: image.current.naturalWidth, height: image.current.naturalHeight };
@@ -73,8 +72,10 @@ export function BoxDialog({ picture, onClose }) {
   const up = () => { start.current = null; };
   const set = (name, text) => setPart({ ...(part ?? { x: 0, y: 0, width: 0, height: 0 }), [name]: text === "" ? NaN : Number(text) });
   const apply = async () => {
+    const turn = begin();
+    const crop = size ? cut(image.current, part) : null; // while the image is there
     onClose();
-    searchPart(part, size ? await cut(image.current, part) : null);
+    searchPart(part, await crop, turn);
   };
   const whole = () => { onClose(); searchPart(null, null); };
   useEffect(() => { if (blind && !part) setPart({ x: 0, y: 0, width: 64, height: 128 }); }, [blind]);
@@ -83,7 +84,7 @@ export function BoxDialog({ picture, onClose }) {
     <${Dialog} title="Draw a box around the person" wide onClose=${onClose} footer=${html`
       ${box.value && html`<button type="button" class="button" onClick=${whole}>Use the whole picture</button>`}
       <button type="button" class="button" onClick=${onClose}>Cancel</button>
-      <button type="button" class="button primary" disabled=${!part || Boolean(wrong)} onClick=${apply}>Search this part</button>`}>
+      <button type="button" class="button primary" disabled=${!part || Boolean(wrong) || (!size && !blind)} onClick=${apply}>Search this part</button>`}>
       <div class="stack">
         ${blind ? html`<p class="notice warning">This browser cannot show the picture; give the box by numbers.</p>` : html`
           <div class="canvas" onPointerDown=${down} onPointerMove=${dragged} onPointerUp=${up} onPointerCancel=${up}>

@@ -1,5 +1,6 @@
 // Take an answer out of the page: a report with pictures, or a table.
 import { isAborted } from "../api.js";
+import { instant, zonedTime } from "../format.js";
 import { model } from "../state.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 import { csvOf } from "./csv.js";
@@ -12,8 +13,8 @@ export function filtersInWords(asked) {
     ["without cameras", asked.excludeCameraIds.join(", ")],
     ["people", asked.personIds.join(", ")],
     ["only", { rgb: "visible", ir: "infrared" }[asked.galleryModality]],
-    ["captured from", asked.capturedFrom],
-    ["until", asked.capturedTo],
+    ["captured from", asked.capturedFrom && zonedTime(instant(asked.capturedFrom))],
+    ["until", asked.capturedTo && zonedTime(instant(asked.capturedTo))],
   ].filter(([, value]) => value);
   return named.length ? `Filters: ${named.map(([name, value]) => `${name} ${value}`).join("; ")}.` : "No filters.";
 }

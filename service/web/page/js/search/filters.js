@@ -1,12 +1,14 @@
 // Which items of the gallery are searched.
+import { TimeField } from "../components/time_field.js";
 import { Tokens } from "../components/tokens.js";
 import { cameras, persons } from "../state.js";
 import { html, useState } from "../ui.js";
-import { change, clearFilters, filterCount, options } from "./state.js";
+import { change, cleared, clearFilters, faults, filterCount, noteFault, options } from "./state.js";
 
 export function Filters() {
   const chosen = options.value;
   const count = filterCount();
+  const wrong = Object.keys(faults.value).some((label) => label.startsWith("Captured"));
   const [open] = useState(count > 0); // later it is as the reader folds it
   return html`
     <details class="card fold" open=${open}>
@@ -26,18 +28,14 @@ export function Filters() {
             <option value="ir">infrared</option>
           </select></label>
         <div class="two times">
-          <${Time} name="captured_from" label="Captured from" value=${chosen.capturedFrom} set=${(text) => change({ capturedFrom: text })} />
-          <${Time} name="captured_to" label="Captured until" value=${chosen.capturedTo} set=${(text) => change({ capturedTo: text })} />
+          <${TimeField} name="captured_from" label="Captured from" value=${chosen.capturedFrom} turn=${cleared.value}
+            onTime=${(text) => change({ capturedFrom: text })} onFault=${(sentence) => noteFault("Captured from", sentence)} />
+          <${TimeField} name="captured_to" label="Captured until" value=${chosen.capturedTo} turn=${cleared.value}
+            onTime=${(text) => change({ capturedTo: text })} onFault=${(sentence) => noteFault("Captured until", sentence)} />
         </div>
         <p class="soft">Times are this computer's (${Intl.DateTimeFormat().resolvedOptions().timeZone}). Items without
           a time are left out where one is set.</p>
-        ${count > 0 && html`<div><button type="button" class="button small" onClick=${clearFilters}>Clear the filters</button></div>`}
+        ${(count > 0 || wrong) && html`<div><button type="button" class="button small" onClick=${clearFilters}>Clear the filters</button></div>`}
       </div>
     </details>`;
-}
-
-function Time({ name, label, value, set }) {
-  return html`
-    <label class="field"><span>${label}</span>
-      <input type="datetime-local" name=${name} step="1" value=${value} onChange=${(event) => set(event.target.value)} /></label>`;
 }

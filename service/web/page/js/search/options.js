@@ -1,8 +1,8 @@
 // How it is searched: what the query is, the prior, modulation, re-ranking, length.
-import { MODALITIES } from "../format.js";
+import { MODALITIES, exactPercent } from "../format.js";
 import { model } from "../state.js";
-import { html, useEffect, useState } from "../ui.js";
-import { answer, change, options } from "./state.js";
+import { html, useEffect, useId, useState } from "../ui.js";
+import { answer, change, noteFault, options } from "./state.js";
 
 /** What the pictures are: detected, and changeable. */
 export function QueryKind() {
@@ -34,27 +34,36 @@ const POLARITIES = { white_hot: "warm is bright", black_hot: "warm is dark" };
 export function Prior() {
   const standard = model.value?.prior ?? 0.5;
   const prior = options.value.prior ?? standard;
-  const [text, setText] = useState("");
-  useEffect(() => setText(String(round(100 * prior))), [prior]);
+  const id = useId();
+  const [text, setText] = useState(inPercent(prior));
+  const [fault, setFault] = useState(null);
+  const tell = (sentence) => { setFault(sentence); noteFault("Prior", sentence); };
+  useEffect(() => { setText(inPercent(prior)); tell(null); }, [prior]);
+  useEffect(() => () => noteFault("Prior", null), []);
   const set = (value) => {
     const share = Number(value) / 100;
-    if (value !== "" && share > 0 && share < 1) change({ prior: share });
-    else setText(String(round(100 * prior)));
+    const right = value !== "" && share > 0 && share < 1;
+    setText(value);
+    tell(right ? null : "Give more than 0 and less than 100 percent; certainty is no prior.");
+    if (right && share !== prior) change({ prior: share });
   };
+  const standardAgain = () => { setText(inPercent(standard)); tell(null); change({ prior: null }); };
   return html`
     <fieldset class="field prior">
       <legend>Before looking, how likely is it that this person is enrolled?</legend>
       <div class="row nowrap">
         <input type="range" min="1" max="99" step="1" aria-label="Prior, in percent" value=${Math.round(100 * prior)}
           onInput=${(event) => setText(event.target.value)} onChange=${(event) => set(event.target.value)} />
-        <input type="number" name="prior" class="percent" min="0.1" max="99.9" step="any" aria-label="Prior in percent, exactly" value=${text}
+        <input type="number" name="prior" class="percent" step="any" aria-label="Prior in percent, exactly" value=${text}
+          aria-invalid=${fault ? "true" : null} aria-describedby=${fault ? id : null}
           onInput=${(event) => setText(event.target.value)} onChange=${(event) => set(event.target.value)} /><span>%</span>
       </div>
-      <p class="soft">${options.value.prior === null ? "The service's standard." : html`
-        <button type="button" class="link" onClick=${() => change({ prior: null })}>Back to the standard, ${round(100 * standard)}%</button>`}</p>
+      ${fault && html`<p class="fault" id=${id} role="alert">${fault}</p>`}
+      <p class="soft">${options.value.prior === null && !fault ? "The service's standard." : html`
+        <button type="button" class="link" onClick=${standardAgain}>Back to the standard, ${exactPercent(standard)}</button>`}</p>
     </fieldset>`;
 }
-const round = (value) => Math.round(value * 10) / 10;
+const inPercent = (share) => exactPercent(share).slice(0, -1);
 
 /** Ways to rank, to compare them. */
 export function Ranking() {

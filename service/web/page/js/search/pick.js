@@ -4,7 +4,7 @@ import { MODALITIES } from "../format.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 import { BoxDialog } from "./box.js";
 import {
-  MOST_IMAGES, answer, box, boxUrl, choose, drop, earlier, goBack, pictures, remark, reset, search, searching,
+  MOST_IMAGES, answer, begin, box, boxUrl, choose, drop, earlier, goBack, pictures, remark, reset, search, searching,
 } from "./state.js";
 
 // What the service reads; a browser may not show all of it.
@@ -20,7 +20,8 @@ function filesOf(transfer) {
   return { files, folders: items.length - files.length };
 }
 
-function take(transfer) {
+/** Search for the pictures of a drop or of the clipboard. */
+export function take(transfer) {
   const { files, folders } = filesOf(transfer);
   if (files.length) choose(files);
   else if (folders) remark.value = "A folder is no query. Drop pictures of one person here; folders go to Enroll.";
@@ -61,16 +62,17 @@ function useTransfers() {
 
 /** The clipboard by a button: for hands without a keyboard. */
 async function paste() {
+  const turn = begin();
   try {
     const files = [];
     for (const item of await navigator.clipboard.read()) {
       const type = item.types.find((one) => one.startsWith("image/"));
       if (type) files.push(new File([await item.getType(type)], "pasted picture", { type }));
     }
-    if (files.length) choose(files);
-    else remark.value = "The clipboard holds no picture; copy one first.";
+    if (files.length) choose(files, { turn });
+    else if (!turn.aborted) remark.value = "The clipboard holds no picture; copy one first.";
   } catch {
-    remark.value = "The browser did not let the page read the clipboard; press Ctrl+V instead.";
+    if (!turn.aborted) remark.value = "The browser did not let the page read the clipboard; press Ctrl+V instead.";
   }
 }
 
@@ -124,7 +126,7 @@ export function Pick() {
       </div>
       <button type="button" class="button primary" disabled=${!chosen.length} onClick=${search}>
         ${searching.value ? html`<span class="spinner" aria-hidden="true"></span>` : html`<${Icon} name="search" />`} Search</button>
-      ${drawing && single && html`<${BoxDialog} picture=${single} onClose=${() => setDrawing(false)} />`}
+      ${drawing && single && html`<${BoxDialog} key=${single.key} picture=${single} onClose=${() => setDrawing(false)} />`}
     </section>`;
 }
 
@@ -137,8 +139,8 @@ function Chosen({ picture, removable, part }) {
       <figure>
         ${shown
           ? html`<img src=${part ?? picture.url} alt=${`Query: ${name}`} onError=${() => setShown(false)} />`
-          : html`<span class="no-preview">This browser cannot show ${name.split(".").pop().toUpperCase()}; the
-              service reads it all the same.</span>`}
+          : html`<span class="no-preview">${picture.file.size === 0 ? "This file is empty."
+            : "This browser cannot show this file. The service reads JPEG, PNG, WebP, BMP and TIFF."}</span>`}
         <figcaption class="soft text" title=${name}>${name}</figcaption>
       </figure>
       ${removable && html`<button type="button" class="button small quiet remove" aria-label=${`Leave out ${name}`}

@@ -1,6 +1,6 @@
 // An answer as one HTML file that needs nothing else: pictures inside, no script, and a policy that
 // forbids any.
-import { MODALITIES, percent, personName, time } from "../format.js";
+import { MODALITIES, percent, personName, zonedTime } from "../format.js";
 import { patiently } from "../pictures.js";
 import { closeness, extent, headline, meaning } from "./words.js";
 
@@ -72,7 +72,7 @@ export async function reportOf({ body, asked, pictures }, { prior, filters, sign
     words.kind !== "unknown" && body.searched ? meaning(body, prior) : "",
     `Modulation ${asked.modulation ? "on" : "off"}, re-ranking ${body.rerank === "none" ? "off" : "on"}${
       asked.grouped ? ", grouped by person" : ""}.`,
-    filters, `Checkpoint ${body.model}. Written ${time(new Date().toISOString())}.`,
+    filters, `Checkpoint ${body.model}. Written ${zonedTime(new Date().toISOString())}.`,
   ].filter(Boolean);
   const title = escaped(words.title);
   return `<!doctype html>
@@ -90,7 +90,7 @@ ${body.results.map((result, place) => figure(crops[place], [
     `${result.rank}. ${personName(result.item)}`,
     result.probability === null ? closeness(result) : percent(result.probability),
     `${result.item.camera_id ?? "no camera"}, ${MODALITIES[result.item.modality]}`,
-    result.item.captured_at ? time(result.item.captured_at) : "no time",
+    result.item.captured_at ? zonedTime(result.item.captured_at) : "no time",
   ])).join("\n")}
 </div></body></html>
 `;

@@ -1,8 +1,9 @@
 // What is searched for, how, and what came back: kept while other views are open.
-import { apiKey, getImage, getItem, isAborted, query } from "../api.js";
-import { personName } from "../format.js";
-import { noteCameras, notePersons } from "../state.js";
-import { effect, signal, untracked } from "../ui.js";
+import { ApiError, getImage, getItem, isAborted, query, whenKeyChanges } from "../api.js";
+import { instant, personName } from "../format.js";
+import { retryFailed } from "../pictures.js";
+import { forgetPerson, noteCameras, notePersons } from "../state.js";
+import { effect, signal } from "../ui.js";
 
 export const MOST_IMAGES = 16;
 
@@ -46,6 +47,29 @@ export const searching = signal(false);
 /** Queries before this one, to go back to. */
 export const earlier = signal([]);
 
+/** What is wrong in fields, by their labels; nothing is searched until it is mended. */
+export const faults = signal({});
+
+/** Note what is wrong in a field; null: nothing any more. */
+export function noteFault(label, sentence) {
+  const { [label]: before, ...others } = faults.value;
+  if ((before ?? null) === sentence) return;
+  faults.value = sentence ? { ...others, [label]: sentence } : others;
+  if (!sentence && problem.value?.code === "not_searched") search();
+}
+
+/** Grows when the filters are cleared, along with what is typed in part. */
+export const cleared = signal(0);
+
+let wish = null;
+
+/** Begin to set the query, in whatever way → a signal; it aborts where a later way begins. */
+export function begin() {
+  wish?.abort();
+  wish = new AbortController();
+  return wish.signal;
+}
+
 let running = null;
 let timer = null;
 let counter = 0;
@@ -57,26 +81,47 @@ export function change(changes) {
   timer = setTimeout(search, 250);
 }
 
-export const clearFilters = () => change(Object.fromEntries(FILTERS.map((name) => [name, PLAIN[name]])));
-
-const wrap = (file, item = null) => ({
-  key: `picture-${(counter += 1)}`, file, item, url: URL.createObjectURL(file),
-});
-
-// A query that is left can be gone back to, so its URLs live on; the oldest ones go.
-function remember() {
-  if (!pictures.value.length) return;
-  const kept = [...earlier.value, { pictures: pictures.value, box: box.value, boxUrl: boxUrl.value, options: options.value }];
-  while (kept.length > 10) {
-    const dropped = kept.shift();
-    const used = new Set([...kept.flatMap((one) => one.pictures), ...pictures.value].map((one) => one.url));
-    dropped.pictures.forEach((one) => { if (!used.has(one.url)) URL.revokeObjectURL(one.url); });
-  }
-  earlier.value = kept;
+export function clearFilters() {
+  cleared.value += 1;
+  change(Object.fromEntries(FILTERS.map((name) => [name, PLAIN[name]])));
 }
 
-/** Search for these files. more: beside the pictures that are there. */
-export function choose(files, { more = false } = {}) {
+// Object URLs live as long as anything here names them.
+const made = new Set();
+function urlOf(blob) {
+  const url = URL.createObjectURL(blob);
+  made.add(url);
+  return url;
+}
+effect(() => {
+  [pictures, boxUrl, earlier, answer].forEach((one) => one.value);
+  queueMicrotask(sweep); // once all that changes together has changed
+});
+function sweep() {
+  const shown = [{ pictures: pictures.value, boxUrl: boxUrl.value }, ...earlier.value];
+  if (answer.value) shown.push({ pictures: answer.value.pictures, boxUrl: answer.value.asked.part });
+  const used = new Set(shown.flatMap((one) => [one.boxUrl, ...one.pictures.map((picture) => picture.url)]));
+  for (const url of made) {
+    if (used.has(url)) continue;
+    made.delete(url);
+    URL.revokeObjectURL(url);
+  }
+}
+
+const wrap = (file, item = null) => ({
+  key: `picture-${(counter += 1)}`, file, item, url: urlOf(file),
+});
+
+// A query that is left can be gone back to.
+function remember() {
+  if (!pictures.value.length) return;
+  const left = { pictures: pictures.value, box: box.value, boxUrl: boxUrl.value, options: options.value };
+  earlier.value = [...earlier.value, left].slice(-10);
+}
+
+/** Search for these files. more: beside the pictures that are there. turn: of `begin`. */
+export function choose(files, { more = false, turn = begin() } = {}) {
+  if (turn.aborted) return;
   const there = more ? pictures.value : [];
   const room = MOST_IMAGES - there.length;
   const taken = [...files].slice(0, Math.max(0, room));
@@ -99,6 +144,7 @@ function show(next, nextBox, nextUrl) {
 
 /** Leave out one picture of the query. */
 export function drop(picture) {
+  begin();
   const rest = pictures.value.filter((one) => one !== picture);
   if (rest.length) {
     remember();
@@ -109,35 +155,45 @@ export function drop(picture) {
 
 /** Start over; filters and the prior stay. */
 export function reset() {
+  begin();
   remember();
+  empty();
+}
+
+function empty() {
   running?.abort();
   clearTimeout(timer);
   show([], null, null);
   answer.value = problem.value = remark.value = null;
 }
 
-/** Search for a part of the one picture; null: all of it. url: a picture of that part. */
-export function searchPart(part, url) {
+/** Search for a part of the one picture; null: all of it. crop: a picture of that part, or null.
+ * turn: of `begin`. */
+export function searchPart(part, crop, turn = begin()) {
+  if (turn.aborted) return;
   remember();
   box.value = part;
-  boxUrl.value = url;
+  boxUrl.value = crop && urlOf(crop);
   search();
 }
 
+const nameOf = (item) => `${personName(item)}, ${item.camera_id ?? "no camera"}`;
+
 /** Search for the person of a gallery item. */
 export async function searchLike(item) {
+  const turn = begin();
   remark.value = null;
   try {
-    const whole = typeof item === "string" ? await getItem(item) : item;
-    const blob = await getImage(whole.id);
+    const whole = typeof item === "string" ? await getItem(item, { signal: turn }) : item;
+    const blob = await getImage(whole.id, null, { signal: turn });
+    if (turn.aborted) return;
     remember();
     options.value = { ...options.value, modality: whole.modality, polarity: whole.polarity ?? "" };
-    const name = `${personName(whole)}, ${whole.camera_id ?? "no camera"}`;
-    show([wrap(new File([blob], name, { type: blob.type }), whole)], null, null);
+    show([wrap(new File([blob], nameOf(whole), { type: blob.type }), whole)], null, null);
     scrollTo({ top: 0 });
     await search();
   } catch (error) {
-    if (!isAborted(error)) problem.value = error;
+    if (!turn.aborted && !isAborted(error)) problem.value = error;
   }
 }
 
@@ -145,6 +201,7 @@ export async function searchLike(item) {
 export function goBack() {
   const before = earlier.value.at(-1);
   if (!before) return;
+  begin();
   earlier.value = earlier.value.slice(0, -1);
   options.value = before.options;
   show(before.pictures, before.box, before.boxUrl);
@@ -175,16 +232,21 @@ export function fields() {
   };
 }
 
-const instant = (local) => (local ? new Date(local).toISOString() : "");
-
 /** Search with all that is set. Only the latest search's answer counts. */
 export async function search() {
   clearTimeout(timer);
   if (!pictures.value.length) return;
   running?.abort();
+  const wrong = Object.entries(faults.value).map(([label, sentence]) => `${label}: ${sentence}`);
+  if (wrong.length) {
+    problem.value = new ApiError({ title: "Not searched", detail: wrong.join(" "), code: "not_searched", status: 400 });
+    answer.value = null; // as below
+    return;
+  }
   const own = new AbortController();
   running = own;
   searching.value = true;
+  retryFailed();
   problem.value = null;
   const asked = { ...options.value, box: box.value, part: boxUrl.value };
   const used = pictures.value;
@@ -204,19 +266,68 @@ export async function search() {
   }
 }
 
-// A new key: what was refused is asked again.
-effect(() => {
-  apiKey.value;
-  untracked(() => { if (problem.value?.refused) search(); });
+whenKeyChanges((before) => {
+  const refused = problem.value?.refused;
+  if (before) { // what that key had fetched goes; what the reader chose stays
+    begin();
+    running?.abort();
+    answer.value = problem.value = remark.value = null;
+    leave((picture) => picture.item !== null);
+    options.value = { ...options.value, cameraIds: [], excludeCameraIds: [], personIds: [] };
+  }
+  if (refused) search();
 });
+
+/** Take pictures out of all queries, present and earlier → whether the present one lost any. */
+function leave(gone) {
+  const rest = (list) => (list.some(gone) ? list.filter((one) => !gone(one)) : list);
+  // Boxes are about single pictures, so that what is left of several has none.
+  earlier.value = earlier.value.map((one) => ({ ...one, pictures: rest(one.pictures) }))
+    .filter((one) => one.pictures.length);
+  const left = rest(pictures.value);
+  if (left === pictures.value) return false;
+  if (left.length) show(left, null, null);
+  else empty();
+  return true;
+}
 
 /** An item was changed or deleted elsewhere: show it so here, and search again, because
  * probabilities are about people. item: null where it is gone. */
 export function itemChanged(id, item) {
-  if (!answer.value?.body.results.some((result) => result.item.id === id)) return;
-  const results = answer.value.body.results
-    .map((result) => (result.item.id === id ? item && { ...result, item } : result))
-    .filter(Boolean);
-  answer.value = { ...answer.value, body: { ...answer.value.body, results } };
-  change({});
+  const same = (picture) => picture.item?.id === id;
+  let touched = running !== null; // its answer may hold the item as it was
+  if (item) {
+    const anew = new Map(); // an answer's pictures are the query's very list
+    const renamed = (list) => {
+      if (!list.some(same)) return list;
+      if (!anew.has(list)) {
+        anew.set(list, list.map((one) => (same(one)
+          ? { ...one, item, file: new File([one.file], nameOf(item), { type: one.file.type }) } : one)));
+      }
+      return anew.get(list);
+    };
+    pictures.value = renamed(pictures.value);
+    earlier.value = earlier.value.map((one) => ({ ...one, pictures: renamed(one.pictures) }));
+    if (answer.value) answer.value = { ...answer.value, pictures: renamed(answer.value.pictures) };
+  } else {
+    if (leave(same)) touched = true;
+    if (answer.value?.pictures.some(same)) answer.value = null;
+  }
+  if (answer.value?.body.results.some((result) => result.item.id === id)) {
+    touched = true;
+    const results = answer.value.body.results
+      .map((result) => (result.item.id === id ? item && { ...result, item } : result))
+      .filter(Boolean);
+    answer.value = { ...answer.value, body: { ...answer.value.body, results } };
+  }
+  if (touched) change({});
+}
+
+/** All items of a person were erased: also those that only this view knows. */
+export function personErased(personId) {
+  const known = [
+    ...pictures.value, ...earlier.value.flatMap((one) => one.pictures), ...(answer.value?.body.results ?? []),
+  ].map((one) => one.item).filter((item) => item?.person_id === personId);
+  for (const id of new Set(known.map((item) => item.id))) itemChanged(id, null);
+  forgetPerson(personId);
 }

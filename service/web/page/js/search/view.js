@@ -1,6 +1,6 @@
 // The search view: what is searched for and how on one side, the answer on the other.
 import { Problem } from "../components/problem.js";
-import { go, href } from "../router.js";
+import { go, replace } from "../router.js";
 import { model, modelProblem, refreshModel } from "../state.js";
 import { html, useEffect } from "../ui.js";
 import { Filters } from "./filters.js";
@@ -20,7 +20,7 @@ export function SearchView({ parameters }) {
   useEffect(() => {
     if (!like) return;
     searchLike(like);
-    history.replaceState(null, "", href("search")); // so that "back" does not search again
+    replace("search"); // so that "back" does not search again, and the same address does
   }, [like]);
   return html`
     <div class="view search">

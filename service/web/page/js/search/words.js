@@ -1,6 +1,6 @@
 // What an answer says, in words that follow its `match`. Nothing here touches the screen, so that
 // the page and the exported files say the same.
-import { decimal, percent, plural } from "../format.js";
+import { decimal, exactPercent, percent, plural } from "../format.js";
 
 const STANDS_OUT = 0.1; // below it a name in the headline would say more than the answer does
 
@@ -29,8 +29,9 @@ export function headline(body) {
         + "who looks most alike, not whether the person is enrolled."],
     };
   }
-  const among = people === 1 ? "the one person" : `the ${plural(people, "person", "people")}`;
-  const whole = `That the person is among ${among} searched at all: ${percent(enrolled)}`;
+  const among = people === 1 ? "That it is the only person searched"
+    : `That the person is among the ${plural(people, "person", "people")} searched at all`;
+  const whole = `${among}: ${percent(enrolled)}`;
   if (match === "none" || !first) {
     return { kind: match, title: "Probably not enrolled", figure: "", whole, notes: [] };
   }
@@ -71,7 +72,7 @@ function runnersUp(results) {
 /** One line on what the probability means. prior: as it was assumed. */
 export const meaning = (body, prior) =>
   "Each percentage is the probability that the person you look for is the person of that result"
-  + `, if it was ${percent(prior)} likely before looking that they are among the `
+  + `, if it was ${exactPercent(prior)} likely before looking that they are among the `
   + `${plural(body.people, "person", "people")} searched. `
   + "It is an estimate of a model, not proof of identity.";
 
