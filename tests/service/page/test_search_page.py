@@ -350,6 +350,10 @@ def test_a_long_wall_is_drawn_as_it_is_looked_at(demo: Demo, tab: OpenTab) -> No
     expect(last.locator(".result-person")).to_be_visible()
     expect(page.get_by_role("button", name="Search", exact=True)).to_have_count(0)
     expect(page.get_by_role("button", name="Export CSV")).to_have_count(0)
+    expect(page.get_by_alt_text(f"Query: {QUERY.name}")).to_be_visible()
+    headline = page.locator(".headline").bounding_box()
+    assert headline is not None
+    assert headline["width"] > 1000  # of 1280: all of the paper
     expect(last.locator("img")).to_have_js_property("naturalHeight", 256)
     screenshot(page, "search-print")
 

@@ -1,25 +1,27 @@
 // What a view fetches: shown once it is there, with a word while it is not and what to do where it
 // fails.
 import { apiKey, isAborted } from "../api.js";
+import { retryFailed } from "../pictures.js";
 import { html, useCallback, useEffect, useRef, useState } from "../ui.js";
 import { Problem } from "./problem.js";
 
 /** Fetch something whenever `wanted` changes, or the key does → {value, error, loading, reload}.
  *
  * load: given {signal}; its answer is dropped where another one is wanted meanwhile. The last value
- * stays while the next one is on its way.
+ * stays while the next one is on its way, but not what another key had fetched.
  */
 export function useLoaded(load, wanted) {
-  const [state, setState] = useState({ value: null, error: null, loading: true });
+  const [state, setState] = useState({ value: null, error: null, loading: true, key: null });
   const [turn, setTurn] = useState(0);
   const key = apiKey.value;
   useEffect(() => {
     const abort = new AbortController();
-    setState((before) => ({ ...before, error: null, loading: true }));
+    setState((before) => ({ value: before.key === key ? before.value : null, error: null, loading: true, key }));
+    retryFailed();
     load({ signal: abort.signal }).then(
-      (value) => { if (!abort.signal.aborted) setState({ value, error: null, loading: false }); },
+      (value) => { if (!abort.signal.aborted) setState({ value, error: null, loading: false, key }); },
       (error) => {
-        if (!abort.signal.aborted && !isAborted(error)) setState({ value: null, error, loading: false });
+        if (!abort.signal.aborted && !isAborted(error)) setState({ value: null, error, loading: false, key });
       },
     );
     return () => abort.abort();

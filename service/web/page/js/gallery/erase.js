@@ -5,7 +5,7 @@ import { Loaded, useLoaded, useNewKey } from "../components/loaded.js";
 import { Problem } from "../components/problem.js";
 import { plural } from "../format.js";
 import { forget } from "../pictures.js";
-import { itemChanged } from "../search/state.js";
+import { itemChanged, personErased } from "../search/state.js";
 import { announce } from "../state.js";
 import { html, useState } from "../ui.js";
 
@@ -67,6 +67,7 @@ export function Erase({ person, onClose, onErased }) {
     } while (cursor);
     const { deleted } = await erasePerson(person);
     items.forEach((item) => { forget(item.id); itemChanged(item.id, null); });
+    personErased(person);
     announce(`${plural(deleted, "item")} erased`);
     onErased(deleted);
   };
