@@ -95,8 +95,8 @@ def told(folder: Path, found: list[Path], reason: str) -> str:
     """A sentence about what others may use. reason: why that is so for the first."""
     return (
         f"others may use {counted(len(found), 'file or folder', 'files or folders')} of the data "
-        f"folder {folder}, such as {found[0]} ({reason}); it holds personal data: mount it so that only the service's user "
-        "can enter it"
+        f"folder {folder}, such as {found[0]} ({reason}); it holds personal data: mount it so that "
+        "only the service's user can enter it"
     )
 
 

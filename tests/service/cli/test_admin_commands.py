@@ -183,7 +183,7 @@ def test_doctor_tries_a_lock_and_looks_at_modes(
     assert (status, "writable, lockable and private" in printed) == (0, True)
     (tmp_path / "data" / "gallery.sqlite3").chmod(0o644)
     status, printed, _ = run(capsys, *look)
-    assert (status, "warning" in printed, "others may use 1 file or folder of" in printed) == (
+    assert (status, "warning" in printed, "others may use 1 file" in printed) == (
         0,
         True,
         True,

@@ -139,7 +139,7 @@ def test_a_folder_that_belongs_to_somebody_else_is_a_warning(
         finally:
             os.seteuid(0)
         [warning] = caplog.messages
-        assert "others may use 1 files or folders" in warning
+        assert "others may use 1 file or folder of" in warning
         assert "Operation not permitted" in warning
         database = (folder / "gallery.sqlite3").stat()
         assert (database.st_uid, stat.S_IMODE(database.st_mode)) == (nobody, 0o600)

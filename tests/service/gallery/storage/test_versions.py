@@ -113,7 +113,7 @@ def test_a_switch_needs_every_item_and_is_one_moment(open_store: OpenStore) -> N
     store.versions.register(OTHER)
     reembed(store, OTHER)
     late = store.add(new(1), rows(1))[0][0]
-    with pytest.raises(ModelVersionConflict, match="1 items have no features"):
+    with pytest.raises(ModelVersionConflict, match="1 item has no features"):
         store.versions.activate(OTHER)
     assert states(store) == {MODEL: ("active", 4), OTHER: ("building", 3)}
     assert reembed(store, OTHER) == [late]
