@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,10 @@ def test_what_nobody_touched_is_never_sent(demo: Demo, tab: OpenTab) -> None:
     )
     with demo.client() as client:
         items = [
-            client.enroll(QUERY, person_id="timed", camera_id="gate", captured_at=moment)
-            for moment in times
+            client.enroll(
+                QUERY, person_id="timed", camera_id="gate", captured_at=datetime.fromisoformat(time)
+            )
+            for time in times
         ]
         try:
             page = tab(zone="America/New_York")
@@ -198,6 +201,8 @@ def test_an_address_shows_and_changes_its_own_item_only(
     expect(page.get_by_role("dialog")).to_have_count(0)
     expect(page.get_by_text(one.id)).to_have_count(0)
     expect(page.get_by_role("button", name="Save")).to_have_count(0)
+    while not held:
+        page.wait_for_timeout(20)
     held[0].continue_()
     page.unroute(f"**/gallery/{other.id}")
     expect(page.get_by_text(other.id)).to_be_visible()

@@ -8,15 +8,16 @@ import { Problem } from "./problem.js";
 /** Fetch something whenever `wanted` changes, or the key does → {value, error, loading, reload}.
  *
  * load: given {signal}; its answer is dropped where another one is wanted meanwhile. The last value
- * stays while the next one is on its way, but not what another key had fetched.
+ * stays while the next one is on its way, but not what another key had fetched. acting: that stays
+ * too, until this key's is there or is refused: what is being done with it goes on by the new key.
  */
-export function useLoaded(load, wanted) {
+export function useLoaded(load, wanted, { acting = false } = {}) {
   const [state, setState] = useState({ value: null, error: null, loading: true, key: null });
   const [turn, setTurn] = useState(0);
   const key = apiKey.value;
   useEffect(() => {
     const abort = new AbortController();
-    setState((before) => ({ value: before.key === key ? before.value : null, error: null, loading: true, key }));
+    setState((before) => ({ value: acting || before.key === key ? before.value : null, error: null, loading: true, key }));
     retryFailed();
     load({ signal: abort.signal }).then(
       (value) => { if (!abort.signal.aborted) setState({ value, error: null, loading: false, key }); },

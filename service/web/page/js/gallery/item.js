@@ -20,7 +20,7 @@ const POLARITIES = { white_hot: "white is hot", black_hot: "black is hot" };
 export const ItemView = ({ id }) => html`<${Opened} key=${id} id=${id} />`;
 
 function Opened({ id }) {
-  const loaded = useLoaded((options) => getItem(id, options), []);
+  const loaded = useLoaded((options) => getItem(id, options), [], { acting: true });
   useEffect(() => {
     scrollTo({ top: 0 });
     if (document.activeElement === document.body) document.querySelector("main").focus();

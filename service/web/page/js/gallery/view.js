@@ -39,7 +39,7 @@ export function GalleryView({ parameters: given }) {
     if (found.next_cursor) before.set(found.next_cursor, parameters);
     announce(found.total ? plural(found.total, "item") : "Nothing found");
     return { found, wanted, chosen, cursor, number: cursor ? numberOf(page, found) : 1 };
-  }, [wanted]);
+  }, [wanted], { acting: true });
   return html`
     <section class="view">
       <h1>Gallery</h1>
