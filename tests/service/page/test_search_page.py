@@ -561,8 +561,8 @@ def test_a_box_is_drawn_on_a_whole_frame(tab: OpenTab, tmp_path: Path) -> None:
     page.get_by_role("button", name="Draw a box").click()
     expect(dialog).to_contain_text("cannot show the picture")
     left = dialog.get_by_label("Left", exact=True)
-    for value, fault in {"-5": "at least 0", "": "whole numbers", "1.5": "whole numbers"}.items():
-        left.fill(value)
+    for text, fault in {"-5": "at least 0", "": "whole numbers", "1.5": "whole numbers"}.items():
+        left.fill(text)
         expect(dialog).to_contain_text(fault)
         expect(apply).to_be_disabled()
     left.fill("400")
@@ -747,8 +747,9 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(
         # What the reader chose is there to go back to, what the key fetched is not.
         expect(page.get_by_role("list", name="Chosen pictures")).to_have_count(0)
         dialog.get_by_role("button", name="Close").click()
-        page.get_by_role("button", name="Previous query").click()
+        changed(page, page.get_by_role("button", name="Previous query").click)
         expect(page.get_by_alt_text(f"Query: {visible[0].name}")).to_be_visible()
+        expect(dialog).to_be_visible()
         page.mouse.click(3, 3)  # on the backdrop, of the dialog that asks again
         expect(dialog).to_have_count(0)
 

@@ -27,13 +27,13 @@ export const apiKey = signal(storedKey());
 /** Why a key is asked for: the problem of the latest call that was refused, or null. */
 export const keyWanted = signal(null);
 
-/** Call `then(before)` each time the key becomes another one. */
+/** Call `then(key)` each time the key becomes another one; "" where it is forgotten. */
 export function whenKeyChanges(then) {
   let last = apiKey.peek();
   effect(() => {
     const before = last;
     last = apiKey.value;
-    if (last !== before) untracked(() => then(before));
+    if (last !== before) untracked(() => then(last));
   });
 }
 

@@ -20,9 +20,9 @@ export async function refreshModel() {
   }
 }
 
-// What one key was told is not for the next one.
-whenKeyChanges((before) => {
-  if (before) {
+// What a key was told goes with it.
+whenKeyChanges((key) => {
+  if (!key) {
     cameras.value = new Set();
     persons.value = new Set();
     model.value = null;

@@ -266,16 +266,14 @@ export async function search() {
   }
 }
 
-whenKeyChanges((before) => {
-  const refused = problem.value?.refused;
-  if (before) { // what that key had fetched goes; what the reader chose stays
+whenKeyChanges((key) => {
+  if (!key) { // what it had fetched goes; what the reader chose stays
     begin();
     running?.abort();
     answer.value = problem.value = remark.value = null;
     leave((picture) => picture.item !== null);
     options.value = { ...options.value, cameraIds: [], excludeCameraIds: [], personIds: [] };
-  }
-  if (refused) search();
+  } else if (problem.value?.refused) search(); // now it may be answered
 });
 
 /** Take pictures out of all queries, present and earlier → whether the present one lost any. */
