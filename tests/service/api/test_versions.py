@@ -162,7 +162,7 @@ def test_the_command_lists_and_drops_by_the_first_digits(
         status, _, told = run("drop", new[:12], "--yes")
         assert (status, "in use" in told) == (1, True)
         status, printed, _ = run("drop", old[:12], "--yes")
-        assert (status, printed) == (0, f"Dropped the features of 1 items by {old[:12]}.\n")
+        assert (status, printed) == (0, f"Dropped the features of 1 item by {old[:12]}.\n")
         assert [one.fingerprint for one in client.versions()] == [new]
 
 
