@@ -33,7 +33,7 @@ from tests.service.gallery.storage.test_disk_full import Disk, disk  # noqa: F40
 from tests.service.processes import wait_for
 from tests.service.stores import crop, rows
 
-BIG = 24  # crops of 1 MB: more than the sockets between two processes hold
+BIG = 24  # crops of 1 MB: more than sockets hold, unless their buffers may grow to it
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +224,8 @@ def test_a_client_that_vanishes_leaves_nothing(big: tuple[str, Path], tmp_path: 
         http.stream("POST", "/admin/backup") as response,
     ):
         next(response.iter_bytes(1000))
-        assert len(open_copies()) == 1
+        # None where all of it fits into the buffers of the connection, and is done with.
+        assert len(open_copies()) <= 1
         assert not temporary(folder)
     wait_until_free()
     # One that is gone before the answer begins.
