@@ -10,9 +10,11 @@ runs is imported: help is read from the source (see `_summary`), so `cmt --help`
 from __future__ import annotations
 
 import ast
+import atexit
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from importlib.metadata import EntryPoint, entry_points, version
@@ -142,6 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
             say_lines(traceback.format_exc().rstrip(), err=True)
         say(f"Error: {_sentence(error)}", err=True)
         return 1
+    finally:
+        # It is over: a Ctrl-C that comes while libraries are put away would only print a traceback.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     return status if isinstance(status, int) else 0
 
 
