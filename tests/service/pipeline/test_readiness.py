@@ -88,7 +88,8 @@ def test_a_service_whose_folder_is_moved_acknowledges_nothing_until_it_is_back(
         for answer in (enroll(http, 1), http.get("/readyz"), http.delete(f"/gallery/{first}")):
             assert (answer.status_code, answer.json()["code"]) == (503, "storage_moved")
             assert "moved or removed" in answer.json()["detail"]
-        assert http.post("/query", files={"image": visible[0].read_bytes()}).is_success
+        found = http.post("/query", files={"image": visible[0].read_bytes()})
+        assert found.is_success, found.text
         assert not folder.exists()  # nothing was made in its place
         away.rename(folder)
         assert http.get("/readyz").is_success
