@@ -23,6 +23,7 @@ from datetime import UTC, datetime, tzinfo
 from difflib import get_close_matches
 
 from service.api.schemas import BatchItem
+from service.kit.text import counted
 
 _FIELDS = {
     "person": "person_id",
@@ -99,7 +100,8 @@ class PathPattern:
         """Why a path does not match, in a few words."""
         depth = path.count("/")
         if self.depth is not None and depth != self.depth:
-            return f"it lies {_folders(depth)} deep, the pattern's files {_folders(self.depth)}"
+            here, wanted = (counted(one, "folder") for one in (depth, self.depth))
+            return f"it lies {here} deep, the pattern's files {wanted}"
         return "its names are others"
 
     def _translated(self, text: str) -> str:
@@ -246,7 +248,3 @@ def _iso(text: str) -> datetime:
         return datetime.fromisoformat(written + (offset or "").upper())
     except ValueError:
         raise ValueError(f"{text!r} is no time that exists") from None
-
-
-def _folders(count: int) -> str:
-    return f"{count} folder{'' if count == 1 else 's'}"
