@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from alembic import command
@@ -34,6 +34,7 @@ from service.kit.urls import without_password
 
 FILE_NAME = "gallery.sqlite3"
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_KEPT_OPEN = 8  # SQLite's connections; more are opened and closed where more reads run at once
 _TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
 _ADVISORY_LOCK = 0x636D745F72656964  # any number that no other program's lock has
 _POSTGRES_DISK_FULL = "53100"
@@ -103,6 +104,8 @@ class Database:
             self._check_durable()
             if migrate:
                 self.migrate()
+            if self.sqlite:
+                self._open_ahead()
         except BaseException:
             self.close()
             raise
@@ -153,6 +156,12 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         assert self._file is not None
         return self._file.connect()
+
+    def _open_ahead(self) -> None:
+        """Fill the pool: while the folder is moved, reads go on with what is open."""
+        with self._reported(), ExitStack() as held:
+            for _ in range(_KEPT_OPEN):
+                held.callback(self.engine.raw_connection().close)
 
     def truncate_log(self) -> bool:
         """Truncate SQLite's log, which still holds erased pages. False: readers kept it open."""
@@ -308,7 +317,8 @@ def _with_password(address: URL) -> URL:
 
 
 def _sqlite_engine(address: URL, connect: Callable[[], sqlite3.Connection]) -> Engine:
-    engine = create_engine(address, creator=connect)
+    # The connection used last, whose pages are in its cache, is used next.
+    engine = create_engine(address, creator=connect, pool_size=_KEPT_OPEN, pool_use_lifo=True)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
