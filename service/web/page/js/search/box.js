@@ -1,6 +1,6 @@
 // Draw a box around the person in a whole frame: with the pointer, or by numbers.
 import { Dialog } from "../components/dialog.js";
-import { html, useEffect, useRef, useState } from "../ui.js";
+import { html, useRef, useState } from "../ui.js";
 import { begin, box, searchPart } from "./state.js";
 
 const LEAST = { width: 16, height: 32 }; // what the service takes
@@ -39,13 +39,19 @@ export function BoxDialog({ picture, onClose }) {
   const [part, setPart] = useState(box.value);
   const wrong = part && fault(part, size);
 
+  // What was typed before the picture came, or failed, stays.
+  const propose = (proposed) => setPart((present) => present ?? proposed);
   const loaded = () => {
     const found = { width: image.current.naturalWidth, height: image.current.naturalHeight };
     setSize(found);
-    setPart((present) => present ?? {
+    propose({
       x: Math.round(found.width * 0.35), y: Math.round(found.height * 0.1),
       width: Math.round(found.width * 0.3), height: Math.round(found.height * 0.8),
     });
+  };
+  const failed = () => {
+    setBlind(true);
+    propose({ x: 0, y: 0, width: 64, height: 128 });
   };
   const at = (event) => {
     const frame = image.current.getBoundingClientRect();
@@ -70,7 +76,9 @@ export function BoxDialog({ picture, onClose }) {
     if (drawn.width > 3 && drawn.height > 3) setPart(drawn);
   };
   const up = () => { start.current = null; };
-  const set = (name, text) => setPart({ ...(part ?? { x: 0, y: 0, width: 0, height: 0 }), [name]: text === "" ? NaN : Number(text) });
+  const set = (name, text) => setPart((present) => ({
+    ...(present ?? { x: 0, y: 0, width: 0, height: 0 }), [name]: text === "" ? NaN : Number(text),
+  }));
   const apply = async () => {
     const turn = begin();
     const crop = size ? cut(image.current, part) : null; // while the image is there
@@ -78,7 +86,6 @@ export function BoxDialog({ picture, onClose }) {
     searchPart(part, await crop, turn);
   };
   const whole = () => { onClose(); searchPart(null, null); };
-  useEffect(() => { if (blind && !part) setPart({ x: 0, y: 0, width: 64, height: 128 }); }, [blind]);
 
   return html`
     <${Dialog} title="Draw a box around the person" wide onClose=${onClose} footer=${html`
@@ -89,7 +96,7 @@ export function BoxDialog({ picture, onClose }) {
         ${blind ? html`<p class="notice warning">This browser cannot show the picture; give the box by numbers.</p>` : html`
           <div class="canvas" onPointerDown=${down} onPointerMove=${dragged} onPointerUp=${up} onPointerCancel=${up}>
             <img ref=${image} src=${picture.url} alt=${`Whole picture: ${picture.file.name}`} draggable=${false}
-              onLoad=${loaded} onError=${() => setBlind(true)} />
+              onLoad=${loaded} onError=${failed} />
             ${size && part && html`<span class="drawn" style=${{
               left: `${(100 * part.x) / size.width}%`, top: `${(100 * part.y) / size.height}%`,
               width: `${(100 * part.width) / size.width}%`, height: `${(100 * part.height) / size.height}%`,
