@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from model import CMT, CMTConfig, save_checkpoint
+from tests.faked_device import FakedDevice, faked_device
 
 # The networks here are too small for more: threads would only wait for one another.
 torch.set_num_threads(1)
@@ -58,8 +60,20 @@ def tiny_checkpoint(tiny_model: CMT, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def gpu() -> str:
-    """The GPU's name for torch. Tests that take it are marked `gpu`: `make gpu-check` runs them."""
+def faked() -> Iterator[FakedDevice]:
+    """A CUDA device that the CPU computes for, whose memory and launches a test can look at."""
+    if torch.backends.cuda.is_built():
+        pytest.skip("this torch is built for CUDA, beside which none can be faked")
+    with faked_device() as device:
+        yield device
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The GPU's name for torch, or a faked one's where there is none.
+
+    Tests that take it are marked `gpu`: `make gpu-check` runs them on a GPU.
+    """
     if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+        request.getfixturevalue("faked")
     return "cuda"

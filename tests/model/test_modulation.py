@@ -190,10 +190,10 @@ def test_cosine_distance_equals_modulate_then_measure() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_measures_the_same_distances(gpu: str) -> None:
+def test_a_gpu_measures_the_same_distances(device: str) -> None:
     x, y, modulation = draw(3, 500, 6, 32, seed=5)
-    there = Modulation(*(one.to(gpu) for one in modulation))
+    there = Modulation(*(one.to(device) for one in modulation))
     for measured in (modulated_distance, part_distances):
         expected = measured(x, y, modulation)
-        found = measured(x.to(gpu), y.to(gpu), there)
+        found = measured(x.to(device), y.to(device), there)
         torch.testing.assert_close(found.cpu(), expected)

@@ -34,10 +34,14 @@ def scale_for(largest: float) -> float:
 
 
 class Chunk:
-    """Rows `first` … `first` + capacity − 1 of a gallery; only the first `count` are filled."""
+    """Rows `first` … `first` + capacity − 1 of a gallery; only the first `count` are filled.
+
+    device: where they lie. Chunks of one gallery may lie on a GPU and on the host.
+    """
 
     def __init__(self, first: int, width: int, scale: float, device: torch.device) -> None:
         self.first, self.scale, self.count = first, scale, 0
+        self.device = device
         self.capacity = CHUNK_ROWS[device.type]
         self._scanner: Any = None
         if device.type != "cpu":

@@ -207,9 +207,9 @@ def test_bad_settings_are_sentences(tiny_checkpoint: Path, tmp_path: Path) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "least"), [("float32", 0.9999), ("bfloat16", 0.99)])
 def test_a_gpu_embeds_as_the_cpu_does(
-    eager: Embedder, tiny_checkpoint: Path, gpu: str, precision: str, least: float
+    eager: Embedder, tiny_checkpoint: Path, device: str, precision: str, least: float
 ) -> None:
-    there = Embedder(tiny_checkpoint, device=gpu, precision=precision)  # type: ignore[arg-type]
+    there = Embedder(tiny_checkpoint, device=device, precision=precision)  # type: ignore[arg-type]
     try:
         for count in (1, 7, 40):
             batch = crops(count)

@@ -25,11 +25,11 @@ def sampled(seed: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def both(gpu: str, tmp_path: Path) -> Iterator[tuple[Gallery, Gallery]]:
+def both(device: str, tmp_path: Path) -> Iterator[tuple[Gallery, Gallery]]:
     """The same items on the CPU and on the GPU."""
     opened = [
-        Gallery.open(tmp_path / name, INFO, device=device, candidates=60)
-        for name, device in (("here", "cpu"), ("there", gpu))
+        Gallery.open(tmp_path / name, INFO, device=place, candidates=60)
+        for name, place in (("here", "cpu"), ("there", device))
     ]
     items = [NewItem(crop(n), f"person {n % 40}", f"camera {n % 3}") for n in range(COUNT)]
     for gallery in opened:
@@ -82,12 +82,12 @@ def test_what_is_deleted_is_never_found_and_what_is_added_is(
     assert [picture for picture, _ in found] == [f"{COUNT:064x}"]
 
 
-def test_a_gallery_is_opened_on_the_gpu_from_what_a_cpu_wrote(gpu: str, tmp_path: Path) -> None:
+def test_a_gallery_is_opened_on_the_gpu_from_what_a_cpu_wrote(device: str, tmp_path: Path) -> None:
     with_items = Gallery.open(tmp_path, INFO, device="cpu")
     with_items.add([NewItem(crop(n)) for n in range(50)], sampled(1, 50, *SHAPE))
     before = hits(with_items, 10)
     with_items.close()
-    again = Gallery.open(tmp_path, INFO, device=gpu)
+    again = Gallery.open(tmp_path, INFO, device=device)
     try:
         after = hits(again, 10)
     finally:
