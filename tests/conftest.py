@@ -62,7 +62,7 @@ def tiny_checkpoint(tiny_model: CMT, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def faked() -> Iterator[FakedDevice]:
     """A CUDA device that the CPU computes for, whose memory and launches a test can look at."""
-    if torch.backends.cuda.is_built():
+    if torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         pytest.skip("this torch is built for CUDA, beside which none can be faked")
     with faked_device() as device:
         yield device

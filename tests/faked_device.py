@@ -107,18 +107,18 @@ class _Block:
 
 
 class _OnDevice(Tensor):
-    """A tensor of the device. values: the CPU's tensor behind it."""
+    """A tensor of the device. on_cpu: the tensor behind it."""
 
-    values: Tensor
+    on_cpu: Tensor
     block: _Block
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, values: Tensor, device: FakedDevice) -> _OnDevice:
         block = device.block_of(values)
         with torch.inference_mode(values.is_inference()):  # a view is what its base is
-            made: _OnDevice = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: _OnDevice = Tensor._make_wrapper_subclass(
                 cls,
                 values.shape,
                 strides=values.stride(),
@@ -126,26 +126,28 @@ class _OnDevice(Tensor):
                 dtype=values.dtype,
                 device=_DEVICE,
             )
-        made.values, made.block = values, block
+        made.on_cpu, made.block = values, block
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _compute(func, args, kwargs or {})
 
     # With both of these, `Module.to` replaces a parameter by another object.
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["values"], None
+        return ["on_cpu"], None
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Tensor:
-        return inner["values"].to(_DEVICE)
+    def __tensor_unflatten__(tensors: dict[str, Tensor], *_: Any) -> Tensor:
+        return tensors["on_cpu"].to(_DEVICE)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"{self.values!r} on {_DEVICE}"
+        return f"{self.on_cpu!r} on {_DEVICE}"
 
     def __format__(self, spec: str) -> str:
-        return format(self.values, spec)
+        return format(self.on_cpu, spec)
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(_as_tensors(index))
@@ -182,8 +184,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def unwrapped(value: Any) -> Any:
         nonlocal foreign
         if isinstance(value, _OnDevice):
-            originals[id(value.values)] = value
-            return value.values
+            originals[id(value.on_cpu)] = value
+            return value.on_cpu
         foreign += isinstance(value, Tensor) and value.dim() > 0
         return _HOST if isinstance(value, torch.device) else value
 
@@ -293,12 +295,12 @@ def faked_device(budget: int = 8 * GIB) -> Iterator[FakedDevice]:
         for name in ("tensor", "as_tensor"):
             stack.enter_context(patch.object(torch, name, _made_here(getattr(torch, name))))
         stack.enter_context(_linked())
-        library = torch.library.Library("aten", "IMPL")
+        library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         stack.callback(library._destroy)
         for name in _FACTORIES:
             packet, _, overload = name.partition(".")
             func = getattr(getattr(_aten, packet), overload or "default")
-            library.impl(name, partial(_factory, func), "CUDA")
+            library.impl(name, partial(_factory, func), "CUDA")  # type: ignore[no-untyped-call]
         _active = device
         try:
             yield device
