@@ -13,9 +13,66 @@ from torch import Tensor, nn
 from model import torchvision_compat
 from model.config import MODALITIES, CMTConfig
 
-torchvision_compat.prepare()
-from torchvision.models import get_model_weights  # noqa: E402
-from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
+
+class BasicBlock(nn.Module):
+    """Two convolutions of 3×3 beside a shortcut (He et al., 2016, Figure 5 left): ResNet-18, -34.
+
+    The blocks are written here, with torchvision's names, order and arithmetic, because to import
+    its models takes a second at every start of the service.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self, inputs: int, planes: int, stride: int = 1, shortcut: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, planes, 3, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv(planes, planes, 3)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        added: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return added
+
+
+class Bottleneck(nn.Module):
+    """Convolutions of 1×1, 3×3 and 1×1 beside a shortcut (the same, right): ResNet-50.
+
+    The stride is that of the 3×3 convolution, as in torchvision and its weights.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self, inputs: int, planes: int, stride: int = 1, shortcut: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv(planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = _conv(planes, planes * self.expansion, 1)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        added: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return added
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+
 
 _BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -35,10 +92,7 @@ def _layer(
     outputs = planes * block.expansion
     shortcut = None
     if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(
-            nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
+        shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
     blocks = [block(inputs, planes, stride, shortcut)]
     blocks += [block(outputs, planes) for _ in range(1, count)]
     return nn.Sequential(*blocks)
@@ -49,7 +103,7 @@ class Stem(nn.Module):
 
     def __init__(self, block: type[BasicBlock] | type[Bottleneck], planes: int, count: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, planes, kernel_size=7, stride=2, padding=3, bias=False)
+        self.conv1 = _conv(3, planes, 7, stride=2)
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
@@ -63,7 +117,7 @@ class Stem(nn.Module):
 class TwoStreamResNet(nn.Module):
     """B×3×H×W and each image's modality → feature map B×C×H/16×W/16.
 
-    Built from torchvision's blocks; at width 1 its parameters have torchvision's names, once per
+    At width 1 its parameters have torchvision's names, once per
     modality for the stem and layer1.
     """
 
@@ -157,6 +211,9 @@ def _torchvision_name(name: str) -> str:
 
 def _fetched(name: str) -> Mapping[str, Any]:
     """torchvision's default weights of a network, from its cache or the network."""
+    torchvision_compat.prepare()
+    from torchvision.models import get_model_weights
+
     weights = get_model_weights(name).DEFAULT
     try:
         return weights.get_state_dict(progress=False)  # type: ignore[no-any-return]

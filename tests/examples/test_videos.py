@@ -17,9 +17,8 @@ import av
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageStat
-from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as small_network
 
-from model.torchvision_compat import extension_loads
+from model.torchvision_compat import extension_loads, prepare
 from service.client import Client
 from tests.paths import MINI, ROOT
 from tests.service.processes import ServiceProcess, wait_for
@@ -266,6 +265,9 @@ def test_people_are_found_with_a_file_of_torchvision(
     monkeypatch.syspath_prepend(PROGRAM.parent)
     people = importlib.import_module("torchvision_people").people
     torch.manual_seed(5)
+    prepare()
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as small_network
+
     state = small_network(weights=None, weights_backbone=None).state_dict()
     file = tmp_path / "fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9.pth"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model import CMT, CMTConfig, Modality, preprocess
+from model import CMT, CMTConfig, Modality, preprocess, torchvision_compat
 from model.alignment import (
     CompensationDecoder,
     FeedForward,
@@ -19,6 +19,8 @@ from model.alignment import (
     SelfAttention,
 )
 from model.parts import PartFeatures
+
+torchvision_compat.prepare()  # tests compare with its own networks
 
 SIZES = {"parts": 3, "dim": 8, "heads": 2, "input_height": 48, "input_width": 32}
 
@@ -364,18 +366,24 @@ def test_both_of_torchvisions_resnet50_and_what_training_scripts_make_of_it(tmp_
         assert int(own["layer3.5.bn3.num_batches_tracked"]) == (5 if "second" in name else 0)
 
 
-def test_the_feature_map_equals_torchvisions_with_layer4_at_stride_1() -> None:
-    from torchvision.models import resnet18
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_feature_map_equals_torchvisions_with_layer4_at_stride_1(name: str) -> None:
+    import torchvision.models
 
     torch.manual_seed(8)
-    reference = resnet18().eval()
-    model = CMT(config(width=1.0)).eval()
+    reference = getattr(torchvision.models, name)().eval()
+    model = CMT(config(width=1.0, backbone=name)).eval()
+    # Their order too: of random numbers at the start, and of an optimiser's state.
+    names = [n.removeprefix("stems.rgb.") for n, _ in model.backbone.named_parameters()]
+    stem_and_rest = [n for n in names if not n.startswith("stems.ir.")]
+    assert stem_and_rest == [n for n, _ in reference.named_parameters() if n[:3] != "fc."]
     own = model.backbone.state_dict()
     state = reference.state_dict()
     model.backbone.load_state_dict(
         {n: state[n.split(".", 2)[2] if n.startswith("stems.") else n] for n in own}
     )
-    reference.layer4[0].conv1.stride = (1, 1)
+    first = reference.layer4[0]
+    (first.conv1 if name == "resnet18" else first.conv2).stride = (1, 1)
     reference.layer4[0].downsample[0].stride = (1, 1)
     x = images(2)
     expected = torch.nn.Sequential(*list(reference.children())[:-2])(x)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from model import torchvision_compat
 from tests.paths import MINI
 from training.recipe import load_recipe
 from training.run_log import read_metrics
@@ -23,6 +24,7 @@ FEWER = ["identities=2", "images=2"]  # images in a batch than the paper's 128; 
 def test_one_step_of_the_papers_recipe_from_a_local_file_of_imagenet_weights(
     tmp_path: Path,
 ) -> None:
+    torchvision_compat.prepare()
     from torchvision.models import resnet50
 
     torch.manual_seed(7)
