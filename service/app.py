@@ -24,6 +24,7 @@ from service.http.middleware import (
     RequestLogMiddleware,
     SecurityHeaders,
 )
+from service.kit.device_loss import report_loss
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.resources import State, open_resources
@@ -60,6 +61,9 @@ def create_app(settings: Settings) -> FastAPI:
                 gc.freeze()
                 yield State(resources=opened)
                 group.cancel_scope.cancel()
+        except Exception as error:
+            report_loss(error)  # in background work
+            raise
         finally:
             await to_thread.run_sync(partial(resources.__exit__, None, None, None))
 

@@ -14,19 +14,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
 
+from model.terminal import say
 from service.app import create_app
 from service.http.connection_timeouts import Lingering, timed_protocol
 from service.http.middleware import DrainState
+from service.kit.device_loss import LOST, on_device_loss, report_loss
 from service.settings import Settings
 
 # How long a thread may keep the interpreter while others wait for it. The event loop, searches and
 # the embedding thread take turns in steps of less than a millisecond; with Python's 5 ms two cores
 # answered a fifth fewer queries (`cmt bench serve`), a lone client's too.
 _SWITCH_SECONDS = 0.0005
+# After a lost GPU: how long requests that do not need it may take to finish, and until the process
+# ends whatever hangs.
+_LOST_SECONDS = 5.0
+_END_SECONDS = 15.0
+_SAY_SECONDS = 3.0
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +76,8 @@ def address_of(bound: socket.socket) -> str:
 def run(settings: Settings) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP; requests in flight finish first.
 
-    A SIGHUP that the caller ignores, as nohup does, stays ignored.
+    A SIGHUP that the caller ignores, as nohup does, stays ignored. Where the GPU is lost the
+    process ends with status 1, so that whatever supervises it starts it again.
 
     Raises ServerError (address), CheckpointError or ServiceError (gallery) when it cannot start.
     """
@@ -84,10 +93,14 @@ def run(settings: Settings) -> None:
         signal.signal(signal.SIGHUP, server.handle_exit)
     log.info("settings: %s", json.dumps(settings.redacted()))
     log.info("loading %s, then serving on %s", settings.checkpoint, address_of(bound))
-    with bound, suppress(SystemExit):  # uvicorn exits where the lifespan could not start
-        server.run(sockets=[bound])
-    if not server.started and isinstance(failure := app.state.failure, BaseException):
-        raise failure
+    with on_device_loss(_end_in_time), on_device_loss(server.lose_device):
+        with bound, suppress(SystemExit):  # uvicorn exits where the lifespan could not start
+            server.run(sockets=[bound])
+        failure = app.state.failure
+        if not server.started and isinstance(failure, BaseException) and not report_loss(failure):
+            raise failure
+    if server.lost is not None:
+        _end(server.lost)
 
 
 @contextmanager
@@ -99,7 +112,7 @@ def running(settings: Settings) -> Iterator[str]:
 
     def serve() -> None:
         try:
-            with bound, suppress(SystemExit):
+            with bound, suppress(SystemExit), on_device_loss(server.lose_device):
                 server.run(sockets=[bound])
         finally:
             ended.set()
@@ -138,6 +151,31 @@ def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
     return app, _Server(config, app.state.drain, lingering, settings)
 
 
+def _end_in_time(why: str) -> None:
+    """End the process after a while, whatever hangs: a thread may wait for a lost GPU for ever."""
+    timer = threading.Timer(_END_SECONDS, _end, [_told(why)])
+    timer.daemon = True
+    timer.start()
+
+
+def _told(why: str) -> str:
+    return f"{LOST.partition(';')[0]} ({why})"
+
+
+def _end(sentence: str) -> NoReturn:
+    """Say why and end with status 1, without what libraries do at the end of an interpreter.
+
+    They would wait for a GPU that answers no more, or abort.
+    """
+    timer = threading.Timer(_SAY_SECONDS, os._exit, [1])  # nobody may read standard error
+    timer.daemon = True
+    timer.start()
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    say(f"Error: {sentence}", err=True)
+    os._exit(1)
+
+
 class _Server(uvicorn.Server):
     """After a signal new requests are answered with 503 while those in flight finish.
 
@@ -145,6 +183,8 @@ class _Server(uvicorn.Server):
     balancer sees the 503 before connections are refused. While it loads, a signal takes effect once
     that is done. A second Ctrl-C ends it at once: it cancels what is in flight, and does not wait
     for threads that load or close, since whatever they write outlives the loss of power.
+
+    lost: the sentence that says how the GPU was lost, after which it ends as by a signal.
     """
 
     def __init__(
@@ -153,6 +193,8 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._drain, self._lingering, self._settings = drain, lingering, settings
         self._signalled: float | None = None
+        self._patience: float = settings.shutdown_timeout
+        self.lost: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -173,6 +215,15 @@ class _Server(uvicorn.Server):
         self._signalled = time.monotonic()
         self._drain.closing = True
 
+    def lose_device(self, why: str) -> None:
+        """Refuse everything from now on, and end. Called in any thread."""
+        self.lost = _told(why)
+        self._drain.why, self._drain.closing = LOST, True
+        self._patience = min(_LOST_SECONDS, self._patience)
+        if self._signalled is None:
+            self._signalled = time.monotonic()
+        log.critical(self.lost)
+
     def _say(self, sentence: str) -> None:
         """Log from a signal handler, which may have interrupted a line of the log."""
         if self._loop is not None:
@@ -184,7 +235,7 @@ class _Server(uvicorn.Server):
             passed = time.monotonic() - self._signalled
             idle = not self._drain.in_flight and not self._lingering
             idle = idle and passed >= self._settings.shutdown_linger
-            self.should_exit = idle or passed >= self._settings.shutdown_timeout
+            self.should_exit = idle or passed >= self._patience
             if self.should_exit:
                 # Requests still in flight have run out of time.
                 self.config.timeout_graceful_shutdown = 1

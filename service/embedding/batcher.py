@@ -2,7 +2,8 @@
 
 A batch is what has arrived while the previous ones were embedded, up to `max_batch`, half of it
 queries and half enrollments where both wait. A crop that makes a batch fail fails alone: the batch
-is halved until that crop is by itself. Running out of memory halves the following batches too.
+is halved until that crop is by itself. Running out of memory halves the following batches too. A
+device that is lost is reported and embeds nothing more.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from service.errors import (
     EmbeddingFailed,
     MemoryExhausted,
     ModelVersionConflict,
+    RuntimeUnavailable,
     ServiceError,
 )
 from service.images.decode import Crop
+from service.kit.device_loss import LOST, report_loss
 from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -203,6 +206,8 @@ class EmbeddingBatcher:
             self._observe(len(crops))
             return list(features)
         except Exception as error:
+            if report_loss(error):
+                return [RuntimeUnavailable(LOST, headers={"Retry-After": "10"}) for _ in crops]
             exhausted = is_out_of_memory(error)
             if exhausted:
                 self.limit, self._smooth = max(1, min(self.limit, len(crops) // 2)), 0

@@ -17,6 +17,7 @@ from service import errors
 from service.auth.authorization import ROUTE_SCOPES
 from service.errors import ServiceError
 from service.http.problem import FieldProblem, Problem
+from service.kit.device_loss import LOST, is_device_lost
 from service.kit.memory import is_out_of_memory
 from service.kit.urls import route_path
 
@@ -84,8 +85,10 @@ def _pattern(route: str) -> re.Pattern[str]:
 def shortage(error: BaseException) -> ServiceError | None:
     """The problem that an exception stands for where the host has no more of something.
 
-    None for a defect of the code.
+    Its device is one of those. None for a defect of the code.
     """
+    if is_device_lost(error):
+        return errors.RuntimeUnavailable(LOST, headers={"Retry-After": "10"})
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     later = {"Retry-After": "5"}

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import OriginRefused, ShuttingDown
 from service.http import exception_handlers as problems
+from service.kit.device_loss import report_loss
 from service.kit.urls import route_path
 from service.observability.logs import get_logger
 from service.observability.metrics import Metrics
@@ -68,6 +69,7 @@ class RequestLogMiddleware:
             try:
                 await self.app(scope, receive, observed)
             except Exception as error:
+                report_loss(error)
                 short = problems.shortage(error)
                 if short is None:
                     log.exception("defect")
@@ -151,11 +153,15 @@ class CrossOrigin(CORSMiddleware):
 
 
 class DrainState:
-    """Counts for a shutdown. in_flight: requests being worked on. closing: new ones are refused."""
+    """Counts for a shutdown.
+
+    in_flight: requests being worked on. closing: new ones are refused, for the reason `why`.
+    """
 
     def __init__(self) -> None:
         self.in_flight = 0
         self.closing = False
+        self.why = "the service is shutting down; try again when it is back"
 
 
 class DrainMiddleware:
@@ -192,7 +198,5 @@ class DrainMiddleware:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {"Retry-After": "5", "Connection": "close"}
-        refused = ShuttingDown(
-            "the service is shutting down; try again when it is back", headers=headers
-        )
+        refused = ShuttingDown(self._drain.why, headers=headers)
         await problems.response(Request(scope), refused)(scope, receive, send)

@@ -14,6 +14,7 @@ from model import CheckpointError
 from service.embedding.embedder import Embedder
 from service.errors import CheckpointUnusable, ModelVersionConflict, ServiceError
 from service.gallery import Act, Progress, ReembeddingStopped
+from service.kit.device_loss import LOST, report_loss
 from service.pipeline.pipeline import Pipeline
 from service.settings import Settings
 
@@ -99,11 +100,13 @@ class ReembeddingJob:
         except ServiceError as error:
             log.error("embedding the gallery again failed: %s", error.detail)
             self.status = replace(self.status, state="failed", detail=error.detail)
-        except Exception:
-            log.exception("embedding the gallery again failed")
-            self.status = replace(
-                self.status, state="failed", detail="a defect; the service's log has the details"
-            )
+        except Exception as error:
+            detail = "a defect; the service's log has the details"
+            if report_loss(error):
+                detail = LOST
+            else:
+                log.exception("embedding the gallery again failed")
+            self.status = replace(self.status, state="failed", detail=detail)
         finally:
             self._running.release()
 

@@ -24,6 +24,7 @@ from model.calibration import FloatArray, moments_over
 from service.embedding.embedder import Embedder
 from service.gallery import Gallery, Options, Query, Scale, SearchResult
 from service.kit.concurrency import in_thread
+from service.kit.device_loss import is_device_lost
 
 _TOGETHER = 32  # queries at most, so that the first of them need not wait for too many others
 
@@ -151,8 +152,8 @@ def _ranked_apart(
     try:
         return _ranked(gallery, embedder, batch)
     except Exception as error:
-        if len(batch) == 1:
-            return [error]
+        if len(batch) == 1 or is_device_lost(error):
+            return [error] * len(batch)
         return [one for query in batch for one in _ranked_apart(gallery, embedder, [query])]
 
 

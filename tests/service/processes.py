@@ -26,9 +26,14 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class ServiceProcess:
-    """A service on a data folder; `settings` are those of `service.settings`."""
+    """A service on a data folder; `settings` are those of `service.settings`.
 
-    def __init__(self, data_dir: Path, checkpoint: Path, **settings: Any) -> None:
+    before: Python that its process runs first, to cause what cannot be caused from outside.
+    """
+
+    def __init__(
+        self, data_dir: Path, checkpoint: Path, *, before: str = "", **settings: Any
+    ) -> None:
         chosen = {
             "data_dir": data_dir,
             "checkpoint": checkpoint,
@@ -43,8 +48,9 @@ class ServiceProcess:
         self.lines: list[str] = []
         """What it has written to standard error."""
         # A session of its own, so that Ctrl-C can be sent to all of it, as a terminal does.
+        python, option, program = CMT
         self.process = subprocess.Popen(
-            [*CMT, "serve"],
+            [python, option, f"{before}\n{program}", "serve"],
             env={"OMP_NUM_THREADS": "1", **kept, **given},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -26,6 +26,22 @@ from tests.service.processes import (
 )
 
 NEVER = 3600  # seconds
+# A GPU that is lost once a file is there, as PyTorch says it.
+LOSING = """
+import pathlib, time, torch
+from service.embedding.embedder import Embedder, TorchBackend
+
+def losing(compute):
+    def computed(*arguments):
+        if pathlib.Path({flag!r}).exists():
+            raise torch.AcceleratorError(
+                "CUDA error: an illegal memory access was encountered\\n"
+                "Search for `cudaErrorIllegalAddress' in https://docs.nvidia.com/cuda/ for more"
+            )
+        return compute(*arguments)
+    return computed
+"""
+LOST = "the GPU is lost for this process, which ends to be started again"
 
 
 class Caller(threading.Thread):
@@ -186,3 +202,70 @@ def test_a_second_ctrl_c_ends_it_while_it_loads(tiny_checkpoint: Path, tmp_path:
         finally:
             service.kill()
     assert_no_defect(service)
+
+
+@pytest.mark.parametrize("where", ["the network", "a search"])
+def test_a_lost_gpu_ends_it_with_a_failure_and_nothing_is_lost(
+    where: str, tiny_checkpoint: Path, tmp_path: Path, image: bytes
+) -> None:
+    flag, data = tmp_path / "lost", tmp_path / "data"
+    of_network = "TorchBackend.__call__ = TorchBackend.beside = losing(TorchBackend.__call__)"
+    of_search = "Embedder.modulation = losing(Embedder.modulation)"
+    lost_there = of_network if where == "the network" else of_search
+    service = ServiceProcess(
+        data,
+        tiny_checkpoint,
+        before=LOSING.format(flag=str(flag)) + lost_there,
+        shutdown_timeout=NEVER,
+        body_timeout=NEVER,
+    )
+    files = {"image": image}
+    with service, service.client() as http:
+        children = service.children()
+        enrolled = [http.post("/gallery", files=files).json()["id"] for _ in range(3)]
+        assert http.post("/query", files=files).status_code == 200
+        with stalled(service, http, multipart("/gallery", [image])):  # which never ends
+            flag.touch()
+            answer = http.post("/query", files=files)
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) > 0
+            assert "GPU is lost" in answer.json()["detail"]
+            ready = http.get("/readyz")
+            assert ready.status_code == 503
+            assert "GPU is lost" in ready.json()["detail"]
+            assert_refused(http.get("/gallery"))
+            assert http.get("/livez").status_code == 200
+            assert service.ended() == 1
+    assert service.lines[-1].startswith(f"Error: {LOST} (CUDA error: an illegal memory access")
+    critical = [one for one in service.lines if '"critical"' in one]
+    assert len(critical) == 1
+    assert LOST in critical[0]
+    assert "Traceback" not in service.text()
+    assert_gone(children)
+    flag.unlink()
+    with ServiceProcess(data, tiny_checkpoint) as again, again.client() as http:
+        assert {item["id"] for item in http.get("/gallery").json()["items"]} == {*enrolled}
+        assert http.post("/query", files=files).json()["results"]
+
+
+def test_a_lost_gpu_ends_it_though_a_thread_hangs(
+    tiny_checkpoint: Path, tmp_path: Path, image: bytes
+) -> None:
+    flag = tmp_path / "lost"
+    hanging = """
+from service.pipeline.pipeline import Pipeline
+import service.server
+TorchBackend.__call__ = TorchBackend.beside = losing(TorchBackend.__call__)
+Pipeline.close = lambda self: time.sleep(3600)
+service.server._END_SECONDS = 2.0
+"""
+    service = ServiceProcess(
+        tmp_path / "data", tiny_checkpoint, before=LOSING.format(flag=str(flag)) + hanging
+    )
+    with service, service.client() as http:
+        children = service.children()
+        flag.touch()
+        assert http.post("/query", files={"image": image}).status_code == 503
+        assert service.ended() == 1
+    assert service.lines[-1].startswith(f"Error: {LOST}")
+    assert_gone(children)

@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from service.embedding.batcher import EmbeddingBatcher
-from service.errors import EmbeddingFailed, MemoryExhausted
+from service.errors import EmbeddingFailed, MemoryExhausted, RuntimeUnavailable
 from service.images.decode import Crop
-from service.kit.memory import is_out_of_memory
+from service.kit.device_loss import on_device_loss
 
 
 def crop(number: int) -> Crop:
@@ -235,16 +234,18 @@ def test_the_cancelled_leave_the_queue() -> None:
     assert network.sizes == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("error", "exhausted"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
-        (MemoryError(), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("std::bad_alloc"), True),
-        (RuntimeError("shapes cannot be multiplied"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_what_counts_as_no_memory(error: Exception, exhausted: bool) -> None:
-    assert is_out_of_memory(error) == exhausted
+def test_a_lost_device_is_reported_and_asked_nothing_more() -> None:
+    told: list[str] = []
+
+    class Lost(Network):
+        def __call__(self, crops: Sequence[Crop], *, beside: bool) -> Tensor:
+            self.sizes.append(len(crops))
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for …")
+
+    network = Lost()
+    with on_device_loss(told.append):
+        outcomes = run(network, partial(embed, numbers=range(4)))
+    assert network.sizes == [4]
+    assert [type(outcome) for outcome in outcomes] == [RuntimeUnavailable] * 4
+    assert all(int(outcome.headers["Retry-After"]) > 0 for outcome in outcomes)
+    assert told == ["CUDA error: unspecified launch failure"]

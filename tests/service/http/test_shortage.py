@@ -8,6 +8,7 @@ import os
 
 import httpx
 import pytest
+import torch
 from starlette.types import Receive, Scope, Send
 
 from service.http.middleware import RequestLogMiddleware
@@ -23,6 +24,7 @@ from service.observability.tracing import Tracing
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "runtime_unavailable"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "runtime_unavailable"),
         (MemoryError(), "memory_exhausted"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), "runtime_unavailable"),
     ],
 )
 def test_a_shortage_is_503_with_a_time_to_try_again(error: Exception, code: str) -> None:
