@@ -51,7 +51,7 @@ NOT_RUN = {
     "docs/export.md": 3,
     "docs/guides/calibrate.md": 1,
     "docs/guides/checkpoint.md": 2,
-    "docs/guides/enroll.md": 1,
+    "docs/guides/enroll.md": 2,
     "docs/guides/frigate-and-videos.md": 3,
     "docs/guides/own-people.md": 2,
     "docs/guides/replicas.md": 1,

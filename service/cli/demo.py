@@ -122,7 +122,7 @@ def demo(
             console.print(f"Serving on {url}: {card.runtime} on {card.device}, {card.precision}")
             entries = _timed(read_manifest(manifest, [examples / "gallery"], ignored=[_ROLE]))
             tally = Tally()
-            send_with_progress(client, entries, tally)
+            send_with_progress([client], entries, tally)
             print_tally(len(entries), tally)
             outcomes = [_run(client, query, len(entries), console) for query in queries]
             modulated = _rank1(outcomes, [outcome.modulated for outcome in outcomes])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -29,11 +30,11 @@ from service.cli.options import (
     Client,
     ModalityOption,
     PolarityOption,
-    Url,
+    Urls,
     folder,
 )
 from service.cli.outputs import Force, output
-from service.client import Entry, EntryResult, ServiceProblem, Unreachable
+from service.client import Entry, EntryResult, OtherGallery, ServiceProblem, Unreachable
 from service.client.bulk import (
     COLUMNS,
     EnrollmentError,
@@ -41,6 +42,7 @@ from service.client.bulk import (
     find_images,
     read_manifest,
 )
+from service.client.stream import SENDERS
 from service.kit.text import counted
 
 _SHOWN = 5  # names of what is left alone
@@ -117,7 +119,15 @@ def enroll(
         ),
     ] = None,
     force: Force = False,
-    url: Url = DEFAULT_URL,
+    url: Urls = None,
+    senders: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Requests on their way to each address; more where several devices are behind it.",
+        ),
+    ] = SENDERS,
     api_key: ApiKey = None,
 ) -> None:
     """Enroll image files, and all images in folders.
@@ -152,12 +162,14 @@ def enroll(
     stopped: Exception | None = None
     interrupted = False
     if plan.entries:
-        with Client(url, api_key=api_key) as client:
-            client.ready()  # says at once that there is no service, not once per file
+        with ExitStack() as stack:
+            addresses = dict.fromkeys(url or [DEFAULT_URL])
+            clients = [stack.enter_context(Client(one, api_key=api_key)) for one in addresses]
+            clients = _ready_first(clients)
             with stopping(_STOPPING) as wish:
                 try:
-                    send_with_progress(client, plan.entries, tally, wish)
-                except (Unreachable, ServiceProblem) as error:
+                    send_with_progress(clients, plan.entries, tally, wish, senders)
+                except (Unreachable, ServiceProblem, OtherGallery) as error:
                     stopped = error
                 interrupted = wish.wanted
     tally.failures.sort(key=lambda failure: failure.file)
@@ -175,9 +187,30 @@ def enroll(
         raise typer.Exit(1)
 
 
+def _ready_first(clients: Sequence[Client]) -> Sequence[Client]:
+    """The services, those that answer first; the others may come back meanwhile.
+
+    Says at once, not once per file, where there is none: raises Unreachable and ServiceProblem.
+    """
+    ready, errors = list[Client](), dict[Client, Unreachable | ServiceProblem]()
+    for client in clients:
+        try:
+            client.ready()
+            ready.append(client)
+        except (Unreachable, ServiceProblem) as error:
+            errors[client] = error
+    if not ready:
+        raise errors[clients[0]]
+    for client, error in errors.items():
+        say(f"{client.url} is not ready, the others are: {error}", err=True)
+    return [*ready, *errors]
+
+
 def _passes(error: Exception) -> bool:
     """Whether the same command may fare better later: not with a key that may not enroll."""
-    return not isinstance(error, ServiceProblem) or error.status not in (401, 403)
+    if isinstance(error, ServiceProblem):
+        return error.status not in (401, 403)
+    return isinstance(error, Unreachable)
 
 
 def _found(paths: Sequence[Path], labels: Naming) -> Plan:
@@ -245,12 +278,17 @@ def _listed(
 
 
 def send_with_progress(
-    client: Client, entries: Sequence[Entry], tally: Tally, wish: Stopping | None = None
+    clients: Sequence[Client],
+    entries: Sequence[Entry],
+    tally: Tally,
+    wish: Stopping | None = None,
+    senders: int = SENDERS,
 ) -> None:
     """Enroll `entries` under a progress bar, and count in `tally`; until there is a wish to stop.
 
-    Raises Unreachable and ServiceProblem as `Client.enroll_many`.
+    Raises as `Client.enroll_many`.
     """
+    client, *others = clients
 
     def wanted() -> Iterator[Entry]:
         for entry in entries:
@@ -264,7 +302,7 @@ def send_with_progress(
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     with bar:
         task = bar.add_task("", total=len(entries))
-        for result in client.enroll_many(wanted()):
+        for result in client.enroll_many(wanted(), others=others, senders=senders):
             tally.add(result)
             bar.advance(task)
 

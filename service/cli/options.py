@@ -30,6 +30,15 @@ class KeyScope(StrEnum):
 
 
 Url = Annotated[str, typer.Option("--url", envvar="CMT_URL", help="Address of the service.")]
+Urls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--url",
+        envvar="CMT_URL",
+        show_default=DEFAULT_URL,
+        help="Address of the service; repeat it for several of one gallery, which share the work.",
+    ),
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(
@@ -95,6 +104,7 @@ __all__ = [
     "ModalityOption",
     "PolarityOption",
     "Url",
+    "Urls",
     "data_dir_option",
     "folder",
 ]

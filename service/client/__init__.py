@@ -3,6 +3,7 @@
 from service.api.schemas import BatchItem
 from service.client.client import DEFAULT_URL, AsyncClient, Client
 from service.client.requests import ImageSource, InvalidValue, ServiceProblem, Unreachable
+from service.client.spread import OtherGallery
 from service.client.stream import Entry, EntryResult
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EntryResult",
     "ImageSource",
     "InvalidValue",
+    "OtherGallery",
     "ServiceProblem",
     "Unreachable",
 ]

@@ -47,10 +47,18 @@ from service.api.schemas import (
 from service.client import requests as calls
 from service.client import stream
 from service.client.requests import ImageSource, InvalidValue, ServiceProblem, Unreachable
+from service.client.spread import OtherGallery, Spread
 from service.client.stream import Entry, EntryResult
 from service.kit.urls import is_loopback
 
-__all__ = ["AsyncClient", "Client", "InvalidValue", "ServiceProblem", "Unreachable"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "InvalidValue",
+    "OtherGallery",
+    "ServiceProblem",
+    "Unreachable",
+]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # Long enough for a CPU that embeds a full queue first; connecting to a service takes no time.
@@ -95,6 +103,11 @@ class Client:
     ) -> None:
         self.close()
 
+    @property
+    def url(self) -> str:
+        """The address of the service."""
+        return str(self._http.base_url)
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -133,34 +146,37 @@ class Client:
         return calls.parsed(self._send(call), BatchAnswer).results
 
     def enroll_many(
-        self, entries: Iterable[Entry], *, per_request: int = stream.PER_REQUEST
+        self,
+        entries: Iterable[Entry],
+        *,
+        per_request: int = stream.PER_REQUEST,
+        others: Sequence[Client] = (),
+        senders: int = stream.SENDERS,
     ) -> Generator[EntryResult, None, None]:
         """Enroll a stream of any length → what became of each entry, in order, as it comes.
 
         Entries are taken as they are needed; a few requests of `per_request` images (256 at most)
         are in memory. An entry without a key gets one from its file's path, content and labels, so
         that the same stream can be sent again after an interruption. A bad image fails alone; a
-        busy service is waited for. Raises Unreachable, and ServiceProblem where no other request
-        would fare better.
+        busy service is waited for. others: further services of the same gallery, which share the
+        work; what one that ends was sent, another enrolls. senders: requests on their way to each,
+        more where one address has several devices behind it. Raises Unreachable, ServiceProblem
+        where no other request would fare better, and OtherGallery for `others` of another gallery.
         """
+        spread = Spread([(client.url, client) for client in (self, *others)])
+        at_once = senders * (1 + len(others))
         waiting: deque[Future[list[EntryResult]]] = deque()
-        with ThreadPoolExecutor(stream.SENDERS) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             try:
                 for batch in stream.batches(entries, per_request):
-                    waiting.append(pool.submit(self._enroll_some, batch))
-                    if len(waiting) >= stream.SENDERS:
+                    waiting.append(pool.submit(_enroll_some, spread, batch))
+                    if len(waiting) >= stream.window(at_once):
                         yield from waiting.popleft().result()
                 while waiting:
                     yield from waiting.popleft().result()
             finally:
                 for request in waiting:
                     request.cancel()
-
-    def _enroll_some(self, entries: Sequence[Entry]) -> list[EntryResult]:
-        exchange = stream.Exchange(stream.load(entries))
-        while (call := exchange.next_call()) is not None:
-            exchange.answer(self._send(call, patience=stream.PATIENCE))
-        return exchange.results()
 
     def update(self, item_id: str, **fields: Unpack[calls.PatchFields]) -> GalleryItem:
         """PATCH /gallery/{id}; fields: person_id, camera_id, captured_at, metadata.
@@ -325,6 +341,11 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
+    @property
+    def url(self) -> str:
+        """The address of the service."""
+        return str(self._http.base_url)
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
@@ -367,13 +388,18 @@ class AsyncClient:
         entries: AsyncIterable[Entry] | Iterable[Entry],
         *,
         per_request: int = stream.PER_REQUEST,
+        others: Sequence[AsyncClient] = (),
+        senders: int = stream.SENDERS,
     ) -> AsyncGenerator[EntryResult, None]:
         """`Client.enroll_many`, of an asynchronous stream or an ordinary one."""
+        spread = Spread([(client.url, client) for client in (self, *others)])
+        at_once = senders * (1 + len(others))
+        places = asyncio.Semaphore(at_once)
         waiting: deque[asyncio.Task[list[EntryResult]]] = deque()
         try:
             async for batch in stream.batches_of_any(entries, per_request):
-                waiting.append(asyncio.create_task(self._enroll_some(batch)))
-                if len(waiting) >= stream.SENDERS:
+                waiting.append(asyncio.create_task(_enroll_some_async(spread, batch, places)))
+                if len(waiting) >= stream.window(at_once):
                     for result in await waiting.popleft():
                         yield result
             while waiting:
@@ -383,12 +409,6 @@ class AsyncClient:
             for request in waiting:
                 request.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-
-    async def _enroll_some(self, entries: Sequence[Entry]) -> list[EntryResult]:
-        exchange = stream.Exchange(await asyncio.to_thread(stream.load, entries))
-        while (call := exchange.next_call()) is not None:
-            exchange.answer(await self._send(call, patience=stream.PATIENCE))
-        return exchange.results()
 
     async def update(self, item_id: str, **fields: Unpack[calls.PatchFields]) -> GalleryItem:
         """PATCH /gallery/{id}; fields: person_id, camera_id, captured_at, metadata.
@@ -523,3 +543,38 @@ class AsyncClient:
             await response.aclose()
             await asyncio.sleep(wait)
         return response
+
+
+def _enroll_some(spread: Spread[Client], entries: Sequence[Entry]) -> list[EntryResult]:
+    steps = spread.enroll(stream.load(entries))
+    try:
+        step = next(steps)
+        while True:
+            try:
+                response = step.service._send(step.call, patience=step.patience)
+            except Unreachable as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(response)
+    except StopIteration as end:
+        results: list[EntryResult] = end.value
+        return results
+
+
+async def _enroll_some_async(
+    spread: Spread[AsyncClient], entries: Sequence[Entry], places: asyncio.Semaphore
+) -> list[EntryResult]:
+    async with places:
+        steps = spread.enroll(await asyncio.to_thread(stream.load, entries))
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    response = await step.service._send(step.call, patience=step.patience)
+                except Unreachable as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(response)
+        except StopIteration as end:
+            results: list[EntryResult] = end.value
+            return results

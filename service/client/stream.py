@@ -26,10 +26,9 @@ from service.client.requests import (
     parsed,
 )
 
-SENDERS = 2  # one request is sent while the service embeds the other's images
+SENDERS = 2  # of each service: one request is sent while it embeds the other's images
 PER_REQUEST = 64
 _REQUEST_BYTES = 64_000_000
-PATIENCE = 20  # times the retries of a single request: a stream makes a service busy by itself
 
 # No other request fares better, now.
 _STOPS = frozenset({401, 403, 429, 503, 507})
@@ -116,6 +115,14 @@ async def batches_of_any(
         yield batch
 
 
+def window(at_once: int) -> int:
+    """How many requests may be begun and not yet taken, where so many are sent at once.
+
+    Answers are given in order: with several services the others go on while one is slow.
+    """
+    return at_once if at_once <= SENDERS else 2 * at_once
+
+
 def load(entries: Iterable[Entry]) -> list[Loaded | EntryResult]:
     """Read the images; one that cannot be read has its result already."""
     loaded: list[Loaded | EntryResult] = []
@@ -125,7 +132,7 @@ def load(entries: Iterable[Entry]) -> list[Loaded | EntryResult]:
         except OSError as error:
             loaded.append(EntryResult(entry, reason=error.strerror or str(error)))
         else:
-            loaded.append(Loaded(entry, data, _with_key(entry, data)))
+            loaded.append(Loaded(entry, data, with_key(entry, data)))
     return loaded
 
 
@@ -146,11 +153,12 @@ class Exchange:
         group = [self._loaded[at] for at in self._waiting[-1]]
         return enroll_batch([one.image for one in group], [one.item for one in group])
 
-    def answer(self, response: httpx.Response) -> None:
-        """Take the answer to `next_call`.
+    def answer(self, response: httpx.Response) -> Loaded | None:
+        """Take the answer to `next_call` → one of the entries that are enrolled by it, if any is.
 
         Raises Unreachable, and ServiceProblem where all other requests would be refused, too.
         """
+        enrolled = None
         group = self._waiting.pop()
         try:
             results = parsed(response, BatchAnswer).results
@@ -159,7 +167,7 @@ class Exchange:
                 raise
             if len(group) > 1:  # for its size, for example: what can be enrolled alone is
                 self._waiting += [[at] for at in group]
-                return
+                return None
             results = [BatchResult(status=refusal.status, problem=refusal.problem)]
         for at, result in zip(group, results, strict=True):
             # Not the image's fault, but of the moment, or of the company it came in.
@@ -167,10 +175,13 @@ class Exchange:
             if len(group) > 1 and (result.status == 503 or code == "decode_budget_spent"):
                 self._waiting.append([at])
                 continue
+            if result.item is not None:
+                enrolled = self._loaded[at]
             reason = None if result.problem is None else result.problem.detail
             self._results[at] = EntryResult(
                 self._loaded[at].entry, result.item, reason, result.status, code
             )
+        return enrolled
 
     def results(self) -> list[EntryResult]:
         """What became of each entry, once there is no next call."""
@@ -186,7 +197,7 @@ def _size(image: ImageSource) -> int:
         return 0
 
 
-def _with_key(entry: Entry, data: bytes) -> BatchItem:
+def with_key(entry: Entry, data: bytes) -> BatchItem:
     """The entry's labels with its own key, or one for this file, content and labels.
 
     The same in every run, so that a repeat enrolls nothing twice.

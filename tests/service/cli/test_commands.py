@@ -394,6 +394,19 @@ def test_enroll_stops_where_the_service_ends(
         assert len(report.read_text().splitlines()) == 1  # nothing is wrong with the file
 
 
+def test_enroll_at_several_services_of_which_one_is_gone(
+    url: str, client: Client, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = "http://127.0.0.1:9"
+    status, out, err = run(capsys, "enroll", folder, "--url", nobody, "--url", url, "--url", url)
+    assert (status, out.splitlines()[0]) == (0, "4 of 4 files are enrolled.")
+    assert err.startswith(f"{nobody} is not ready, the others are: no answer from {nobody}")
+    assert client.list().total == 4
+    status, _, err = run(capsys, "enroll", folder, "--url", nobody, "--url", "http://127.0.0.1:7")
+    assert status == 1
+    assert err.startswith(f"Error: no answer from {nobody}")
+
+
 def test_an_export_can_be_enrolled_again(
     client: Client, visible: list[Path], infrared: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.api.schemas import ItemPatch, ListParameters, QueryForm
+from service.api.schemas import GalleryItem, ItemPatch, ListParameters, QueryForm
 from service.auth.keys import KeyFile
 from service.client import (
     AsyncClient,
@@ -29,6 +29,7 @@ from service.client import (
     Client,
     Entry,
     InvalidValue,
+    OtherGallery,
     ServiceProblem,
     Unreachable,
 )
@@ -44,6 +45,7 @@ from service.client.requests import (
 )
 from service.client.stream import SENDERS
 from tests.service.conftest import Serve
+from tests.service.processes import ServiceProcess
 
 
 def test_every_verb(url: str, visible: list[Path], infrared: list[Path]) -> None:
@@ -439,6 +441,81 @@ def test_a_busy_service_is_waited_for_longer_by_a_stream() -> None:
         assert asked == 6
         [result] = client.enroll_many([Entry(b"image")])
     assert (result.status, asked) == (201, 31)
+
+
+def test_a_stream_goes_on_where_one_of_its_services_is_killed(
+    serve: Serve, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path], postgres_url: str
+) -> None:
+    def entries() -> Iterator[Entry]:
+        return (Entry(visible[n % 8], BatchItem(person_id=f"{n}")) for n in range(80))
+
+    other = ServiceProcess(tmp_path / "other", tiny_checkpoint, database_url=postgres_url)
+    with serve(tmp_path / "data", database_url=postgres_url) as url, Client(url) as client, other:
+        with Client(other.url) as second:
+            results = []
+            for result in client.enroll_many(entries(), per_request=2, others=[second]):
+                results.append(result)
+                if len(results) == 20:
+                    mine = other.client().get("/metrics").text
+                    assert 'cmt_stage_seconds_count{stage="embed"}' in mine  # it did its share
+                    other.kill()
+            assert [one.entry.item.person_id for one in results] == [f"{n}" for n in range(80)]
+            assert all(one.item is not None for one in results)
+            assert client.list().total == 80
+            # The one that is gone may also be named first, and by the other client.
+            again = list(second.enroll_many(entries(), others=[client]))
+            assert {one.status for one in again} == {200}
+
+        async def async_again() -> set[int | None]:
+            async with AsyncClient(other.url) as gone, AsyncClient(url) as there:
+                stream = gone.enroll_many(entries(), per_request=5, others=[there])
+                return {one.status async for one in stream}
+
+        assert asyncio.run(async_again()) == {200}
+    with Client(url) as gone, Client(other.url) as too, pytest.raises(Unreachable):
+        list(gone.enroll_many(entries(), others=[too]))
+
+
+def test_a_stream_is_not_divided_between_two_galleries(
+    serve: Serve, tmp_path: Path, visible: list[Path]
+) -> None:
+    entries = [Entry(file) for file in visible]
+    with (
+        serve(tmp_path / "one") as url, serve(tmp_path / "two") as elsewhere,
+        Client(url) as client, Client(elsewhere) as other,
+    ):  # fmt: skip
+        with pytest.raises(OtherGallery, match="share a database"):
+            list(client.enroll_many(entries, per_request=1, others=[other]))
+        assert client.list().total > 0
+        assert other.list().total == 0
+
+
+def test_a_busy_service_leaves_its_share_to_another() -> None:
+    answered = {"busy": 0, "other": 0}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        answered[request.url.host] += 1
+        if request.url.host == "busy" and answered["busy"] > 1:
+            return httpx.Response(502, text="a proxy whose service has ended")
+        count = request.content.count(b'; name="image"')
+        item = GalleryItem(
+            id=ITEM_ID, person_id=None, camera_id=None, captured_at=None,
+            enrolled_at=datetime(2026, 1, 1, tzinfo=UTC), modality="rgb", modality_source="given",
+            polarity=None, width=16, height=32, bit_depth=8, sha256="0" * 64, metadata={},
+            model="0" * 64,
+        )  # fmt: skip
+        results = [{"status": 200, "item": item.model_dump(mode="json")}] * count
+        return httpx.Response(200, json={"results": results})
+
+    transport = httpx.MockTransport(answer)
+    with (
+        Client("http://busy", transport=transport) as busy,
+        Client("http://other", transport=transport) as other,
+    ):
+        entries = [Entry(b"image %d" % n) for n in range(6)]
+        results = list(busy.enroll_many(entries, per_request=1, others=[other], senders=1))
+    assert {one.status for one in results} == {200}
+    assert answered["other"] >= 6  # a crop for comparison, and five of six
 
 
 def test_the_clients_name_every_field_of_the_api() -> None:

@@ -1,0 +1,142 @@
+"""Which of several services of one gallery takes the next request of a stream.
+
+The one with the fewest on their way does. One that gives no answer, or stays busy, rests while
+another takes what it was sent, which the keys of the crops make harmless. Nothing here sends or
+waits: `Spread.enroll` says what to send, and each client does it in its own way.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Generator, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import httpx
+
+from service.api.schemas import BatchAnswer
+from service.client.requests import Call, Unreachable, enroll_batch, item_path, parsed
+from service.client.stream import EntryResult, Exchange, Loaded
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+PATIENCE = 20  # times the retries of a single request: a stream makes a service busy by itself
+_REST = 10.0  # seconds until a service that did not answer is asked again, while others do
+_BUSY = frozenset({429, 503})
+_ELSEWHERE = _BUSY | {502, 504}  # as a proxy answers for a service that has ended
+
+
+class OtherGallery(Exception):  # noqa: N818 (what it is, as the other errors of the client)
+    """Two of the services do not have the same gallery; the message says which."""
+
+
+class Step(NamedTuple, Generic[S]):
+    """A request to send next. patience: times the usual retries."""
+
+    service: S
+    call: Call
+    patience: int
+
+
+Steps = Generator[Step[S], httpx.Response, T]
+"""Gives what to send next; takes the answer, or Unreachable thrown into it."""
+
+
+class Spread(Generic[S]):
+    """The services of one gallery, each with its address. Thread-safe.
+
+    Before a further one is used, it must know what another has just enrolled: services of two
+    galleries would get half of the crops each.
+    """
+
+    def __init__(self, services: Sequence[tuple[str, S]]) -> None:
+        self._services = services
+        self._alone = len(services) == 1
+        self._lock = threading.Lock()
+        self._on_way = [0] * len(services)
+        self._rests_until = [0.0] * len(services)
+        self._enrolled: tuple[int, Loaded] | None = None  # by whom, and what
+        self._one_gallery: set[int] = set()
+
+    def enroll(self, entries: Sequence[Loaded | EntryResult]) -> Steps[S, list[EntryResult]]:
+        """The requests that enroll some entries → what became of each.
+
+        Raises as `Exchange.answer`, Unreachable where no service answers, and OtherGallery.
+        """
+        exchange = Exchange(entries)
+        while (call := exchange.next_call()) is not None:
+            place, response = yield from self._answered(call)
+            enrolled = exchange.answer(response)
+            if enrolled is None or self._alone:
+                continue
+            if self._enrolled is None:
+                self._one_gallery.add(place)
+            if place in self._one_gallery:
+                self._enrolled = place, enrolled
+        return exchange.results()
+
+    def _answered(self, call: Call) -> Steps[S, tuple[int, httpx.Response]]:
+        """The answer of the first service that has one, and its place."""
+        for _ in range(1 if self._alone else PATIENCE):
+            asked: set[int] = set()
+            busy: list[tuple[int, httpx.Response]] = []
+            silent: list[Unreachable] = []
+            while (place := self._take(asked)) is not None:
+                asked.add(place)
+                try:
+                    response = yield from self._compared(place)
+                    if response is None:
+                        patience = PATIENCE if self._alone else 1
+                        response = yield Step(self._services[place][1], call, patience)
+                except Unreachable as error:
+                    silent.append(error)
+                else:
+                    if self._alone or response.status_code not in _ELSEWHERE:
+                        self._rests_until[place] = 0.0
+                        return place, response
+                    busy.append((place, response))
+                finally:
+                    with self._lock:
+                        self._on_way[place] -= 1
+                self._rests_until[place] = time.monotonic() + _REST
+            if not busy:
+                raise silent[0]
+            if not any(answer.status_code in _BUSY for _, answer in busy):
+                break
+        return busy[-1]
+
+    def _take(self, asked: Collection[int]) -> int | None:
+        """The place of the service to ask next: one that does not rest, if possible."""
+        now = time.monotonic()
+        with self._lock:
+            left = [place for place in range(len(self._services)) if place not in asked]
+            if not left:
+                return None
+            load = self._on_way if self._enrolled else range(len(self._services))  # at first one
+            place = min(left, key=lambda at: (self._rests_until[at] > now, load[at]))
+            self._on_way[place] += 1
+            return place
+
+    def _compared(self, place: int) -> Steps[S, httpx.Response | None]:
+        """Have a service repeat what another enrolled → its answer if it is none for now.
+
+        Raises OtherGallery where it did not know that.
+        """
+        if self._enrolled is None or place in self._one_gallery:
+            return None
+        other, known = self._enrolled
+        address, service = self._services[place]
+        response = yield Step(service, enroll_batch([known.image], [known.item]), 1)
+        if response.status_code in _ELSEWHERE:
+            return response
+        [result] = parsed(response, BatchAnswer).results
+        if result.item is not None and result.status == 201:
+            yield Step(service, Call("DELETE", item_path(result.item.id)), 1)
+            raise OtherGallery(
+                f"{address} does not know what {self._services[other][0]} has enrolled; name only "
+                "services of one gallery, which share a database"
+            )
+        if result.item is not None:
+            self._one_gallery.add(place)
+        return None
