@@ -7,10 +7,15 @@ another and numbers become visible in order.
 
 from __future__ import annotations
 
+import os
+import socket
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 from alembic import command
 from alembic.config import Config
@@ -71,6 +76,8 @@ class Database:
     ) -> None:
         address = address_of(folder, url)
         self._folder = folder
+        self._connected: WeakSet[Any] = WeakSet()  # the driver's connections to a server
+        self._connecting = threading.Lock()
         self.sqlite = address.get_backend_name() == "sqlite"
         self._lock: FolderLock | None = None
         self._folder_lock = lock
@@ -85,6 +92,7 @@ class Database:
             self.engine = _sqlite_engine(address, self._connect)
         else:
             self.engine = _postgres_engine(address)
+            event.listen(self.engine, "connect", self._remember)
         self._writer = self.engine.execution_options(
             writes=True,
             # Said in each transaction: a database or a role may have other defaults.
@@ -152,6 +160,35 @@ class Database:
                 self.check()
                 yield connection
             self.check()
+
+    @contextmanager
+    def noting(self) -> Iterator[Connection]:
+        """A short transaction on PostgreSQL for what replicas tell each other (`Replicas`).
+
+        It waits neither for other writers nor for the disk: nothing of a gallery may be written.
+        """
+        noted = self.engine.execution_options(isolation_level="READ COMMITTED")
+        with self._reported(), noted.begin() as connection:
+            yield connection
+
+    def _remember(self, connection: Any, _: Any) -> None:
+        with self._connecting:
+            self._connected.add(connection)
+
+    def cut(self) -> None:
+        """Cut all connections to a server that does not answer: who waits on one gets an error.
+
+        The driver itself waits for ever where the other side is alive and silent, as a pooler is
+        whose server hangs.
+        """
+        with self._connecting:
+            connections = list(self._connected)
+        for connection in connections:
+            with (
+                suppress(OSError, self.engine.dialect.loaded_dbapi.Error),
+                socket.socket(fileno=os.dup(connection.fileno())) as wire,
+            ):
+                wire.shutdown(socket.SHUT_RDWR)
 
     def _connect(self) -> sqlite3.Connection:
         assert self._file is not None

@@ -33,6 +33,8 @@ _SQLITE_BLOCKS = """
     FROM features f CROSS JOIN items i ON i.number = f.number
     WHERE f.model = ? AND f.number > ? ORDER BY f.number
 """  # CROSS JOIN: SQLite keeps the order, otherwise it scans items and looks up each one's features
+CHANNEL = "cmt_gallery"
+"""Of PostgreSQL's NOTIFY: replicas listen there for what others commit."""
 _POSTGRES_FEATURES = """
     COPY (SELECT data FROM features WHERE model = %s AND number > %s AND number <= %s
           ORDER BY number) TO STDOUT (FORMAT binary)
@@ -160,6 +162,16 @@ def record_changes(connection: Connection, numbers: Sequence[int], kind: str) ->
         moment = microseconds(datetime.now(UTC))
         rows = [{"item": number, "kind": kind, "moment": moment} for number in numbers]
         connection.execute(insert(changes), rows)
+        announce(connection)
+
+
+def announce(connection: Connection) -> None:
+    """Wake the other replicas once the caller's transaction is committed: it gives them something.
+
+    Who misses it finds the change by itself a moment later (`Replicas`).
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_notify(CHANNEL, "")))
 
 
 class _Block:
