@@ -293,6 +293,12 @@ class ClockWrong(ServiceError):
     status, code, title = 503, "clock_wrong", "Clock wrong"
 
 
+class CropsUnavailable(ServiceError):
+    """The object storage of the crops cannot be reached or used; searches go on."""
+
+    status, code, title = 503, "crops_unavailable", "Crops not available"
+
+
 class DatabaseUnavailable(ServiceError):
     """The database cannot be reached or does not answer."""
 

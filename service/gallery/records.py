@@ -119,6 +119,17 @@ class StoredCrop:
     polarity: Polarity | None
 
 
+class Erasure(NamedTuple):
+    """What an erasure did.
+
+    items: erased ones, which nothing finds any more. pending: how many of their objects the object
+    storage still has, because it does not answer; they are deleted once it does.
+    """
+
+    items: int
+    pending: int
+
+
 @dataclass(frozen=True)
 class AuditEntry:
     """Who did what, and when. subject: an item's id or a person's pseudonym."""

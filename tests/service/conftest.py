@@ -17,6 +17,7 @@ from service.server import running
 from service.settings import load_settings
 from tests.conftest import alive
 from tests.paths import MINI
+from tests.service.object_server import bucket, object_server  # noqa: F401 - fixtures
 from tests.service.places import make_place  # noqa: F401 - fixture
 from tests.service.postgres import postgres, postgres_url  # noqa: F401 - fixtures
 from tests.service.stores import open_store, store  # noqa: F401 - fixtures

@@ -29,6 +29,7 @@ KINDS = ("sqlite", "postgresql")
 EARLIER_RELEASE = """
     DROP TRIGGER audit_no_update; DROP TRIGGER audit_no_delete; DROP TRIGGER audit_no_replace;
     DROP TABLE IF EXISTS clock; DROP TABLE IF EXISTS undated; DROP TABLE cameras;
+    DROP TABLE objects; DROP TABLE loose_objects; DROP TABLE object_owner;
     ALTER TABLE items DROP COLUMN polarity;
     UPDATE alembic_version SET version_num = '0002';
 """

@@ -29,6 +29,7 @@ from service.gallery.records import (
 from service.gallery.storage.audit import Act, Audit, write
 from service.gallery.storage.cameras import Cameras
 from service.gallery.storage.clock import Clock, note_undated, older_than
+from service.gallery.storage.crops import INLINE_BYTES, Crops, loosen_objects_of
 from service.gallery.storage.database import Database
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.group_commit import GroupCommit
@@ -44,8 +45,8 @@ from service.gallery.storage.rows import (
     row_of,
     storable,
 )
-from service.gallery.storage.streaming import BLOCK, View, checked, record_changes
-from service.gallery.storage.tables import crops, features, items, undated
+from service.gallery.storage.streaming import BLOCK, View, announce, checked, record_changes
+from service.gallery.storage.tables import features, items, undated
 from service.gallery.storage.versions import Versions, refuse_retired
 from service.gallery.times import utc_now
 
@@ -62,7 +63,8 @@ class Store:
     model: the checkpoint's fingerprint. size: P·D. Thread-safe; writes that come together share
     one transaction. `versions` are all model versions, `cameras` is what is known of the cameras,
     `audit` is the log of who did what, `clock` knows how far the machine's can be believed.
-    confirmed, read_clock: for `Clock`.
+    `crops` knows where the crops are. confirmed, read_clock: for `Clock`. crops_url,
+    crops_inline_bytes: for `Crops`.
     """
 
     def __init__(
@@ -76,16 +78,24 @@ class Store:
         *,
         confirmed: date | None = None,
         read_clock: Callable[[], datetime] = utc_now,
+        crops_url: str | None = None,
+        crops_inline_bytes: int = INLINE_BYTES,
     ) -> None:
         self.model = model
         self.size = size
         self.database = Database(folder, url, lock=lock)
         self._commits = GroupCommit(self.database)
-        self.versions = Versions(self.database, self._commits)
+        try:
+            self.crops = Crops(self.database, self._commits, crops_url, crops_inline_bytes)
+        except BaseException:
+            self.database.close()
+            raise
+        self.versions = Versions(self.database, self._commits, self.crops)
         self.audit = Audit(self.database, self._commits, folder)
         self.cameras = Cameras(self.database, self._commits)
         self.clock = Clock(self.database, self._commits, confirmed=confirmed, read=read_clock)
         try:
+            self.crops.start()
             self.clock.start()
             self.audit.load_key()  # now, so that a deletion needs no disk space for it
             self.versions.register(model, configuration)
@@ -104,7 +114,8 @@ class Store:
         return other
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database, and the object storage."""
+        self.crops.close()
         self.database.close()
 
     @property
@@ -132,8 +143,8 @@ class Store:
 
         All or none. Raises LabelError, ValueError for features of another shape or not finite and
         for a time without offset, ModelVersionConflict where the gallery now uses another version,
-        and IdempotencyConflict where an item of the same Idempotency-Key was enrolled at the same
-        moment.
+        IdempotencyConflict where an item of the same Idempotency-Key was enrolled at the same
+        moment, and CropsUnavailable where a crop cannot be written to the object storage.
         """
         rows = checked(rows, len(new), self.size)
         if not new:
@@ -141,6 +152,7 @@ class Store:
         now = self.clock.now()
         records = [record_of(item, self.model, now) for item in new]
         numbered = insert(items).returning(items.c.number)
+        pictures = [item.crop for item in new]
 
         def work(connection: Connection) -> list[int]:
             refuse_retired(connection, self.model)
@@ -148,13 +160,7 @@ class Store:
                 int(connection.execute(numbered, row_of(record) | request_of(item)).scalar_one())
                 for record, item in zip(records, new, strict=True)
             ]
-            connection.execute(
-                insert(crops),
-                [
-                    {"number": n, "media_type": item.crop.media_type, "data": item.crop.data}
-                    for n, item in zip(numbers, new, strict=True)
-                ],
-            )
+            self.crops.insert(connection, numbers, pictures, placed)
             connection.execute(
                 insert(features),
                 [
@@ -164,9 +170,12 @@ class Store:
             )
             if self.clock.doubt(now) is not None:
                 note_undated(connection, numbers)
+            announce(connection)
             return numbers
 
-        return list(zip(self._commits.run(work), records, strict=True))
+        with self.crops.placing(pictures) as placed:
+            numbers = self._commits.run(work)
+        return list(zip(numbers, records, strict=True))
 
     def get(self, item_id: str) -> Item:
         """The item with this id. Raises ItemNotFound."""
@@ -193,13 +202,16 @@ class Store:
         return item_of(row)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
-        """The stored crop and its media type. Raises ItemNotFound."""
-        query = select(crops.c.data, crops.c.media_type).join(items).where(items.c.id == item_id)
-        with self.database.reading() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
+        """The stored crop and its media type.
+
+        Raises ItemNotFound, CropsUnavailable, and GalleryDamaged for one that is not as it was
+        stored.
+        """
+        number = self.number_of(item_id)
+        found = self.crops.fetch([number])
+        if number not in found:
             raise unknown_item(item_id)
-        return bytes(row.data), row.media_type
+        return found[number]
 
     def number_of(self, item_id: str) -> int:
         """The row number of the item with this id. Raises ItemNotFound."""
@@ -256,7 +268,8 @@ class Store:
     def delete(self, numbers: Sequence[int], *, actor: str = "system") -> int:
         """Erase items with crops and features (of every version) → how many were there.
 
-        A number given twice counts once, one of no item does not count.
+        Their objects are deleted by `crops.finish`, or in the background. A number given twice
+        counts once, one of no item does not count.
         """
         wanted = sorted(set(numbers))
 
@@ -350,6 +363,7 @@ def _erase(connection: Connection, numbers: Sequence[int]) -> list[Row[Any]]:
     """Delete items → number, id and person of those that were there."""
     gone: list[Row[Any]] = []
     for part in blocks(numbers):
+        loosen_objects_of(connection, part)
         statement = delete(items).where(items.c.number.in_(part))
         returned = statement.returning(items.c.number, items.c.id, items.c.person_id)
         gone.extend(connection.execute(returned))

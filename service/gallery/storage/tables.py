@@ -56,6 +56,36 @@ crops = Table(
     Column("data", LargeBinary, nullable=False),
 )
 
+# Crops outside of the database; an item has a row here or in `crops`, never in both. name: of the
+# object, random. size, sha256: of its bytes.
+objects = Table(
+    "objects",
+    schema,
+    Column("number", RowNumber, ForeignKey("items.number", ondelete="CASCADE"), primary_key=True),
+    Column("media_type", String(32), nullable=False),
+    Column("name", String(32), nullable=False, unique=True),
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+)
+
+# Objects that no item has. item: the number of the erased item whose crop it is, 0 where an
+# enrollment failed; all these are to be deleted. Null: it is being written, or its writer died.
+loose_objects = Table(
+    "loose_objects",
+    schema,
+    Column("name", String(32), primary_key=True),
+    Column("item", RowNumber, index=True),
+    Column("since", BigInteger, nullable=False),
+)
+
+# One row where objects are used: the gallery's random name, which is also beside its objects.
+object_owner = Table(
+    "object_owner",
+    schema,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("name", String(32), nullable=False),
+)
+
 # One row per item and checkpoint, so that a new checkpoint's features are stored beside the old.
 # data: P·D little-endian fp16 numbers.
 features = Table(

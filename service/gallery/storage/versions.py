@@ -20,11 +20,12 @@ from service.errors import ModelVersionConflict, ModelVersionUnknown
 from service.gallery.feed import FEATURE_DTYPE
 from service.gallery.records import ModelVersion, StoredCrop, VersionState
 from service.gallery.storage.audit import Act, write
+from service.gallery.storage.crops import Crops, StoredImage
 from service.gallery.storage.database import Database
 from service.gallery.storage.group_commit import GroupCommit
 from service.gallery.storage.rows import blocks
-from service.gallery.storage.streaming import checked, record_changes
-from service.gallery.storage.tables import crops, features, items, models
+from service.gallery.storage.streaming import announce, checked, record_changes
+from service.gallery.storage.tables import features, items, models
 from service.gallery.times import microseconds, moment_of
 from service.kit.text import counted
 
@@ -36,11 +37,11 @@ class Versions:
     """The versions of one gallery. Thread-safe.
 
     Every method that takes a fingerprint but `register` raises ModelVersionUnknown for one that
-    the gallery does not know.
+    the gallery does not know; `missing` and `sample` raise as `Crops.fetch`, too.
     """
 
-    def __init__(self, database: Database, commits: GroupCommit) -> None:
-        self._database, self._commits = database, commits
+    def __init__(self, database: Database, commits: GroupCommit, crops: Crops) -> None:
+        self._database, self._commits, self._crops = database, commits, crops
 
     def list(self) -> list[ModelVersion]:
         """All versions, oldest first."""
@@ -103,21 +104,20 @@ class Versions:
         after = 0
         while rows := self._missing_after(fingerprint, after, block):
             after = rows[-1].number
-            yield rows
+            images = self._crops.fetch([row.number for row in rows])
+            there = [row for row in rows if row.number in images]  # the rest is deleted since
+            if there:
+                yield [_stored(row, images[row.number]) for row in there]
 
-    def _missing_after(self, fingerprint: str, after: int, limit: int) -> Sequence[StoredCrop]:
+    def _missing_after(self, fingerprint: str, after: int, limit: int) -> Sequence[Row[Any]]:
         query = (
-            select(crops.c.number, crops.c.data, crops.c.media_type, *_INFRARED)
-            .join(items, items.c.number == crops.c.number)
-            .where(crops.c.number > after, ~_embedded(fingerprint))
-            .order_by(crops.c.number)
+            select(items.c.number, *_INFRARED)
+            .where(items.c.number > after, ~_embedded(fingerprint))
+            .order_by(items.c.number)
             .limit(limit)
         )
         with self._database.reading() as connection:
-            return [
-                StoredCrop(int(row.number), bytes(row.data), *row[2:])
-                for row in connection.execute(query)
-            ]
+            return connection.execute(query).all()
 
     def add_features(
         self, fingerprint: str, numbers: Sequence[int], rows: npt.NDArray[np.float16]
@@ -166,16 +166,14 @@ class Versions:
             .limit(count)
             .subquery()
         )
-        query = (
-            select(
-                *(chosen.c.row, chosen.c.number, crops.c.data, crops.c.media_type, *_INFRARED),
-            )
-            .join(crops, crops.c.number == chosen.c.number)
-            .join(items, items.c.number == chosen.c.number)
+        query = select(chosen.c.row, chosen.c.number, *_INFRARED).join(
+            items, items.c.number == chosen.c.number
         )
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
-        found = [StoredCrop(int(row.number), bytes(row.data), *row[3:]) for row in rows]
+        images = self._crops.fetch([row.number for row in rows])
+        rows = [row for row in rows if row.number in images]
+        found = [_stored(row, images[row.number]) for row in rows]
         stored = np.frombuffer(b"".join(bytes(r.row) for r in rows), FEATURE_DTYPE)
         width = len(stored) // max(1, len(found))
         return found, stored.reshape(len(found), width).astype(np.float32)
@@ -207,6 +205,7 @@ class Versions:
             other = items.c.model != fingerprint
             connection.execute(update(items).where(other).values(model=fingerprint))
             write(connection, [Act(actor, "activate", fingerprint)])
+            announce(connection)
 
         self._commits.run(work)
 
@@ -242,6 +241,10 @@ class Versions:
 
         while self._commits.run(drop_some):
             pass
+
+
+def _stored(row: Row[Any], image: StoredImage) -> StoredCrop:
+    return StoredCrop(int(row.number), image.data, image.media_type, row.modality, row.polarity)
 
 
 def refuse_retired(connection: Connection, fingerprint: str) -> None:
