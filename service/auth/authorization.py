@@ -71,7 +71,7 @@ async def authorise(
         key = getattr(request.state, "actor", None)
         resources.pipeline.refusals.note(key, host, error.code, " ".join(route))
         raise
-    resources.rates.count(request.state.actor, rate)
+    await resources.rates.count(request.state.actor, rate)
 
 
 def _let_in(

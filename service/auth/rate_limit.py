@@ -1,19 +1,24 @@
-"""How many requests a key may make: moving windows per key, kept in memory.
+"""How many requests a key may make: moving windows per key.
 
-Measured on the monotonic clock: setting the time of the machine neither locks a key out nor frees
-it.
+One process keeps them in memory, on the monotonic clock: setting the time of the machine neither
+locks a key out nor frees it. Replicas count together in their database, beside what each of them
+knows by itself, which goes on alone while the database is away.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from service.errors import RateLimited
+from service.errors import RateLimited, ServiceError
+
+log = logging.getLogger(__name__)
 
 _UNITS = {
     "second": 1,
@@ -68,23 +73,60 @@ def checked_rate(text: str) -> str:
     return text
 
 
+Shared = Callable[[str, str, Sequence[Limit]], Awaitable[float]]
+"""Counts a request of a key for all replicas: key, rate, limits → seconds to wait, 0 for none.
+
+Raises ServiceError where it cannot.
+"""
+
+
 class Rates:
     """Counts the requests of each key. Used on one event loop.
 
-    default: for keys without a rate of their own; None does not limit them.
+    default: for keys without a rate of their own; None does not limit them. shared: counts for
+    other replicas too.
     """
 
-    def __init__(self, default: str | None) -> None:
-        self._default = default
+    def __init__(self, default: str | None, shared: Shared | None = None) -> None:
+        self._default, self._shared = default, shared
+        self._alone = False  # the last request could not be counted with the other replicas'
+        self._refused: dict[tuple[str, str], float] = {}  # until when, by all replicas together
         # The times of the requests that were let through, as many as the limit allows.
         self._windows: dict[tuple[str, Limit], deque[float]] = {}
         self._sweep_at = _SWEEP
 
-    def count(self, who: str, rate: str | None = None) -> None:
+    async def count(self, who: str, rate: str | None = None) -> None:
         """Count a request. Raises RateLimited, with the seconds until the next one is allowed."""
         chosen = rate or self._default
         if chosen is None:
             return
+        if self._shared is not None:
+            await self._count_for_all(self._shared, who, chosen)
+        self._count_here(who, chosen)
+
+    async def _count_for_all(self, shared: Shared, who: str, chosen: str) -> None:
+        now = time.monotonic()
+        wait = self._refused.get((who, chosen), now) - now  # a flood costs the database nothing
+        if wait <= 0:
+            try:
+                wait = await shared(who, chosen, parsed_rate(chosen))
+            except ServiceError as error:
+                if not self._alone:
+                    log.warning(
+                        "requests are counted in this replica alone, the database takes no count: "
+                        "%s",
+                        error.detail,
+                    )
+                self._alone = True
+                return
+            self._alone = False
+            self._refused.pop((who, chosen), None)
+            if wait > 0:
+                self._refused[who, chosen] = time.monotonic() + wait
+        if wait > 0:
+            raise _refusal(chosen, wait)
+
+    def _count_here(self, who: str, chosen: str) -> None:
         now = time.monotonic()
         if len(self._windows) >= self._sweep_at:
             self._sweep(now)
@@ -98,11 +140,7 @@ class Rates:
             if len(window) == limit.amount
         ]
         if waits and max(waits) > 0:
-            seconds = math.ceil(max(waits))
-            raise RateLimited(
-                f"this key may make {chosen}; try again in {seconds} s",
-                headers={"Retry-After": str(seconds)},
-            )
+            raise _refusal(chosen, max(waits))
         for window in windows:
             window.append(now)
 
@@ -114,3 +152,11 @@ class Rates:
             if times[-1] + limit.seconds > now
         }
         self._sweep_at = max(_SWEEP, 2 * len(self._windows))
+
+
+def _refusal(chosen: str, wait: float) -> RateLimited:
+    seconds = math.ceil(wait)
+    return RateLimited(
+        f"this key may make {chosen}; try again in {seconds} s",
+        headers={"Retry-After": str(seconds)},
+    )

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import partial
@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import GalleryVersion, ModelVersionConflict, ServiceError
 from service.gallery.storage.database import Database
+from service.gallery.storage.shared_rates import count_request
 from service.gallery.storage.streaming import CHANNEL
 from service.gallery.times import utc_now
 
@@ -70,7 +71,9 @@ _SIGN = text(f"""
     SELECT (SELECT count(*) FROM led) AS leads,
            (SELECT count(*) FROM cmt_replicas
             WHERE id <> :id AND seen > clock_timestamp() - {_LIVE}) AS others,
-           (SELECT fingerprint FROM models WHERE state = 'active') AS active,
+           (SELECT active.fingerprint FROM models active JOIN models mine
+            ON mine.fingerprint = :model AND mine.state = 'retired'
+            WHERE active.state = 'active') AS successor,
            (SELECT details FROM cmt_tasks WHERE name = :run AND until < clock_timestamp()
                AND holder <> :id) AS left_behind,
            clock_timestamp() AS moment
@@ -97,9 +100,9 @@ class Replicas:
     release, and ModelVersionConflict where they search with another checkpoint, unless one of the
     two is about to follow the other to the version that the gallery has gone on to. It says:
     leads: whether background work that one replica does for all is this one's. others: how many
-    more replicas live. active: fingerprint of the version that the gallery uses; None until it has
-    been seen. left_behind: details of a run whose replica has ended. clock_ahead: seconds by which
-    this machine's clock is ahead of the database's.
+    more replicas live. successor: fingerprint of the version that the gallery has gone on to, None
+    where `model` is not retired. left_behind: details of a run whose replica has ended.
+    clock_ahead: seconds by which this machine's clock is ahead of the database's.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Replicas:
         self._host, self._release = socket.gethostname(), version("cmt-reid")
         self._leads_until = -math.inf
         self.others, self.clock_ahead = 0, 0.0
-        self.active: str | None = None
+        self.successor: str | None = None
         self.left_behind: Mapping[str, Any] | None = None
         self.listens = False
         self._woken, self._closing = threading.Event(), threading.Event()
@@ -213,6 +216,10 @@ class Replicas:
         if row is None:
             return None
         return Run(json.loads(row.details), row.alive, row.holder == self.id)
+
+    def count_request(self, who: str, rate: str, limits: Sequence[tuple[int, int]]) -> float:
+        """`shared_rates.count_request` over the replicas' database."""
+        return count_request(self._database, who, rate, limits)
 
     def _sign(self) -> dict[str, str]:
         return {
@@ -332,7 +339,8 @@ class Replicas:
             row = connection.execute(_SIGN, values).one()
         took = time.monotonic() - asked
         self._leads_until = asked + LIVE if row.leads else -math.inf
-        self.others, self.active = int(row.others), row.active
+        self.others = int(row.others)
+        self.successor = row.successor if self.model == values["model"] else None
         self.left_behind = None if row.left_behind is None else json.loads(row.left_behind)
         self._compare_clocks(clock - row.moment, took)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
@@ -49,7 +50,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
 def refused(rates: Rates, who: str = "desk", rate: str | None = None) -> int:
     """The seconds that a refused request is told to wait; 0 for one that is let through."""
     try:
-        rates.count(who, rate)
+        asyncio.run(rates.count(who, rate))
     except RateLimited as error:
         return int(error.headers["Retry-After"])
     return 0

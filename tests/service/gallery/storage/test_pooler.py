@@ -69,8 +69,10 @@ def lax_and_watched(url: str) -> None:
 
 
 def noted(url: str) -> set[tuple[str, str, str]]:
+    """How each table was written, but for what replicas only tell each other."""
+    query = r"SELECT DISTINCT * FROM watched WHERE what NOT LIKE 'cmt\_%'"
     with psycopg.connect(plain(url)) as connection:
-        return set(connection.execute("SELECT DISTINCT * FROM watched").fetchall())
+        return set(connection.execute(query).fetchall())
 
 
 def use_everything(folder: Path, url: str) -> None:
