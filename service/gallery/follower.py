@@ -32,6 +32,13 @@ _SNAPSHOT_GROWTH = 0.05  # a snapshot is written again when this share has been 
 _SNAPSHOT_SECONDS = 60.0  # between two attempts, at least
 _SNAPSHOT_REST = 20  # or this many times as long as the last one took
 
+SYNC_SECONDS = 1.0
+"""How old what is searched may be where several processes share a database: an answer is never
+given by an older state than the store's this long ago."""
+# So old it may be before a replica refuses queries and is not ready: beyond the promise by a few
+# looks that a busy machine missed. Until then a query looks itself before it is answered.
+_STALE = SYNC_SECONDS + 2.0
+
 
 def read_snapshot(folder: Path, info: CheckpointInfo, device: str) -> Restored | None:
     """Read the snapshot in the data folder `folder`, without the store; None if none is usable."""
@@ -73,6 +80,7 @@ class Follower:
             self.shard.restore(restored.segment)
             self.position, self._saved_items = restored.position, len(self.shard)
         self._counted = False  # which takes longer than reading a snapshot: `maintain` does it
+        self._seen = time.monotonic()  # when the state began to be read that the shard is at
         try:
             self._complete(None if restored is None else restored.witness)
         except BaseException:
@@ -96,14 +104,45 @@ class Follower:
         there is no room for new items: what was deleted or relabelled is followed all the same.
         The next call tries again.
         """
-        with self._following:
+        with self._turn():
             self._behind = False  # before the view: what is committed after it sets it again
+            started = time.monotonic()
             try:
                 with self.store.view() as view:
                     self._follow(view)
-            except BaseException:
+            except BaseException as error:
                 self._behind = True
+                if isinstance(error, MemoryExhausted):  # what took none was followed
+                    self._seen = started
                 raise
+            self._seen = started
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for another call that follows, though not for a database that does not answer it."""
+        if not self._following.acquire(timeout=_STALE if self.store.shared else -1):
+            raise self._stale()
+        try:
+            yield
+        finally:
+            self._following.release()
+
+    @property
+    def lag(self) -> float:
+        """Seconds since the shard was surely in step with the store; 0 where nobody else writes."""
+        return time.monotonic() - self._seen if self.store.shared else 0.0
+
+    def refuse_stale(self) -> None:
+        """Raise DatabaseUnavailable where what others wrote has not been seen for too long."""
+        if self.lag > _STALE:
+            raise self._stale()
+
+    def _stale(self) -> DatabaseUnavailable:
+        return DatabaseUnavailable(
+            f"the database does not answer in time: this replica has not followed it for "
+            f"{self.lag:.0f} s, {SYNC_SECONDS:g} s is promised; ask another replica, or try again "
+            "later"
+        )
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -123,10 +162,12 @@ class Follower:
         """Follow this process's own writes if that failed before. Call it before a search.
 
         Without memory for new items the search goes on without them; nothing that was deleted is
-        found, and `counts` tells. always: follow what other processes wrote, too. Raises as
-        `follow`, but for MemoryExhausted.
+        found, and `counts` tells. What other processes wrote is followed where the last look is
+        longer ago than promised, or always. Raises as `follow`, but for MemoryExhausted, and as
+        `refuse_stale`.
         """
-        if self._behind or always:
+        self.refuse_stale()
+        if self._behind or always or self.lag > SYNC_SECONDS:
             with suppress(MemoryExhausted):
                 self.follow()
 
@@ -210,6 +251,7 @@ class Follower:
 
     def _complete(self, witness: Witness | None) -> None:
         """Follow the store to its end; a snapshot that does not fit the store is discarded."""
+        started = time.monotonic()
         with self.store.view() as view:
             if witness is not None and not self._leads_to(view, witness):
                 log.warning("the snapshot of the index does not fit the store; it is built anew")
@@ -218,6 +260,7 @@ class Follower:
                 self.position, self._saved_items = Position(0, 0), None
                 self._remove_snapshot()
             self._follow(view)
+        self._seen = started
 
     def _leads_to(self, view: View, witness: Witness) -> bool:
         """False where the snapshot is of another database, or of one that a backup has replaced."""

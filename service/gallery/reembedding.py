@@ -8,7 +8,8 @@ Finished work is in the store: after a crash it continues from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from model import CheckpointInfo
 from model.preprocess import resize
 from service.errors import GalleryDamaged, ServiceError
 from service.gallery.records import StoredCrop
+from service.gallery.storage.replicas import Replicas
 from service.gallery.storage.store import Store
 from service.images.decode import STORED_LIMITS, Crop, Picture, decode
 
@@ -51,6 +53,43 @@ class Progress:
 
     done: int
     total: int
+
+
+@contextmanager
+def known_to_all(
+    replicas: Replicas | None, fingerprint: str, actor: str, progress: Callable[[Progress], None]
+) -> Iterator[tuple[Callable[[Progress], None], Callable[[], bool]]]:
+    """A run that the other replicas know of → its `progress`, and whether it has been taken over.
+
+    Only one runs at a time. Where it is stopped, or its replica dies, another one goes on with it.
+    Raises ModelVersionConflict while another replica has one.
+    """
+    if replicas is None:
+        yield progress, lambda: False
+        return
+    details = {"state": "running", "checkpoint": fingerprint, "actor": actor, "done": 0, "total": 0}
+    mine = True
+    replicas.begin_run(details)
+
+    def tell(now: Progress) -> None:
+        nonlocal mine
+        details.update(done=now.done, total=now.total)
+        mine = replicas.note_run(details)
+        progress(now)
+
+    try:
+        yield tell, lambda: not mine
+        details["state"] = "done"
+    except ReembeddingStopped:
+        raise
+    except Exception as error:
+        detail = error.detail if isinstance(error, ServiceError) else "a defect"
+        details.update(state="failed", detail=detail)
+        raise
+    finally:
+        if mine:
+            with suppress(ServiceError):  # then the others find that this one has ended
+                replicas.note_run(details, ended=True)
 
 
 class Reembedding:
