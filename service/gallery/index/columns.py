@@ -15,6 +15,7 @@ _NO_TIME = np.iinfo(np.int64).min
 _NO_CODE = -1
 _FEW_CODES = 8  # are compared with one after the other, which is faster than looking up each row's
 _FIELDS = ("number", "person", "camera", "modality", "captured")
+_KEPT_MASKS = 8  # of one moment
 
 
 class Codes:
@@ -53,7 +54,8 @@ class Columns:
     """Row numbers, labels and times of items by position; a deleted one stays, no longer alive.
 
     Positions count additions from 0, as those of `Features` and `RecallIndex` do. One thread
-    changes at a time; `frozen` may be called concurrently.
+    changes at a time; `frozen` may be called concurrently. Between two changes, its views and their
+    masks are the same objects: a filter is computed once, and copied to a GPU once.
     """
 
     def __init__(self) -> None:
@@ -63,6 +65,9 @@ class Columns:
         self._ascending = True
         self._count = 0
         self.alive_count = 0
+        self._changes = 0
+        self._view: tuple[int, Columns] | None = None  # of so many changes
+        self._masks: dict[Filters, npt.NDArray[np.bool_]] | None = None  # of a view
 
     def __len__(self) -> int:
         return self._count
@@ -107,6 +112,7 @@ class Columns:
         positions = positions[self._alive[positions]]
         self._alive[positions] = False
         self.alive_count -= len(positions)
+        self._changes += 1
         return [int(number) for number in self._table[0, positions]]
 
     def update(
@@ -132,6 +138,7 @@ class Columns:
         for field, values in changes:
             if values is not None:
                 self._table[field, positions] = values[chosen]
+        self._changes += 1
 
     def positions(self, numbers: Sequence[int]) -> npt.NDArray[np.int64]:
         """Where these items are, deleted ones too; those that are not here are left out."""
@@ -145,6 +152,9 @@ class Columns:
 
     def frozen(self) -> Columns:
         """A view for a reader: later additions and deletions do not show."""
+        changes, view = self._changes, self._view
+        if view is not None and view[0] == changes:
+            return view[1]
         copy = self._sibling()
         # The count first: what is read after it holds at least that many rows.
         copy._count = self._count
@@ -152,6 +162,8 @@ class Columns:
         copy._alive = self._alive[: copy._count].copy()
         copy._ascending = self._ascending
         copy.alive_count = int(np.count_nonzero(copy._alive))
+        copy._masks = {}
+        self._view = changes, copy  # what changed meanwhile has another number
         return copy
 
     def extend(self, other: Columns, positions: npt.NDArray[np.int64]) -> None:
@@ -167,6 +179,7 @@ class Columns:
         self._table[:, mine] = self._coded(other, theirs)
         self._alive[mine] = other._alive[theirs]
         self.alive_count = int(np.count_nonzero(self.alive))
+        self._changes += 1
 
     def dump(self) -> tuple[npt.NDArray[np.int64], dict[str, list[str | None]]]:
         """The table, and the strings of its codes, for a file.
@@ -224,9 +237,21 @@ class Columns:
         self._ascending = self._ascending and bool((np.diff(last) > 0).all())
         self.alive_count += int(np.count_nonzero(alive))
         self._count = end  # last: a reader sees whole rows only
+        self._changes += 1
 
     def mask(self, filters: Filters) -> npt.NDArray[np.bool_]:
-        """One flag per position: alive and passing every filter."""
+        """One flag per position: alive and passing every filter. A view keeps it: write nothing."""
+        if self._masks is None:
+            return self._passing(filters)
+        mask = self._masks.get(filters)
+        if mask is None:
+            mask = self._passing(filters)
+            for oldest in list(self._masks)[: 1 - _KEPT_MASKS]:
+                self._masks.pop(oldest, None)
+            self._masks[filters] = mask
+        return mask
+
+    def _passing(self, filters: Filters) -> npt.NDArray[np.bool_]:
         _, person, camera, modality, captured = self._table[:, : self._count]
         allowed = self._alive[: self._count].copy()
         if filters.person_id:
