@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model import CheckpointInfo, Modulation
 from service.errors import (
+    ClockWrong,
     DatabaseUnavailable,
     IndexOutOfStep,
     ModelVersionConflict,
@@ -30,6 +31,7 @@ from service.gallery.index.shard import Counters, Statistics
 from service.gallery.records import (
     AuditPage,
     Camera,
+    Erasure,
     Filters,
     IndexKind,
     Item,
@@ -40,20 +42,30 @@ from service.gallery.records import (
     RequestKey,
     SearchResult,
 )
-from service.gallery.reembedding import Decode, Embed, Progress, Reembedding, decode_here
+from service.gallery.reembedding import (
+    Decode,
+    Embed,
+    Progress,
+    Reembedding,
+    decode_here,
+    known_to_all,
+)
 from service.gallery.search import Options, Query, answers
 from service.gallery.storage.audit import Act
+from service.gallery.storage.crops import INLINE_BYTES
+from service.gallery.storage.database import address_of
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.private_files import tighten
+from service.gallery.storage.replicas import Replicas, Run
 from service.gallery.storage.store import LabelField, Store, unknown_item
 from service.gallery.times import utc_now
+from service.kit.device_loss import report_loss
 from service.kit.shared_lock import SharedLock
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CANDIDATES = 256
-# How long another process's changes may stay unseen, where several share a PostgreSQL database.
-SYNC_SECONDS = 1.0
+_KEEP_SECONDS = 1.0  # between two rounds of background work
 _EXPIRED_AT_ONCE = 500  # items per transaction, so that enrollments wait briefly
 _TRIES = 8  # switches tried again because another process enrolled in between
 
@@ -66,14 +78,26 @@ class Gallery:
     embedded again (`reembed`), because features of two checkpoints cannot be compared.
     """
 
-    def __init__(self, lock: FolderLock, follower: Follower, folder: Path, candidates: int) -> None:
+    def __init__(
+        self,
+        lock: FolderLock,
+        follower: Follower,
+        folder: Path,
+        candidates: int,
+        replicas: Replicas | None,
+    ) -> None:
         self._lock, self._current = lock, follower
         self._folder, self._candidates = folder, candidates
-        self._backing_up = Backups(follower.store.database, follower.store.audit, folder)
+        store = follower.store
+        self._backing_up = Backups(store.database, store.audit, store.crops, folder)
         self._enrolling = SharedLock()  # held alone while the checkpoint is changed
         self._reembedding = threading.Lock()
         self._building: str | None = None  # fingerprint that is embedded with now
         self._closing = threading.Event()
+        self.replicas = replicas
+        """This process among those on the database; None on SQLite, which nobody shares."""
+        if replicas is not None:
+            replicas.start(lambda: self._current.follow(), store.database)
         self._keeper = threading.Thread(target=self._keep, name="gallery keeper", daemon=True)
         self._keeper.start()
 
@@ -89,6 +113,8 @@ class Gallery:
         index: IndexKind | None = None,
         clock_confirmed: date | None = None,
         read_clock: Callable[[], datetime] = utc_now,
+        crops_url: str | None = None,
+        crops_inline_bytes: int = INLINE_BYTES,
     ) -> Gallery:
         """Open or create the gallery in `data_dir`.
 
@@ -96,15 +122,21 @@ class Gallery:
         that fits it is built from the store. device: "cpu" or "cuda", where the features live.
         index: forces a kind of recall index, None takes what measures best for the size.
         clock_confirmed, read_clock: what `retain` goes by, see `service.gallery.storage.clock`.
+        crops_url, crops_inline_bytes: an object storage, and up to which size crops are in the
+        database all the same, see `service.gallery.storage.objects`.
         Raises a ServiceError, one sentence: GalleryLocked, GalleryVersion (newer schema),
-        GalleryDamaged, DatabaseUnavailable, StorageUnwritable, StorageFull.
+        GalleryDamaged, DatabaseUnavailable, StorageUnwritable, StorageFull, CropsUnavailable.
         """
         folder = Path(data_dir)
         lock = FolderLock(folder)
+        replicas: Replicas | None = None
         try:
             tighten(folder)
             remove_leftovers(folder)
             config = info.config
+            if address_of(folder, database_url).get_backend_name() == "postgresql":
+                assert database_url is not None
+                replicas = Replicas(folder, database_url, info.fingerprint, read_clock)
             with ThreadPoolExecutor(1) as beside:
                 reading = beside.submit(read_snapshot, folder, info, device)
                 store = Store(
@@ -113,6 +145,8 @@ class Gallery:
                     lock=lock,
                     confirmed=clock_confirmed,
                     read_clock=read_clock,
+                    crops_url=crops_url,
+                    crops_inline_bytes=crops_inline_bytes,
                 )
             try:
                 follower = Follower(store, info, folder, device, index, reading.result())
@@ -120,9 +154,11 @@ class Gallery:
                 store.close()
                 raise
         except BaseException:
+            if replicas is not None:
+                replicas.close()
             lock.release()
             raise
-        return cls(lock, follower, folder, candidates)
+        return cls(lock, follower, folder, candidates, replicas)
 
     @property
     def model(self) -> str:
@@ -149,6 +185,16 @@ class Gallery:
         """Sizes of the index in memory, and its kind."""
         return self._follower.shard.statistics()
 
+    @property
+    def crops_available(self) -> bool | None:
+        """Whether the object storage of the crops answers; None without one."""
+        return self._store.crops.available
+
+    @property
+    def pending_objects(self) -> int:
+        """Objects that the object storage is still to delete, as of some seconds ago."""
+        return self._store.crops.pending
+
     def __len__(self) -> int:
         """Items of any checkpoint."""
         return self._store.count()
@@ -158,6 +204,8 @@ class Gallery:
         if self._closing.is_set():
             return
         self._closing.set()
+        if self.replicas is not None:
+            self.replicas.close()
         self._keeper.join()
         with self._reembedding, self._enrolling.alone():  # operations in progress end first
             self._current.close()
@@ -198,7 +246,11 @@ class Gallery:
         return self._store.enrolled_by(request)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
-        """The stored crop and its media type. Raises ItemNotFound."""
+        """The stored crop and its media type.
+
+        Raises ItemNotFound, CropsUnavailable, and GalleryDamaged for one that is not as it was
+        stored.
+        """
         return self._store.image(item_id)
 
     def label(self, field: LabelField, text: str) -> str:
@@ -237,18 +289,27 @@ class Gallery:
         with self._changing() as store:
             return store.update(item_id, changed, actor=actor)
 
-    def delete(self, item_id: str, *, actor: str = "system") -> None:
-        """Erase an item: once this returns, no query finds it. Raises ItemNotFound."""
+    def delete(self, item_id: str, *, actor: str = "system") -> int:
+        """Erase an item: once this returns, no query finds it. Raises ItemNotFound.
+
+        Returns how many objects of it the object storage still has (`Erasure.pending`).
+        """
         number = self._store.number_of(item_id)
         with self._changing() as store:
             deleted = store.delete([number], actor=actor)
         if not deleted:  # another call was first
             raise unknown_item(item_id)
+        return self._store.crops.finish([number])
 
     def delete_where(self, person_id: str, *, actor: str = "system") -> int:
         """Erase a person's items → how many."""
+        return self.erase(person_id, actor=actor).items
+
+    def erase(self, person_id: str, *, actor: str = "system") -> Erasure:
+        """Erase a person's items → how many, and what is still to be done."""
         with self._changing() as store:
-            return len(store.erase_person(person_id, actor=actor))
+            numbers = store.erase_person(person_id, actor=actor)
+        return Erasure(len(numbers), self._store.crops.finish(numbers))
 
     def retain(self, days: float | None) -> int:
         """Erase what was enrolled more than so many days ago → how many; None: nothing.
@@ -256,6 +317,9 @@ class Gallery:
         Raises ClockWrong, and erases nothing, while the machine's clock cannot be believed. Call it
         regularly, also with None: only so the gallery learns how far it can be.
         """
+        differ = None if self.replicas is None else self.replicas.clocks_differ()
+        if differ is not None:  # first: what it shows must not be remembered either
+            raise ClockWrong(f"{differ}; until then nothing is deleted by age")
         now = self._store.clock.observe()
         return 0 if days is None else self.expire(now - timedelta(days=days))
 
@@ -341,29 +405,51 @@ class Gallery:
             )
         try:
             fingerprint = self._building = info.fingerprint
-            self._store.versions.register(fingerprint, info.config.model_dump(mode="json"))
-            store = self._store.seen_with(fingerprint, info.config.embedding_size)
-            work = Reembedding(
-                store,
-                info,
-                embed,
-                decode,
-                progress=progress,
-                stopping=lambda: self._closing.is_set() or (stop is not None and stop.is_set()),
-            )
-            work.fill()
-            work.verify()
-            follower = self._follower.with_version(store, info)
-            try:
-                old = self._switch(follower, work, actor)
-            except BaseException:
-                follower.close()
-                raise
+            told = progress or (lambda _: None)
+            with known_to_all(self.replicas, fingerprint, actor, told) as (tell, taken_over):
+                self._store.versions.register(fingerprint, info.config.model_dump(mode="json"))
+                store = self._store.seen_with(fingerprint, info.config.embedding_size)
+                work = Reembedding(
+                    store,
+                    info,
+                    embed,
+                    decode,
+                    progress=tell,
+                    stopping=lambda: (
+                        self._closing.is_set()
+                        or taken_over()
+                        or (stop is not None and stop.is_set())
+                    ),
+                )
+                work.fill()
+                work.verify()
+                follower = self._follower.with_version(store, info)
+                try:
+                    old = self._switch(follower, work, actor)
+                except BaseException:
+                    follower.close()
+                    raise
             switched()
             old.close()  # which may take as long as the training of its index
         finally:
             self._building = None
             self._reembedding.release()
+
+    def run(self) -> Run | None:
+        """The newest run that embeds again, of any replica; None where nobody shares the store."""
+        return None if self.replicas is None else self.replicas.run()
+
+    def adopt(self, info: CheckpointInfo) -> None:
+        """Search with the version that another replica has made the active one.
+
+        Embed with its checkpoint from then on. Raises ModelVersionUnknown.
+        """
+        with self._reembedding:
+            store = self._store.seen_with(info.fingerprint, info.config.embedding_size)
+            follower = self._follower.with_version(store, info)
+            with self._enrolling.alone():
+                old = self._use(follower)
+            old.close()
 
     def drop_version(self, fingerprint: str, *, actor: str = "system") -> None:
         """Remove a checkpoint's features from the store.
@@ -376,7 +462,9 @@ class Gallery:
                 f"model version {fingerprint[:12]} is the one in use; embed the gallery with "
                 "another checkpoint before"
             )
-        if fingerprint == self._building:
+        run = self.run()
+        elsewhere = run.details["checkpoint"] if run is not None and run.alive else None
+        if fingerprint in (self._building, elsewhere):
             raise ModelVersionConflict(
                 f"the gallery is being embedded with model version {fingerprint[:12]}; wait until "
                 "that is done"
@@ -403,6 +491,15 @@ class Gallery:
         """
         return self._follower.save()
 
+    @property
+    def lag(self) -> float:
+        """Seconds since what is searched was surely all that the store holds; 0 on SQLite."""
+        return self._follower.lag
+
+    def refuse_stale(self) -> None:
+        """Raise DatabaseUnavailable where the other replicas were not followed for too long."""
+        self._follower.refuse_stale()
+
     def check(self) -> None:
         """Check index, model version and data folder.
 
@@ -410,6 +507,7 @@ class Gallery:
         DatabaseUnavailable, naming what fails.
         """
         self._store.database.check()
+        self.refuse_stale()  # first: a database that hangs answers nothing of what follows
         stored, searchable = self._follower.counts()
         if stored != searchable:
             raise IndexOutOfStep(
@@ -418,8 +516,8 @@ class Gallery:
             )
         if self._store.versions.state(self.model) == "retired":
             raise ModelVersionConflict(
-                f"the gallery went on with another checkpoint than {self.model[:12]}; restart the "
-                "service with that one"
+                f"the gallery went on with another checkpoint than {self.model[:12]}; put its file "
+                "beside that one's, or restart the service with it"
             )
         try:
             with tempfile.TemporaryFile(dir=self._folder) as probe:
@@ -481,13 +579,18 @@ class Gallery:
                     except ModelVersionConflict:  # another process enrolled in between
                         if attempt == _TRIES - 1:
                             raise
-            old, self._current = self._current, follower
-            return old
+            return self._use(follower)
+
+    def _use(self, follower: Follower) -> Follower:
+        old, self._current = self._current, follower
+        if self.replicas is not None:
+            self.replicas.model, self.replicas.successor = follower.info.fingerprint, None
+        return old
 
     def _keep(self) -> None:
         """Background work: follow other processes' changes, and renew the snapshot."""
         told = ""  # what goes on failing is said once
-        while not self._closing.wait(SYNC_SECONDS):
+        while not self._closing.wait(_KEEP_SECONDS):
             try:
                 self._current.store.database.check()  # else a snapshot would go to another folder
                 self._current.maintain()
@@ -499,5 +602,7 @@ class Gallery:
                     if isinstance(error, StorageMoved):
                         self._current.store.database.save_log()
                 told = error.code
-            except Exception:  # the next round tries again
+            except Exception as error:  # the next round tries again
+                if report_loss(error):
+                    return
                 log.exception("background work on the gallery failed")

@@ -3,7 +3,8 @@
 The copy is the same on both databases: a compact SQLite file, so that a backup of one can be
 restored into the other. SQLite writes it from one state without its free pages (VACUUM INTO);
 from PostgreSQL all rows are read in one transaction that sees one state. Nothing that was erased
-before is in it.
+before is in it. Crops of an object storage are read into the copy, so that it has every crop and
+nothing of where they were; an item that was erased while they are read is left out.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from service.gallery.backup.contents import described
 from service.gallery.backup.postgres_transfer import to_file
 from service.gallery.backup.temporary_copy import primary_code, refusal, remove_leftovers, scratch
 from service.gallery.storage.audit import Act, Audit
+from service.gallery.storage.crops import Crops, CropsLost
 from service.gallery.storage.database import FILE_NAME, Database, address_of
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.group_commit import GroupCommit
+from service.gallery.storage.tables import loose_objects, object_owner, objects
 from service.kit.urls import without_password
 
+_CROPS_AT_ONCE = 64  # of an object storage
 _STEPS = 10_000  # of SQLite's virtual machine, between two checks whether to stop
 
 
@@ -80,8 +84,8 @@ class Backups:
     folder: the data folder, where the temporary copy goes unless another one is given.
     """
 
-    def __init__(self, database: Database, audit: Audit, folder: Path) -> None:
-        self._database, self._audit, self._folder = database, audit, folder
+    def __init__(self, database: Database, audit: Audit, crops: Crops, folder: Path) -> None:
+        self._database, self._audit, self._crops, self._folder = database, audit, crops, folder
         self._one = threading.Lock()
         self._copying = threading.Lock()
         self._closing = threading.Event()
@@ -91,7 +95,8 @@ class Backups:
 
         Enrollments continue meanwhile. The audit log has an entry before anything is read. Raises
         BackupRunning, StorageFull and StorageUnwritable (where the copy goes: `folder`),
-        GalleryDamaged, DatabaseUnavailable; no file is left behind then.
+        GalleryDamaged (which names crops that are lost), CropsUnavailable, DatabaseUnavailable; no
+        file is left behind then.
         """
         if not self._one.acquire(blocking=False):
             raise BackupRunning("a backup is being taken already; wait until that one is done")
@@ -101,6 +106,7 @@ class Backups:
             with self._copying, scratch(folder or self._folder) as place:
                 created_at = datetime.now(UTC)
                 self._copy_to(place)
+                self._bring_in(place / FILE_NAME)
                 manifest = described(place / FILE_NAME, created_at)
                 database = (place / FILE_NAME).open("rb")  # readable after the file is unlinked
                 return Backup(manifest, database, key, self._one.release)
@@ -135,10 +141,42 @@ class Backups:
         with self._copying:
             pass
 
+    def _bring_in(self, copy: Path) -> None:
+        """Put the crops of the object storage into the copy. Raises CropsLost, naming all."""
+        lost: list[CropsLost] = []
+        with closing(sqlite3.connect(copy, isolation_level=None)) as target:
+            target.execute("PRAGMA foreign_keys = ON")
+            target.execute("PRAGMA secure_delete = ON")
+            target.execute("PRAGMA journal_mode = OFF")  # a copy that fails is thrown away
+            target.execute("PRAGMA synchronous = OFF")
+            rows = target.execute("SELECT number FROM objects ORDER BY number").fetchall()
+            numbers = [number for (number,) in rows]
+            for start in range(0, len(numbers), _CROPS_AT_ONCE):
+                if self._closing.is_set():
+                    raise _closed()
+                some = numbers[start : start + _CROPS_AT_ONCE]
+                try:
+                    found = self._crops.fetch(some)
+                except CropsLost as error:
+                    lost.append(error)
+                    continue
+                target.execute("BEGIN")
+                target.executemany(
+                    "INSERT INTO crops (number, media_type, data) VALUES (?, ?, ?)",
+                    [(number, one.media_type, one.data) for number, one in found.items()],
+                )
+                erased = [(number,) for number in some if number not in found]
+                target.executemany("DELETE FROM items WHERE number = ?", erased)
+                target.execute("COMMIT")
+            if lost:
+                ids = [item for error in lost for item in error.ids]
+                raise CropsLost(ids, lost[0].why)
+            for table in (objects, loose_objects, object_owner):
+                target.execute(f"DELETE FROM {table.name}")
+
     def _copy_to(self, place: Path) -> None:
-        closed = DatabaseUnavailable("the gallery was closed before its backup was done")
         if self._closing.is_set():
-            raise closed
+            raise _closed()
         if not self._database.sqlite:
             with self._database.reading() as source:
                 to_file(source, place, self._closing.is_set)
@@ -152,7 +190,7 @@ class Backups:
             driver.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(place / FILE_NAME),))
         except sqlite3.Error as error:
             if self._closing.is_set():
-                raise closed from error
+                raise _closed() from error
             if primary_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN):
                 raise  # the copy failed, not the gallery
             raise self._database.explained(error) from error
@@ -162,11 +200,18 @@ class Backups:
             connection.close()
 
 
+def _closed() -> DatabaseUnavailable:
+    return DatabaseUnavailable("the gallery was closed before its backup was done")
+
+
 @contextmanager
-def offline(folder: Path, url: str | None = None) -> Iterator[Backups]:
+def offline(
+    folder: Path, url: str | None = None, crops_url: str | None = None
+) -> Iterator[Backups]:
     """Backups of a gallery that no service has open; no checkpoint is needed.
 
-    Raises DatabaseUnavailable where there is no gallery, and as `Gallery.open` does.
+    url, crops_url: as `CMT_DATABASE_URL` and `CMT_CROPS_URL`. Raises DatabaseUnavailable where
+    there is no gallery, and as `Gallery.open` does.
     """
     address = address_of(folder, url)
     nothing = DatabaseUnavailable(
@@ -183,7 +228,9 @@ def offline(folder: Path, url: str | None = None) -> Iterator[Backups]:
                 if not inspect(connection).has_table("items"):
                     raise nothing
             database.migrate()
-            audit = Audit(database, GroupCommit(database), folder)
-            yield Backups(database, audit, folder)
+            commits = GroupCommit(database)
+            with closing(Crops(database, commits, crops_url)) as crops:
+                audit = Audit(database, commits, folder)
+                yield Backups(database, audit, crops, folder)
     finally:
         lock.release()

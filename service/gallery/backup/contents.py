@@ -25,7 +25,14 @@ from model.labels import MAX_LABEL, cleaned_label
 from service.gallery.backup.archive import Manifest
 from service.gallery.feed import FEATURE_DTYPE
 from service.gallery.metadata import METADATA_BYTES, check_metadata
-from service.gallery.storage.tables import AUDIT_TRIGGERS, cameras, items
+from service.gallery.storage.tables import (
+    AUDIT_TRIGGERS,
+    cameras,
+    items,
+    loose_objects,
+    object_owner,
+    objects,
+)
 from service.gallery.times import moment_of
 from service.images.header import read_header
 
@@ -90,6 +97,7 @@ def check_rows(database: Path) -> None:
                 f"HAVING {column} IS NOT NULL AND count(*) > 1",
                 f"has the {column} of another",
             )
+        _refuse_objects(connection)
         _check_crops(connection)
         _check_features(connection)
 
@@ -281,6 +289,14 @@ def _check_crops(connection: sqlite3.Connection) -> None:
                 problem = _crop_problem(data, media_type, (width, height))
         if problem:
             raise ContentsError(f"item {name} {problem}")
+
+
+def _refuse_objects(connection: sqlite3.Connection) -> None:
+    """Refuse names of objects: a backup has every crop, and may delete nothing where they were."""
+    for table in (objects, loose_objects, object_owner):
+        there = connection.execute(f"PRAGMA table_info({table.name})").fetchone()
+        if there and connection.execute(f"SELECT 1 FROM {table.name} LIMIT 1").fetchone():
+            raise ContentsError(f"the table {table.name} of a backup is empty, and here it is not")
 
 
 def _crop_problem(data: Any, media_type: Any, size: tuple[int, int]) -> str:

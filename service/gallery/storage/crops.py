@@ -46,7 +46,7 @@ INLINE_BYTES = 65_536
 """Up to this size a crop is in the database also where there is an object storage."""
 
 _FAILED = 0  # in place of an erased item's number
-_CLEAN_SECONDS = 2.0
+_CLEAN_SECONDS = 5.0
 _CLEANED_AT_ONCE = 500
 # Of a name whose object was never taken: no attempt to write one lasts so long. Where it does, the
 # enrollment finds its name gone, and fails.
@@ -94,7 +94,9 @@ class Crops:
         self._storage = None if url is None else ObjectStorage(url)
         self._wake, self._closing = threading.Event(), threading.Event()
         self._cleaner: threading.Thread | None = None
-        self._claimed = False
+        self._mark: Placed | None = None  # once the place is known to be this gallery's
+        self.pending = 0
+        """Objects that are to be deleted, as of the last look."""
 
     def start(self) -> None:
         """Check the object storage, and begin to delete what is loose there.
@@ -230,14 +232,6 @@ class Crops:
             self._wake.set()
         return left
 
-    def count_loose(self) -> int:
-        """Objects that no item has, but for those that are being written."""
-        query = select(func.count()).select_from(loose_objects)
-        with self._database.reading() as connection:
-            return int(
-                connection.execute(query.where(loose_objects.c.item.is_not(None))).scalar_one()
-            )
-
     def move(self, *, back: bool = False) -> Iterator[int]:
         """Put every crop where a new one of its size would be → how many, after each step.
 
@@ -359,7 +353,7 @@ class Crops:
 
         Else objects of another would be deleted, or those of this one never.
         """
-        if self._claimed:
+        if self._mark is not None:
             return
         owner = self._commits.run(_owner)
         mark = Placed(_MARK, len(owner), hashlib.sha256(owner.encode()).hexdigest())
@@ -377,7 +371,7 @@ class Crops:
                     f"the object storage {storage.address} holds {whose}; correct CMT_CROPS_URL: "
                     "each gallery has a prefix of its own"
                 )
-        self._claimed = True
+        self._mark = mark
 
     def _abandon(self, before: datetime) -> None:
         """Give up names listed before this moment whose objects no item has taken."""
@@ -398,6 +392,7 @@ class Crops:
         told = ""  # what goes on failing is said once
         while not self._closing.is_set():
             try:
+                self._look()
                 self._abandon(datetime.now(UTC) - _ABANDONED)
                 while self._clean_some() and not self._closing.is_set():
                     pass
@@ -410,6 +405,17 @@ class Crops:
                 log.exception("deleting objects of erased items failed")
             self._wake.wait(_CLEAN_SECONDS)
             self._wake.clear()
+
+    def _look(self) -> None:
+        """Count what is to be deleted, and ask whether the storage answers, for `available`."""
+        query = select(func.count()).select_from(loose_objects)
+        with self._database.reading() as connection:
+            loose = connection.execute(query.where(loose_objects.c.item.is_not(None)))
+            self.pending = int(loose.scalar_one())
+        storage = self._used()
+        self._claim(storage)
+        if self._mark is not None and not self.pending:
+            storage.get([self._mark])
 
     def _clean_some(self) -> int:
         """Delete some of what is loose → how many objects. Raises ServiceError if none could be."""

@@ -123,22 +123,19 @@ class ObjectStorage:
             self.address = parse_address(url)
         except ValueError as error:
             raise CropsUnavailable(f"CMT_CROPS_URL is not usable: {error}") from error
+        self.available = True
+        """Whether the last request was answered."""
+        self._rests_until = 0.0
         if find_spec("boto3") is None:
             raise CropsUnavailable("CMT_CROPS_URL needs the package boto3; install the extra s3")
         with self._reported("reach"):
             self._client = _client(self.address)
         self._threads = ThreadPoolExecutor(_AT_ONCE, "objects")
-        self._rests_until = 0.0
 
     def close(self) -> None:
         """End the threads, once nothing is in progress."""
         self._threads.shutdown()
         self._client.close()
-
-    @property
-    def available(self) -> bool:
-        """Whether the last request was answered, as far as is known."""
-        return time.monotonic() >= self._rests_until
 
     def put(self, objects: Sequence[tuple[str, bytes]]) -> list[Placed]:
         """Store objects under names of `new_name` → what is there then.
@@ -167,14 +164,13 @@ class ObjectStorage:
         [placed] = self.put([(name, data)])
         [found] = self.get([placed])
         if isinstance(found, ObjectLost):
-            raise CropsUnavailable(
-                f"the object storage {self.address} does not give back what was written to it: the "
-                f"object {found}; use another one",
-                headers=_RETRY_AFTER,
-            )
+            raise self._unusable(f"what was just written there {found}; use another one")
         _, failure = self.delete([name])
         if failure is not None:
             raise failure
+        [found] = self.get([placed])  # which is refused where it may not be told that it is gone
+        if not isinstance(found, ObjectLost):
+            raise self._unusable("it still has what was deleted; use another one")
         return [*self._versioning(), *self._locks()]
 
     def _put(self, name: str, data: bytes) -> Placed:
@@ -268,10 +264,11 @@ class ObjectStorage:
         """Turn errors of boto3 into sentences. act: what was to be done, with its preposition."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        if not getattr(self, "available", True):
+        if time.monotonic() < self._rests_until:
             raise self._away("has just failed to answer")
         try:
             yield
+            self.available = True
         except ClientError as error:
             answer = error.response
             code = answer["Error"]["Code"]
@@ -279,6 +276,7 @@ class ObjectStorage:
             if status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout"):
                 self._rest()
                 raise self._away(f"answers {code}") from error
+            self.available = True
             why = _WHY.get(code) or (
                 f"it is not allowed to {act} this place; give its user the permissions of "
                 "docs/object-storage.md"
@@ -299,6 +297,7 @@ class ObjectStorage:
             raise self._unusable(f"{_first_line(error)}; correct CMT_CROPS_URL") from error
 
     def _rest(self) -> None:
+        self.available = False
         self._rests_until = time.monotonic() + _REST_SECONDS
 
     def _away(self, what: str) -> CropsUnavailable:

@@ -31,20 +31,27 @@ INFO = CheckpointInfo("a" * 64, CMTConfig(parts=2, dim=16, heads=2))
 
 
 class GalleryProcess(Subject):
-    """A `Gallery` on a data folder, or on the database that a URL names."""
+    """A `Gallery` on a data folder, or on the database that a URL names.
+
+    crops_url: a bucket, for every crop.
+    """
 
     most_per_add = 3
 
-    def __init__(self, data_dir: Path, database_url: str | None) -> None:
+    def __init__(
+        self, data_dir: Path, database_url: str | None, crops_url: str | None = None
+    ) -> None:
         super().__init__()
-        self._data_dir, self._url = data_dir, database_url
+        self._data_dir, self._url, self._crops_url = data_dir, database_url, crops_url
 
     def start(self, dies_at_write: int | None) -> None:
         ends = [CONTEXT.Pipe() for _ in range(1 + TOGETHER)]
         self._control, *self._pipes = [ours for ours, _ in ends]
         theirs = [end for _, end in ends]
         self._process = CONTEXT.Process(
-            target=_serve, args=(self._data_dir, self._url, theirs, dies_at_write), daemon=True
+            target=_serve,
+            args=(self._data_dir, self._url, self._crops_url, theirs, dies_at_write),
+            daemon=True,
         )
         self._process.start()
         for end in theirs:  # so that the process's death closes the pipe
@@ -141,11 +148,17 @@ def _features(key: int) -> torch.Tensor:
 
 
 def _serve(
-    data_dir: Path, url: str | None, pipes: list[Connection], dies_at_write: int | None
+    data_dir: Path,
+    url: str | None,
+    crops_url: str | None,
+    pipes: list[Connection],
+    dies_at_write: int | None,
 ) -> None:
     torch.set_num_threads(1)
     control, *sessions = pipes
-    gallery = Gallery.open(data_dir, INFO, database_url=url)
+    gallery = Gallery.open(
+        data_dir, INFO, database_url=url, crops_url=crops_url, crops_inline_bytes=0
+    )
     control.send("open")
     if dies_at_write is not None:
         die_at_write(dies_at_write)

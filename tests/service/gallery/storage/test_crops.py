@@ -1,0 +1,429 @@
+"""Crops in an object storage: what a 201 and an erasure promise there, and what it does not give.
+
+The storage is a real S3 server (moto's) in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, select, update
+
+from model.labels import LabelError
+from service.errors import (
+    CropsUnavailable,
+    GalleryDamaged,
+    IdempotencyConflict,
+    ItemNotFound,
+)
+from service.gallery import Gallery, NewItem, RequestKey
+from service.gallery.storage import crops as crops_module
+from service.gallery.storage import objects as objects_module
+from service.gallery.storage.crops import Crops
+from service.gallery.storage.database import address_of
+from service.gallery.storage.objects import Address, parse_address
+from service.gallery.storage.tables import loose_objects
+from tests.service.crash.gallery_process import GalleryProcess
+from tests.service.crash.run import CrashTest, Report
+from tests.service.crash.subject import CONTEXT
+from tests.service.object_server import Bucket, address
+from tests.service.places import INFO, KINDS, MakePlace, Place, features
+from tests.service.processes import wait_for
+from tests.service.stores import crop
+
+
+def opened(place: Place, bucket: Bucket | None, inline_bytes: int = 0) -> Gallery:
+    url = None if bucket is None else bucket.url
+    return Gallery.open(
+        place.folder,
+        INFO,
+        database_url=place.url,
+        crops_url=url,
+        crops_inline_bytes=inline_bytes,
+    )
+
+
+def enrolled(gallery: Gallery, count: int = 3, start: int = 0, **fields: Any) -> list[str]:
+    new = [NewItem(crop(start + i), **fields) for i in range(count)]
+    return [item.id for item in gallery.add(new, features(count, start))]
+
+
+def engine_of(place: Place) -> Engine:
+    """The database without a gallery, which would need its bucket."""
+    return create_engine(address_of(place.folder, place.url))
+
+
+def loose(place: Place) -> list[int | None]:
+    """What `loose_objects` says of each name."""
+    with engine_of(place).connect() as connection:
+        return list(connection.execute(select(loose_objects.c.item)).scalars())
+
+
+@pytest.fixture
+def place(make_place: MakePlace) -> Place:
+    return make_place("sqlite")
+
+
+@pytest.fixture
+def gallery(place: Place, bucket: Bucket) -> Iterator[Gallery]:
+    """All crops in the bucket."""
+    with closing(opened(place, bucket)) as gallery:
+        yield gallery
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the storage little time, so that a test need not wait for it."""
+    monkeypatch.setattr(objects_module, "_CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(objects_module, "_READ_SECONDS", 0.3)
+    monkeypatch.setattr(objects_module, "_REST_SECONDS", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look often for what is to be deleted."""
+    monkeypatch.setattr(crops_module, "_CLEAN_SECONDS", 0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_crops_are_objects_and_small_ones_rows(
+    kind: str, make_place: MakePlace, bucket: Bucket
+) -> None:
+    place = make_place(kind)
+    size = len(crop(0).data)
+    with closing(opened(place, bucket, size)) as gallery:
+        inside = enrolled(gallery, 2, person_id="Erika", metadata={"note": "gate"})
+        assert bucket.objects() == {}
+    with closing(opened(place, bucket, size - 1)) as gallery:
+        outside = enrolled(gallery, 3, start=2, person_id="Erika", camera_id="gate")
+        there = bucket.objects()
+        assert sorted(there.values()) == sorted(crop(i).data for i in (2, 3, 4))
+        for number, item in enumerate([*inside, *outside]):
+            assert gallery.image(item) == (crop(number).data, "image/png")
+        # A name says nothing: neither who, nor which item, nor what picture.
+        secrets = [
+            "Erika",
+            *outside,
+            *(hashlib.sha256(data).hexdigest() for data in there.values()),
+        ]
+        for key in there:
+            assert not any(secret.replace("-", "")[:8] in key for secret in secrets)
+        hits = gallery.search(features(3, 2)[1], None, top_k=1).hits
+        assert hits[0].item.id == outside[1]
+    with closing(opened(place, bucket, size)) as gallery:  # as they were, whatever is set now
+        assert gallery.image(outside[0])[0] == crop(2).data
+        assert gallery.image(inside[0])[0] == crop(0).data
+
+
+def test_without_a_bucket_nothing_of_it_is_loaded(place: Place) -> None:
+    with closing(place.open()) as gallery:
+        enrolled(gallery)
+        assert gallery.crops_available is None
+        assert gallery.pending_objects == 0
+        assert not [t for t in threading.enumerate() if t.name == "loose objects"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_erased_is_gone_from_the_bucket_too(
+    kind: str, make_place: MakePlace, bucket: Bucket
+) -> None:
+    with closing(opened(make_place(kind), bucket)) as gallery:
+        kept = enrolled(gallery, 2)
+        mine = enrolled(gallery, 3, start=2, person_id="Erika")
+        assert gallery.delete(kept[0]) == 0
+        assert gallery.erase("Erika") == (3, 0)
+        assert list(bucket.objects().values()) == [crop(1).data]
+        with pytest.raises(ItemNotFound):
+            gallery.image(mine[0])
+        assert gallery.expire(gallery.get(kept[1]).enrolled_at + timedelta(days=1)) == 1
+        wait_for(lambda: not bucket.objects(), "what retention deletes stays in the bucket")
+
+
+def test_a_refused_enrollment_leaves_no_object(gallery: Gallery, bucket: Bucket) -> None:
+    key = RequestKey("key-1", "1" * 64)
+    [item] = enrolled(gallery, 1, request=key)
+    before = bucket.objects()
+    with pytest.raises(IdempotencyConflict):  # as where two come at the same moment
+        enrolled(gallery, 1, start=1, request=key)
+    with pytest.raises(LabelError):
+        enrolled(gallery, 1, start=2, person_id="\n")
+    wait_for(lambda: bucket.objects() == before, "an object of no item stays")
+    assert gallery.image(item)[0] == crop(0).data
+
+
+def test_what_was_acknowledged_survives_kills_and_nothing_else_stays(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    """The rounds of `tests/service/crash`, every crop an object; then nothing is loose."""
+    report = Report(7, "gallery", "sqlite")
+    victim = GalleryProcess(tmp_path / "data", None, bucket.url)
+    try:
+        CrashTest(victim, report).run(5)
+    finally:
+        victim.kill()
+    assert report.enrollments_acknowledged > report.deletes_acknowledged > 0
+    place = Place(tmp_path / "data", None)
+    with closing(opened(place, bucket)) as gallery:
+        wait_for(lambda: len(bucket.objects()) == len(gallery), "objects of no item stay")
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_before(where: str, place: Place, crops_url: str, item: str | None = None) -> None:
+    """A process that enrolls two crops, or deletes an item, and dies where `Crops` would go on."""
+    gallery = Gallery.open(
+        place.folder, INFO, database_url=place.url, crops_url=crops_url, crops_inline_bytes=0
+    )
+    setattr(Crops, where, die)
+    if item is None:
+        enrolled(gallery, 2, person_id="Erika")
+    else:
+        gallery.delete(item)
+
+
+def killed(where: str, place: Place, bucket: Bucket, item: str | None = None) -> None:
+    process = CONTEXT.Process(target=killed_before, args=(where, place, bucket.url, item))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_enrollment_killed_between_object_and_row_leaves_neither(
+    kind: str, make_place: MakePlace, bucket: Bucket
+) -> None:
+    place = make_place(kind)
+    killed("insert", place, bucket)
+    assert len(bucket.objects()) == 2
+    assert loose(place) == [None, None]
+    if kind == "postgresql":  # another replica may still be writing: it goes by their age
+        with closing(opened(place, bucket)):
+            assert loose(place) == [None, None]
+        with engine_of(place).begin() as connection:
+            connection.execute(update(loose_objects).values(since=0))
+    with closing(opened(place, bucket)) as gallery:
+        wait_for(lambda: not bucket.objects(), "objects of a killed enrollment stay")
+        assert len(gallery) == 0
+        wait_for(lambda: not loose(place), "they stay listed")
+
+
+def test_an_erasure_killed_before_the_bucket_was_told_is_carried_out(
+    place: Place, bucket: Bucket
+) -> None:
+    with closing(opened(place, bucket)) as gallery:
+        item, other = enrolled(gallery, 2)
+    killed("finish", place, bucket, item)
+    assert len(bucket.objects()) == 2
+    with closing(opened(place, bucket)) as gallery:
+        with pytest.raises(ItemNotFound):
+            gallery.get(item)
+        wait_for(lambda: len(bucket.objects()) == 1, "what was erased stays in the bucket")
+        assert gallery.image(other)[0] == crop(1).data
+
+
+def test_while_the_storage_hangs_searches_go_on_and_nothing_is_half_stored(
+    place: Place, bucket: Bucket, hasty: None
+) -> None:
+    with closing(opened(place, bucket)) as gallery:
+        item, _, third = enrolled(gallery, 3)
+        bucket.server.pause()
+        try:
+            with pytest.raises(CropsUnavailable, match="does not answer") as refused:
+                enrolled(gallery, 2, start=3)
+            assert int(refused.value.headers["Retry-After"]) > 0
+            with pytest.raises(CropsUnavailable, match=r"try again in .* seconds"):
+                gallery.image(item)
+            assert gallery.crops_available is False
+            assert len(gallery) == 3
+            assert gallery.search(features(3, 0)[0], None, top_k=1).hits[0].item.id == item
+            assert gallery.delete(item) == 1  # erased, and one object is still to be deleted
+            assert [hit.item.id for hit in gallery.search(features(3, 0)[0], None, top_k=3).hits]
+            with pytest.raises(ItemNotFound):
+                gallery.get(item)
+        finally:
+            bucket.server.resume()
+        wait_for(lambda: gallery.crops_available, "it does not find out that the storage is back")
+        kept = sorted([crop(1).data, crop(2).data])
+        wait_for(lambda: sorted(bucket.objects().values()) == kept, "the rest is not deleted")
+        wait_for(lambda: gallery.pending_objects == 0, "it is still counted")
+        assert gallery.image(third)[0] == crop(2).data
+        assert enrolled(gallery, 1, start=3)
+
+
+def test_a_gallery_opens_while_its_storage_is_away(
+    place: Place, bucket: Bucket, hasty: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(opened(place, bucket)) as gallery:
+        [item] = enrolled(gallery, 1)
+    bucket.server.pause()
+    try:
+        with closing(opened(place, bucket)) as gallery:
+            assert "does not answer" in caplog.text
+            assert gallery.search(features(1, 0)[0], None, top_k=1).hits[0].item.id == item
+            assert gallery.crops_available is False
+            bucket.server.resume()
+            wait_for(lambda: gallery.crops_available, "it does not find out that it is back")
+            assert gallery.image(item)[0] == crop(0).data
+    finally:
+        bucket.server.resume()
+
+
+def test_a_damaged_or_missing_object_is_an_error_and_never_served(
+    gallery: Gallery, bucket: Bucket, place: Place
+) -> None:
+    ids = enrolled(gallery, 4)
+    keys = {data: key for key, data in bucket.objects().items()}
+    damaged, longer, missing = (keys[crop(i).data] for i in range(3))
+    data = bytearray(crop(0).data)
+    data[len(data) // 2] ^= 1
+    bucket.s3.put_object(Bucket=bucket.name, Key=damaged, Body=bytes(data))
+    bucket.s3.put_object(Bucket=bucket.name, Key=longer, Body=crop(1).data + b"x")
+    bucket.s3.delete_object(Bucket=bucket.name, Key=missing)
+    for item, why in zip(ids, ("is damaged", "is damaged", "is missing"), strict=False):
+        with pytest.raises(GalleryDamaged, match=f"{item} {why} in the object storage"):
+            gallery.image(item)
+    assert gallery.image(ids[3])[0] == crop(3).data
+    gallery.delete(ids[2])  # as the sentence says
+    with pytest.raises(GalleryDamaged, match=f"{ids[0]}, {ids[1]} is damaged"):
+        gallery.backup(place.folder / "never.zip")
+    assert not (place.folder / "never.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("https://bucket/prefix", "names no bucket"),
+        ("s3://", "names no bucket"),
+        ("s3://bucket/a/../b", "its prefix"),
+        ("s3://bucket?secret=x", "parameter that is unknown"),
+        ("s3://bucket?endpoint=minio:9000", "its endpoint"),
+        ("s3://bucket?endpoint=http://user:hunter2@minio:9000", "its endpoint"),
+        ("s3://user:hunter2@bucket/prefix", "holds credentials"),
+    ],
+)
+def test_an_address_that_is_none_is_a_sentence_without_its_secret(
+    url: str, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CropsUnavailable, match=sentence) as refused:
+        Gallery.open(tmp_path, INFO, crops_url=url)
+    assert "hunter2" not in refused.value.detail
+    assert parse_address("s3://b-1/x/y?region=eu-west-1") == Address(
+        "b-1", "x/y", None, "eu-west-1"
+    )
+
+
+def test_a_bucket_that_cannot_be_used_is_a_sentence_at_the_start(
+    place: Place, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = bucket._replace(url=bucket.url.replace(bucket.name, "no-such-bucket"))
+    with pytest.raises(CropsUnavailable, match="there is no such bucket"):
+        opened(place, missing)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    nobody = tmp_path / "empty"
+    nobody.write_text("")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(CropsUnavailable, match="no credentials are found"):
+        opened(place, bucket._replace(url=address(bucket.server, bucket.name, nobody)))
+    with pytest.raises(CropsUnavailable, match="there is no credentials file"):
+        opened(place, bucket._replace(url=address(bucket.server, bucket.name, tmp_path / "none")))
+
+
+def test_rights_that_are_missing_are_a_sentence_at_the_start(
+    place: Place, bucket: Bucket, tmp_path: Path
+) -> None:
+    iam = bucket.server.client("iam")
+    iam.create_user(UserName=bucket.name)
+    rights = {"Effect": "Allow", "Action": ["s3:PutObject", "s3:GetObject", "s3:ListBucket"]}
+    policy = {"Version": "2012-10-17", "Statement": [{**rights, "Resource": "*"}]}
+    iam.put_user_policy(UserName=bucket.name, PolicyName="p", PolicyDocument=json.dumps(policy))
+    key = iam.create_access_key(UserName=bucket.name)["AccessKey"]
+    for secret, sentence in (
+        ("wrong", "the credentials are wrong"),
+        (key["SecretAccessKey"], "not allowed to delete from this place"),
+    ):
+        file = tmp_path / "user"
+        file.write_text(
+            f"[default]\naws_access_key_id = {key['AccessKeyId']}\n"
+            f"aws_secret_access_key = {secret}\n"
+        )
+        bucket.server.demand_rights(0)
+        try:
+            with pytest.raises(CropsUnavailable, match=sentence):
+                opened(place, bucket._replace(url=address(bucket.server, bucket.name, file)))
+        finally:
+            bucket.server.demand_rights(float("inf"))
+
+
+def test_a_bucket_that_keeps_what_is_deleted_is_named(
+    place: Place, bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket.s3.put_bucket_versioning(
+        Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"}
+    )
+    with closing(opened(place, bucket)):
+        assert "keeps versions, so erased crops stay in it" in caplog.text
+
+
+def test_each_gallery_has_a_place_of_its_own(
+    make_place: MakePlace, place: Place, bucket: Bucket
+) -> None:
+    with closing(opened(place, bucket)) as gallery:
+        [item] = enrolled(gallery, 1)
+    with pytest.raises(CropsUnavailable, match="another gallery's crops"):
+        opened(make_place("sqlite"), bucket)
+    elsewhere = bucket._replace(url=bucket.url.replace("/gate", "/other"))
+    with pytest.raises(CropsUnavailable, match="none of this gallery's crops"):
+        opened(place, elsewhere)
+    with pytest.raises(CropsUnavailable, match="set CMT_CROPS_URL"):
+        opened(place, None)
+    with closing(opened(place, bucket)) as gallery:
+        assert gallery.image(item)[0] == crop(0).data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_crops_move_out_and_back(kind: str, make_place: MakePlace, bucket: Bucket) -> None:
+    place = make_place(kind)
+    with closing(opened(place, bucket, 10**6)) as gallery:
+        ids = enrolled(gallery, 5)
+    with closing(opened(place, bucket, 0)) as gallery:
+        crops = gallery._current.store.crops
+        moving = crops.move()
+        # Erased while it is moved: the object that was written for it goes, too.
+        gallery.delete(ids[0])
+        assert sum(moving) == 4
+        assert sum(crops.move()) == 0
+        assert sorted(bucket.objects().values()) == sorted(crop(i).data for i in range(1, 5))
+        assert [gallery.image(item)[0] for item in ids[1:]] == [crop(i).data for i in range(1, 5)]
+        assert sum(crops.move(back=True)) == 4
+        assert bucket.objects() == {}
+        assert [gallery.image(item)[0] for item in ids[1:]] == [crop(i).data for i in range(1, 5)]
+    with closing(opened(place, None)) as gallery:
+        assert gallery.image(ids[4])[0] == crop(4).data
+
+
+def test_a_move_that_was_stopped_goes_on(
+    place: Place, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crops_module, "_MOVED_AT_ONCE", 2)
+    with closing(opened(place, bucket, 10**6)) as gallery:
+        ids = enrolled(gallery, 5)
+    with closing(opened(place, bucket)) as gallery:
+        crops = gallery._current.store.crops
+        assert next(iter(crops.move())) == 2
+        assert len(bucket.objects()) == 2
+    with closing(opened(place, bucket)) as gallery:
+        assert sum(gallery._current.store.crops.move()) == 3
+        assert [gallery.image(item)[0] for item in ids] == [crop(i).data for i in range(5)]
