@@ -17,6 +17,7 @@ from torch import nn
 PrecisionName = Literal["auto", "float32", "bfloat16"]
 # bf16 rounds to three digits: it must win clearly, not by the noise of one measurement.
 _CLEAR_WIN = 1.15
+_BF16_CAPABILITY = 8  # of the first GPUs with units for it: Ampere
 
 
 class Precision(NamedTuple):
@@ -33,14 +34,14 @@ class Precision(NamedTuple):
 
 @lru_cache(maxsize=8)
 def choose_precision(device: str = "cpu", override: PrecisionName = "auto") -> Precision:
-    """Choose the dtype in which a convolution network runs fastest on `device` ("cpu", "cuda", …).
+    """Choose the dtype in which a convolution network runs fastest.
 
-    override: this dtype instead of a measurement, unless "auto".
+    device: "cpu", "cuda" or "cuda:1". override: this dtype instead of a measurement, unless "auto".
     """
     if override != "auto":
         return Precision(getattr(torch, override), f"{override}: set by configuration")
     if device.startswith("cuda"):
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if torch.cuda.get_device_capability(device)[0] >= _BF16_CAPABILITY:
             return Precision(torch.bfloat16, "bfloat16: the GPU has units for it")
         return Precision(torch.float32, "float32: the GPU has no bfloat16 units")
     fp32, bf16 = _seconds(torch.float32), _seconds(torch.bfloat16)

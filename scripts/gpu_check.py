@@ -67,15 +67,18 @@ def parts(out: Path, rows: int) -> list[Part]:
         options = ("-m", "gpu", "--continue-on-collection-errors", f"--junitxml={out / part}.xml")
         return Part(part, 50, (sys.executable, "-m", "pytest", *options, *files))
 
-    serve = "--network resnet50 --clients 1,32 --seconds 5 --rounds 1 --against naive"
+    serve = (
+        "--network resnet50 --clients 1,64 --seconds 2.5 --rounds 1 --against naive "
+        "--batching 64:0.005"
+    )
     return [
         # A process for each room: where one's packages are missing, the others' tests still run.
         *(tests(room) for room in ROOMS if marked_files(room)),
         bench("rescore", 150, f"--sizes {rows} --queries 1,32"),
-        bench("embed", 50, "--network resnet50 --batches 1,32,128"),
+        bench("embed", 50, "--network resnet50 --batches 1,32,128,256"),
         bench("train-paper", 45, "--recipe paper"),
         bench("train-compact", 35, "--recipe compact"),
-        bench("serve", 80, serve),
+        bench("serve", 90, serve),
     ]
 
 

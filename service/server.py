@@ -131,7 +131,7 @@ def running(settings: Settings) -> Iterator[str]:
         thread.join()
 
 
-def _make(settings: Settings) -> tuple[FastAPI, uvicorn.Server]:
+def _make(settings: Settings) -> tuple[FastAPI, _Server]:
     app = create_app(settings)
     lingering: Lingering = {}
     config = uvicorn.Config(

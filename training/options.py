@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from model.device import DEVICES
 from model.labels import LabelError, normalized_label
 from model.outputs import file_option
 from training.acceleration import Switch
@@ -41,7 +42,7 @@ Compile = Annotated[
     typer.Option(help="torch.compile; auto tries it in runs that are long enough to gain."),
 ]
 Trial = Annotated[int, typer.Option(help="RegDB: which of the ten splits.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help=f"{DEVICES}.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
 FiguresFile = Annotated[

@@ -15,11 +15,12 @@ from torch.nn import functional
 
 from model import CMT, load_checkpoint, preprocess, save_checkpoint
 from model.benchmark import Comparison, Spread, compare, publish
+from model.device import DEVICES
 from model.outputs import ResultsFile
 from service.bench.crops import decoded, image_files
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
-from service.embedding.embedder import Device, Embedder, Runtime
+from service.embedding.embedder import Embedder, Runtime
 from service.images.decode import Crop
 
 
@@ -29,7 +30,7 @@ def embed(
     images: Annotated[Path, typer.Option(help="Folder of crops.")] = Path("examples"),
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(help="How often both sides run, in turn.")] = 5,
-    device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
     json: ResultsFile = None,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from model.benchmark import Spread, publish, seconds
+from model.device import DEVICES
 from model.outputs import ResultsFile
 from service.bench.crops import BenchmarkDataError, decoded, image_files
 from service.bench.data import CHECKPOINT
@@ -21,7 +22,7 @@ from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.client import Client
 from service.client.bulk import send
 from service.client.stream import Entry
-from service.embedding.embedder import Device, Embedder, Runtime
+from service.embedding.embedder import Embedder, Runtime
 from service.gallery import Gallery, Item, NewItem
 from service.images.decode import Crop
 from service.server import running
@@ -42,7 +43,7 @@ def enroll(
     count: Annotated[int, typer.Option(min=1, help="Images of a round.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Images embedded and stored at once.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="How often all sides run, in turn.")] = 3,
-    device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
     json: ResultsFile = None,
 ) -> None:

@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from model.benchmark import publish
+from model.device import DEVICES
 from model.outputs import ResultsFile, picture_option
 from model.terminal import say
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.bench.serving.rivals import Batching, Rival, is_installed
 from service.bench.serving.trials import Trials
-from service.embedding.embedder import Device, Embedder, Runtime
+from service.embedding.embedder import Embedder, Runtime
 
 
 def serve(
@@ -53,7 +54,7 @@ def serve(
             "times as many, most of whom are refused.",
         ),
     ] = None,
-    device: Annotated[Device, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
     plot: Annotated[
         Path | None, typer.Option(help="Draw latency and throughput here.", callback=picture_option)
@@ -63,11 +64,12 @@ def serve(
     """Measure POST /query and POST /gallery over HTTP, against the bare model and other servers.
 
     The bare model is the service's network called in a loop on decoded tensors, at the best batch
-    size of 1, 8 and 32: the ceiling. The other servers do less than the service: they decode an
-    upload with Pillow, embed it with the same Embedder on the same device and runtime, and answer
-    the norm. Naive FastAPI does so request by request, LitServe in dynamic batches. Naive FastAPI
-    also ranks (POST /rank): as many rows in memory, modulated for every query as in the paper.
-    Each server and the load generator run in processes of their own, one at a time, all in turn.
+    size of 1, 8, 32 and, on a GPU, 128: the ceiling. The other servers do less than the service:
+    they decode an upload with Pillow, embed it with the same Embedder on the same device and
+    runtime, and answer the norm. Naive FastAPI does so request by request, LitServe in dynamic
+    batches. Naive FastAPI also ranks (POST /rank): as many rows in memory, modulated for every
+    query as in the paper. Each server and the load generator run in processes of their own, one at
+    a time, all in turn.
 
     Requests a second are given as they were, and corrected for the generator's share of this
     machine: requests / (seconds − CPU seconds of the generator / cores). Shares of the bare model

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from model.device import DEVICES
 from model.terminal import say
 from service.cli.options import DEFAULT_URL, ApiKey, Client, Url, data_dir_option
 
@@ -33,6 +34,9 @@ def reembed(
     database_url: Annotated[
         str | None, typer.Option(envvar="CMT_DATABASE_URL", help="With --data-dir: its database.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(envvar="CMT_DEVICE", help=f"With --data-dir: {DEVICES}.")
+    ] = "auto",
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -46,7 +50,7 @@ def reembed(
     if data_dir is not None:
         if checkpoint is None:
             raise typer.BadParameter("with --data-dir give the path of the checkpoint")
-        _offline(Path(checkpoint), data_dir, database_url)
+        _offline(Path(checkpoint), data_dir, database_url, device)
     else:
         with Client(url, api_key=api_key) as client:
             _online(client, checkpoint)
@@ -66,12 +70,12 @@ def _online(client: Client, checkpoint: str | None) -> None:
         raise ReembedFailed(status.detail or "it was stopped; start it again")
 
 
-def _offline(checkpoint: Path, data_dir: Path, database_url: str | None) -> None:
+def _offline(checkpoint: Path, data_dir: Path, database_url: str | None, device: str) -> None:
     from service.embedding.embedder import Embedder
     from service.gallery import Gallery
     from service.gallery import Progress as Step
 
-    embedder = Embedder(checkpoint, cache_dir=data_dir / "cache")
+    embedder = Embedder(checkpoint, device, cache_dir=data_dir / "cache")
     gallery = Gallery.open(
         data_dir, embedder.info, device=embedder.device, database_url=database_url
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from model.device import DEVICES
 from service.cli.options import data_dir_option
 
 Option = typer.Option
@@ -22,7 +23,7 @@ def serve(
     host: Annotated[str | None, Option(help="Address to bind, 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, Option(help="Port, 8000 by default; 0 takes a free one.")] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"] | None, Option(help="Where the network and search run.")
+        str | None, Option(help=f"Where the network and search run: {DEVICES}.")
     ] = None,
     runtime: Annotated[
         Literal["auto", "torch", "openvino"] | None, Option(help="What runs the network.")

@@ -1,8 +1,8 @@
 """Crops → features, and a query's γ, β: the network in the runtime that is fastest here.
 
 Runtimes: torch on a GPU or a CPU, OpenVINO on a CPU. "auto" takes OpenVINO on a CPU if it is
-installed and measures no slower than torch. Its bf16 is used only where it agrees with torch's
-fp32 on test pictures; trained weights do, some random ones do not.
+installed and measures no slower than torch. bf16, OpenVINO's or a GPU's, is used only where it
+agrees with torch's fp32 on a CPU on test pictures; trained weights do, some random ones do not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,20 +21,22 @@ from torch.nn import functional
 from model import CMT, Modality, Modulation, load_checkpoint, modulation_of
 from model.device import DeviceError, chosen_device
 from model.precision import Precision, PrecisionName, choose_precision
-from model.preprocess import normalise, pixels_of
+from model.preprocess import pixels_of
+from service.embedding.torch_runtime import GpuBackend, TorchBackend
 from service.errors import RuntimeUnavailable
 from service.images.decode import Crop
 
 log = logging.getLogger(__name__)
 
-Device = Literal["auto", "cpu", "cuda"]
 Runtime = Literal["auto", "torch", "openvino"]
 
 # What bf16 must reach against fp32 to be used: see Embedder._agreement.
 AGREEMENT = 0.998
 ERROR_SHARE = 0.1
+_TOO_COARSE = "bf16 is too coarse for these weights"
 _SHOWN = 200  # characters of a library's message
-_BATCH = 32  # longer lists are split: no gain on a CPU, bounded memory on a GPU
+# Longer lists are split. There is no gain on a CPU; on a GPU this is the setting max_batch's most.
+_LONGEST = {"cpu": 32, "cuda": 1024}
 _MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
 
 
@@ -57,22 +58,23 @@ class Backend(Protocol):
 class Embedder:
     """One checkpoint on one device. Thread-safe.
 
-    info: the checkpoint's metadata. device: "cpu" or "cuda". runtime: "torch" or
+    info: the checkpoint's metadata. device: "cpu", "cuda" or "cuda:1". runtime: "torch" or
     "openvino". precision: the number type and why it was chosen. backend: the network alone;
-    `embed` gives it at most 32 crops at once.
+    `embed` gives it at most 32 crops at once on a CPU, and 1024 on a GPU.
     Raises CheckpointError (the file) or RuntimeUnavailable (device or runtime), one sentence.
     """
 
     def __init__(
         self,
         checkpoint: Path,
-        device: Device = "auto",
+        device: str = "auto",
         runtime: Runtime = "auto",
         cache_dir: Path | None = None,
         *,
         precision: PrecisionName = "auto",
     ) -> None:
         self.device = _device(device)
+        self._checkpoint, self._longest = checkpoint, _LONGEST[torch.device(self.device).type]
         self._model, self.info = load_checkpoint(checkpoint, self.device)
         self.runtime, self.precision, self.backend = self._choose(runtime, precision, cache_dir)
 
@@ -86,8 +88,8 @@ class Embedder:
         features = torch.empty(len(crops), config.parts, config.dim)
         for modality in _MODALITIES:
             places = [i for i, crop in enumerate(crops) if crop.modality == modality]
-            for start in range(0, len(places), _BATCH):
-                batch = places[start : start + _BATCH]
+            for start in range(0, len(places), self._longest):
+                batch = places[start : start + self._longest]
                 pixels = pixels_of([crops[i].image for i in batch], config)
                 features[batch] = run(pixels, modality)
         return features
@@ -104,14 +106,14 @@ class Embedder:
         self, runtime: Runtime, precision: PrecisionName, cache_dir: Path | None
     ) -> tuple[str, str, Backend]:
         chosen = choose_precision(self.device, precision)
+        if self.device != "cpu":
+            if runtime == "openvino":
+                raise RuntimeUnavailable(
+                    "OpenVINO runs on the CPU here; use device cpu or runtime torch"
+                )
+            return "torch", *self._on_gpu(chosen, precision)
         eager = TorchBackend(self._model, self.device, chosen)
         if runtime == "torch":
-            return "torch", chosen.reason, eager
-        if runtime == "openvino" and self.device != "cpu":
-            raise RuntimeUnavailable(
-                "OpenVINO runs on the CPU here; use device cpu or runtime torch"
-            )
-        if self.device != "cpu":
             return "torch", chosen.reason, eager
         if find_spec("openvino") is None:
             if runtime == "openvino":
@@ -138,6 +140,16 @@ class Embedder:
             return "torch", f"{chosen.reason}; OpenVINO measured {slower:.2f}× slower", eager
         return "openvino", f"{reason}; {1 / slower:.1f}× as fast as torch here", converted
 
+    def _on_gpu(self, chosen: Precision, asked: PrecisionName) -> tuple[str, Backend]:
+        backend = GpuBackend(self._model, self.device, chosen)
+        if asked != "auto" or not chosen.autocast:
+            return chosen.reason, backend
+        agrees, measured = self._agreement(backend)
+        if agrees:
+            return f"{chosen.reason}, {measured}", backend
+        exact = Precision(torch.float32, f"float32: {_TOO_COARSE}, {measured}")
+        return exact.reason, GpuBackend(self._model, self.device, exact)
+
     def _openvino(self, precision: PrecisionName, cache_dir: Path | None) -> tuple[Backend, str]:
         from service.embedding.openvino_runtime import OpenVINOBackend  # an optional dependency
 
@@ -148,22 +160,23 @@ class Embedder:
             return backend, f"{backend.precision}: set by configuration"
         if backend.precision == "f32":
             return backend, "f32: OpenVINO's choice on this CPU"
-        cosine, error = self._agreement(backend)
-        measured = f"cosine {cosine:.4f}, error {error:.1%} of the distance between pictures"
-        if cosine > AGREEMENT and error < ERROR_SHARE:
+        agrees, measured = self._agreement(backend)
+        if agrees:
             return backend, f"{backend.precision}: OpenVINO's choice on this CPU, {measured}"
         backend = OpenVINOBackend(
             self._model, self.info.fingerprint, precision="float32", cache=cache_dir
         )
-        return backend, f"f32: bf16 is too coarse for these weights, {measured}"
+        return backend, f"f32: {_TOO_COARSE}, {measured}"
 
-    def _agreement(self, backend: Backend) -> tuple[float, float]:
-        """Against torch in fp32: the lowest cosine, and the error over the distance of pictures.
+    def _agreement(self, backend: Backend) -> tuple[bool, str]:
+        """Whether it agrees with torch in fp32 on a CPU, and how well.
 
-        Untrained weights give all pictures nearly one feature: there the cosine is high and means
-        nothing, while the rounding hides the pictures' differences.
+        By the lowest cosine, and the error over the distance between pictures. Untrained weights
+        give all pictures nearly one feature: there the cosine is high and means nothing, while the
+        rounding hides the pictures' differences.
         """
-        exact = TorchBackend(self._model, self.device, Precision(torch.float32, "reference"))
+        here = self._model if self.device == "cpu" else load_checkpoint(self._checkpoint)[0]
+        exact = TorchBackend(here, "cpu", Precision(torch.float32, "reference"))
         pictures = _test_pictures(self._model)
         cosines, errors = [], []
         for modality in _MODALITIES:
@@ -173,35 +186,12 @@ class Embedder:
             )
             cosines.append(float(functional.cosine_similarity(given, true).min()))
             errors.append(float((given - true).norm(dim=1).max() / torch.pdist(true).median()))
-        return min(cosines), max(errors)
+        cosine, error = min(cosines), max(errors)
+        measured = f"cosine {cosine:.4f}, error {error:.1%} of the distance between pictures"
+        return cosine > AGREEMENT and error < ERROR_SHARE, measured
 
 
-class TorchBackend:
-    """The network in PyTorch: channels last, under autocast where that measures faster."""
-
-    streams = 1
-
-    def __init__(self, model: CMT, device: str, precision: Precision) -> None:
-        # Converts in place; only convolution kernels change their memory order.
-        self._model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._device, self._precision = device, precision
-
-    def __call__(self, pixels: Tensor, modality: Modality) -> Tensor:
-        # Permuted pixels keep their memory order, which is channels last.
-        images = normalise(pixels.to(self._device).permute(0, 3, 1, 2))
-        autocast = (
-            torch.autocast(self._device, self._precision.dtype)
-            if self._precision.autocast
-            else nullcontext()
-        )
-        with autocast:
-            features: Tensor = self._model.embed(images, modality)
-        return features.cpu()
-
-    beside = __call__
-
-
-def _device(device: Device) -> str:
+def _device(device: str) -> str:
     try:
         return chosen_device(device)
     except DeviceError as error:

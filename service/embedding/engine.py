@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from anyio import create_task_group
 
 from service.embedding.batcher import EmbeddingBatcher
@@ -25,7 +26,7 @@ class EmbeddingEngine:
         self.embedder = embedder
         self.batcher = EmbeddingBatcher(
             embedder.embed,
-            max_batch=settings.max_batch or _BATCH[embedder.device],
+            max_batch=settings.max_batch or _BATCH[torch.device(embedder.device).type],
             max_wait=settings.batch_wait,
             streams=embedder.backend.streams,
             observe=observe,
@@ -38,7 +39,7 @@ class EmbeddingEngine:
 
     async def run(self) -> None:
         """Embed batch after batch, until cancelled or retired."""
-        cuda = self.embedder.device == "cuda"
+        cuda = torch.device(self.embedder.device).type == "cuda"
         async with create_task_group() as group:
             for _ in range(_CUDA_RUNNERS if cuda else self.embedder.backend.streams):
                 group.start_soon(self.batcher.run)

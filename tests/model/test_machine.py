@@ -16,6 +16,7 @@ import torch
 from model import torchvision_compat
 from model.device import DeviceError, chosen_device
 from model.precision import choose_precision
+from tests.faked_device import FakedDevice
 
 
 def test_torchvision_models_work_beside_this_torch() -> None:
@@ -106,7 +107,9 @@ def test_openvino_is_imported_in_one_place() -> None:
     assert found == {"model/quiet_openvino.py"}
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "CUDA", "mps", "cuda:²"])
+@pytest.mark.parametrize(
+    "name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "CUDA", "mps", "cuda:²", "cuda:01"]
+)
 def test_names_of_no_device_are_refused(name: str) -> None:
     with pytest.raises(DeviceError, match="is no device; use auto, cpu, cuda"):
         chosen_device(name)
@@ -126,3 +129,22 @@ def test_a_gpu_that_is_not_there_is_a_sentence_with_the_remedy(
         with pytest.raises(DeviceError, match=f"finds no CUDA device; {remedy}.*use device cpu"):
             chosen_device("cuda")
     assert chosen_device("auto") == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(DeviceError, match="nvidia-smi and CUDA_VISIBLE_DEVICES, which is ''"):
+        chosen_device("cuda")
+
+
+def test_a_gpu_is_counted_among_those_that_are_visible(
+    faked: FakedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [chosen_device(name) for name in ("auto", "cuda", "cuda:0")] == [
+        "cuda",
+        "cuda",
+        "cuda:0",
+    ]
+    with pytest.raises(DeviceError, match="there is no GPU 1, only 1, counted from 0"):
+        chosen_device("cuda:1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(DeviceError, match="no GPU 3, only 1 among CUDA_VISIBLE_DEVICES=3"):
+        chosen_device("cuda:3")

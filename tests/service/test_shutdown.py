@@ -29,7 +29,8 @@ NEVER = 3600  # seconds
 # A GPU that is lost once a file is there, as PyTorch says it.
 LOSING = """
 import pathlib, time, torch
-from service.embedding.embedder import Embedder, TorchBackend
+from service.embedding.embedder import Embedder
+from service.embedding.torch_runtime import TorchBackend
 
 def losing(compute):
     def computed(*arguments):

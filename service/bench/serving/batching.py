@@ -32,8 +32,7 @@ class EmbeddingAPI(litserve.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:
         """Load the checkpoint; device: "cpu", or "cuda:0" and so on."""
-        kind = device.partition(":")[0]
-        self._embedder = Embedder(self._checkpoint, kind, self._runtime)  # type: ignore[arg-type]
+        self._embedder = Embedder(self._checkpoint, device, self._runtime)  # type: ignore[arg-type]
 
     def decode_request(self, request: Request) -> Crop:
         """The form's part `image`."""
@@ -52,8 +51,12 @@ class EmbeddingAPI(litserve.LitAPI):  # type: ignore[misc]
 def main() -> None:
     """Serve until a signal."""
     checkpoint, device, runtime, port = sys.argv[1:]
+    kind, _, number = device.partition(":")
     server = litserve.LitServer(
-        EmbeddingAPI(Path(checkpoint), runtime), accelerator=device, devices=1, timeout=False
+        EmbeddingAPI(Path(checkpoint), runtime),
+        accelerator=kind,
+        devices=[int(number)] if number else 1,
+        timeout=False,
     )
     server.run(host=HOST, port=int(port), log_level="warning", generate_client_file=False)
 

@@ -33,7 +33,7 @@ from service.client import Client
 from service.embedding.embedder import Embedder
 from service.gallery import Gallery, NewItem
 
-_BATCHES = (1, 8, 32)
+_BATCHES = {"cpu": (1, 8, 32), "cuda": (1, 8, 32, 128)}  # of the bare model
 _BLOCK = 1000  # items of one transaction while the gallery is filled
 _NOISE = 0.1  # of the features' deviation, so that no two items of the gallery are equal
 _DEBUGGED = 20  # queries whose stages are asked for, a round
@@ -54,7 +54,8 @@ class Trials:
         self._queries, self._crops = image_files(queries), image_files(crops)
         self._gallery = 0  # items in it
         self._precision = ""
-        self._bare: dict[int, list[float]] = {batch: [] for batch in _BATCHES}  # images/s
+        batches = _BATCHES[torch.device(embedder.device).type]
+        self._bare: dict[int, list[float]] = {batch: [] for batch in batches}  # images/s
         self._loads: dict[Key, list[Load]] = {}
         self._stages: dict[str, list[float]] = {}  # ms
 
@@ -132,13 +133,13 @@ class Trials:
 
     def _measure_bare(self, duration: float) -> None:
         """The network on decoded tensors, as often as the time allows."""
-        crops = islice(cycle(decoded(self._queries)), max(_BATCHES))
+        crops = islice(cycle(decoded(self._queries)), max(self._bare))
         pixels = pixels_of([crop.image for crop in crops], self._embedder.info.config)
         for batch, rates in self._bare.items():
             part = pixels[:batch]
             self._embedder.backend(part, "ir")  # warm up
             calls, taken = 0, 0.0
-            while taken < duration / len(_BATCHES):
+            while taken < duration / len(self._bare):
                 taken += seconds(lambda part=part: self._embedder.backend(part, "ir"))  # type: ignore[misc]
                 calls += 1
             rates.append(batch * calls / taken)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,14 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from model import CMT, CheckpointError, preprocess
+from model import CMT, CheckpointError, Modality, preprocess
+from service.embedding import embedder as embedding
 from service.embedding.embedder import Embedder
+from service.embedding.engine import EmbeddingEngine
 from service.errors import RuntimeUnavailable
 from service.images.decode import Crop, decode
+from service.settings import load_settings
+from tests.faked_device import FakedDevice
 
 
 def crops(count: int, modality: str = "auto") -> list[Crop]:
@@ -222,3 +228,90 @@ def test_a_gpu_embeds_as_the_cpu_does(
             torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4)
     finally:
         there.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("agreeing", [True, False])
+def test_a_gpu_uses_bf16_only_where_it_agrees_with_fp32(
+    agreeing: bool, tiny_checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("this GPU has no units for bf16")
+    # Random weights agree badly; here it is the rule that is looked at.
+    monkeypatch.setattr(embedding, "AGREEMENT", -1.0 if agreeing else 2.0)
+    monkeypatch.setattr(embedding, "ERROR_SHARE", torch.inf)
+    there = Embedder(tiny_checkpoint, device=device)
+    try:
+        kind = "bfloat16: the GPU has units for it" if agreeing else "float32: bf16 is too coarse"
+        assert there.precision.startswith(kind)
+        assert "cosine" in there.precision
+        assert there.embed(crops(3)).dtype == torch.float32
+    finally:
+        there.close()
+
+
+@pytest.mark.gpu
+def test_a_gpu_embeds_whole_batches_of_the_setting(tiny_checkpoint: Path, device: str) -> None:
+    there = Embedder(tiny_checkpoint, device=device, precision="float32")
+    settings = load_settings(checkpoint=tiny_checkpoint, data_dir=Path("unused"), max_batch=256)
+    usual = load_settings(checkpoint=tiny_checkpoint, data_dir=Path("unused"))
+    sizes: list[int] = []
+    network = there.backend
+
+    def counting(pixels: torch.Tensor, modality: Modality) -> torch.Tensor:
+        sizes.append(len(pixels))
+        return network(pixels, modality)
+
+    try:
+        assert EmbeddingEngine(there, settings, print).batcher.max_batch == 256
+        assert EmbeddingEngine(there, usual, print).batcher.max_batch == 32
+        there.backend = counting  # type: ignore[assignment]
+        batch = crops(1, "rgb") * 70 + crops(1, "ir") * 50
+        features = there.embed(batch)
+    finally:
+        there.close()
+    assert sizes == [70, 50]
+    torch.testing.assert_close(features[:1].expand(70, -1, -1), features[:70], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_threads_share_a_gpu_and_get_their_own_answers(tiny_checkpoint: Path, device: str) -> None:
+    there = Embedder(tiny_checkpoint, device=f"{device}:0", precision="float32")
+    batch = crops(12)
+    try:
+        alone = there.embed(batch)
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda i: there.embed(batch[: i % 12 + 1]), range(24)))
+    finally:
+        there.close()
+    for i, features in enumerate(together):
+        torch.testing.assert_close(features, alone[: i % 12 + 1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_is_fed_from_pinned_memory_on_a_stream_of_its_own(
+    faked: FakedDevice, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Embedder(tiny_checkpoint, device="cuda", precision="float32")
+    pinned: list[torch.Size] = []
+    on_stream = 0
+
+    def pin(pixels: torch.Tensor) -> torch.Tensor:
+        pinned.append(pixels.shape)
+        return pixels.clone()
+
+    @contextmanager
+    def stream(_: object) -> Iterator[None]:
+        nonlocal on_stream
+        before = faked.launches.total()
+        yield
+        on_stream += faked.launches.total() - before
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    faked.reset()
+    there.embed(crops(7))
+    config = there.info.config
+    size = (config.input_height, config.input_width, 3)
+    assert pinned == [(4, *size), (3, *size)]
+    assert on_stream == faked.launches.total() > 0
+    there.close()

@@ -61,8 +61,9 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The stand-in: one GPU, whose values a test may change."""
     real = pytest.importorskip("pynvml")
     fake: Any = ModuleType("pynvml")
-    fake.NVMLError = real.NVMLError
+    fake.NVMLError, fake.NVMLError_NotSupported = real.NVMLError, real.NVMLError_NotSupported
     fake.used, fake.failing = 60 << 30, False
+    fake.uuids = ["GPU-6ba7b810-9dad-11d1-80b4-00c04fd430c8"]
 
     def told(value: Any) -> Any:
         if fake.failing:
@@ -70,9 +71,9 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
         return value
 
     def by_uuid(uuid: str) -> str:
-        if uuid != "GPU-6ba7b810-9dad-11d1-80b4-00c04fd430c8":
+        if uuid not in fake.uuids:
             raise real.NVMLError(real.NVML_ERROR_NOT_FOUND)
-        return "handle"
+        return uuid
 
     fake.nvmlInit = lambda: None
     fake.nvmlDeviceGetHandleByUUID = by_uuid
@@ -107,6 +108,54 @@ def test_a_gpu_tells_its_memory_and_utilisation(nvml: Any) -> None:
     assert values(metrics) == told | {"cmt_gpu_memory_used_bytes": 1.0}
     nvml.failing = True  # a scrape goes on where the driver does not
     assert [value == value for value in values(metrics).values()] == [False] * 3
+
+
+@pytest.mark.parametrize("told", ["by torch", "by the environment"])
+def test_a_part_of_a_gpu_tells_its_own_memory(
+    nvml: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MIG: what is there of the whole GPU says nothing about it."""
+
+    def unsupported(_: object) -> None:
+        raise nvml.NVMLError(3)  # NVML_ERROR_NOT_SUPPORTED
+
+    nvml.nvmlDeviceGetUtilizationRates = unsupported
+    if told == "by torch":
+        nvml.uuids.append("MIG-6ba7b810-9dad-11d1-80b4-00c04fd430c8")
+    else:
+        nvml.uuids = ["MIG-of-the-second"]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-of-the-first, MIG-of-the-second")
+    handles: list[str] = []
+
+    def memory(handle: str) -> SimpleNamespace:
+        handles.append(handle)
+        return SimpleNamespace(used=1 << 30, total=10 << 30)
+
+    nvml.nvmlDeviceGetMemoryInfo = memory
+    metrics = Metrics()
+    assert gpu.watch_gpu(metrics, "cuda:1")
+    assert values(metrics) == {
+        "cmt_gpu_memory_used_bytes": float(1 << 30),
+        "cmt_gpu_memory_total_bytes": float(10 << 30),
+    }
+    assert {handle.partition("-")[0] for handle in handles} == {"MIG"}
+
+
+def test_each_process_watches_its_own_gpu(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    monkeypatch.setattr(
+        gpu, "get_device_properties", lambda name: SimpleNamespace(uuid=f"of-{name}")
+    )
+    nvml.uuids = ["GPU-of-cuda:0", "GPU-of-cuda:1"]
+    watched: list[str] = []
+
+    def memory(handle: str) -> SimpleNamespace:
+        watched.append(handle)
+        return SimpleNamespace(used=1, total=2)
+
+    nvml.nvmlDeviceGetMemoryInfo = memory
+    assert gpu.watch_gpu(Metrics(), "cuda:1")
+    assert {*watched} == {"GPU-of-cuda:1"}
 
 
 def test_without_a_gpu_its_metrics_are_absent(
