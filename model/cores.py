@@ -35,15 +35,19 @@ def limit_threads(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("OMP_NUM_THREADS", str(cores))
 
 
-def _quotas(root: Path) -> Iterator[float]:
-    """Quotas in cores of this process's control groups and those around them, of both versions."""
+def control_files(root: Path, controller: str, new: str, old: str) -> Iterator[Path]:
+    """Files of this process's control groups and those around them, where they exist.
+
+    new, old: the file's name in version 2 and 1. root: where `proc` and `sys` are. Raises OSError
+    and ValueError where there are no control groups.
+    """
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":
             folders: tuple[str, ...] = ("", "unified")
-            name = "cpu.max"
-        elif "cpu" in controllers.split(","):
-            folders, name = (controllers, "cpu"), "cpu.cfs_quota_us"
+            name = new
+        elif controller in controllers.split(","):
+            folders, name = (controllers, controller), old
         else:
             continue
         for folder in folders:
@@ -51,15 +55,19 @@ def _quotas(root: Path) -> Iterator[float]:
             # In a container the path may be that of the host, and the mount the group itself.
             path = PurePosixPath(group.lstrip("/"))
             for place in (path, *path.parents):
-                quota = _quota(mount / place / name)
-                if quota is not None:
-                    yield quota
+                if (mount / place / name).is_file():
+                    yield mount / place / name
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Quotas in cores of this process's control groups and those around them, of both versions."""
+    for file in control_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
+        if (quota := _quota(file)) is not None:
+            yield quota
 
 
 def _quota(file: Path) -> float | None:
     """Cores by `cpu.max` ("quota period") or `cpu.cfs_quota_us`; None without a limit."""
-    if not file.is_file():
-        return None
     quota, *period = file.read_text().split()
     if quota in ("max", "-1"):
         return None

@@ -25,8 +25,8 @@ from service.bench.data import (
     numbers,
 )
 from service.bench.engine import Engine
-from service.gallery.index.maintenance import free_memory
 from service.gallery.index.recall_index import choose_kind
+from service.kit.host_memory import available_memory
 
 _TOP = 20
 _BATCH = 32
@@ -95,7 +95,9 @@ def _measure(source: Source, count: int, dim: int, shortlist: int, rounds: int) 
     x, modulation = data.queries, data.modulation
     before = _resident_bytes()
     engine = Engine(data.gallery)
-    search = engine.searching(engine.index(choose_kind(count, "cpu", free_memory(), engine.width)))
+    search = engine.searching(
+        engine.index(choose_kind(count, "cpu", available_memory(), engine.width))
+    )
     occupied = _resident_bytes() - before
     del data
 

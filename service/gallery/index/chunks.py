@@ -9,6 +9,8 @@ FAISS's scan, the matrix product and rescoring.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import faiss
@@ -16,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from service.kit.memory import is_out_of_memory
 
 # On a CPU a chunk is a thread's share of a scan and should stay in the last cache; on a GPU it is
 # one product. Up to one chunk of a gallery's memory may be unused.
@@ -36,13 +40,21 @@ def scale_for(largest: float) -> float:
 class Chunk:
     """Rows `first` … `first` + capacity − 1 of a gallery; only the first `count` are filled.
 
-    device: where they lie. Chunks of one gallery may lie on a GPU and on the host.
+    device: where they lie. Chunks of one gallery may lie on a GPU and on the host. capacity: None
+    takes the device's own, see `CHUNK_ROWS`. Raises what torch or FAISS does where memory is short.
     """
 
-    def __init__(self, first: int, width: int, scale: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        first: int,
+        width: int,
+        scale: float,
+        device: torch.device,
+        capacity: int | None = None,
+    ) -> None:
         self.first, self.scale, self.count = first, scale, 0
         self.device = device
-        self.capacity = CHUNK_ROWS[device.type]
+        self.capacity = CHUNK_ROWS[device.type] if capacity is None else capacity
         self._scanner: Any = None
         if device.type != "cpu":
             self.z = torch.empty(self.capacity, width, dtype=torch.float16, device=device)
@@ -55,16 +67,62 @@ class Chunk:
         codes = faiss.rev_swig_ptr(self._scanner.codes.data(), size)
         self.z = torch.from_numpy(codes.view(np.float16).reshape(self.capacity, width))
 
+    @property
+    def room(self) -> int:
+        """Rows that are not filled."""
+        return self.capacity - self.count
+
+    def at(self, first: int) -> Chunk:
+        """The same memory, at another position."""
+        moved = copy(self)
+        moved.first = first
+        return moved
+
     def takes(self, largest: float) -> bool:
         """Whether there is space for another row, and its s up to `largest` fits fp16."""
-        return self.count < self.capacity and largest * self.scale <= _LARGEST
+        return self.room > 0 and largest * self.scale <= _LARGEST
 
     def append(self, y: Tensor, s: Tensor) -> None:
-        """Fill further rows: y N×(P·D) fp16, s N×D fp32 unscaled."""
+        """Fill further rows: y N×(P·D) fp16, s N×D fp32 unscaled, both on the host."""
         rows = slice(self.count, self.count + len(y))
-        self.z[rows, : y.shape[1]] = y
-        self.z[rows, y.shape[1] :] = s * self.scale
+        # Whole rows are copied to a device at once, which needs no memory there.
+        there = self.device.type != "cpu"
+        z = torch.empty(len(y), self.z.shape[1], dtype=torch.float16) if there else self.z[rows]
+        z[:, : y.shape[1]] = y
+        z[:, y.shape[1] :] = s * self.scale
+        if there:
+            self.z[rows] = z
         self.count = rows.stop
+
+    def take(self, local: npt.NDArray[np.int64], out: Tensor) -> None:
+        """Copy the rows `local`, which ascend, to `out`, N×(P+1)D in fp16 on any device."""
+        here, there = self.device.type == "cpu", out.device.type != "cpu"
+        if here:  # on this thread, unlike torch.index_select
+            rows = torch.empty_like(out, device="cpu") if there else out
+            np.take(self.z.numpy(), local, axis=0, out=rows.numpy(), mode="clip")
+            if there:
+                out.copy_(rows)
+            return
+        try:
+            places = torch.from_numpy(local).to(self.device)
+            if there:
+                torch.index_select(self.z, 0, places, out=out)
+            else:
+                out.copy_(self.z.index_select(0, places))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            for place, row in enumerate(local.tolist()):  # which needs no memory on the device
+                out[place] = self.z[row]
+
+    def on_host(self, count: int) -> Iterator[Chunk]:
+        """Copies of the first `count` rows in the host's memory, piece by piece."""
+        for start in range(0, count, CHUNK_ROWS["cpu"]):
+            z = self.z[start : min(start + CHUNK_ROWS["cpu"], count)]
+            piece = Chunk(self.first + start, z.shape[1], self.scale, torch.device("cpu"), len(z))
+            piece.z.copy_(z)
+            piece.count = len(z)
+            yield piece
 
     def projected(self, w: Tensor, dim: int) -> Tensor:
         """Q×(P+1)D queries (float64, unscaled) for this chunk's scale, in fp32."""

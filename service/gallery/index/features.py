@@ -1,12 +1,14 @@
-"""The features on the device: their memory, and exact modulated distances of a few of them.
+"""The features: where they lie, and exact modulated distances of a few of them.
 
 Items are ranked by y as it is stored (fp16). The lifted vectors of `chunks` hold it unchanged,
-beside s.
+beside s. What has no room on the device lies on the host, and is found all the same.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +24,16 @@ from model import (
     project,
 )
 from model.config import Metric
-from service.gallery.index.chunks import Chunk, scale_for
+from service.gallery.index.chunks import CHUNK_ROWS, Chunk, scale_for
+from service.gallery.index.gpu_products import kernels_on
+from service.gallery.index.room import NoRoom, device_room, feature_bytes, host_room, with_less
+from service.kit.memory import is_out_of_memory
 
 # Rows that are widened at once: on a CPU they should stay in its caches.
 BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
 # Rows that are collected from their chunks at once; for fewer, finding their chunks costs most.
 _GATHER_ROWS = 65_536
+_HOST = torch.device("cpu")
 _NORM_MARGIN = 1 + 2.0**-10
 _SERIAL_NUMBERS = 32_767  # torch shares out element-wise work of more numbers than this
 
@@ -41,7 +47,7 @@ class Norms(NamedTuple):
 
 
 class Features:
-    """N×P×D features on `device`, growing at the end. metric: the checkpoint's.
+    """N×P×D features, growing at the end, on `device` or the host. metric: the checkpoint's.
 
     One thread adds at a time; others may read the rows that were there before. (P+1)·D·2 bytes per
     item.
@@ -52,6 +58,8 @@ class Features:
         self.device = torch.device(device)
         self.chunks: tuple[Chunk, ...] = ()
         self.norms = Norms()
+        self._spare: list[Chunk] = []  # empty, for rows that are going to be added
+        self._placing = threading.Lock()
         self._count = 0
 
     def __len__(self) -> int:
@@ -65,7 +73,21 @@ class Features:
     @property
     def bytes(self) -> int:
         """Memory held, unused rows of the last chunk included."""
-        return sum(chunk.z.nbytes for chunk in self.chunks)
+        return sum(chunk.z.nbytes for chunk in (*self.chunks, *self._spare))
+
+    @property
+    def device_bytes(self) -> int:
+        """Those of them that are not on the host."""
+        every = (*self.chunks, *self._spare)
+        return sum(chunk.z.nbytes for chunk in every if chunk.device.type != "cpu")
+
+    def make_room(self, count: int) -> None:
+        """Take memory for `count` more rows. Raises NoRoom where there is none."""
+        room = sum(chunk.room for chunk in (*self.chunks[-1:], *self._spare))
+        while room < count:
+            chunk = self.new_chunk(1.0)
+            self._spare.append(chunk)
+            room += chunk.room
 
     def add(self, rows: npt.NDArray[np.float16]) -> None:
         """Append N×(P·D) rows."""
@@ -82,7 +104,7 @@ class Features:
             for at in range(start, end, step):
                 rows_of = slice(at, min(at + step, end))
                 self._note(s[rows_of], chunk.scale)
-                chunk.append(y[rows_of].to(self.device), s[rows_of].to(self.device))
+                chunk.append(y[rows_of], s[rows_of])
             self._count += end - start
             start = end
 
@@ -99,18 +121,78 @@ class Features:
             chunk.first, self._count = self._count, self._count + chunk.count
         self.chunks, self.norms = tuple(chunks), norms
 
-    def new_chunk(self, scale: float) -> Chunk:
-        """An empty chunk of this shape, for `adopt`."""
-        return Chunk(0, self.width, scale, self.device)
+    def new_chunk(self, scale: float, rows: int | None = None) -> Chunk:
+        """An empty chunk: on the device where it has room, else on the host. Raises NoRoom.
+
+        rows: a chunk for so many at most, None for as many as usual.
+        """
+        with self._placing:
+            chunk = None
+            if self.device.type != "cpu":
+                chunk = self._chunk_on(self.device, scale, rows)
+            chunk = chunk or self._chunk_on(_HOST, scale, rows)
+        if chunk is None:
+            where = "this machine" if self.device.type == "cpu" else "neither the GPU nor the host"
+            verb = "has no memory" if self.device.type == "cpu" else "has memory"
+            raise NoRoom(f"{where} {verb} for more features")
+        return chunk
+
+    def new_chunk_on_device(self, scale: float, rows: int) -> Chunk | None:
+        """An empty chunk for so many rows on the device; None where it has no room."""
+        with self._placing:
+            return self._chunk_on(self.device, scale, rows)
+
+    def _chunk_on(self, device: torch.device, scale: float, rows: int | None) -> Chunk | None:
+        usual = CHUNK_ROWS[device.type]
+        capacity = usual if rows is None else min(usual, rows)
+        room = host_room() if device.type == "cpu" else device_room(device)
+        if room < feature_bytes(capacity, self.width):
+            return None
+        try:
+            return Chunk(0, self.width, scale, device, capacity)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def run_on_host(self) -> slice | None:
+        """Chunks on the host that fit together into one on the device, which has room for it."""
+        if self.device.type == "cpu":
+            return None
+        chunks = self.chunks
+        on_host = [place for place, chunk in enumerate(chunks) if chunk.device.type == "cpu"]
+        if not on_host:
+            return None
+        first, rows = on_host[0], 0
+        stop = first
+        most = device_room(self.device) // feature_bytes(1, self.width)
+        while (
+            stop < len(chunks)
+            and chunks[stop].device.type == "cpu"
+            and chunks[stop].scale == chunks[first].scale
+            and rows + chunks[stop].capacity <= min(most, CHUNK_ROWS[self.device.type])
+        ):
+            rows += chunks[stop].capacity
+            stop += 1
+        return slice(first, stop) if rows else None
+
+    def replaced(self, start: int, stop: int, chunks: Sequence[Chunk]) -> Features:
+        """The same rows in the same memory, but for `chunks` in place of some."""
+        new = Features(self.parts, self.dim, self.metric, str(self.device))
+        new._spare, new.norms = self._spare, self.norms
+        for chunk in (*self.chunks[:start], *chunks, *self.chunks[stop:]):
+            new.chunks = (*new.chunks, chunk.at(new._count))
+            new._count += chunk.count
+        return new
 
     def stored(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
         """The rows at these positions, which ascend: N×(P·D)."""
-        rows: npt.NDArray[np.float16] = self._gather(positions).cpu().numpy()
+        rows: npt.NDArray[np.float16] = self._gather(positions, _HOST).numpy()
         return rows
 
     def lifted(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Lifted vectors of the rows at these positions, which ascend: N×(P+1)D, fp32, unscaled."""
-        y = self._gather(positions).cpu().reshape(-1, self.parts, self.dim)
+        y = self._gather(positions, _HOST).reshape(-1, self.parts, self.dim)
         vectors: npt.NDArray[np.float32] = lift(y).numpy()
         return vectors
 
@@ -123,22 +205,43 @@ class Features:
         In float64. Euclidean: computed directly, so that nothing cancels; the parts are squared
         and sum to distance². Cosine: 1 − cosine, where parts have no meaning (None).
         """
-        x = x.to(self.device)[None].double()
-        modulation = Modulation(*(p.to(self.device).double() for p in modulation))
+        cosine = self.metric == "cosine"
+        measured = np.empty(len(positions) if cosine else (len(positions), self.parts))
+        for device, places in self._by_device(positions):
+            compute = partial(self._measured, x, modulation, positions[places])
+            measured[places] = with_less(compute, device, self._rows_at_once(device))
+        if cosine:
+            return measured, None
+        return np.sqrt(measured.sum(1)), measured.astype(np.float32)
+
+    def _measured(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        positions: npt.NDArray[np.int64],
+        device: torch.device,
+        step: int,
+    ) -> npt.NDArray[np.float64]:
+        """Distances by part (cosine: whole ones) to some rows, computed on a device."""
+        x, modulation = x.double(), Modulation(*(p.double() for p in modulation))
+        kernels = kernels_on(device)
+        if kernels is not None and self.metric == "euclidean":
+            rows = torch.from_numpy(kernels.addresses(self.chunks, positions)).to(device)
+            asked = torch.cat([x, *modulation]).to(device)
+            parts: npt.NDArray[np.float64]
+            parts = kernels.part_distances(rows, asked, self.parts).cpu().numpy()
+            return parts
         order = np.argsort(positions)
-        back = np.argsort(order)
-        blocks = self._gathered(positions[order])
-        step = self._rows_at_once()
-        if self.metric == "cosine":
-            cosines = [
-                modulated_cosine_distance(x, rows.float().double(), modulation)[0]
-                for y in blocks
-                for rows in torch.split(y, step)
-            ]
-            return _joined(cosines, (0,))[back], None
-        found = [part_distances(x, y, modulation, block=step)[0] for y in blocks]
-        parts = _joined(found, (0, self.parts))[back]
-        return np.sqrt(parts.sum(1)), parts.astype(np.float32)
+        query, given = x[None].to(device), Modulation(*(p.to(device) for p in modulation))
+        found = []
+        for y in self._gathered(positions[order], device, step):
+            if self.metric == "cosine":
+                blocks = torch.split(y, step)
+                found += [modulated_cosine_distance(query, b.double(), given)[0] for b in blocks]
+            else:
+                found.append(part_distances(query, y, given, block=step)[0])
+        measured: npt.NDArray[np.float64] = torch.cat(found).cpu().numpy()
+        return measured[np.argsort(order)]
 
     @torch.inference_mode()
     def distances(
@@ -149,7 +252,7 @@ class Features:
         Good to 1e-6 of the largest; `rescore` gives what is shown. Rows are read once, and every
         query is computed by itself, on the calling thread: a batch changes no digit.
         """
-        y = self._gather(positions).cpu().view(-1, self.parts, self.dim)
+        y = self._gather(positions, _HOST).view(-1, self.parts, self.dim)
         z = torch.empty(len(y), self.width)
         step = self._rows_at_once()
         for rows, place in zip(torch.split(y, step), torch.split(z, step), strict=True):
@@ -168,7 +271,7 @@ class Features:
         """
         order = np.argsort(positions)
         back = np.argsort(order)
-        y = self._gather(positions[order]).cpu().numpy()[back].astype(np.float32)
+        y = self._gather(positions[order], _HOST).numpy()[back].astype(np.float32)
         products = np.vecdot(y[:, None], y).astype(np.float64)
         squares = products.diagonal()
         distances: npt.NDArray[np.float64]
@@ -186,29 +289,37 @@ class Features:
         Euclidean: D² = c − ⟨w, z⟩ in fp32, whose last digits cancel. Cosine: 1 − cosine in float64.
         `inner_products.exhaustive` is several times as fast where only the best are wanted.
         """
-        x = x.to(self.device)[None].double()
-        modulation = Modulation(*(p.to(self.device).double() for p in modulation))
-        w, c = project(x, modulation)
         cosine = self.metric == "cosine"
         scores = torch.empty(self._count, dtype=torch.float64 if cosine else torch.float32)
-        step = BLOCK_ROWS[self.device.type]
+
+        def compute(chunk: Chunk, places: Tensor, device: torch.device, step: int) -> None:
+            query = x.to(device)[None].double()
+            given = Modulation(*(p.to(device).double() for p in modulation))
+            w, c = project(query, given)
+            for start in range(0, len(places), step):
+                end = min(start + step, len(places))
+                y = chunk.z[start:end, : self.parts * self.dim].to(device)
+                y = y.reshape(-1, self.parts, self.dim)
+                if cosine:
+                    places[start:end] = modulated_cosine_distance(query, y.double(), given)[0]
+                else:
+                    places[start:end] = c - lift(y) @ w[0].float()
+
         for chunk in self.chunks:
             filled = min(chunk.count, len(scores) - chunk.first)  # more may be added meanwhile
-            for start in range(0, filled, step):
-                end = min(start + step, filled)
-                y = chunk.z[start:end, : self.parts * self.dim].reshape(-1, self.parts, self.dim)
-                if cosine:
-                    block = modulated_cosine_distance(x, y.double(), modulation)[0]
-                else:
-                    block = c - lift(y) @ w[0].float()
-                scores[chunk.first + start : chunk.first + end] = block
+            if filled > 0:
+                places = scores[chunk.first : chunk.first + filled]
+                with_less(
+                    partial(compute, chunk, places), chunk.device, BLOCK_ROWS[chunk.device.type]
+                )
         numbers: npt.NDArray[np.floating] = scores.numpy()
         return numbers
 
     def _open(self, largest: float) -> Chunk:
         """A chunk that takes rows whose s goes up to `largest`; a new one where needed."""
         if not self.chunks or not self.chunks[-1].takes(largest):
-            chunk = Chunk(self._count, self.width, scale_for(largest), self.device)
+            chunk = self._spare.pop(0) if self._spare else self.new_chunk(1.0)
+            chunk.first, chunk.scale = self._count, scale_for(largest)
             self.chunks = (*self.chunks, chunk)
         return self.chunks[-1]
 
@@ -220,42 +331,43 @@ class Features:
         largest = (float(norms.max()) * _NORM_MARGIN for norms in found)
         self.norms = Norms(*map(max, self.norms, largest))
 
-    def _rows_at_once(self) -> int:
+    def _rows_at_once(self, device: torch.device = _HOST) -> int:
         """How many rows are added, or rescored for one query, at once.
 
         On a CPU so few that torch stays on the calling thread, and the rows in its caches: it is
         milliseconds of work, and waiting for other threads took 50 on a busy machine.
         """
-        if self.device.type != "cpu":
-            return BLOCK_ROWS[self.device.type]
+        if device.type != "cpu":
+            return BLOCK_ROWS[device.type]
         return max(1, _SERIAL_NUMBERS // self.width)
 
-    def _gathered(self, positions: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+    def _by_device(
+        self, positions: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[torch.device, npt.NDArray[np.int64]]]:
+        """Where rows lie, and their places in `positions`."""
+        chunks = self.chunks
+        firsts = [chunk.first for chunk in chunks]
+        on_host = np.array([chunk.device.type == "cpu" for chunk in chunks], np.bool_)
+        here = on_host[np.searchsorted(firsts, positions, side="right") - 1]
+        for device, of in ((_HOST, here), (self.device, ~here)):
+            if of.any():
+                yield device, np.flatnonzero(of)
+
+    def _gathered(
+        self, positions: npt.NDArray[np.int64], device: torch.device, step: int
+    ) -> Iterator[Tensor]:
         """Blocks of y at `positions`, which ascend: B×P×D in fp16."""
-        for start in range(0, len(positions), _GATHER_ROWS):
-            rows = self._gather(positions[start : start + _GATHER_ROWS])
+        size = _GATHER_ROWS if device.type == "cpu" else step
+        for start in range(0, len(positions), size):
+            rows = self._gather(positions[start : start + size], device)
             yield rows.reshape(-1, self.parts, self.dim)
 
-    def _gather(self, positions: npt.NDArray[np.int64]) -> Tensor:
-        """Rows of y in fp16 on the device, N×(P·D), at `positions`, which ascend."""
-        rows = torch.empty(len(positions), self.width, dtype=torch.float16, device=self.device)
+    def _gather(self, positions: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+        """Rows of y in fp16 on a device, N×(P·D), at `positions`, which ascend."""
+        rows = torch.empty(len(positions), self.width, dtype=torch.float16, device=device)
         chunks = self.chunks
         edges = np.searchsorted(positions, [chunk.first for chunk in chunks]).tolist()
         for chunk, start, end in zip(chunks, edges, [*edges[1:], len(positions)], strict=True):
-            local = positions[start:end] - chunk.first
-            if start == end:
-                continue
-            if self.device.type == "cpu":  # on this thread, unlike torch.index_select
-                out = rows[start:end].numpy()
-                np.take(chunk.z.numpy(), local, axis=0, out=out, mode="clip")
-            else:
-                places = torch.from_numpy(local).to(self.device)
-                torch.index_select(chunk.z, 0, places, out=rows[start:end])
+            if start < end:
+                chunk.take(positions[start:end] - chunk.first, rows[start:end])
         return rows[:, : self.parts * self.dim]
-
-
-def _joined(blocks: list[Tensor], empty: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    if not blocks:
-        return np.empty(empty)
-    joined: npt.NDArray[np.float64] = torch.cat(blocks).cpu().numpy()
-    return joined

@@ -14,7 +14,7 @@ lost, and ask for more rows where it cannot.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import NamedTuple
@@ -28,8 +28,9 @@ from torch import Tensor
 from model.precision import choose_precision
 from service.gallery.index.chunks import Chunk
 from service.gallery.index.features import BLOCK_ROWS, Features
-
-Mask = npt.NDArray[np.bool_]
+from service.gallery.index.gpu_products import Mask
+from service.gallery.index.gpu_products import best as on_gpu
+from service.gallery.index.room import with_less
 
 # A CPU scans for up to this many queries and multiplies for more.
 _SCAN_QUERIES = 4
@@ -37,7 +38,6 @@ _CORES = faiss.omp_get_max_threads()
 _SERIAL_CHUNKS = 2  # for so few, waiting for threads takes longer than they save
 SLACK, _SLACK_BF16 = 64, 1024
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
-_LOW = 2.0**11  # the low half of a number in two fp16: its distance in scale from the high half
 
 
 class Best(NamedTuple):
@@ -56,20 +56,9 @@ def scan(features: Features, w: Tensor, count: int, allowed: Sequence[Mask]) -> 
     """Best `count` rows of each of Q queries, each query computed by itself.
 
     w: Q×(P+1)D float64, unscaled, on the CPU. allowed: one mask per query over the first rows;
-    rows beyond it do not exist for that query. On a GPU this is `multiply`.
+    rows beyond it do not exist for that query. Rows on a GPU are multiplied, see `gpu_products`.
     """
-    if features.device.type != "cpu":
-        return multiply(features, w, count, allowed, exact=True)
-    groups = [(members, allowed[members[0]]) for members in sharing(allowed)]
-    search = partial(_scan_chunk, w=w, count=count, groups=groups, dim=features.dim)
-    chunks = features.chunks
-    threads = _threads() if len(chunks) > _SERIAL_CHUNKS else None
-    if threads is None:
-        # FAISS would wake a thread for each core, and wait for it, also for a single query.
-        most = max((len(members) for members, _ in groups), default=1)
-        faiss.omp_set_num_threads(min(_CORES, most))  # of this thread only
-    found = list(map(search, chunks) if threads is None else threads.map(search, chunks))
-    return [merged([of[query] for of in found if query in of], count) for query in range(len(w))]
+    return _searched(features, w, count, allowed, _scan)
 
 
 @torch.inference_mode()
@@ -78,38 +67,10 @@ def multiply(
 ) -> list[Best]:
     """As `scan`, by one matrix product of all queries with block after block of rows.
 
-    Memory: one block of rows and Q×(count + 4096) scores (65,536 on a GPU), whatever N. exact:
-    multiply in fp32 even where bf16 is faster.
+    Memory: one block of rows and Q×(count + 4096) scores, whatever N. exact: multiply in fp32 even
+    where bf16 is faster.
     """
-    device, dtype = features.device, product_dtype(features.device, exact)
-    w = w.to(device)
-    groups = list(sharing(allowed))
-    scores = torch.full((len(w), 0), -torch.inf, device=device)
-    positions = torch.empty(len(w), 0, dtype=torch.int64, device=device)
-    for chunk, rows in _strips(features, max(map(len, allowed), default=0)):
-        queries = chunk.projected(w, features.dim)
-        block = torch.cat(
-            [_product(queries, chunk.z[start:end], dtype) for start, end in rows], dim=1
-        )
-        low, high = chunk.first + rows[0][0], chunk.first + rows[-1][1]
-        for members in groups:
-            barred = np.ones(high - low, np.bool_)
-            part = allowed[members[0]][low:high]
-            barred[: len(part)] = ~part
-            if barred.any():
-                block[members] = block[members].masked_fill(
-                    torch.from_numpy(barred).to(device), -torch.inf
-                )
-        places = torch.arange(low, high, device=device).expand(len(w), -1)
-        scores, kept = torch.cat([scores, block], 1).topk(
-            min(count, scores.shape[1] + block.shape[1]), dim=1
-        )
-        positions = torch.cat([positions, places], 1).gather(1, kept)
-    results = []
-    for row, places in zip(scores.cpu().numpy(), positions.cpu().numpy(), strict=True):
-        real = np.isfinite(row)
-        results.append(Best(places[real], row[real]))
-    return results
+    return _searched(features, w, count, allowed, partial(_multiply, exact=exact))
 
 
 def exhaustive(
@@ -120,7 +81,7 @@ def exhaustive(
     They are a few more than `count`, so that rounding rarely keeps a caller from proving that the
     best are among them. exact: not in bf16.
     """
-    if len(w) <= _SCAN_QUERIES and features.device.type == "cpu":
+    if len(w) <= _SCAN_QUERIES:
         return scan(features, w, count + SLACK, allowed), True
     exact = exact or product_dtype(features.device, exact) != torch.bfloat16
     slack = SLACK if exact else _SLACK_BF16
@@ -153,41 +114,107 @@ def product_dtype(device: torch.device, exact: bool) -> torch.dtype:
     return torch.float32 if exact else choose_precision("cpu").dtype
 
 
-def halves(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w Q×Z as two fp16 numbers each and a power of two: w ≈ size·(high + low/2¹¹).
-
-    → 2Q×Z, high halves first, and size Q×1. Off by at most 2⁻²²·|w|, and 2⁻³⁶ of the row's largest
-    number.
-    """
-    largest = w.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    size = torch.exp2(torch.ceil(torch.log2(largest)))
-    scaled = w / size
-    high = scaled.half()
-    low = ((scaled - high.float()) * _LOW).half()
-    return torch.cat([high, low]), size
-
-
 _EMPTY = Best(np.empty(0, np.int64), np.empty(0, np.float32))
 
+# Chunks in host memory, and what `scan` takes → what each query finds there.
+_OnHost = Callable[[Sequence[Chunk], int, Tensor, int, Sequence[Mask]], list[Best]]
 
-def _product(queries: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-    """Q×Z fp32 by B×Z fp16 → Q×B fp32."""
-    if dtype != torch.float16:
+
+def _searched(
+    features: Features, w: Tensor, count: int, allowed: Sequence[Mask], on_host: _OnHost
+) -> list[Best]:
+    """What is found in both memories. A GPU computes while the host searches its own rows."""
+    chunks = features.chunks
+    host = [chunk for chunk in chunks if chunk.z.device.type == "cpu"]
+    if len(host) == len(chunks):
+        return on_host(host, features.dim, w, count, allowed)
+    there = [chunk for chunk in chunks if chunk.z.device.type != "cpu"]
+
+    def launched(device: torch.device, most: int) -> list[tuple[Tensor, Tensor]]:
+        """Scores and positions of `most` queries at once; nothing where the host must do it."""
+        starts = range(0, len(w), most) if device.type != "cpu" else ()
+        return [
+            on_gpu(
+                there, features.dim, w[start : start + most], count, allowed[start : start + most]
+            )
+            for start in starts
+        ]
+
+    pending = with_less(launched, there[0].z.device, len(w), least=1)
+    parts = [on_host(host, features.dim, w, count, allowed)] if host else []
+    if pending:
+        found = []
+        for scores, positions in pending:
+            for row, places in zip(scores.cpu().numpy(), positions.cpu().numpy(), strict=True):
+                real = np.isfinite(row)
+                found.append(Best(places[real], row[real]))
+        parts.append(found)
+    else:
+        pieces = (piece for chunk in there for piece in chunk.on_host(chunk.count))
+        parts += [on_host([piece], features.dim, w, count, allowed) for piece in pieces]
+    if len(parts) == 1:
+        return parts[0]
+    return [merged([part[query] for part in parts], count) for query in range(len(w))]
+
+
+def _scan(
+    chunks: Sequence[Chunk], dim: int, w: Tensor, count: int, allowed: Sequence[Mask]
+) -> list[Best]:
+    groups = [(members, allowed[members[0]]) for members in sharing(allowed)]
+    search = partial(_scan_chunk, w=w, count=count, groups=groups, dim=dim)
+    threads = _threads() if len(chunks) > _SERIAL_CHUNKS else None
+    if threads is None:
+        # FAISS would wake a thread for each core, and wait for it, also for a single query.
+        most = max((len(members) for members, _ in groups), default=1)
+        faiss.omp_set_num_threads(min(_CORES, most))  # of this thread only
+    found = list(map(search, chunks) if threads is None else threads.map(search, chunks))
+    return [merged([of[query] for of in found if query in of], count) for query in range(len(w))]
+
+
+def _multiply(
+    chunks: Sequence[Chunk],
+    dim: int,
+    w: Tensor,
+    count: int,
+    allowed: Sequence[Mask],
+    *,
+    exact: bool,
+) -> list[Best]:
+    dtype = product_dtype(w.device, exact)
+    groups = list(sharing(allowed))
+    scores = torch.full((len(w), 0), -torch.inf)
+    positions = torch.empty(len(w), 0, dtype=torch.int64)
+    for chunk, rows in _strips(chunks, max(map(len, allowed), default=0)):
+        queries = chunk.projected(w, dim).to(dtype)
         # Via fp32: from fp16 to bf16 at once takes four times as long on a CPU.
-        return (queries.to(dtype) @ z.float().to(dtype).T).float()
-    both, size = halves(queries)
-    high, low = torch.mm(both, z.T, out_dtype=torch.float32).chunk(2)
-    return size * (high + low / _LOW)
+        products = [(queries @ chunk.z[a:b].float().to(dtype).T).float() for a, b in rows]
+        block = torch.cat(products, dim=1)
+        low, high = chunk.first + rows[0][0], chunk.first + rows[-1][1]
+        for members in groups:
+            barred = np.ones(high - low, np.bool_)
+            part = allowed[members[0]][low:high]
+            barred[: len(part)] = ~part
+            if barred.any():
+                block[members] = block[members].masked_fill(torch.from_numpy(barred), -torch.inf)
+        places = torch.arange(low, high).expand(len(w), -1)
+        scores, kept = torch.cat([scores, block], 1).topk(
+            min(count, scores.shape[1] + block.shape[1]), dim=1
+        )
+        positions = torch.cat([positions, places], 1).gather(1, kept)
+    results = []
+    for row, places in zip(scores.numpy(), positions.numpy(), strict=True):
+        real = np.isfinite(row)
+        results.append(Best(places[real], row[real]))
+    return results
 
 
-def _strips(features: Features, count: int) -> Iterator[tuple[Chunk, list[tuple[int, int]]]]:
+def _strips(chunks: Sequence[Chunk], count: int) -> Iterator[tuple[Chunk, list[tuple[int, int]]]]:
     """Chunks cut into strips of `_TOP_ROWS`, and these into blocks that are widened at once."""
-    step = BLOCK_ROWS[features.device.type]
-    wide = max(step, _TOP_ROWS)
-    for chunk in features.chunks:
+    step = BLOCK_ROWS["cpu"]
+    for chunk in chunks:
         end = min(chunk.count, count - chunk.first)
-        for start in range(0, end, wide):
-            last = min(start + wide, end)
+        for start in range(0, end, _TOP_ROWS):
+            last = min(start + _TOP_ROWS, end)
             yield chunk, [(a, min(a + step, last)) for a in range(start, last, step)]
 
 

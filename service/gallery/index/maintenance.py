@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import faiss
-import numpy as np
 
+from service.gallery.index.features import Features
 from service.gallery.index.recall_index import choose_kind
-from service.gallery.index.segment import Segment, Stopped, build_index, extend_index
+from service.gallery.index.room import device_room, host_room
+from service.gallery.index.segment import (
+    Rewriting,
+    Segment,
+    Stopped,
+    build_index,
+    extend_index,
+    move_up,
+    next_run,
+)
 from service.gallery.records import IndexKind
+from service.kit.host_memory import available_memory
+from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-# Deleted rows stay as tombstones until they are a fifth of the rest; then all is rebuilt.
+# Deleted rows stay as tombstones until they are a fifth of the rest; then they are left out, in as
+# few steps as there is memory for.
 _TOMBSTONE_SHARE = 0.2
 _TOMBSTONE_LEAST = 256
 # Later rows are added to an index when they are a tenth of its own; until then they are scanned.
@@ -25,7 +37,8 @@ _TAIL_LEAST = 1024
 # An index of lists is trained again when the gallery has grown this many times.
 _RETRAIN_GROWTH = 4
 INDEX_LEAST = 1000  # fewer rows are too few to train on
-_CATCH_UP_ROWS = 1024  # added during a compaction, and copied while changes wait
+_COPY_SHARE = 0.5  # of the memory that is free, which copies of a step may take
+_RETRY_SECONDS = 5.0  # until work for which there was no memory is tried again
 
 
 class Maintenance:
@@ -43,6 +56,17 @@ class Maintenance:
         self._worker: threading.Thread | None = None
         self._closing = False
         self._failed = False
+        self._retry_at = 0.0
+        self._expected = 0  # rows that are going to be added
+
+    def expect(self, count: int) -> None:
+        """Take memory for rows that are going to be added. Raises NoRoom. Call it as `touch`."""
+        self.segment.features.make_room(self._expected + count)
+        self._expected += count
+
+    def forget(self, count: int) -> None:
+        """The rows that were expected are there, or do not come."""
+        self._expected -= count
 
     def touch(self, numbers: Sequence[int]) -> None:
         """Note that items changed. Call this and `wake` with `changing` held."""
@@ -77,25 +101,41 @@ class Maintenance:
                     self._worker = None
                     return
             try:
-                self._compact() if due == "compact" else self._index(due)
+                self._do(due)
             except Stopped:
                 pass
-            except Exception:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    self._retry_at = time.monotonic() + _RETRY_SECONDS
+                    log.warning("no memory to %s the gallery's index yet: %s", due, error)
+                    continue
                 # The service continues by scanning; what failed is tried again after a restart.
                 log.exception("background work on the gallery's index failed; all rows are scanned")
                 self._failed = True
             finally:
                 self._touched = None
 
+    def _do(self, due: str) -> None:
+        if due == "compact":
+            self._compact()
+        elif due == "move up":
+            features = self.segment.features
+            if (run := features.run_on_host()) is not None:
+                move_up(features, run, self.changing, self._stop)
+        else:
+            self._index(due)
+
     def _due(self) -> str | None:
-        """The next work: "compact", a kind of index to build or extend, or None."""
+        """The next work: "compact", "move up", a kind of index to build or extend, or None."""
         segment = self.segment
         columns, index = segment.columns, segment.index
         dead = len(columns) - columns.alive_count
-        if self._failed:
+        if self._failed or time.monotonic() < self._retry_at:
             return None
         if dead >= max(_TOMBSTONE_LEAST, _TOMBSTONE_SHARE * columns.alive_count):
             return "compact"
+        if segment.features.run_on_host() is not None:
+            return "move up"
         kind = self._wanted(segment)
         if kind == "SQfp16":
             return None
@@ -112,7 +152,7 @@ class Maintenance:
             return self._kind
         if segment.index is not None:
             return segment.index.kind  # a gallery at the threshold does not switch back and forth
-        return choose_kind(count, features.device.type, free_memory(), features.width)
+        return choose_kind(count, features.device.type, available_memory(), features.width)
 
     def _outgrown(self, segment: Segment) -> bool:
         index = segment.index
@@ -132,43 +172,39 @@ class Maintenance:
             extend_index(index, segment.features, len(segment.columns), self._stop)
 
     def _compact(self) -> None:
-        """Copy what is alive, catch up with what changed meanwhile, and swap."""
+        """Leave out deleted rows, run after run of chunks."""
+        start: int | None = 0
+        while start is not None:
+            start = self._compact_run(start)
+
+    def _compact_run(self, start: int) -> int | None:
+        """Copy what is alive of the next chunks, and swap → where to go on, None at the end."""
         with self.changing:
             old, self._touched = self.segment, set()
-            kept = np.flatnonzero(old.columns.alive)
-            done = len(old.columns)
-        new = old.fork()
-        for start in range(0, len(kept), _CATCH_UP_ROWS):
-            self._give_up()
-            new.extend(old, kept[start : start + _CATCH_UP_ROWS])
-        kind = self._wanted(new)
-        if kind != "SQfp16":
-            new.index = build_index(new, kind, self._stop)
-        while True:
-            self._give_up()
-            with self.changing:
-                end = len(old.columns)
-                if end - done <= _CATCH_UP_ROWS:
-                    new.extend(old, np.arange(done, end))
-                    new.columns.align(old.columns, list(self._touched))
-                    self.segment = new
-                    self.rebuilds += 1
-                    return
-            new.extend(old, np.arange(done, end))
-            done = end
+            alive = old.columns.alive.copy()
+        room = int(_COPY_SHARE * _room(old.features))
+        run = next_run(old.features, alive, start, room)
+        if run is None:
+            return None
+        rewriting = Rewriting(old, run, alive)
+        new = rewriting.copy(self._stop)
+        # An index knows rows by position: where more steps follow, it is built after them.
+        only = start == 0 and next_run(old.features, alive, run.stop, room) is None
+        kind = self._wanted(new) if only else "SQfp16"
+        index = None if kind == "SQfp16" else build_index(new, kind, self._stop)
+        if self._closing:
+            raise Stopped
+        with self.changing:
+            self.segment = rewriting.finish(list(self._touched))
+            self.segment.index = index
+            self.rebuilds += 1
+        return run.start + len(rewriting.made)
 
     def _stop(self) -> bool:
         return self._closing
 
-    def _give_up(self) -> None:
-        if self._closing:
-            raise Stopped
 
-
-def free_memory() -> int:
-    """Available memory of the machine in bytes; 2⁶² where it is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
-    except (OSError, StopIteration):
-        return 1 << 62
+def _room(features: Features) -> int:
+    """Bytes for copies of features, wherever they go."""
+    there = 0 if features.device.type == "cpu" else device_room(features.device)
+    return max(0, there) + max(0, host_room())

@@ -5,17 +5,21 @@ Everything here is called by one thread at a time; others may read concurrently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
 
 from model import CMTConfig
 from service.gallery.feed import Stored
+from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features
 from service.gallery.index.recall_index import RecallIndex, training_rows
+from service.gallery.index.room import NoRoom, feature_bytes
 from service.gallery.records import IndexKind
 
 _BLOCK_ROWS = 4096
@@ -50,18 +54,146 @@ class Segment:
             self.features.truncate(len(self.columns))
             raise
 
-    def extend(self, other: Segment, positions: npt.NDArray[np.int64]) -> None:
-        """Append rows of the segment that this one was forked from."""
-        for block in _blocks(positions):
-            self.features.add(other.features.stored(block))
-            self.columns.extend(other.columns, block)
+    @property
+    def on_host(self) -> int:
+        """Living rows in the host's memory."""
+        alive = self.columns.alive
+        return sum(
+            int(np.count_nonzero(alive[chunk.first : chunk.first + chunk.count]))
+            for chunk in self.features.chunks
+            if chunk.device.type == "cpu"
+        )
 
-    def fork(self) -> Segment:
-        """An empty segment of the same shape."""
-        mine = self.features
-        device = str(mine.device)
-        features = Features(mine.parts, mine.dim, mine.metric, device)
-        return Segment(features, Columns())
+
+class Rewriting:
+    """Copies a run of a segment's chunks without its deleted rows, while the segment is in use.
+
+    run: which chunks. alive: by position, at the moment when it begins. Call `copy`, then `finish`
+    while nothing changes. Searches go on with the segment that they began with.
+    """
+
+    def __init__(self, old: Segment, run: slice, alive: npt.NDArray[np.bool_]) -> None:
+        self._old, self._run = old, run
+        self._chunks = old.features.chunks[run]
+        self._until = len(alive)
+        kept = alive.copy()
+        kept[: self._chunks[0].first] = True
+        kept[self._end(self._chunks[-1]) :] = True
+        self._kept = np.flatnonzero(kept)
+        self._rows = [
+            np.flatnonzero(alive[chunk.first : self._end(chunk)]) for chunk in self._chunks
+        ]
+        self._columns = Columns()
+        self.made: list[Chunk] = []
+
+    def copy(self, stop: Stop) -> Segment:
+        """Copy → the new segment, which lacks what came meanwhile. Raises NoRoom and Stopped."""
+        for place, rows in enumerate(self._rows):
+            for block in _blocks(rows):
+                if stop():
+                    raise Stopped
+                self._append(place, block)
+        for block in _blocks(self._kept):
+            if stop():
+                raise Stopped
+            self._columns.extend(self._old.columns, block)
+        return self._segment()
+
+    def finish(self, touched: Sequence[int]) -> Segment:
+        """The new segment with what came meanwhile, and `touched` as it is now. Raises NoRoom."""
+        last = self._chunks[-1]
+        self._append(-1, np.arange(self._end(last) - last.first, last.count))
+        late = np.arange(self._until, len(self._old.columns))
+        self._columns.extend(self._old.columns, late)
+        self._columns.align(self._old.columns, touched)
+        return self._segment()
+
+    def _end(self, chunk: Chunk) -> int:
+        """Where its rows ended at the beginning."""
+        return min(chunk.first + chunk.count, self._until)
+
+    def _segment(self) -> Segment:
+        features = self._old.features.replaced(self._run.start, self._run.stop, self.made)
+        return Segment(features, self._columns)
+
+    def _append(self, place: int, local: npt.NDArray[np.int64]) -> None:
+        """Copy rows of a chunk to the end of what is made."""
+        chunk = self._chunks[place]
+        while len(local):
+            if not self.made or not self.made[-1].room or self.made[-1].scale != chunk.scale:
+                wanted = self._wanted(place, len(local))
+                self.made.append(self._old.features.new_chunk(chunk.scale, wanted))
+            to = self.made[-1]
+            part = local[: to.room]
+            chunk.take(part, to.z[to.count : to.count + len(part)])
+            to.count += len(part)
+            local = local[len(part) :]
+
+    def _wanted(self, place: int, left: int) -> int | None:
+        """Rows for the next chunk: those that follow; as many as usual where others are added."""
+        if self._run.stop == len(self._old.features.chunks):
+            return None
+        alike = takewhile(
+            lambda chunk: chunk.scale == self._chunks[place].scale, self._chunks[place + 1 :]
+        )
+        return left + sum(
+            len(rows) for _, rows in zip(alike, self._rows[place + 1 :], strict=False)
+        )
+
+
+def move_up(features: Features, run: slice, changing: threading.Lock, stop: Stop) -> None:
+    """Copy chunks of the host to one on the device, and use that. Raises NoRoom and Stopped."""
+    chunks = features.chunks[run]
+    made = features.new_chunk_on_device(chunks[0].scale, sum(chunk.capacity for chunk in chunks))
+    if made is None:
+        raise NoRoom("the GPU has no memory for more features")
+    made.first = chunks[0].first
+
+    def copy(chunk: Chunk, start: int) -> None:
+        at = chunk.first - made.first
+        for block in _blocks(np.arange(start, chunk.count)):
+            if stop():
+                raise Stopped
+            rows = slice(at + int(block[0]), at + int(block[-1]) + 1)
+            chunk.take(block, made.z[rows])
+
+    done = 0
+    for chunk in chunks:
+        done = chunk.count
+        copy(chunk, 0)
+    with changing:
+        copy(chunks[-1], done)
+        made.count = chunks[-1].first + chunks[-1].count - made.first
+        if features.chunks[run] == chunks:
+            features.chunks = (*features.chunks[: run.start], made, *features.chunks[run.stop :])
+
+
+def next_run(
+    features: Features, alive: npt.NDArray[np.bool_], start: int, room: int
+) -> slice | None:
+    """From the chunk `start` on: those with deleted rows whose living ones fit into `room` bytes.
+
+    At least one chunk; None where no row is deleted.
+    """
+    counts = [
+        int(np.count_nonzero(alive[chunk.first : chunk.first + chunk.count]))
+        for chunk in features.chunks
+    ]
+    dead = [
+        min(chunk.count, len(alive) - chunk.first) > count
+        for chunk, count in zip(features.chunks, counts, strict=True)
+    ]
+    if True not in dead[start:]:
+        return None
+    first = dead.index(True, start)
+    stop, bytes_needed = first, 0
+    for place in range(first, len(dead)):
+        bytes_needed += feature_bytes(counts[place], features.width)
+        if place > first and bytes_needed > room:
+            break
+        if dead[place]:
+            stop = place + 1
+    return slice(first, stop)
 
 
 def build_index(segment: Segment, kind: IndexKind, stop: Stop) -> RecallIndex:

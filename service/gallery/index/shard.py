@@ -6,7 +6,8 @@ lock: they see the rows that were there when they began. Those of one call run a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,14 +38,18 @@ class Statistics:
     """Sizes of a shard.
 
     items, tombstones: rows alive and deleted. index: the kind that serves recall. indexed: rows in
-    it; the others are scanned. rebuilds: how often rows or index were rebuilt since the start.
+    it; the others are scanned. on_host: items searched in the host's memory, all of them without a
+    GPU. device_bytes: of feature_bytes. rebuilds: how often rows or index were rebuilt since the
+    start.
     """
 
     items: int
     tombstones: int
     index: IndexKind
     indexed: int
+    on_host: int
     feature_bytes: int
+    device_bytes: int
     column_bytes: int
     rebuilds: int
 
@@ -64,8 +69,9 @@ class Shard:
     """
 
     def __init__(self, config: CMTConfig, device: str, kind: IndexKind | None = None) -> None:
-        self._maintenance = Maintenance(Segment.empty(config, device), kind)
-        self._searcher = Searcher(config, lambda: self._maintenance.segment)
+        self._maintenance = maintenance = Maintenance(Segment.empty(config, device), kind)
+        # Not by `self`: a cycle would keep a shard's memory after its end.
+        self._searcher = Searcher(config, lambda: maintenance.segment)
 
     def __len__(self) -> int:
         return self._maintenance.segment.columns.alive_count
@@ -79,6 +85,22 @@ class Shard:
         """Add items, which the next search finds."""
         with self._maintenance.changing:
             self._maintenance.segment.add(stored)
+            self._maintenance.wake()
+
+    @contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Hold memory for so many items that are added in this context. Raises NoRoom."""
+        with self._maintenance.changing:
+            self._maintenance.expect(count)
+        try:
+            yield
+        finally:
+            with self._maintenance.changing:
+                self._maintenance.forget(count)
+
+    def tend(self) -> None:
+        """Try again what there was no memory for, and use what has become free. Call regularly."""
+        with self._maintenance.changing:
             self._maintenance.wake()
 
     def mark_deleted(self, numbers: Sequence[int]) -> list[int]:
@@ -149,7 +171,9 @@ class Shard:
             tombstones=len(columns) - columns.alive_count,
             index="SQfp16" if index is None else index.kind,
             indexed=0 if index is None else len(index),
+            on_host=segment.on_host,
             feature_bytes=segment.features.bytes,
+            device_bytes=segment.features.device_bytes,
             column_bytes=columns.bytes,
             rebuilds=self._maintenance.rebuilds,
         )

@@ -34,6 +34,7 @@ from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features, Norms
 from service.gallery.index.recall_index import RecallIndex
+from service.gallery.index.room import NoRoom, feature_bytes
 from service.gallery.index.segment import Segment
 from service.gallery.index.shard import Frozen
 
@@ -106,12 +107,17 @@ def save(
 
 
 def load(folder: Path, config: CMTConfig, device: str, *, fingerprint: str) -> Restored:
-    """Read what `save` wrote for the same checkpoint and device. Raises SnapshotInvalid."""
+    """Read what `save` wrote for the same checkpoint and device.
+
+    Raises SnapshotInvalid, also where there is no memory for it.
+    """
     try:
         manifest = _manifest(folder, device, fingerprint)
         segment = _read_all(manifest, folder / manifest["folder"], config, device)
     except OSError as error:
         raise SnapshotInvalid(f"{error.filename} cannot be read: {error.strerror}") from error
+    except NoRoom as error:
+        raise SnapshotInvalid(f"{error}: what fits is read from the store") from error
     return Restored(segment, Position(*manifest["position"]), Witness(*manifest["witness"]))
 
 
@@ -203,8 +209,11 @@ def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: st
     segment = Segment.empty(config, device)
     features = segment.features
     with ThreadPoolExecutor(_THREADS) as threads:
+        final = len(manifest["chunks"]) - 1
         jobs = [
-            threads.submit(_read_chunk, own, files[f"features-{number}"], features, **chunk)
+            threads.submit(
+                *(_read_chunk, own, files[f"features-{number}"], features, number == final), **chunk
+            )
             for number, chunk in enumerate(manifest["chunks"])
         ]
         table = np.frombuffer(_read(own, files["columns"]), np.int64)
@@ -214,50 +223,65 @@ def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: st
             _check(own, files["faiss"])
             load_index = partial(RecallIndex.read, str(own / "faiss"), features.width)
             index = load_index(manifest["index"]["kind"], manifest["index"]["expected"])
-        chunks = [job.result() for job in jobs]
+        chunks = [chunk for job in jobs for chunk in job.result()]
     features.adopt(chunks, Norms(*manifest["norms"]))
     columns = Columns.restored(table, texts)
     return Segment(features, columns, index)
 
 
-def _read_chunk(own: Path, file: _File, features: Features, *, rows: int, scale: float) -> Chunk:
-    """Read a file directly into the memory of a new chunk."""
-    chunk = features.new_chunk(scale)
-    on_device = features.device.type != "cpu"
-    place = torch.empty_like(chunk.z[:rows], device="cpu") if on_device else chunk.z[:rows]
-    _fill(own, file, place.numpy().data.cast("B"))
-    if on_device:
-        chunk.z[:rows] = place.to(features.device)
-    chunk.count = rows
-    return chunk
+def _read_chunk(
+    own: Path, file: _File, features: Features, last: bool, *, rows: int, scale: float
+) -> list[Chunk]:
+    """Read a file into the memory of new chunks: of one, or of several where they are smaller.
+
+    last: rows will be added to it.
+    """
+    _check_size(own / file.name, feature_bytes(rows, features.width))
+    checksum = 0
+    chunks: list[Chunk] = []
+    with (own / file.name).open("rb", buffering=0) as source:
+        while rows:
+            chunk = features.new_chunk(scale, None if last else rows)
+            chunk.count = min(rows, chunk.capacity)
+            z = chunk.z[: chunk.count]
+            place = z if chunk.device.type == "cpu" else torch.empty_like(z, device="cpu")
+            checksum = _fill(source, file.name, place.numpy().data.cast("B"), checksum)
+            if place is not z:
+                z.copy_(place)
+            rows -= chunk.count
+            chunks.append(chunk)
+    _compare(own, file, checksum)
+    return chunks
 
 
 def _read(own: Path, file: _File) -> bytearray:
+    _check_size(own / file.name, file.size)
     data = bytearray(file.size)
-    _fill(own, file, memoryview(data))
+    with (own / file.name).open("rb", buffering=0) as source:
+        checksum = _fill(source, file.name, memoryview(data), 0)
+    _compare(own, file, checksum)
     return data
 
 
-def _fill(own: Path, file: _File, place: memoryview) -> None:
-    """Read a file into memory of its size, and check it piece by piece. Raises SnapshotInvalid."""
-    path = own / file.name
-    _check_size(path, len(place))
-    checksum = 0
-    with path.open("rb", buffering=0) as source:
-        for start in range(0, len(place), _PIECE):
-            piece = place[start : start + _PIECE]
-            if source.readinto(piece) != len(piece):
-                raise SnapshotInvalid(f"{path} ended while it was read")
-            checksum = zlib.crc32(piece, checksum)
+def _fill(source: BinaryIO, name: str, place: memoryview, checksum: int) -> int:
+    """Read on in a file into memory, piece by piece → its checksum. Raises SnapshotInvalid."""
+    for start in range(0, len(place), _PIECE):
+        piece = place[start : start + _PIECE]
+        if source.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+            raise SnapshotInvalid(f"{name} ended while it was read")
+        checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
+def _compare(own: Path, file: _File, checksum: int) -> None:
     if checksum != file.crc32:
-        raise SnapshotInvalid(f"{path} is damaged: its checksum is another")
+        raise SnapshotInvalid(f"{own / file.name} is damaged: its checksum is another")
 
 
 def _check(own: Path, file: _File) -> None:
     path = own / file.name
     _check_size(path, file.size)
-    if _checksum(path) != file.crc32:
-        raise SnapshotInvalid(f"{path} is damaged: its checksum is another")
+    _compare(own, file, _checksum(path))
 
 
 def _checksum(path: Path) -> int:
