@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ from model.ranking import (
     spread_ratio,
 )
 from service.gallery.index.features import Features
-from service.gallery.index.searcher import Scored, Searcher, SearchRequest
+from service.gallery.index.searcher import Scored, SearchRequest
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -99,8 +100,16 @@ class Ranked:
         return self.features.rescore(x, identity, self.positions[places])[1]
 
 
+class Searches(Protocol):
+    """What finds the rows: `Searcher`, or one that asks several."""
+
+    def search(self, queries: Sequence[SearchRequest]) -> list[Scored]:
+        """As `Searcher.search`."""
+        ...
+
+
 @torch.inference_mode()
-def rank(searcher: Searcher, requests: Sequence[tuple[SearchRequest, Scale]]) -> list[Ranked]:
+def rank(searcher: Searches, requests: Sequence[tuple[SearchRequest, Scale]]) -> list[Ranked]:
     """Search each of the gallery's modalities that a query asks for, and join what was found."""
     parts: list[SearchRequest] = []
     owners: list[tuple[int, Modality]] = []
@@ -133,7 +142,7 @@ def _joined(found: Mapping[Modality, Scored], scale: Scale, counted: int) -> Ran
     scored_ranks = np.arange(1, len(kept.scores) + 1)
     if scale.rerank and len(kept.scores):
         begun = time.perf_counter()
-        raised = kept.scores + _bonus(kept, every[0].seen.segment.features, searched, scale)
+        raised = kept.scores + _bonus(kept, every[0].seen.features, searched, scale)
         searched = replace(searched, raised=float(raised.max() - kept.scores.max()))
         kept = replace(kept, scores=raised)
         again = kept.order()
@@ -162,7 +171,7 @@ def _joined(found: Mapping[Modality, Scored], scale: Scale, counted: int) -> Ran
             "rescore": sum(one.rescore_ms for one in found.values()) + joined_ms,
             "rerank": reranked_ms,
         },
-        features=every[0].seen.segment.features,
+        features=every[0].seen.features,
         positions=kept.places,
     )
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from torch import Tensor
 from model import CMTConfig, Modulation, project
 from service.gallery.index.columns import Columns
 from service.gallery.index.exact_topk import Nearest, nearest_of
+from service.gallery.index.features import Features
 from service.gallery.index.inner_products import Best, Mask, exhaustive, scan
 from service.gallery.index.recall import recall
 from service.gallery.index.segment import Segment
@@ -68,6 +69,23 @@ class Sample(NamedTuple):
     whole: bool
 
 
+class Population(Protocol):
+    """What ranking asks of the rows that pass some filters, of which there are `searched`.
+
+    features: of them, by position. persons: whether a row shows a person, by the person's code.
+    unlabelled: how many show nobody known.
+    """
+
+    @property
+    def searched(self) -> int: ...
+    @property
+    def features(self) -> Features: ...
+    @property
+    def persons(self) -> npt.NDArray[np.bool_]: ...
+    @property
+    def unlabelled(self) -> int: ...
+
+
 class Unmodulated(NamedTuple):
     """Numbers that rank like the distance without γ and β: of N rows, and of all scored, sorted."""
 
@@ -80,15 +98,16 @@ class Scored:
     """The nearest, N rows, nearest first.
 
     numbers: row numbers. positions: in the `segment`. persons: codes, negative where there is none.
-    parts: squared distances, N×P. seen: what passed the filters. candidates: how many rows the
-    answer was chosen from. sample: of those searched, good to the rounding of fp32. recall_ms: of
-    the whole batch.
+    scores: what recall ordered them by, see `Best`. parts: squared distances, N×P. seen: what
+    passed the filters. candidates: how many rows the answer was chosen from. sample: of those
+    searched, good to the rounding of fp32. recall_ms: of the whole batch.
     """
 
     numbers: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     persons: npt.NDArray[np.int64]
     distances: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float32]
     recall_ranks: npt.NDArray[np.int64] | None
     unmodulated: Unmodulated | None
     parts: npt.NDArray[np.float32] | None
@@ -97,7 +116,7 @@ class Scored:
     sample: Sample | None
     recall_ms: float
     rescore_ms: float
-    seen: Seen
+    seen: Population
 
     @property
     def searched(self) -> int:
@@ -142,6 +161,11 @@ class Seen:
     allowed: Mask
     searched: int
 
+    @property
+    def features(self) -> Features:
+        """Of all rows, by position."""
+        return self.segment.features
+
     @cached_property
     def positions(self) -> npt.NDArray[np.int64]:
         """Where they are."""
@@ -149,8 +173,19 @@ class Seen:
 
     @cached_property
     def spread(self) -> npt.NDArray[np.int64]:
-        """`SAMPLE` of them, evenly spread: the same for every query."""
-        return self.positions[np.arange(SAMPLE) * self.searched // SAMPLE]
+        """`SAMPLE` of them, or all, evenly spread: the same for every query.
+
+        By their numbers alone, so that a gallery in several shards takes the same.
+        """
+        if self.searched <= SAMPLE:
+            return self.positions
+        keys = scattered(self.columns.numbers[self.positions])
+        # About twice as many as are wanted have a key up to this one.
+        near = np.flatnonzero(keys <= np.uint64(min(2**65 // self.searched * SAMPLE, 2**64 - 1)))
+        if len(near) < SAMPLE:
+            near = np.arange(len(keys))
+        first = near[np.argpartition(keys[near], SAMPLE - 1)[:SAMPLE]]
+        return self.positions[np.sort(first)]
 
     @cached_property
     def persons(self) -> npt.NDArray[np.bool_]:
@@ -258,6 +293,7 @@ class Searcher:
             positions=positions[order],
             persons=seen.columns.persons[positions[order]],
             distances=distances[order],
+            scores=found.best.scores[order],
             recall_ranks=None if exhaustive else order + 1,
             unmodulated=(
                 self._unmodulated(query, found, exhaustive, order) if request.explain else None
@@ -401,6 +437,14 @@ class Searcher:
             for name, count in calls.items():
                 setattr(self.counters, name, getattr(self.counters, name) + count)
             self.counters.largest_batch = max(self.counters.largest_batch, largest_batch)
+
+
+def scattered(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Keys of row numbers, all different; those of successive numbers are far from each other.
+
+    The fraction of a multiple of √2, whose successive values are spread evenly (Weyl).
+    """
+    return numbers.astype(np.uint64) * np.uint64(0x6A09E667F3BCC909)
 
 
 def _sampled(queries: Sequence[_Query], found: Sequence[_Found]) -> list[Sample | None]:
