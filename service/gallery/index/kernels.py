@@ -13,6 +13,7 @@ order, which is what `inner_products.rounding_bound` bounds. Distances are compu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -64,14 +65,15 @@ def best(
         scores = torch.empty(query_count, tiles, ROWS, device=device)
         largest = torch.empty(query_count, tiles, device=device)
         block = min(_MOST_QUERIES, max(_LEAST_QUERIES, triton.next_power_of_2(query_count)))
-        _score[(-(-query_count // block), tiles)](
-            *(here, both, sizes, flags, scores, largest),
-            *(query_count, tiles_of, tiles, *parts),
-            ROWS=ROWS,
-            QUERIES=block,
-            NUMBERS=_NUMBERS,
-            **OPTIONS,
-        )
+        with _current(device):
+            _score[(-(-query_count // block), tiles)](
+                *(here, both, sizes, flags, scores, largest),
+                *(query_count, tiles_of, tiles, *parts),
+                ROWS=ROWS,
+                QUERIES=block,
+                NUMBERS=_NUMBERS,
+                **OPTIONS,
+            )
         found.append(_top(scores, largest, here[:, 1], tiles_of, count))
     if len(found) == 1:
         return found[0]
@@ -88,9 +90,10 @@ def part_distances(rows: Tensor, given: Tensor, parts: int) -> Tensor:
     squared = torch.empty(len(rows), parts, dtype=torch.float64, device=rows.device)
     if len(rows):
         dim = given.shape[1]
-        _distances[(len(rows),)](
-            rows, given, squared, parts, dim, NUMBERS=triton.next_power_of_2(dim)
-        )
+        with _current(rows.device):
+            _distances[(len(rows),)](
+                rows, given, squared, parts, dim, NUMBERS=triton.next_power_of_2(dim)
+            )
     return squared
 
 
@@ -98,8 +101,14 @@ def gather(rows: Tensor, width: int) -> Tensor:
     """The first `width` numbers of N rows by their addresses: N×width, fp16."""
     copies = torch.empty(len(rows), width, dtype=torch.float16, device=rows.device)
     if len(rows):
-        _gather[(len(rows),)](rows, copies, width, NUMBERS=1024)
+        with _current(rows.device):
+            _gather[(len(rows),)](rows, copies, width, NUMBERS=1024)
     return copies
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the thread's current GPU, which may be another of several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def addresses(chunks: Sequence[Chunk], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
