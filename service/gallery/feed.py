@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 FEATURE_DTYPE = np.dtype("<f2")
+_GOLDEN = 0x9E3779B9  # 2³² times the fraction of the golden ratio
+_LOW_31, _LOW_32 = (1 << 31) - 1, (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,28 @@ class Stored:
     modalities: list[str]
     captured: list[int | None]
     features: npt.NDArray[np.float16]
+
+
+class Slice(NamedTuple):
+    """One of `count` shares of a gallery: the items whose row numbers it takes, by a hash.
+
+    The fraction of a multiple of the golden ratio: shares differ by few items, and none gets all
+    that come from one of several cameras in turn.
+    """
+
+    index: int
+    count: int
+
+    def condition(self, column: str) -> str:
+        """SQL that lets the rows of the slice pass; its numbers fit 64 bits."""
+        hashed = f"(({column} & {_LOW_31}) * {_GOLDEN}) & {_LOW_32}"
+        return f"((({hashed}) * {self.count}) >> 32) = {self.index}"
+
+    def holds(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these numbers it takes, by the same hash."""
+        hashed = ((numbers & _LOW_31) * _GOLDEN) & _LOW_32
+        mine: npt.NDArray[np.bool_] = (hashed * self.count >> 32) == self.index
+        return mine
 
 
 class Position(NamedTuple):

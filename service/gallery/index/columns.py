@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from service.gallery.times import microseconds
 
 _NO_TIME = np.iinfo(np.int64).min
 _NO_CODE = -1
+_LARGEST = np.iinfo(np.int64).max
 _FEW_CODES = 8  # are compared with one after the other, which is faster than looking up each row's
 _FIELDS = ("number", "person", "camera", "modality", "captured")
 _KEPT_MASKS = 8  # of one moment
@@ -25,6 +27,7 @@ class Codes:
         """texts: string by code, None where a code is no longer in use."""
         self._codes = {text: code for code, text in enumerate(texts) if text is not None}
         self._texts = list(texts)
+        self._keys: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     def encode(self, values: Sequence[str | None]) -> npt.NDArray[np.int64]:
         """N strings → N codes; new strings get new ones."""
@@ -42,6 +45,21 @@ class Codes:
     def decode(self, codes: npt.NDArray[np.int64]) -> list[str | None]:
         """N codes → N strings, the inverse of `encode`."""
         return [None if code == _NO_CODE else self._texts[code] for code in codes.tolist()]
+
+    def keys(self, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """N codes → N numbers, −1 for None: equal strings have equal ones in every process.
+
+        63 bits of a hash, so that of a million strings two have the same one with a probability of
+        5·10⁻⁸.
+        """
+        keys = self._keys  # another thread may replace it meanwhile
+        if len(keys) < len(self._texts):
+            more = b"".join(map(_digest, self._texts[len(keys) :]))
+            keys = np.concatenate([keys, np.frombuffer(more, np.int64) & _LARGEST])
+            self._keys = keys
+        if not len(keys):
+            return np.full(len(codes), _NO_CODE)
+        return np.where(codes < 0, _NO_CODE, keys[codes])
 
     def strings(self, used: npt.NDArray[np.int64]) -> list[str | None]:
         """String by code, up to the last one used; None for the others."""
@@ -81,6 +99,10 @@ class Columns:
     def persons(self) -> npt.NDArray[np.int64]:
         """Codes of person_id by position, negative where there is none."""
         return self._table[1, : self._count]
+
+    def person_keys(self, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Of persons, by code: see `Codes.keys`."""
+        return self._persons.keys(codes)
 
     @property
     def alive(self) -> npt.NDArray[np.bool_]:
@@ -284,6 +306,10 @@ def _among(column: npt.NDArray[np.int64], codes: Sequence[int]) -> npt.NDArray[n
     # index into a table whose size the first value was checked against.
     found = np.isin(column.copy(), codes)
     return found
+
+
+def _digest(text: str | None) -> bytes:
+    return hashlib.blake2b((text or "").encode(), digest_size=8).digest()
 
 
 def _times(captured: Sequence[int | None]) -> list[int]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, func, insert, select, text
 
 from service.errors import GalleryDamaged
-from service.gallery.feed import FEATURE_DTYPE, Changes, Position, Stored, Witness
+from service.gallery.feed import FEATURE_DTYPE, Changes, Position, Slice, Stored, Witness
 from service.gallery.storage.rows import blocks
 from service.gallery.storage.tables import changes, features, items, models
 from service.gallery.times import microseconds
@@ -31,25 +31,36 @@ _LABELS = (items.c.person_id, items.c.camera_id, items.c.modality, items.c.captu
 _SQLITE_BLOCKS = """
     SELECT f.number, i.person_id, i.camera_id, i.modality, i.captured_at, f.data
     FROM features f CROSS JOIN items i ON i.number = f.number
-    WHERE f.model = ? AND f.number > ? ORDER BY f.number
+    WHERE f.model = ? AND f.number > ? AND {mine} ORDER BY f.number
 """  # CROSS JOIN: SQLite keeps the order, otherwise it scans items and looks up each one's features
 CHANNEL = "cmt_gallery"
 """Of PostgreSQL's NOTIFY: replicas listen there for what others commit."""
 _POSTGRES_FEATURES = """
-    COPY (SELECT data FROM features WHERE model = %s AND number > %s AND number <= %s
+    COPY (SELECT data FROM features WHERE model = %s AND number > %s AND number <= %s AND {mine}
           ORDER BY number) TO STDOUT (FORMAT binary)
 """
 
 
 class View:
-    """One state of the store, seen with one model version: all its answers agree."""
+    """One state of the store, seen with one model version: all its answers agree.
 
-    def __init__(self, connection: Connection, model: str, size: int) -> None:
+    part: which items it counts and streams, None for all. Positions are those of all.
+    """
+
+    def __init__(
+        self, connection: Connection, model: str, size: int, part: Slice | None = None
+    ) -> None:
         self._connection, self._model, self._size = connection, model, size
+        self._part = part
+
+    def _mine(self, column: str) -> str:
+        """SQL: whether this number is one of its items."""
+        return "TRUE" if self._part is None else self._part.condition(column)
 
     def count(self) -> int:
         """Items with features of this version."""
         query = select(func.count()).select_from(features).where(features.c.model == self._model)
+        query = query.where(text(self._mine("features.number")))
         return int(self._connection.execute(query).scalar_one())
 
     def position(self) -> Position:
@@ -92,7 +103,7 @@ class View:
         query = (
             select(items.c.number, *_LABELS, features.c.data)
             .join(features, features.c.number == items.c.number)
-            .where(features.c.model == self._model)
+            .where(features.c.model == self._model, text(self._mine("items.number")))
             .order_by(items.c.number)
         )
         found: list[Any] = []
@@ -106,7 +117,8 @@ class View:
         driver: Any = self._connection.connection.driver_connection
         cursor = driver.cursor()
         try:
-            cursor.execute(_SQLITE_BLOCKS, (self._model, after))
+            statement = _SQLITE_BLOCKS.format(mine=self._mine("f.number"))
+            cursor.execute(statement, (self._model, after))
             block = _Block(size, self._size)
             while rows := cursor.fetchmany(min(_ROWS_PER_FETCH, block.room)):
                 block.add(rows)
@@ -123,10 +135,11 @@ class View:
         labels = (
             select(features.c.number, *_LABELS)
             .join(items, items.c.number == features.c.number)
-            .where(features.c.model == self._model)
+            .where(features.c.model == self._model, text(self._mine("features.number")))
             .order_by(features.c.number)
             .limit(size)
         )
+        copied = _POSTGRES_FEATURES.format(mine=self._mine("number"))
         while rows := self._connection.execute(labels.where(features.c.number > after)).all():
             block = _Block(len(rows), self._size)
             block.add_labels(zip(*rows, strict=True))
@@ -134,7 +147,7 @@ class View:
             # The same rows in the same order: the transaction sees one state of the database.
             with (
                 driver.cursor() as cursor,
-                cursor.copy(_POSTGRES_FEATURES, (self._model, after, until)) as copy,
+                cursor.copy(copied, (self._model, after, until)) as copy,
             ):
                 messages = _copied(copy)
                 while part := list(islice(messages, _ROWS_PER_FETCH)):

@@ -9,9 +9,10 @@ import pytest
 from sqlalchemy import update
 
 from service.errors import GalleryDamaged
-from service.gallery.feed import Position
+from service.gallery.feed import Position, Slice
 from service.gallery.records import ItemUpdate
 from service.gallery.storage.store import Store
+from service.gallery.storage.streaming import View
 from service.gallery.storage.tables import features
 from tests.service.stores import OTHER, SIZE, all_of, new, rows
 
@@ -135,3 +136,24 @@ def test_numbers_become_visible_in_order(store: Store) -> None:
             seen += all_of(store, after=seen[-1] if seen else 0)
             assert len(seen) == 120 or not finished
     assert len(set(seen)) == 120
+
+
+@pytest.mark.parametrize("shares", [1, 2, 5])
+def test_slices_share_the_gallery(store: Store, shares: int) -> None:
+    numbers = [n for n, _ in store.add(new(400), rows(400))]
+    store.update(store.fetch([numbers[7]])[numbers[7]].id, ItemUpdate(person_id="p"))
+    store.delete(numbers[90:120])
+    whole, seen = all_of(store), {}
+    for index in range(shares):
+        mine = Slice(index, shares)
+        with store.database.reading() as connection:
+            view = View(connection, store.model, SIZE, mine)
+            found = all_of(view, block=64)
+            changed = view.changes_since(Position(numbers[-1], 0))
+            assert (view.count(), view.position()) == (len(found), Position(numbers[-1], 31))
+        assert list(found) == [n for n in whole if mine.holds(np.array([n]))[0]]
+        assert abs(len(found) - 370 / shares) < 40
+        assert changed.deleted == numbers[90:120]  # of other slices, too: nobody has them
+        assert changed.updated.numbers == [n for n in [numbers[7]] if n in found]
+        seen |= found
+    assert seen == whole
