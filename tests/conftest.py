@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from model import CMT, CMTConfig, save_checkpoint
 from tests.faked_device import FakedDevice, faked_device
 
+# Without a GPU, Triton's interpreter runs its kernels, if it is told so before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # The networks here are too small for more: threads would only wait for one another.
 torch.set_num_threads(1)
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and all that they start.

@@ -135,6 +135,10 @@ class _OnDevice(Tensor):
     ) -> Any:
         return _compute(func, args, kwargs or {})
 
+    def data_ptr(self) -> int:
+        """The address behind it, for kernels that find rows by their addresses."""
+        return self.on_cpu.data_ptr()
+
     # With both of these, `Module.to` replaces a parameter by another object.
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["on_cpu"], None

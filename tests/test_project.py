@@ -78,7 +78,7 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
 @pytest.mark.parametrize(
     ("package", "extras"),
     # model.graphs converts to OpenVINO for both rooms that run it; it imports it only then.
-    [("model", ["cpu"]), ("service", ["cpu", "bench", "otel"]), ("training", ["train"])],
+    [("model", ["cpu"]), ("service", ["cpu", "bench", "bulk", "otel", "s3"]), ("training", ["train"])],
 )
 def test_every_import_is_required_where_it_is_used(package: str, extras: list[str]) -> None:
     project = PROJECT["project"]
@@ -88,8 +88,9 @@ def test_every_import_is_required_where_it_is_used(package: str, extras: list[st
     required = {canonicalize_name(Requirement(line).name) for line in lines}
     distributions = packages_distributions()
     for file in (ROOT / package).rglob("*.py"):
-        # pydantic_core is pydantic's other half: each release pins the one of the other.
-        for name in imports(file) - PACKAGES - sys.stdlib_module_names - {"pydantic_core"}:
+        # pydantic_core is pydantic's other half: each release pins the one of the other. Triton comes
+        # with a torch that is built for CUDA; without it the index goes without its kernels.
+        for name in imports(file) - PACKAGES - sys.stdlib_module_names - {"pydantic_core", "triton"}:
             providers = {canonicalize_name(provider) for provider in distributions[name]}
             assert providers & required, f"{file} imports {name}, which nothing here requires"
 

@@ -17,7 +17,8 @@ from service.gallery.feed import Stored
 from service.gallery.index import inner_products as nearest
 from service.gallery.index.chunks import CHUNK_ROWS
 from service.gallery.index.features import Features
-from service.gallery.index.inner_products import halves, multiply, rounding_bound, scan
+from service.gallery.index.gpu_products import halves
+from service.gallery.index.inner_products import multiply, rounding_bound, scan
 from service.gallery.index.shard import SearchRequest, Shard
 from service.images.decode import decode
 from tests.paths import ROOT
