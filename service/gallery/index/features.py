@@ -364,6 +364,13 @@ class Features:
 
     def _gather(self, positions: npt.NDArray[np.int64], device: torch.device) -> Tensor:
         """Rows of y in fp16 on a device, N×(P·D), at `positions`, which ascend."""
+        kernels = kernels_on(self.device)
+        if kernels is not None and [where for where, _ in self._by_device(positions)] == [
+            self.device
+        ]:
+            at = torch.from_numpy(kernels.addresses(self.chunks, positions)).to(self.device)
+            copies: Tensor = kernels.gather(at, self.parts * self.dim).to(device)
+            return copies
         rows = torch.empty(len(positions), self.width, dtype=torch.float16, device=device)
         chunks = self.chunks
         edges = np.searchsorted(positions, [chunk.first for chunk in chunks]).tolist()

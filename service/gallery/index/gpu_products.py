@@ -57,19 +57,25 @@ def best(
     return scores, positions
 
 
-@cache
 def kernels_on(device: torch.device) -> ModuleType | None:
     """The kernels, or None where Triton is missing or cannot build them: it calls a C compiler."""
-    if device.type == "cpu" or find_spec("triton") is None:
+    return None if device.type == "cpu" else _kernels(device.index or 0)
+
+
+@cache
+def _kernels(number: int) -> ModuleType | None:
+    if find_spec("triton") is None:
         return None
     from service.gallery.index import kernels
 
+    device = torch.device("cuda", number)
     try:
         row = torch.zeros(1, 16, dtype=torch.float16, device=device)
         there = torch.tensor([row.data_ptr()], device=device)
         built = bool((kernels.gather(there, 16) == row).all())
     except Exception as error:
-        log.warning("Triton builds no kernels (%s): a search takes more launches", error)
+        reason = str(error).partition("\n")[0]
+        log.warning("Triton builds no kernels (%s): a search takes more launches", reason)
         return None
     return kernels if built else None
 

@@ -328,12 +328,12 @@ def test_kernels_that_cannot_be_built_are_told_once(
     """As on a host without a C compiler: PyTorch serves."""
     pytest.importorskip("triton")
     assert faked.free
-    kernels_on.cache_clear()
+    gpu_products._kernels.cache_clear()
     device = torch.device("cuda", 0)
     assert kernels_on(device) is None
     assert kernels_on(device) is None
     assert [line.message for line in caplog.records if "Triton builds no" in line.message]
-    kernels_on.cache_clear()
+    gpu_products._kernels.cache_clear()
 
 
 @pytest.mark.gpu
