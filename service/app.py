@@ -55,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             async with create_task_group() as group:
                 group.start_soon(opened.pipeline.run)
+                group.start_soon(opened.reembedder.follow)
                 await opened.pipeline.self_check.first()
                 # These objects stay: spare the garbage collector from scanning them repeatedly.
                 gc.collect()

@@ -49,7 +49,8 @@ async def reembed(
 @router.get("/reembed", dependencies=[NO_QUERY], responses=documented())
 async def reembed_status(state: ResourcesDep) -> ReembedStatus:
     """How far embedding the gallery again is."""
-    return ReembedStatus.model_validate(state.reembedder.status, from_attributes=True)
+    status = await state.reembedder.current()
+    return ReembedStatus.model_validate(status, from_attributes=True)
 
 
 @router.get("/versions", dependencies=[NO_QUERY], responses=documented())

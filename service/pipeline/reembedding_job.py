@@ -8,9 +8,10 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from anyio import to_thread
+from anyio import sleep, to_thread
 
 from model import CheckpointError
+from model.checkpoint import stored_fingerprint
 from service.embedding.embedder import Embedder
 from service.errors import CheckpointUnusable, ModelVersionConflict, ServiceError
 from service.gallery import Act, Progress, ReembeddingStopped
@@ -19,6 +20,9 @@ from service.pipeline.pipeline import Pipeline
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_LOOK = 0.5  # seconds between two looks at what the other replicas do
+_REST = 5.0  # after one that failed
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,65 @@ class ReembeddingJob:
         self._thread: threading.Thread | None = None
         self.status = Status()
 
+    async def current(self) -> Status:
+        """How far the newest run is, whichever replica has it."""
+        run = await self._pipeline.stored(self._pipeline.gallery.run)
+        if run is None or run.mine:
+            return self.status
+        known = {"state", "checkpoint", "done", "total", "detail"}
+        return Status(**{name: value for name, value in run.details.items() if name in known})
+
+    async def follow(self) -> None:
+        """Follow the other replicas to the checkpoint that they have gone on to, until cancelled.
+
+        The leader also goes on with a run whose replica has ended.
+        """
+        replicas = self._pipeline.gallery.replicas
+        while replicas is not None:
+            await sleep(_LOOK)
+            left = replicas.left_behind if replicas.leads else None
+            try:
+                if replicas.successor is not None and not self._running.locked():
+                    await self._adopt(replicas.successor)
+                elif left is not None and left["state"] == "running" and not self._running.locked():
+                    name = await to_thread.run_sync(self._file_of, left["checkpoint"])
+                    await self.start(name, left["actor"])
+            except ServiceError as error:
+                log.error("the other replicas cannot be followed: %s", error.detail)
+                await sleep(_REST)
+            except Exception as error:
+                if report_loss(error):
+                    return
+                log.exception("the other replicas cannot be followed")
+                await sleep(_REST)
+
+    async def _adopt(self, fingerprint: str) -> None:
+        """Embed and search with the checkpoint of this fingerprint from now on."""
+        name = await to_thread.run_sync(self._file_of, fingerprint)
+        embedder = await to_thread.run_sync(self._load, name)
+        await to_thread.run_sync(self._pipeline.gallery.adopt, embedder.info)
+        self._pipeline.switch(embedder)
+        log.info("the gallery has gone on to %s, and this replica with it", name)
+
+    def _file_of(self, fingerprint: str) -> str:
+        """The name of the file beside the one in use that has this checkpoint."""
+        for path in sorted(self._settings.checkpoint.parent.glob("*.safetensors")):
+            if stored_fingerprint(path) == fingerprint:
+                return path.name
+        raise CheckpointUnusable(
+            f"the gallery has gone on to the checkpoint {fingerprint[:12]}, and no file beside "
+            f"{self._settings.checkpoint} has it; put it there"
+        )
+
     async def start(self, name: str | None, actor: str) -> Status:
         """Begin a run with the checkpoint file `name` beside the one in use, or with that one.
 
         Raises ModelVersionConflict while another runs, CheckpointUnusable for a file that is no
         checkpoint.
         """
-        if not self._running.acquire(blocking=False):
+        run = await self._pipeline.stored(self._pipeline.gallery.run)
+        elsewhere = run is not None and run.alive and not run.mine
+        if elsewhere or not self._running.acquire(blocking=False):
             raise ModelVersionConflict(
                 "the gallery is being embedded again already; GET /admin/reembed says how far it is"
             )

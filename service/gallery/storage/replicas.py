@@ -38,7 +38,7 @@ POLL = 0.4  # seconds between two looks where nothing wakes a replica
 _BEAT = 1.0  # seconds between two signs of life
 LIVE = 5.0
 """Seconds after its last sign of life that a replica counts as alive, and its tasks as its own."""
-_SILENT = 10.0  # seconds after which a server that has not answered a sign of life is given up
+_SILENT = 6.0  # seconds after which a server that has not answered a sign of life is given up
 _REST = 0.02  # seconds between two rounds, so that one serves many commits
 CLOCK_BOUND = timedelta(seconds=5)
 """How far a replica's clock may differ from the database's before it is said."""
@@ -304,8 +304,12 @@ class Replicas:
         while not self._closing.is_set():
             left = min(due - time.monotonic(), _BEAT / 4)  # a close waits no longer
             if left > 0 and self.listens:
-                for _ in driver.notifies(timeout=left, stop_after=1):
-                    self._woken.set()
+                try:
+                    for _ in driver.notifies(timeout=left, stop_after=1):
+                        self._woken.set()
+                except self._database.engine.dialect.loaded_dbapi.Error:
+                    connection.invalidate()  # SQLAlchemy has not seen it break
+                    raise
             elif left > 0:
                 self._closing.wait(left)
             if time.monotonic() >= due:
