@@ -21,9 +21,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from model.cores import allowed_cores
+from model.device import checked_name
 from service.auth.keys import KeyFile, KeyFileError
 from service.auth.rate_limit import checked_rate
 from service.gallery.records import IndexKind
+from service.gallery.storage.objects import parse_address
 from service.kit.urls import checked_prefix, is_loopback, without_password
 
 
@@ -44,6 +46,12 @@ class Settings(BaseSettings):
     """SQLAlchemy URL of another database than the SQLite file in `data_dir`.
 
     `?password_file=FILE` names the file that holds its password."""
+    crops_url: str | None = None
+    """Bucket of an object storage for large crops, such as s3://bucket/prefix; needs the extra s3.
+
+    `?endpoint=URL`, `&region=NAME` and `&credentials_file=FILE` say what boto3 does not find."""
+    crops_inline_bytes: int = Field(default=65_536, ge=0)
+    """Up to this size a crop is in the database all the same."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -53,7 +61,8 @@ class Settings(BaseSettings):
     cors_origins: tuple[str, ...] = ()
     """Origins of other sites' pages that may call the service, such as https://desk.example."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 of several GPUs: a process uses one."""
     runtime: Literal["auto", "torch", "openvino"] = "auto"
     candidates: int = Field(default=256, ge=1, le=100_000)
     """Shortlist size of the recall stage where a query does not set it."""
@@ -67,6 +76,8 @@ class Settings(BaseSettings):
     """Below this `probability_enrolled` it is `none`."""
     index: IndexKind | None = None
     """Kind of the recall index; without one, what measures best for the gallery's size."""
+    index_figures: Path | None = None
+    """Of a GPU: JSON that `cmt bench recall --device cuda` wrote there, to choose the kind by."""
 
     max_image_bytes: int = Field(default=20_000_000, ge=1)
     max_image_pixels: int = Field(default=20_000_000, ge=16 * 32)
@@ -148,7 +159,9 @@ class Settings(BaseSettings):
             raise ValueError(
                 "otlp_endpoint is set and OpenTelemetry is not installed; install the extra otel"
             )
-        if self.device == "cuda" and self.runtime == "openvino":
+        if self.crops_url is not None and find_spec("boto3") is None:
+            raise ValueError("crops_url is set and boto3 is not installed; install the extra s3")
+        if self.device.startswith("cuda") and self.runtime == "openvino":
             raise ValueError("OpenVINO runs on the CPU here; use device cpu or runtime torch")
         if "*" in self.cors_origins:
             raise ValueError(
@@ -156,11 +169,23 @@ class Settings(BaseSettings):
             )
         return self
 
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, value: str) -> str:
+        return checked_name(value)
+
     @field_validator("data_dir", mode="before")
     @classmethod
     def _is_named(cls, value: Any) -> Any:
         if isinstance(value, str) and not value.strip():  # the current folder otherwise
             raise ValueError("it is empty; name the folder of the gallery, such as data")
+        return value
+
+    @field_validator("crops_url")
+    @classmethod
+    def _is_bucket(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_address(value)
         return value
 
     @field_validator("rate_limit")

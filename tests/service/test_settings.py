@@ -34,6 +34,14 @@ def test_option_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.M
         ('checkpoint = "c"\ndata_dir = "d"\nport = 70000', "setting port"),
         ('checkpoint = "c"\ndata_dir = "d"\ncors_origins = ["*"]', "name the origins"),
         ("checkpoint = ", "no readable TOML"),
+        (
+            'checkpoint = "c"\ndata_dir = "d"\ndevice = "gpu1"',
+            "setting device: 'gpu1' is no device",
+        ),
+        (
+            'checkpoint = "c"\ndata_dir = "d"\ndevice = "cuda:1"\nruntime = "openvino"',
+            "OpenVINO runs on the CPU",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
@@ -50,3 +58,10 @@ def test_other_troubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CMT_CORS_ORIGINS", "https://desk.example")
     with pytest.raises(SettingsError, match="lists are written as JSON"):
         load_settings(checkpoint=tmp_path, data_dir=tmp_path)
+
+
+def test_one_of_several_gpus_is_chosen_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMT_DEVICE", "cuda:1")
+    assert load_settings(checkpoint=tmp_path, data_dir=tmp_path).device == "cuda:1"
