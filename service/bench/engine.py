@@ -14,10 +14,16 @@ from service.bench.crops import BenchmarkDataError
 from service.gallery.feed import Stored
 from service.gallery.index.exact_topk import nearest_of
 from service.gallery.index.features import Features
+from service.gallery.index.gpu_index import buildable
 from service.gallery.index.inner_products import Best, exhaustive
 from service.gallery.index.maintenance import INDEX_LEAST
 from service.gallery.index.recall import recall
-from service.gallery.index.recall_index import KINDS, NPROBE_SHARE, RecallIndex
+from service.gallery.index.recall_index import (
+    KINDS,
+    NPROBE_SHARE,
+    RecallIndex,
+    index_bytes,
+)
 from service.gallery.index.segment import Segment, build_index
 from service.gallery.records import IndexKind
 
@@ -33,13 +39,15 @@ Recall = Callable[[Tensor, int], Positions]
 class Index(NamedTuple):
     """A recall index under one setting ("" if it has none).
 
-    nested: a shorter shortlist is the beginning of a longer one. Not so where the probed lists may
-    hold too few for the longer one, which is then found by a scan of all rows.
+    bytes_per_item: beside the features. nested: a shorter shortlist is the beginning of a longer
+    one. Not so where the probed lists may hold too few for the longer one, which is then found by a
+    scan of all rows.
     """
 
     kind: str
     setting: str
     search: Recall
+    bytes_per_item: float
     nested: bool
 
 
@@ -128,20 +136,25 @@ class Engine:
         return search
 
     def indexes(self) -> Iterator[Index]:
-        """Every kind that the service has, one in memory at a time; its scan first."""
-        for kind in KINDS:
+        """Every kind of this device that can be built here, one in memory at a time.
+
+        The scan first, on a GPU the product of all rows.
+        """
+        device = self._features.device.type
+        for kind in KINDS if device == "cpu" else ("SQfp16", *buildable(device)):
             if kind != "SQfp16" and self.count < INDEX_LEAST:
                 continue
             if kind == "HNSW" and self.count > GRAPH_LIMIT:
                 continue
             index = self.index(kind)
             search = self.searching(index)
+            size = index_bytes(kind, self.count, self.width) / self.count
             if index is None or not index.lists:
-                yield Index(kind, "", search, nested=kind != "HNSW")
+                yield Index(kind, "", search, size, nested=kind not in ("HNSW", "GPU-CAGRA"))
                 continue
             for share in _NPROBE_SHARES:
                 index.nprobe = max(1, round(share * index.lists))
-                yield Index(kind, f"{share:.0%} of lists", search, nested=False)
+                yield Index(kind, f"{share:.0%} of lists", search, size, nested=False)
 
 
 def _unlabelled(features: Tensor, first: int) -> Stored:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model import Modulation, project
 from model.benchmark import Spread, publish, seconds
+from model.device import chosen_device
 from model.outputs import ResultsFile, picture_option
 from service.bench.crops import embedded
 from service.bench.data import (
@@ -57,17 +58,22 @@ def recall(
     plot: Annotated[
         Path | None, typer.Option(help="Draw recall over latency here.", callback=picture_option)
     ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
     json: ResultsFile = None,
 ) -> None:
     """Measure recall@10 and latency of the two stages against the exhaustive modulated ranking.
 
     Features are sampled with the means and covariances of rendered crops. γ and β are what the
     checkpoint's generators make of each query. A shortlist by the distance *without* γ and β, then
-    rescored with them, is what the modulated index is compared with.
+    rescored with them, is what the modulated index is compared with. On a GPU, all kinds of index
+    that can be built there are measured beside the product of all rows; the service chooses by the
+    file that is written (setting index_figures).
 
     Example: cmt bench recall --sizes 20000 --queries 10 --plot recall.png
     """
+    device = chosen_device(device)
     settings = {
+        "device": device,
         "sizes": sizes,
         "shortlists": shortlists,
         "queries": queries,
@@ -86,7 +92,7 @@ def recall(
             _REAL: data.modulation,
             f"γ × (1 ± {gamma:g})": stronger(data.modulation, gamma),
         }
-        engine = Engine(data.gallery)
+        engine = Engine(data.gallery, device)
         data = data._replace(gallery=data.gallery[:0])  # the engine has its own copy
         results += [
             {"features": features, "N": engine.count, **result}
@@ -136,6 +142,7 @@ def _measure(
                     "index": index.kind,
                     "setting": index.setting,
                     "C": length,
+                    "bytes per item": index.bytes_per_item,
                     "modulation": name,
                     "recall@10": _recall(engine, x, modulation, found[place], exact[name]),
                     "recall@10 by unmodulated shortlist": _recall(

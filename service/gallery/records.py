@@ -12,7 +12,12 @@ from model.pictures import Polarity
 from service.gallery.times import microseconds
 from service.images.decode import Crop, Modality, ModalityChoice, ModalitySource
 
-IndexKind = Literal["SQfp16", "Flat", "SQ8", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "HNSW"]
+# fmt: off
+IndexKind = Literal[
+    "SQfp16", "Flat", "SQ8", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "HNSW",
+    "GPU-Flat", "GPU-IVF-SQ8", "GPU-CAGRA",
+]
+# fmt: on
 """Of the recall stage: a scan of the features as they are, or a kind of FAISS index."""
 
 
@@ -256,7 +261,8 @@ class SearchResult:
     hits: best first. searched: items that passed the filters. people: distinct ones among them, an
     item without a label counting as one. probability_enrolled: that the person is one of them; None
     where the checkpoint has no fit. candidates: how many of the items were rescored. timings_ms: of
-    recall, rescore, rerank and fetch.
+    recall, rescore, rerank and fetch. shards_ok, shards_total: how many shards of the gallery
+    answered, and how many there are; None in one process.
     """
 
     hits: list[Hit]
@@ -266,3 +272,5 @@ class SearchResult:
     candidates: int
     exhaustive: bool
     timings_ms: dict[str, float]
+    shards_ok: int | None = None
+    shards_total: int | None = None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import faiss
 
 from service.gallery.index.features import Features
+from service.gallery.index.figures import Figures, IndexChoice
 from service.gallery.index.recall_index import choose_kind
 from service.gallery.index.room import device_room, host_room
 from service.gallery.index.segment import (
@@ -44,14 +45,16 @@ _RETRY_SECONDS = 5.0  # until work for which there was no memory is tried again
 class Maintenance:
     """Holds the segment and replaces it. Callers that change the segment hold `changing`.
 
-    A thread runs while there is work and ends with it. kind: None lets `choose_kind` choose.
+    A thread runs while there is work and ends with it. kind: forces one, or says by which figures
+    `choose_kind` chooses.
     """
 
-    def __init__(self, segment: Segment, kind: IndexKind | None) -> None:
+    def __init__(self, segment: Segment, kind: IndexChoice) -> None:
         self.segment = segment
         self.changing = threading.Lock()
         self.rebuilds = 0
-        self._kind = kind
+        self._kind = None if isinstance(kind, Figures) else kind
+        self._figures = kind if isinstance(kind, Figures) else None
         self._touched: set[int] | None = None  # changed during a compaction
         self._worker: threading.Thread | None = None
         self._closing = False
@@ -152,7 +155,9 @@ class Maintenance:
             return self._kind
         if segment.index is not None:
             return segment.index.kind  # a gallery at the threshold does not switch back and forth
-        return choose_kind(count, features.device.type, available_memory(), features.width)
+        host = features.device.type == "cpu"
+        room = available_memory() if host else device_room(features.device)
+        return choose_kind(count, features.device.type, room, features.width, self._figures)
 
     def _outgrown(self, segment: Segment) -> bool:
         index = segment.index
@@ -165,7 +170,7 @@ class Maintenance:
     def _index(self, kind: str) -> None:
         segment = self.segment
         index = segment.index
-        if index is None or index.kind != kind or self._outgrown(segment):
+        if index is None or index.kind != kind or self._outgrown(segment) or not index.extendable:
             segment.index = build_index(segment, kind, self._stop)  # type: ignore[arg-type]
             self.rebuilds += 1
         else:

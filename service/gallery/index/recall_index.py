@@ -14,10 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from service.gallery.index.chunks import selecting
+from service.gallery.index.figures import Figures
 from service.gallery.records import IndexKind
 from service.kit.shared_lock import SharedLock
 
-KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
+
+def is_gpu_kind(kind: IndexKind) -> bool:
+    """Whether an index of this kind lies on a GPU, see `gpu_index`."""
+    return kind.startswith("GPU-")
+
+
+KINDS: tuple[IndexKind, ...] = tuple(k for k in get_args(IndexKind) if not is_gpu_kind(k))
+GPU_KINDS: tuple[IndexKind, ...] = tuple(k for k in get_args(IndexKind) if is_gpu_kind(k))
 
 # From this many items on, a CPU uses an inverted file; below, it scans all rows.
 IVF_FROM = 200_000
@@ -26,12 +34,15 @@ MEMORY_SHARE = 0.5
 NPROBE_SHARE = 0.1  # of all lists
 TRAINING_PER_LIST = 40  # FAISS's own advice is 39 at least
 _GRAPH_LINKS = 32
+_CAGRA_LINKS = 64  # FAISS's own choice
 _GraphParameters: Any = vars(faiss)["SearchParametersHNSW"]  # its stubs leave it out
 _EF_SEARCH = 2  # times the shortlist's length
 _PQ_NUMBERS = 8  # per byte of a code
 
 
-def choose_kind(count: int, device: str, free_bytes: int, width: int) -> IndexKind:
+def choose_kind(
+    count: int, device: str, free_bytes: int, width: int, figures: Figures | None = None
+) -> IndexKind:
     """The index for `count` lifted vectors of `width` numbers, with `free_bytes` of memory left.
 
     Milliseconds a query and recall@10 with a shortlist of 200, on two cores of an Intel Xeon (AMX),
@@ -48,13 +59,18 @@ def choose_kind(count: int, device: str, free_bytes: int, width: int) -> IndexKi
         HNSW             2.7    0.988                                       3,856
 
     So the scan of what is in memory anyway serves as long as it takes some 25 ms, and an inverted
-    file where it finds as much. On a GPU all rows are multiplied: FAISS's GPU indexes take no
-    selector, which filters and deletions need, and one product reads a gallery at the speed of the
-    memory.
+    file where it finds as much.
+
+    On a GPU by `figures` of its own (`cmt bench recall --device cuda`): the fastest kind that finds
+    nearly all at the nearest size, if that is near enough. Without figures all rows are multiplied,
+    which finds all of them and reads a gallery at the speed of the memory: no index of FAISS was
+    measured on a GPU by us.
     """
-    if device != "cpu" or count < IVF_FROM:
-        return "SQfp16"
-    if index_bytes("IVF-SQ8", count, width) > MEMORY_SHARE * free_bytes:
+    if device != "cpu":
+        kind = figures.fastest(count) if figures is not None else "SQfp16"
+        fits = index_bytes(kind, count, width) <= MEMORY_SHARE * free_bytes
+        return kind if fits else "SQfp16"
+    if count < IVF_FROM or index_bytes("IVF-SQ8", count, width) > MEMORY_SHARE * free_bytes:
         return "SQfp16"
     return "IVF-SQ8"
 
@@ -69,14 +85,19 @@ def index_bytes(kind: IndexKind, count: int, width: int) -> int:
         "IVF-SQ8": width + 8,
         "IVF-PQ": width // _PQ_NUMBERS + 8,
         "HNSW": 4 * width + 8 * _GRAPH_LINKS + 16,
+        "GPU-Flat": 2 * width,
+        "GPU-IVF-SQ8": width + 8,
+        "GPU-CAGRA": 4 * width + 4 * _CAGRA_LINKS,
     }[kind]
-    lists = 4 * width * _lists(count) if kind.startswith("IVF") else 0
+    lists = 4 * width * _lists(count) if "IVF" in kind else 0
     return count * per_item + lists
 
 
 def training_rows(kind: IndexKind, count: int) -> int:
     """How many of `count` vectors an index of this kind is trained on."""
-    if kind.startswith("IVF"):
+    if kind == "GPU-CAGRA":
+        return count  # its graph is made of all rows at once
+    if "IVF" in kind:
         least = TRAINING_PER_LIST * 256 if kind == "IVF-PQ" else 0  # a code has 256 values
         return min(count, max(least, TRAINING_PER_LIST * _lists(count)))
     return min(count, 20_000) if kind == "SQ8" else 0
@@ -86,17 +107,21 @@ class RecallIndex:
     """Positions 0…N−1 in order of addition. Thread-safe: an `add` waits for searches.
 
     kind "SQfp16" is what a `Chunk` is made of; the service scans its chunks and builds none. count:
-    how many vectors are expected, which sets the number of an inverted file's lists.
+    how many vectors are expected, which sets the number of an inverted file's lists. extendable:
+    whether it takes vectors after its first ones.
     """
 
     def __init__(self, size: int, kind: IndexKind = "Flat", count: int = 0) -> None:
-        self.kind, self.expected = kind, count
-        self.lists = _lists(count) if kind.startswith("IVF") else 0
-        self.nprobe = max(1, math.ceil(NPROBE_SHARE * self.lists))
+        self._prepare(kind, count)
         self._faiss = faiss.index_factory(
             size, _factory(kind, size, self.lists), faiss.METRIC_INNER_PRODUCT
         )
         self._lock = SharedLock()
+
+    def _prepare(self, kind: IndexKind, count: int) -> None:
+        self.kind, self.expected, self.extendable = kind, count, True
+        self.lists = _lists(count) if "IVF" in kind else 0
+        self.nprobe = max(1, math.ceil(NPROBE_SHARE * self.lists))
 
     @classmethod
     def read(cls, path: str, size: int, kind: IndexKind, count: int) -> RecallIndex:

@@ -18,6 +18,7 @@ from service.gallery.feed import Stored
 from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features
+from service.gallery.index.gpu_index import make_index
 from service.gallery.index.recall_index import RecallIndex, training_rows
 from service.gallery.index.room import NoRoom, feature_bytes
 from service.gallery.records import IndexKind
@@ -199,7 +200,7 @@ def next_run(
 def build_index(segment: Segment, kind: IndexKind, stop: Stop) -> RecallIndex:
     """An index of all rows present at the start, trained on a sample. Raises Stopped."""
     features, count = segment.features, len(segment.columns)
-    index = RecallIndex(features.width, kind, count)
+    index = make_index(features.width, kind, count, features.device, features.dim)
     wanted = training_rows(kind, count)
     if wanted:
         sample = np.random.default_rng(0).choice(count, wanted, replace=False)

@@ -15,6 +15,7 @@ import numpy as np
 from model import CMTConfig
 from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
+from service.gallery.index.figures import IndexChoice
 from service.gallery.index.maintenance import Maintenance
 from service.gallery.index.ranker import Ranked, Scale, rank
 from service.gallery.index.searcher import Counters, Scored, Searcher, SearchRequest
@@ -65,10 +66,10 @@ class Frozen:
 class Shard:
     """Features of one checkpoint (its `config`) on one device. Thread-safe.
 
-    device: "cpu" or "cuda". kind: forces a kind of index; None lets `choose_kind` choose.
+    device: "cpu" or "cuda". kind: of index, see `IndexChoice`.
     """
 
-    def __init__(self, config: CMTConfig, device: str, kind: IndexKind | None = None) -> None:
+    def __init__(self, config: CMTConfig, device: str, kind: IndexChoice = None) -> None:
         self._maintenance = maintenance = Maintenance(Segment.empty(config, device), kind)
         # Not by `self`: a cycle would keep a shard's memory after its end.
         self._searcher = Searcher(config, lambda: maintenance.segment)

@@ -33,7 +33,7 @@ from service.gallery.feed import Position, Witness
 from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features, Norms
-from service.gallery.index.recall_index import RecallIndex
+from service.gallery.index.recall_index import RecallIndex, is_gpu_kind
 from service.gallery.index.room import NoRoom, feature_bytes
 from service.gallery.index.segment import Segment
 from service.gallery.index.shard import Frozen
@@ -156,8 +156,10 @@ def _write_all(frozen: Frozen, own: Path) -> dict[str, Any]:
 
 def _write_index(frozen: Frozen, own: Path, files: list[_File]) -> dict[str, Any] | None:
     index, columns = frozen.segment.index, frozen.columns
-    if index is None or not columns.alive[: len(index)].all():
-        return None  # it cannot remove a deleted row: it is built again after loading
+    # It cannot remove a deleted row: it is built again after loading. So is one on a GPU, which is
+    # built nearly as soon as it would be read.
+    if index is None or is_gpu_kind(index.kind) or not columns.alive[: len(index)].all():
+        return None
     path = own / "faiss"
     _create(path).close()  # FAISS keeps the mode of a file that is there
     try:
