@@ -347,6 +347,12 @@ class RuntimeUnavailable(ServiceError):
     status, code, title = 503, "runtime_unavailable", "Runtime not available"
 
 
+class ShardsMissing(ServiceError):
+    """Too few shards of a gallery answer."""
+
+    status, code, title = 503, "shards_missing", "Shards missing"
+
+
 class ShuttingDown(ServiceError):
     """The service ends; requests in flight are finished, others refused."""
 
@@ -372,6 +378,12 @@ class KeysUnreadable(ServiceError):
 
 
 # 507
+
+
+class GalleryFull(ServiceError):
+    """No memory to search more items in, so that none is stored."""
+
+    status, code, title = 507, "gallery_full", "Gallery full"
 
 
 class StorageFull(ServiceError):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 from service.auth.keys import Keyring
-from service.auth.rate_limit import Rates
+from service.auth.rate_limit import Limit, Rates
 from service.embedding.embedder import Embedder
+from service.errors import RuntimeUnavailable
 from service.gallery import Gallery
+from service.gallery.index.figures import Figures, FiguresError, IndexChoice
+from service.gallery.index.gpu_index import IndexKindError, check_kind
 from service.http.admission import Admission
 from service.images import Decoders
 from service.images.decode import ImageLimits
+from service.kit.concurrency import in_thread
 from service.observability.gpu import watch_gpu
 from service.observability.logs import dropped_lines
 from service.observability.metrics import Metrics
@@ -24,6 +30,8 @@ from service.pipeline.reembedding_job import ReembeddingJob
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_RATE_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,26 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
         yield Resources(
             settings=settings,
             keyring=Keyring(settings.api_keys_file),
-            rates=Rates(settings.rate_limit),
+            rates=_rates(settings, gallery, stack),
             gallery=gallery,
             admission=admission,
             pipeline=pipeline,
             reembedder=reembedder,
             metrics=metrics,
         )
+
+
+def _rates(settings: Settings, gallery: Gallery, stack: ExitStack) -> Rates:
+    """Where several replicas share a database, each key's requests are counted for all of them."""
+    replicas = gallery.replicas
+    if replicas is None:
+        return Rates(settings.rate_limit)
+    threads = stack.enter_context(ThreadPoolExecutor(_RATE_THREADS, "rates"))
+
+    async def shared(who: str, rate: str, limits: Sequence[Limit]) -> float:
+        return await in_thread(threads, partial(replicas.count_request, who, rate, limits))
+
+    return Rates(settings.rate_limit, shared)
 
 
 def _embedder(settings: Settings) -> Embedder:
@@ -106,9 +127,22 @@ def _gallery(settings: Settings, embedder: Embedder) -> Gallery:
         device=embedder.device,
         database_url=settings.database_url,
         candidates=settings.candidates,
-        index=settings.index,
+        index=_index(settings, embedder.device),
         clock_confirmed=settings.clock_confirmed,
+        crops_url=settings.crops_url,
+        crops_inline_bytes=settings.crops_inline_bytes,
     )
+
+
+def _index(settings: Settings, device: str) -> IndexChoice:
+    """The forced kind, or the figures to choose one by. Raises RuntimeUnavailable."""
+    try:
+        if settings.index is not None:
+            check_kind(settings.index, device)
+            return settings.index
+        return None if settings.index_figures is None else Figures.read(settings.index_figures)
+    except (IndexKindError, FiguresError) as error:
+        raise RuntimeUnavailable(str(error)) from error
 
 
 def _decoders(settings: Settings, processes: int) -> Decoders:
@@ -129,6 +163,47 @@ def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: P
         "cmt_gallery_bytes",
         "Memory of the features and filter columns.",
         lambda: gallery.statistics.feature_bytes + gallery.statistics.column_bytes,
+    )
+    metrics.watch(
+        "cmt_gallery_spilled_items",
+        "Items that a GPU's memory has no room for, searched in the host's.",
+        lambda: gallery.spilled,
+    )
+    metrics.watch(
+        "cmt_gallery_device_bytes",
+        "Memory of the features on a GPU, part of cmt_gallery_bytes.",
+        lambda: gallery.statistics.device_bytes,
+    )
+    replicas = gallery.replicas
+    metrics.watch(
+        "cmt_replica_lag_seconds",
+        "Age of the state of a shared database that is surely in what is searched.",
+        lambda: gallery.lag,
+    )
+    metrics.watch(
+        "cmt_replicas",
+        "Living replicas on the database, this one included.",
+        lambda: 1 if replicas is None else 1 + replicas.others,
+    )
+    metrics.watch(
+        "cmt_replica_leads",
+        "1 in the replica that does the background work for all.",
+        lambda: replicas is None or replicas.leads,
+    )
+    metrics.watch(
+        "cmt_clock_ahead_seconds",
+        "By how much this machine's clock is ahead of a shared database's.",
+        lambda: 0.0 if replicas is None else replicas.clock_ahead,
+    )
+    metrics.watch(
+        "cmt_crops_unavailable",
+        "1 while the object storage of the crops does not answer.",
+        lambda: gallery.crops_available is False,
+    )
+    metrics.watch(
+        "cmt_objects_pending",
+        "Objects of erased items that the object storage is still to delete.",
+        lambda: gallery.pending_objects,
     )
     metrics.watch(
         "cmt_log_lines_dropped", "Lines of the log that nobody read in time.", dropped_lines

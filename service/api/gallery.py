@@ -51,6 +51,10 @@ router = APIRouter(prefix="/gallery", tags=["gallery"])
 _CACHED = (
     "private, no-cache"  # of a picture: kept by a browser, and asked for again before it is shown
 )
+_PENDING = (
+    "Erased, so that nothing finds it any more; the object storage does not answer, and deletes the "
+    "picture once it does."
+)
 _ITEMS_BYTES = BATCH_IMAGES * 16 * 1024  # 8 KB of metadata and the other fields of each image
 
 IdempotencyKey = Annotated[
@@ -97,6 +101,8 @@ ItemId = Annotated[str, Depends(_canonical)]
             errors.IdempotencyConflict,
             errors.StorageUnwritable,
             errors.StorageFull,
+            errors.GalleryFull,
+            errors.CropsUnavailable,
         ),
     },
 )
@@ -115,7 +121,7 @@ async def enroll(
         form = upload.parse(EnrollForm)
         check_image_count(upload.images, most=1)
         [image] = upload.whole()
-        wanted = _enrollment(image, form, idempotency_key)
+        wanted = enrollment_of(image, form, idempotency_key)
         [outcome] = await enrollment.enroll(state.pipeline, [wanted], actor)
     if isinstance(outcome, errors.ServiceError):
         raise outcome
@@ -129,7 +135,13 @@ async def enroll(
     response_model=BatchAnswer,
     dependencies=[NO_QUERY],
     openapi_extra=form_body(BatchForm, images_part(BATCH_IMAGES, "Crops, each of its own.")),
-    responses=documented(*UPLOAD_ERRORS, errors.StorageUnwritable, errors.StorageFull),
+    responses=documented(
+        *UPLOAD_ERRORS,
+        errors.StorageUnwritable,
+        errors.StorageFull,
+        errors.GalleryFull,
+        errors.CropsUnavailable,
+    ),
 )
 async def enroll_batch(request: Request, state: ResourcesDep, actor: ActorDep) -> Response:
     """Enroll up to 256 crops in one transaction, each with a result of its own, in order.
@@ -149,7 +161,7 @@ async def enroll_batch(request: Request, state: ResourcesDep, actor: ActorDep) -
             )
         pairs = enumerate(zip(upload.images, items, strict=True))
         wanted = {
-            place: _enrollment(image, item, item.key)
+            place: enrollment_of(image, item, item.key)
             for place, (image, item) in pairs
             if place not in upload.refused
         }
@@ -165,7 +177,8 @@ async def enroll_batch(request: Request, state: ResourcesDep, actor: ActorDep) -
     )
 
 
-def _enrollment(image: bytes, form: EnrollForm | BatchItem, key: str | None) -> Enrollment:
+def enrollment_of(image: bytes, form: EnrollForm | BatchItem, key: str | None) -> Enrollment:
+    """What is to be enrolled of an image with these fields."""
     return Enrollment(
         image,
         None if form.box is None else Box(*form.box),
@@ -213,16 +226,19 @@ async def list_items(
 @router.delete(
     "",
     response_model=Erased,
-    responses=documented(errors.StorageUnwritable, errors.StorageFull),
+    responses={
+        202: {"model": Erased, "description": _PENDING},
+        **documented(errors.StorageUnwritable, errors.StorageFull),
+    },
 )
 async def erase_person(
     parameters: Annotated[EraseParameters, Query()], state: ResourcesDep, actor: ActorDep
-) -> Erased:
+) -> Response:
     """Erase a person: rows, crops, features and index entries of every item with this label."""
     labels = await meant(state, "query", person_id=[parameters.person_id])
-    erase = partial(state.gallery.delete_where, *labels["person_id"], actor=actor)
-    deleted = await state.pipeline.stored(erase)
-    return Erased(deleted=deleted)
+    erase = partial(state.gallery.erase, *labels["person_id"], actor=actor)
+    erased = await state.pipeline.with_crops(erase)
+    return _erased(erased.items, erased.pending) or json_response(Erased(deleted=erased.items))
 
 
 @router.get(
@@ -241,7 +257,13 @@ async def get_item(item_id: ItemId, state: ResourcesDep) -> GalleryItem:
     "/{id}/image",
     response_class=Response,
     responses={
-        **documented(errors.ItemNotFound, errors.MemoryExhausted, errors.RuntimeUnavailable),
+        **documented(
+            errors.ItemNotFound,
+            errors.MemoryExhausted,
+            errors.RuntimeUnavailable,
+            errors.CropsUnavailable,
+            errors.GalleryDamaged,
+        ),
         200: {
             "description": "The stored crop: the upload without metadata, or the box as PNG; with "
             "`height` a JPEG thumbnail. It has an ETag: whoever keeps it asks whether the item is "
@@ -267,7 +289,7 @@ async def get_image(
     headers = {"ETag": tag, "Cache-Control": _CACHED, "Vary": "Authorization"}
     if not_modified(request, tag):
         return Response(status_code=304, headers=headers)
-    data, media_type = await state.pipeline.stored(partial(state.gallery.image, item_id))
+    data, media_type = await state.pipeline.with_crops(partial(state.gallery.image, item_id))
     if height is not None:
         data = await thumbnail(state.pipeline, item, data, height, actor)
         media_type = "image/jpeg"
@@ -302,9 +324,18 @@ async def update_item(
     "/{id}",
     status_code=204,
     dependencies=[NO_QUERY],
-    responses=documented(errors.ItemNotFound, errors.StorageUnwritable, errors.StorageFull),
+    responses={
+        202: {"model": Erased, "description": _PENDING},
+        **documented(errors.ItemNotFound, errors.StorageUnwritable, errors.StorageFull),
+    },
 )
-async def delete_item(item_id: ItemId, state: ResourcesDep, actor: ActorDep) -> None:
+async def delete_item(item_id: ItemId, state: ResourcesDep, actor: ActorDep) -> Response:
     """Delete one item. Once this is answered, no query returns it."""
     delete = partial(state.gallery.delete, item_id, actor=actor)
-    await state.pipeline.stored(delete)
+    pending = await state.pipeline.with_crops(delete)
+    return _erased(1, pending) or Response(status_code=204)
+
+
+def _erased(items: int, pending: int) -> Response | None:
+    """The answer to an erasure that the object storage has not carried out yet."""
+    return json_response(Erased(deleted=items, pending=pending), 202) if pending else None

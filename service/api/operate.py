@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from importlib.resources import files
 
@@ -11,10 +12,12 @@ from fastapi.responses import HTMLResponse
 from service import errors
 from service.api.deps import NO_QUERY, ResourcesDep
 from service.api.openapi import documented
-from service.api.schemas import Health, MatchCutoffs, ModelCard
+from service.api.schemas import Health, MatchCutoffs, ModelCard, Readiness
 from service.observability.metrics import CONTENT_TYPE_LATEST
 
 log = logging.getLogger(__name__)
+
+_PATIENCE = 3.5  # seconds that a check may take before it is asked why
 
 router = APIRouter(tags=["operate"])
 
@@ -36,6 +39,7 @@ async def livez() -> Health:
 
 @router.get(
     "/readyz",
+    response_model_exclude_none=True,
     dependencies=[NO_QUERY],
     responses=documented(
         errors.NotReady,
@@ -43,14 +47,23 @@ async def livez() -> Health:
         errors.ModelVersionConflict,
         errors.StorageUnwritable,
         errors.GalleryDamaged,
+        errors.MemoryExhausted,
     ),
 )
-async def readyz(state: ResourcesDep) -> Health:
-    """Images are embedded, index in step, disk writable, keys readable; 503 names what is not."""
+async def readyz(state: ResourcesDep) -> Readiness:
+    """Images are embedded, index in step, disk writable, keys readable; 503 names what is not.
+
+    An object storage of crops that does not answer is named with 200, because searches go on, and
+    so are items that a GPU's memory does not hold.
+    """
     state.keyring.check()
     state.pipeline.self_check.check()
+    state.gallery.refuse_stale()
+    checking = asyncio.ensure_future(state.pipeline.stored(state.gallery.check))
+    if not (await asyncio.wait({checking}, timeout=_PATIENCE))[0]:
+        state.gallery.refuse_stale()  # it waits for a database that has stopped to answer
     try:
-        await state.pipeline.stored(state.gallery.check)
+        await checking
     except (errors.StorageUnwritable, errors.DatabaseUnavailable) as error:
         log.warning("not ready: %s", error.detail)  # its paths and hosts are not for clients
         failing = (
@@ -59,7 +72,11 @@ async def readyz(state: ResourcesDep) -> Health:
             else "the database does not answer"
         )
         raise type(error)(f"{failing}; the service's log has the details") from error
-    return Health()
+    available = state.gallery.crops_available
+    return Readiness(
+        crops=None if available is None else "ok" if available else "unavailable",
+        items_on_host=state.gallery.spilled or None,
+    )
 
 
 @router.get(

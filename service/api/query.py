@@ -127,6 +127,8 @@ def _answer(state: Resources, answer: Answer, form: QueryForm, images: int) -> Q
     }
     if form.debug:
         body["timings_ms"] = answer.timings_ms
+        if spilled := state.gallery.spilled:
+            body["items_on_host"] = spilled
     return QueryAnswer.model_validate(body)
 
 

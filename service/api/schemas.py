@@ -187,7 +187,7 @@ class QueryForm(FormModel):
         description="Drops weaker results.",
     )
     explain: bool = Field(False, description="Adds `parts`, `agreement` and both other ranks.")
-    debug: bool = Field(False, description="Adds `timings_ms`.")
+    debug: bool = Field(False, description="Adds `timings_ms`, and `items_on_host` if any.")
 
 
 class ListParameters(BaseModel):
@@ -260,9 +260,14 @@ class GalleryPage(BaseModel):
 
 
 class Erased(BaseModel):
-    """Answer of DELETE /gallery."""
+    """Answer of DELETE /gallery, and of DELETE /gallery/{id} with 202."""
 
     deleted: int
+    pending: int = Field(
+        default=0,
+        description="With 202: so many pictures are still in the object storage, which does not "
+        "answer, and are deleted once it does. Nothing finds them.",
+    )
 
 
 class QuerySummary(BaseModel):
@@ -361,6 +366,10 @@ class QueryAnswer(BaseModel):
     rerank: Rerank
     model: str = Field(description="Fingerprint of the checkpoint.")
     timings_ms: Timings | None = None
+    items_on_host: int | None = Field(
+        default=None,
+        description="With `debug`, where a GPU's memory does not hold the gallery: as in /readyz.",
+    )
 
 
 class MatchCutoffs(BaseModel):
@@ -394,6 +403,21 @@ class Health(BaseModel):
     """Answer of the probes."""
 
     status: Literal["ok"] = "ok"
+
+
+class Readiness(Health):
+    """Answer of /readyz."""
+
+    crops: Literal["ok", "unavailable"] | None = Field(
+        default=None,
+        description="Only where there is an object storage. `unavailable`: it does not answer; "
+        "searches go on, enrollments of large crops and pictures are refused meanwhile.",
+    )
+    items_on_host: int | None = Field(
+        default=None,
+        description="Only where a GPU's memory does not hold the gallery: items that are searched "
+        "in the host's memory, which is slower and finds the same.",
+    )
 
 
 class CameraDefaults(BaseModel):

@@ -10,19 +10,27 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from model import CheckpointInfo
-from service.errors import DatabaseUnavailable, MemoryExhausted, ServiceError, StorageMoved
+from service.errors import (
+    DatabaseUnavailable,
+    GalleryFull,
+    MemoryExhausted,
+    ServiceError,
+    StorageMoved,
+)
 from service.gallery.feed import Position, Stored, Witness
 from service.gallery.index import snapshot
+from service.gallery.index.figures import IndexChoice
+from service.gallery.index.room import NoRoom
 from service.gallery.index.shard import Shard
 from service.gallery.index.snapshot import Restored, SnapshotInvalid
-from service.gallery.records import IndexKind
 from service.gallery.storage.store import Store
 from service.gallery.storage.streaming import View
 from service.kit.memory import is_out_of_memory
+from service.kit.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +62,9 @@ def read_snapshot(folder: Path, info: CheckpointInfo, device: str) -> Restored |
 class Follower:
     """The shard of one checkpoint's features, kept in step with `store`. Thread-safe.
 
-    folder: the data folder; the snapshot is in its `index` folder. kind: forces a kind of index.
-    restored: what `read_snapshot` gave for the same checkpoint and device.
+    folder: the data folder; the snapshot is in its `index` folder. kind: see `IndexChoice`.
+    restored: what `read_snapshot` gave for the same checkpoint and device. incomplete: begin also
+    where memory does not hold all items; `counts` then raises MemoryExhausted.
     """
 
     def __init__(
@@ -64,8 +73,10 @@ class Follower:
         info: CheckpointInfo,
         folder: Path,
         device: str,
-        kind: IndexKind | None,
+        kind: IndexChoice,
         restored: Restored | None,
+        *,
+        incomplete: bool = False,
     ) -> None:
         self.store, self.info = store, info
         self._folder, self._device, self._kind = folder / snapshot.FOLDER, device, kind
@@ -75,7 +86,7 @@ class Follower:
         self._next_save = time.monotonic() + _SNAPSHOT_SECONDS
         self._snapshot_stale = False  # one is on disk that must be removed
         self._erasures = 0
-        self.shard, self.position = Shard(info.config, device, kind), Position(0, 0)
+        self.shard, self.position = self._new_shard(), Position(0, 0)
         if restored is not None:
             self.shard.restore(restored.segment)
             self.position, self._saved_items = restored.position, len(self.shard)
@@ -83,7 +94,11 @@ class Follower:
         self._seen = time.monotonic()  # when the state began to be read that the shard is at
         try:
             self._complete(None if restored is None else restored.witness)
-        except BaseException:
+        except BaseException as error:
+            if incomplete and isinstance(error, MemoryExhausted):
+                log.warning("the gallery opens without some of its items: %s", error.detail)
+                self._behind = True
+                return
             self.shard.close()
             raise
 
@@ -144,6 +159,27 @@ class Follower:
             "later"
         )
 
+    @property
+    def spilled(self) -> int:
+        """Items that have no room on the GPU and are searched on the host; 0 without a GPU."""
+        return 0 if self._device == "cpu" else self.shard.statistics().on_host
+
+    @contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Hold memory for so many items that are stored in this context. Raises GalleryFull."""
+        with ExitStack() as stack:
+            try:
+                if self._behind:
+                    self.follow()  # what is stored already comes first
+                stack.enter_context(self.shard.room_for(count))
+            except (NoRoom, MemoryExhausted) as error:
+                raise GalleryFull(
+                    f"there is no memory to search {counted(count, 'more item')} in, so nothing is "
+                    "stored; delete items, give the service more memory or stop what else uses it, "
+                    "and send it again"
+                ) from error
+            yield
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Follow what is written in this context; if that fails, the next search tries again."""
@@ -173,6 +209,7 @@ class Follower:
 
     def maintain(self) -> None:
         """Retry what failed, and renew the snapshot. Called regularly in the background."""
+        self.shard.tend()
         if self._behind or self.store.shared:
             self.follow()
         if not self._counted:
@@ -256,11 +293,14 @@ class Follower:
             if witness is not None and not self._leads_to(view, witness):
                 log.warning("the snapshot of the index does not fit the store; it is built anew")
                 self.shard.close()
-                self.shard = Shard(self.info.config, self._device, self._kind)
+                self.shard = self._new_shard()
                 self.position, self._saved_items = Position(0, 0), None
                 self._remove_snapshot()
             self._follow(view)
         self._seen = started
+
+    def _new_shard(self) -> Shard:
+        return Shard(self.info.config, self._device, self._kind)
 
     def _leads_to(self, view: View, witness: Witness) -> bool:
         """False where the snapshot is of another database, or of one that a backup has replaced."""

@@ -27,13 +27,13 @@ from service.errors import (
 from service.gallery.backup.backup import Backup, Backups
 from service.gallery.backup.temporary_copy import remove_leftovers
 from service.gallery.follower import Follower, read_snapshot
+from service.gallery.index.figures import IndexChoice
 from service.gallery.index.shard import Counters, Statistics
 from service.gallery.records import (
     AuditPage,
     Camera,
     Erasure,
     Filters,
-    IndexKind,
     Item,
     ItemUpdate,
     ModelVersion,
@@ -68,6 +68,9 @@ DEFAULT_CANDIDATES = 256
 _KEEP_SECONDS = 1.0  # between two rounds of background work
 _EXPIRED_AT_ONCE = 500  # items per transaction, so that enrollments wait briefly
 _TRIES = 8  # switches tried again because another process enrolled in between
+
+
+Follow = Callable[[Store, CheckpointInfo, Path], Follower]
 
 
 class Gallery:
@@ -110,20 +113,23 @@ class Gallery:
         device: str = "cpu",
         database_url: str | None = None,
         candidates: int = DEFAULT_CANDIDATES,
-        index: IndexKind | None = None,
+        index: IndexChoice = None,
         clock_confirmed: date | None = None,
         read_clock: Callable[[], datetime] = utc_now,
         crops_url: str | None = None,
         crops_inline_bytes: int = INLINE_BYTES,
+        follow: Follow | None = None,
     ) -> Gallery:
         """Open or create the gallery in `data_dir`.
 
         Its index is read from the folder's snapshot and follows the store from there; without one
         that fits it is built from the store. device: "cpu" or "cuda", where the features live.
-        index: forces a kind of recall index, None takes what measures best for the size.
+        index: forces a kind of recall index, or has the figures of a GPU that one is chosen by;
+        None takes what measures best for the size.
         clock_confirmed, read_clock: what `retain` goes by, see `service.gallery.storage.clock`.
         crops_url, crops_inline_bytes: an object storage, and up to which size crops are in the
         database all the same, see `service.gallery.storage.objects`.
+        follow: what follows the store in place of a shard in this process, see `service.scale`.
         Raises a ServiceError, one sentence: GalleryLocked, GalleryVersion (newer schema),
         GalleryDamaged, DatabaseUnavailable, StorageUnwritable, StorageFull, CropsUnavailable.
         """
@@ -138,7 +144,9 @@ class Gallery:
                 assert database_url is not None
                 replicas = Replicas(folder, database_url, info.fingerprint, read_clock)
             with ThreadPoolExecutor(1) as beside:
-                reading = beside.submit(read_snapshot, folder, info, device)
+                reading = None
+                if follow is None:
+                    reading = beside.submit(read_snapshot, folder, info, device)
                 store = Store(
                     *(folder, info.fingerprint, config.embedding_size, database_url),
                     configuration=config.model_dump(mode="json"),
@@ -149,7 +157,12 @@ class Gallery:
                     crops_inline_bytes=crops_inline_bytes,
                 )
             try:
-                follower = Follower(store, info, folder, device, index, reading.result())
+                restored = None if reading is None else reading.result()
+                follower = (
+                    Follower(store, info, folder, device, index, restored, incomplete=True)
+                    if follow is None
+                    else follow(store, info, folder)
+                )
             except BaseException:
                 store.close()
                 raise
@@ -186,6 +199,11 @@ class Gallery:
         return self._follower.shard.statistics()
 
     @property
+    def spilled(self) -> int:
+        """Items that have no room on the GPU and are searched on the host; 0 without a GPU."""
+        return self._follower.spilled
+
+    @property
     def crops_available(self) -> bool | None:
         """Whether the object storage of the crops answers; None without one."""
         return self._store.crops.available
@@ -219,9 +237,10 @@ class Gallery:
         """Enroll items with their features (B×P×D): durable, and found by the next query.
 
         All or none. model: fingerprint of the checkpoint that made the features, where it may
-        have been changed since. Raises StorageFull where there is no space, ModelVersionConflict
-        for features of another checkpoint, LabelError (`model.labels`), and ValueError for
-        features of another shape or not finite in fp16.
+        have been changed since. Raises StorageFull where there is no space, GalleryFull where there
+        is no memory to search them in, ModelVersionConflict for features of another checkpoint,
+        LabelError (`model.labels`), and ValueError for features of another shape or not finite in
+        fp16.
         """
         with self._enrolling.shared():
             follower = self._of(model)
@@ -233,7 +252,7 @@ class Gallery:
                     f"this gallery needs {expected}"
                 )
             rows = features.detach().flatten(1).half().cpu().numpy()
-            with follower.writing():
+            with follower.room_for(len(new)), follower.writing():
                 added = follower.store.add(new, rows)
         return [item for _, item in added]
 
@@ -483,6 +502,13 @@ class Gallery:
     def begin_backup(self, *, actor: str = "system") -> Backup:
         """The same for a caller that reads the blocks and closes it. Raises as `backup`."""
         return self._backups.begin(actor=actor)
+
+    def move_crops(self, *, back: bool = False) -> Iterator[int]:
+        """Put every crop where a new one of its size would be → how many, after each step.
+
+        back: all into the database. See `Crops.move`.
+        """
+        return self._store.crops.move(back=back)
 
     def save_index(self) -> bool:
         """Write the index's snapshot for the next start, as background work does regularly.

@@ -99,8 +99,8 @@ async def enroll(pipeline: Pipeline, wanted: Sequence[Enrollment], actor: str) -
     """Decode and embed crops, and store those that can be in one transaction.
 
     An image that is refused, and a key that stands for other content, fail alone. Raises the error
-    of the transaction (StorageFull, StorageUnwritable, DatabaseUnavailable, ModelVersionConflict);
-    nothing is stored then.
+    of the transaction (StorageFull, GalleryFull, StorageUnwritable, DatabaseUnavailable,
+    CropsUnavailable, ModelVersionConflict); nothing is stored then.
     """
     return await _Batch(pipeline, wanted, actor).run()
 
@@ -204,7 +204,7 @@ class _Batch:
         add = partial(self._pipeline.gallery.add, new, rows, model=engine.model)
         started = time.perf_counter()
         try:
-            items = await self._pipeline.stored(add)
+            items = await self._pipeline.with_crops(add)
         except IdempotencyConflict:
             # Another request enrolled one of the keys since: that one is found now.
             await self._find_enrolled()

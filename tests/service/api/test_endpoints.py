@@ -22,6 +22,7 @@ from service.app import create_app
 from service.auth.authorization import ROUTE_SCOPES
 from service.http.exception_handlers import catalogue
 from service.settings import load_settings
+from tests.faked_device import FakedDevice
 from tests.service.conftest import Serve
 
 
@@ -436,3 +437,50 @@ def test_every_route_has_a_scope() -> None:
         for method in route.methods or ()
     }
     assert routes | {("GET", "/openapi.json")} == set(ROUTE_SCOPES)
+
+
+def test_a_full_gpu_is_told_and_refuses_what_fits_nowhere(
+    faked: FakedDevice,
+    serve: Serve,
+    visible: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = {"cpu": 2, "cuda": 2}
+    for module in ("chunks", "features"):
+        monkeypatch.setattr(f"service.gallery.index.{module}.CHUNK_ROWS", rows)
+    monkeypatch.setattr("service.gallery.index.room._DEVICE_SHARE", 0)
+    with (
+        serve(tmp_path, device="cuda") as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
+    ):
+
+        def enroll(place: int) -> httpx.Response:
+            return http.post("/gallery", files={"image": visible[place].read_bytes()})
+
+        def query() -> dict[str, Any]:
+            picture = {"image": visible[0].read_bytes()}
+            answer: dict[str, Any] = http.post(
+                "/query", files=picture, data={"debug": "true"}
+            ).json()
+            return answer
+
+        assert [enroll(place).status_code for place in range(2)] == [201, 201]
+        assert http.get("/readyz").json() == {"status": "ok"}
+        assert "items_on_host" not in query()
+        monkeypatch.setattr("service.gallery.index.features.device_room", lambda _: 0)
+        assert [enroll(place).status_code for place in range(2, 4)] == [201, 201]
+        assert http.get("/readyz").json() == {"status": "ok", "items_on_host": 2}
+        before = query()
+        assert (before["items_on_host"], before["searched"]) == (2, 4)
+        assert "\ncmt_gallery_spilled_items 2.0\n" in http.get("/metrics").text
+        monkeypatch.setattr("service.gallery.index.features.host_room", lambda: 0)
+        refused = enroll(4)
+        assert (refused.status_code, refused.json()["code"]) == (507, "gallery_full")
+        batch = http.post(
+            "/gallery/batch",
+            files=[("image", visible[place].read_bytes()) for place in (4, 5)],
+        )
+        assert (batch.status_code, batch.json()["code"]) == (507, "gallery_full")
+        assert http.get("/readyz").status_code == 200
+        assert query()["results"] == before["results"]

@@ -1,7 +1,8 @@
-"""A gallery on a GPU answers as one on the CPU does."""
+"""A gallery on a GPU answers as one on the CPU does, also where the GPU's memory is full."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from model import CheckpointInfo, CMTConfig, Modulation
+from service.errors import GalleryFull, MemoryExhausted
 from service.gallery import Filters, Gallery, NewItem
+from service.gallery.index.room import feature_bytes
+from tests.faked_device import FakedDevice
 from tests.service.stores import crop
 
 INFO = CheckpointInfo("a" * 64, CMTConfig(input_height=96, input_width=48, dim=16, heads=2))
@@ -93,3 +97,102 @@ def test_a_gallery_is_opened_on_the_gpu_from_what_a_cpu_wrote(device: str, tmp_p
     finally:
         again.close()
     assert [picture for picture, _ in after] == [picture for picture, _ in before]
+
+
+@pytest.fixture
+def full(faked: FakedDevice, monkeypatch: pytest.MonkeyPatch) -> FakedDevice:
+    """A device that has just room for 2 chunks of 64 items, beside a host without any."""
+    rows = {"cpu": 32, "cuda": 64}
+    for module in ("chunks", "features"):
+        monkeypatch.setattr(f"service.gallery.index.{module}.CHUNK_ROWS", rows)
+    monkeypatch.setattr("service.gallery.index.room._DEVICE_SHARE", 0)
+    monkeypatch.setattr("service.gallery.index.features.host_room", lambda: 0)
+    width = (INFO.config.parts + 1) * INFO.config.dim
+    faked.budget = 2 * feature_bytes(rows["cuda"], width)
+    return faked
+
+
+def add(gallery: Gallery, start: int, end: int) -> None:
+    items = [NewItem(crop(n), f"person {n % 40}") for n in range(start, end)]
+    gallery.add(items, sampled(1, 200, *SHAPE)[start:end])
+
+
+def test_where_nothing_fits_nothing_is_stored_and_reads_go_on(
+    full: FakedDevice, tmp_path: Path
+) -> None:
+    gallery = Gallery.open(tmp_path, INFO, device="cuda")
+    try:
+        add(gallery, 0, 100)
+        found = hits(gallery, 10)
+        with pytest.raises(GalleryFull, match=r"no memory to search 29 more items in.*delete items"):
+            add(gallery, 100, 129)
+        assert len(gallery) == 100
+        gallery.check()
+        assert hits(gallery, 10) == found
+        add(gallery, 100, 128)
+        gallery.check()
+        with pytest.raises(GalleryFull, match="1 more item in"):
+            add(gallery, 128, 129)
+    finally:
+        gallery.close()
+    del gallery
+    again = Gallery.open(tmp_path, INFO, device="cuda")
+    try:
+        again.check()
+        assert again.statistics.items == len(again) == 128
+        again.delete_where("person 3")
+        full.budget *= 2
+        add(again, 128, 129)
+        assert len(hits(again, 10)) == 30
+    finally:
+        again.close()
+
+
+def test_a_gallery_larger_than_the_device_opens_from_sql_and_from_a_snapshot(
+    full: FakedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.gallery.index.features.host_room", lambda: 1 << 30)
+    gallery = Gallery.open(tmp_path, INFO, device="cuda")
+    add(gallery, 0, 200)
+    full.budget *= 3
+    expected = hits(gallery, 10)
+    assert gallery.statistics.on_host == 200 - 128
+    gallery.save_index()
+    gallery.close()
+    del gallery
+    for snapshot in (True, False):
+        full.budget //= 3
+        if not snapshot:
+            shutil.rmtree(tmp_path / "index")
+        again = Gallery.open(tmp_path, INFO, device="cuda")
+        try:
+            again.check()
+            assert again.statistics.on_host == 200 - 128
+            full.budget *= 3
+            assert hits(again, 10) == expected
+        finally:
+            again.close()
+        del again
+
+
+def test_a_gallery_larger_than_all_memory_opens_with_what_fits(
+    full: FakedDevice, tmp_path: Path
+) -> None:
+    full.budget *= 2
+    gallery = Gallery.open(tmp_path, INFO, device="cuda")
+    for start in range(0, 200, 50):
+        add(gallery, start, start + 50)
+    gallery.close()
+    del gallery
+    full.budget //= 4
+    gallery = Gallery.open(tmp_path, INFO, device="cuda")
+    try:
+        with pytest.raises(MemoryExhausted, match="which are stored and which no query finds"):
+            gallery.check()
+        with pytest.raises(GalleryFull):
+            add(gallery, 0, 1)
+        full.budget = 1 << 30
+        gallery.check()
+        assert len(hits(gallery, 10)) == 30
+    finally:
+        gallery.close()

@@ -230,6 +230,7 @@ def test_each_alert_is_raised_by_what_it_is_for(tmp_path: Path) -> None:
             "cmt_gpu_memory_used_bytes 79x60",
             "cmt_gpu_memory_total_bytes 80x60",
         ],
+        "CmtGallerySpilled": ["cmt_gallery_spilled_items 1x60"],
     }
     assert bad.keys() == {alert["alert"] for alert in ALERTS}
     tests = []
