@@ -49,6 +49,7 @@ _Decode = Callable[[Picture, int, int], Future[Crop]]
 # SQLite has one writer; readers of a page or an image are short.
 _STORE_THREADS = 8
 _RETAIN_EVERY = 600.0  # seconds
+_LEAD_EVERY = 1.0  # seconds between two looks at whether this replica leads
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ class Pipeline:
         self.retention_waits = False  # what is too old stays for now
         self._searches = SearchBatcher(gallery)
         self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
+        self._with_crops = self._storing
+        if settings.crops_url is not None:
+            self._with_crops = ThreadPoolExecutor(_STORE_THREADS, "crops")
         self.audit_writer = AuditWriter(gallery, metrics.audit_failures.inc)
         self.refusals = Refusals(self.audit_writer)
         self.self_check = SelfCheck(self._check)
@@ -151,6 +155,7 @@ class Pipeline:
 
     def close(self) -> None:
         """End the threads, once nothing is in progress."""
+        self._with_crops.shutdown(cancel_futures=True)
         self._storing.shutdown(cancel_futures=True)
         self._searches.close()
         self.refusals.write()
@@ -159,6 +164,13 @@ class Pipeline:
     async def stored(self, call: Callable[[], T]) -> T:
         """Run a call to the gallery that reads or changes it, in a thread."""
         return await in_thread(self._storing, call)
+
+    async def with_crops(self, call: Callable[[], T]) -> T:
+        """The same for a call that may wait for the object storage, which no other call waits for.
+
+        Where there is none, these are calls as the others.
+        """
+        return await in_thread(self._with_crops, call)
 
     async def camera(self, camera_id: str | None) -> Camera | None:
         """What is known of a camera, now: another replica may just have changed it."""
@@ -209,6 +221,7 @@ class Pipeline:
             return await self._query(pictures, search, actor)
 
     async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
+        self.gallery.refuse_stale()  # at once, and not behind what waits for the database
         started = time.perf_counter()
         share = self.share(actor)
         decoded = await self._all_decoded(pictures, share)
@@ -300,7 +313,11 @@ class Pipeline:
     async def _retain(self) -> None:
         """Delete items that are older than `retention_days`, while the clock can be believed."""
         days = self._settings.retention_days
+        replicas = self.gallery.replicas
         while True:
+            if replicas is not None and not replicas.leads:
+                await sleep(_LEAD_EVERY)  # the leader does it for all
+                continue
             try:
                 gone = await self.stored(partial(self.gallery.retain, days))
                 self.retention_waits = False

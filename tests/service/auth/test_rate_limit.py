@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import pytest
 
-from service.auth.rate_limit import Rates, checked_rate, parsed_rate
-from service.errors import RateLimited
+from service.auth.rate_limit import Limit, Rates, checked_rate, parsed_rate
+from service.errors import DatabaseUnavailable, RateLimited, ServiceError
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,23 @@ class Clocks:
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
     return Clocks(monkeypatch)
+
+
+def test_without_the_database_of_all_a_replica_counts_by_itself(clocks: Clocks) -> None:
+    answers: list[float | ServiceError] = [0, 30, DatabaseUnavailable("it is away")]
+
+    async def shared(who: str, rate: str, limits: Sequence[Limit]) -> float:
+        assert (who, rate, limits) == ("desk", "2/minute", ((2, 60),))
+        answer = answers.pop(0)
+        if isinstance(answer, ServiceError):
+            raise answer
+        return answer
+
+    rates = Rates("2/minute", shared)
+    assert [refused(rates) for _ in range(4)] == [0, 30, 30, 30]  # all but two without asking
+    clocks.monotonic += 30
+    answers.append(DatabaseUnavailable("it is away"))
+    assert [refused(rates) for _ in range(2)] == [0, 30]
 
 
 def refused(rates: Rates, who: str = "desk", rate: str | None = None) -> int:
