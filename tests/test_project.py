@@ -51,18 +51,21 @@ def test_no_assert_has_a_comparison_for_its_message() -> None:
     assert not {file: lines for file, lines in found.items() if lines}
 
 
-def pins() -> dict[str, str]:
-    """Package → version of constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    """Package → version of a file of constraints."""
+    lines = (ROOT / file).read_text().splitlines()
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml asks for: to build, to run, and in every extra."""
+    """What pyproject.toml asks for: to build, to run, and in every extra but `gpu`.
+
+    That one has versions of its own, and tests in deploy/test_dockerfile.py.
+    """
     project = PROJECT["project"]
     lines = [*PROJECT["build-system"]["requires"], *project["dependencies"]]
-    for extra in project["optional-dependencies"].values():
-        lines += extra
+    for name, extra in project["optional-dependencies"].items():
+        lines += extra if name != "gpu" else []
     found = [Requirement(line) for line in lines]
     return [one for one in found if one.name != project["name"]]  # an extra that takes in another
 
@@ -78,7 +81,11 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
 @pytest.mark.parametrize(
     ("package", "extras"),
     # model.graphs converts to OpenVINO for both rooms that run it; it imports it only then.
-    [("model", ["cpu"]), ("service", ["cpu", "bench", "bulk", "otel", "s3"]), ("training", ["train"])],
+    [
+        ("model", ["cpu"]),
+        ("service", ["cpu", "bench", "bulk", "otel", "s3"]),
+        ("training", ["train"]),
+    ],
 )
 def test_every_import_is_required_where_it_is_used(package: str, extras: list[str]) -> None:
     project = PROJECT["project"]
@@ -90,7 +97,9 @@ def test_every_import_is_required_where_it_is_used(package: str, extras: list[st
     for file in (ROOT / package).rglob("*.py"):
         # pydantic_core is pydantic's other half: each release pins the one of the other. Triton comes
         # with a torch that is built for CUDA; without it the index goes without its kernels.
-        for name in imports(file) - PACKAGES - sys.stdlib_module_names - {"pydantic_core", "triton"}:
+        for name in (
+            imports(file) - PACKAGES - sys.stdlib_module_names - {"pydantic_core", "triton"}
+        ):
             providers = {canonicalize_name(provider) for provider in distributions[name]}
             assert providers & required, f"{file} imports {name}, which nothing here requires"
 

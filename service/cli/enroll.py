@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from model.image_files import Skipped
-from model.terminal import Console, say
-from service.cli.failures import LABELS, UNREADABLE, Failure, failure_of, is_report, write_report
+from model.terminal import say
+from service.cli.failures import Failure, failure_of, is_report, write_report
 from service.cli.interrupts import INTERRUPTED, Stopping, stopping
 from service.cli.naming import (
     FileTime,
-    LabelsInvalid,
-    Naming,
     PatternOption,
     TimezoneOption,
-    below,
     naming,
 )
 from service.cli.options import (
@@ -34,30 +29,22 @@ from service.cli.options import (
     folder,
 )
 from service.cli.outputs import Force, output
-from service.client import Entry, EntryResult, OtherGallery, ServiceProblem, Unreachable
-from service.client.bulk import (
-    COLUMNS,
-    EnrollmentError,
-    ManifestError,
-    find_images,
-    read_manifest,
+from service.cli.planning import (
+    CameraId,
+    IgnoreColumn,
+    ManifestOption,
+    PersonId,
+    Report,
+    planned,
+    print_failures,
+    print_left,
+    progress_bar,
 )
+from service.client import Entry, EntryResult, OtherGallery, ServiceProblem, Unreachable
 from service.client.stream import SENDERS
 from service.kit.text import counted
 
-_SHOWN = 5  # names of what is left alone
-_FAILURES = 20  # that are printed
 _STOPPING = "Finishing what is on its way; Ctrl-C once more ends at once."
-
-
-@dataclass
-class Plan:
-    """What is to be enrolled, what cannot be, and what is left alone."""
-
-    entries: list[Entry] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    left: list[Skipped] = field(default_factory=list)
-    unmatched: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -92,32 +79,13 @@ def enroll(
     pattern: PatternOption = None,
     timezone: TimezoneOption = None,
     file_time: FileTime = False,
-    manifest: Annotated[
-        Path | None,
-        typer.Option(
-            help=f"CSV in UTF-8, or JSON Lines, with the column file and any of "
-            f"{', '.join(COLUMNS[1:])}. Its files are relative to it, and only those under PATH "
-            "are enrolled."
-        ),
-    ] = None,
-    ignore_column: Annotated[
-        list[str] | None, typer.Option(help="Column of the manifest to leave out; repeat.")
-    ] = None,
-    person_id: Annotated[
-        str | None, typer.Option(help="Label of all files that nothing else labels.")
-    ] = None,
-    camera_id: Annotated[
-        str | None, typer.Option(help="Camera of all files that nothing else says one of.")
-    ] = None,
+    manifest: ManifestOption = None,
+    ignore_column: IgnoreColumn = None,
+    person_id: PersonId = None,
+    camera_id: CameraId = None,
     modality: ModalityOption = None,
     polarity: PolarityOption = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write what failed to this file, as CSV or (.jsonl) JSON Lines; give it back as "
-            "--manifest to try again."
-        ),
-    ] = None,
+    report: Report = None,
     force: Force = False,
     url: Urls = None,
     senders: Annotated[
@@ -152,12 +120,7 @@ def enroll(
     target = None
     if report is not None:
         target = output(report, force=force or is_report(report), special=True)
-    if manifest is not None:
-        plan = Plan(_listed(manifest, paths or [], labels, ignore_column or []))
-    elif paths:
-        plan = _found(paths, labels)
-    else:
-        raise typer.BadParameter("name the files or folders to enroll, or give a --manifest")
+    plan = planned(paths or [], manifest, labels, ignore_column or [])
     tally = Tally(failures=[*plan.failures])
     stopped: Exception | None = None
     interrupted = False
@@ -174,7 +137,7 @@ def enroll(
                 interrupted = wish.wanted
     tally.failures.sort(key=lambda failure: failure.file)
     print_tally(len(plan.entries) + len(plan.failures), tally, report)
-    _print_left(plan)
+    print_left(plan)
     if target is not None:
         write_report(target, tally.failures)
     if interrupted or (stopped is not None and _passes(stopped)):
@@ -213,70 +176,6 @@ def _passes(error: Exception) -> bool:
     return isinstance(error, Unreachable)
 
 
-def _found(paths: Sequence[Path], labels: Naming) -> Plan:
-    """The images under paths, with the labels that their own paths say."""
-    found = find_images(paths)
-    folders = [path for path in paths if path.is_dir()]
-    plan = Plan()
-    for one in found.skipped:
-        if one.lost:
-            plan.failures.append(Failure(one.path, UNREADABLE, one.reason))
-        else:
-            plan.left.append(one)
-    for file in found.images:
-        place = below(file, folders)
-        if labels.pattern is not None and place is None:
-            raise typer.BadParameter(
-                f"--pattern says labels of files below a folder, and {file} is none; name the "
-                "folder to walk"
-            )
-        try:
-            entry = labels.entry(file, "" if place is None else place[1])
-        except OSError as error:
-            reason = error.strerror or str(error)
-            plan.failures.append(Failure(file, UNREADABLE, reason))
-        except LabelsInvalid as error:
-            plan.failures.append(Failure(file, LABELS, str(error), error.labels))
-        else:
-            if entry is None:
-                plan.unmatched.append(file)
-            else:
-                plan.entries.append(entry)
-    if plan.entries or plan.failures:
-        return plan
-    where = ", ".join(map(str, paths))
-    if plan.unmatched and labels.pattern is not None:
-        example = plan.unmatched[0]
-        place = below(example, folders)
-        why = "" if place is None else f": {labels.pattern.why_not(place[1])}"
-        raise EnrollmentError(
-            f"none of {counted(len(plan.unmatched), 'image')} under {where} matches the pattern "
-            f"{labels.pattern.text!r}; for example {example} does not{why}"
-        )
-    _print_left(plan)
-    raise EnrollmentError(f"no image under {where}; JPEG, PNG, WebP, BMP and TIFF count")
-
-
-def _listed(
-    manifest: Path, paths: Sequence[Path], labels: Naming, ignored: Sequence[str]
-) -> list[Entry]:
-    """The entries of a manifest; where several lines are wrong, all are printed."""
-    try:
-        entries = read_manifest(manifest, paths, labels.defaults, ignored)
-    except ManifestError as error:
-        if len(error.problems) == 1:
-            raise
-        for problem in error.problems:
-            say(f"{manifest}: {problem}", err=True)
-        raise EnrollmentError(
-            f"{len(error.problems)} problems in {manifest}; nothing was sent, correct them first"
-        ) from error
-    if not entries:
-        where = f" that is under {', '.join(map(str, paths))}" if paths else ""
-        raise EnrollmentError(f"{manifest} names no file{where}; there is nothing to enroll")
-    return entries
-
-
 def send_with_progress(
     clients: Sequence[Client],
     entries: Sequence[Entry],
@@ -296,11 +195,7 @@ def send_with_progress(
                 return
             yield entry
 
-    console = Console(stderr=True)
-    columns = (TextColumn("Enrolling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Where nobody looks, a bar would be a line in a log.
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    with bar:
+    with progress_bar("Enrolling") as bar:
         task = bar.add_task("", total=len(entries))
         for result in client.enroll_many(wanted(), others=others, senders=senders):
             tally.add(result)
@@ -314,22 +209,4 @@ def print_tally(files: int, tally: Tally, report: Path | None = None) -> None:
     """
     before = f", {tally.before} of them before" if tally.before else ""
     say(f"{tally.enrolled} of {counted(files, 'file is', 'files are')} enrolled{before}.")
-    for failure in tally.failures[:_FAILURES]:
-        say(f"{failure.file}: {failure.reason}")
-    if len(tally.failures) > _FAILURES:
-        where = "--report FILE names all" if report is None else f"all are in {report}"
-        say(f"{len(tally.failures) - _FAILURES} more failed; {where}.")
-
-
-def _print_left(plan: Plan) -> None:
-    """Print what was passed over: how many, and the names of the first."""
-    if plan.unmatched:
-        say(f"Left out by the pattern: {_named(plan.unmatched)}.")
-    if plan.left:
-        paths = [one.path for one in plan.left]
-        say(f"Left alone, of other programs or read already: {_named(paths)}.")
-
-
-def _named(paths: Sequence[Path]) -> str:
-    more = ", …" if len(paths) > _SHOWN else ""
-    return f"{len(paths)} ({', '.join(map(str, paths[:_SHOWN]))}{more})"
+    print_failures(tally.failures, report)

@@ -1,0 +1,397 @@
+"""Files of features → items of a gallery, checked row by row and added as enrollments are.
+
+Each crop is decoded again, as the service decodes an upload: nothing is stored that could not be
+shown, or embedded again later. Where the gallery's cameras have it read otherwise than it was (as
+infrared, or inverted), it is embedded again here, so that the outcome is that of `cmt enroll`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ValidationError
+from torch.nn.functional import cosine_similarity
+
+from model.config import MODALITIES
+from service.api.schemas import BatchItem
+from service.bulk.embedding import decoders_of
+from service.bulk.features import BulkError, DamagedRow, FeatureFile, Row
+from service.client.bulk import what_is_wrong
+from service.embedding.embedder import AGREEMENT, Embedder
+from service.errors import EmbeddingFailed, IdempotencyConflict, ImageBlank, ServiceError
+from service.gallery import Act, Camera, NewItem, RequestKey
+from service.gallery.filling import filling
+from service.gallery.storage.store import Store
+from service.images import Decoders
+from service.images.decode import Crop, ImageLimits, Picture
+from service.images.turns import Share
+from service.pipeline.reading import picture_of
+from service.settings import Settings
+
+SAMPLE = 64
+# A runtime is used where its features have a cosine above AGREEMENT to those of fp32, so those of
+# two runtimes have at least the cosine of twice that angle. Another picture's features, or those of
+# another checkpoint, are far below that.
+SAME = 2 * AGREEMENT**2 - 1
+_UNIT = 0.01  # how far a length may be from 1, after bf16 and fp16
+_TRIES = 8  # until an item that others enroll and delete at the same moment is given up
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DEPTHS = range(1, 65)  # bits of a sample
+
+DAMAGED, LABELS, FEATURES = "row_damaged", "labels_invalid", "features_invalid"
+"""Codes of rows that are refused; all others are those of the service."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row that was not imported. labels: as the row has them."""
+
+    path: str
+    code: str
+    reason: str
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Tally:
+    """What became of the rows so far. before: of `imported`, those that were there already."""
+
+    imported: int = 0
+    before: int = 0
+    embedded_again: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+
+
+class _Checked(NamedTuple):
+    """A row that is sound, and its labels; path: of the picture, from the root on."""
+
+    row: Row
+    item: BatchItem
+    path: str
+
+
+class _Begun(NamedTuple):
+    """A checked row whose crop is being decoded."""
+
+    checked: _Checked
+    picture: Picture
+    crop: Future[Crop]
+
+
+class _Ready(NamedTuple):
+    """What is to be added."""
+
+    checked: _Checked
+    item: NewItem
+    features: npt.NDArray[np.float16]
+
+
+@contextmanager
+def importing(settings: Settings, files: Sequence[FeatureFile]) -> Iterator[Importer]:
+    """An importer of these files into the gallery that the settings name.
+
+    Raises BulkError where they are of another checkpoint than the settings', CheckpointError, and
+    a ServiceError where the gallery is in use, of another checkpoint or cannot be opened.
+    """
+    embedder = Embedder(
+        settings.checkpoint,
+        device=settings.device,
+        runtime=settings.runtime,
+        cache_dir=settings.data_dir / "cache",
+    )
+    with closing(embedder):
+        info = embedder.info
+        for file in files:
+            if file.header.fingerprint != info.fingerprint:
+                raise BulkError(
+                    f"{file.path} has features of the checkpoint {file.header.fingerprint[:12]}, "
+                    f"and {settings.checkpoint} is {info.fingerprint[:12]}; give the one that made "
+                    "them, which must also be the gallery's"
+                )
+        gallery = filling(
+            settings.data_dir,
+            info,
+            database_url=settings.database_url,
+            clock_confirmed=settings.clock_confirmed,
+            crops_url=settings.crops_url,
+            crops_inline_bytes=settings.crops_inline_bytes,
+        )
+        with gallery as store, closing(decoders_of(settings)) as decoders:
+            limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+            yield Importer(store, embedder, decoders, limits)
+
+
+class Importer:
+    """Adds rows to `store`. Its methods are called by one thread, in order.
+
+    embedder: of the checkpoint that made the features. decoders: with the `limits` of the service.
+    """
+
+    def __init__(
+        self, store: Store, embedder: Embedder, decoders: Decoders, limits: ImageLimits
+    ) -> None:
+        self._store, self._embedder, self._decoders = store, embedder, decoders
+        # A box is stored as PNG, which may be larger than the frame that it was sent with.
+        self._of_box = limits._replace(max_bytes=max(limits.max_bytes, 4 * limits.max_pixels))
+        self._config = embedder.info.config
+        self._share = Share("")
+        self.tally = Tally()
+
+    def verify(self, files: Sequence[FeatureFile], count: int) -> float | None:
+        """Embed so many random crops again and compare → the lowest cosine; None without one.
+
+        Raises BulkError where one is less than `SAME`. Rows that `add` refuses are passed over.
+        """
+        total = sum(file.count for file in files)
+        chosen = set(random.sample(range(total), min(count, total)))
+        rows: list[Row] = []
+        crops: list[Crop] = []
+        number = 0
+        for file, at, size in _groups(files):
+            wanted = [place for place in range(size) if number + place in chosen]
+            number += size
+            if not wanted:
+                continue
+            group = file.read_group(at)
+            for place in wanted:
+                checked = self._checked(file, group[place])
+                if isinstance(checked, Refusal):
+                    continue
+                row = checked.row
+                picture = Picture(row.crop, row.modality, polarity=row.polarity or "white_hot")
+                try:
+                    crops.append(self._decoded(_Begun(checked, picture, self._begin(picture, row))))
+                except ServiceError:
+                    continue
+                rows.append(row)
+        if not rows:
+            return None
+        again = self._embedder.embed(crops).flatten(1)
+        given = torch.from_numpy(np.stack([row.features for row in rows]).astype(np.float32))
+        cosines = cosine_similarity(again, given)
+        worst = int(cosines.argmin())
+        if not cosines[worst] >= SAME:
+            raise BulkError(
+                f"the features of {rows[worst].path} are not those that the checkpoint computes "
+                f"here (cosine {cosines[worst]:.3f}, at least {SAME:.3f} is wanted); nothing was "
+                "imported, embed the pictures again"
+            )
+        return float(cosines[worst])
+
+    def add(
+        self,
+        files: Sequence[FeatureFile],
+        *,
+        actor: str,
+        advance: Callable[[int], None] = lambda count: None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Add the rows that the gallery does not have, and count in `tally`.
+
+        advance: called with how many rows are done; those are durable. stopping: whether to end
+        soon. Raises a ServiceError where nothing more can be stored; the same call goes on later.
+        """
+        rows = sum(file.count for file in files)
+        self._store.audit.append(Act(actor, "import", details={"rows": rows}))
+        before: tuple[list[_Begun], int] | None = None
+        for file, at, size in _groups(files):
+            if stopping():
+                break
+            begun = self._begun(file, at)  # decoded while those before are stored
+            if before is not None:
+                self._finish(before[0])
+                advance(before[1])
+            before = begun, size
+        if before is not None:
+            self._finish(before[0])
+            advance(before[1])
+
+    def _begun(self, file: FeatureFile, at: int) -> list[_Begun]:
+        """Let the crops of a row group be decoded, without those that the gallery has already."""
+        rows: list[_Checked] = []
+        for one in file.read_group(at):
+            checked = self._checked(file, one)
+            if isinstance(checked, Refusal):
+                self.tally.refused.append(checked)
+            else:
+                rows.append(checked)
+        if rows and self._enrolled(rows[0]):  # likely all: an import that is repeated
+            rows = [one for one in rows if not self._is_known(one)]
+        ids = {one.item.camera_id for one in rows if one.item.camera_id is not None}
+        cameras: Mapping[str, Camera] = self._store.cameras.find(ids) if ids else {}
+        begun = []
+        for one in rows:
+            camera = cameras.get(one.item.camera_id or "")
+            given = one.item.modality, one.item.polarity
+            picture = picture_of(one.row.crop, None, *given, camera)
+            begun.append(_Begun(one, picture, self._begin(picture, one.row)))
+        return begun
+
+    def _begin(self, picture: Picture, row: Row, *, judged: bool = True) -> Future[Crop]:
+        size = self._config.input_height, self._config.input_width
+        limits = None if row.box is None else self._of_box._replace(judged=judged)
+        return self._decoders.submit(picture, *size, self._share, limits)
+
+    def _decoded(self, begun: _Begun) -> Crop:
+        """The crop as the gallery stores it. Raises ServiceError."""
+        (row, *_), picture, future = begun
+        try:
+            crop = future.result()
+        except ImageBlank:
+            if row.box is None:
+                raise
+            crop = self._begin(picture, row, judged=False).result()  # the frame was judged, not it
+        if picture.by_camera and crop.modality_source == "given":
+            crop = replace(crop, modality_source="camera")
+        return replace(crop, sha256=row.sha256, bit_depth=row.bit_depth)
+
+    def _finish(self, begun: Sequence[_Begun]) -> None:
+        """Add rows whose crops are decoded."""
+        crops: list[tuple[_Checked, Crop]] = []
+        for one in begun:
+            try:
+                crop = self._decoded(one)
+            except ServiceError as error:
+                self._refuse(one.checked, error.code, error.detail)
+            else:
+                crops.append((one.checked, crop))
+        other = [place for place, (one, crop) in enumerate(crops) if _read_otherwise(one.row, crop)]
+        features: dict[int, npt.NDArray[np.float16]] = {}
+        if other:
+            again = self._embedder.embed([crops[place][1] for place in other]).flatten(1).half()
+            features = dict(zip(other, again.numpy(), strict=True))
+        ready: list[_Ready] = []
+        for place, (one, crop) in enumerate(crops):
+            row = features.get(place, one.row.features)
+            if not np.isfinite(row).all():
+                self._refuse(one, EmbeddingFailed.code, "its features are not finite")
+                continue
+            ready.append(_Ready(one, _item(one, crop), row))
+        self.tally.embedded_again += len(other)
+        self._add(self._first_of_each(ready))
+
+    def _add(self, ready: list[_Ready]) -> None:
+        for attempt in range(_TRIES):
+            if not ready:
+                return
+            try:
+                self._store.add(
+                    [one.item for one in ready], np.stack([one.features for one in ready])
+                )
+            except IdempotencyConflict:
+                if attempt == _TRIES - 1:
+                    raise
+                ready = [one for one in ready if not self._is_known(one.checked)]
+            else:
+                self.tally.imported += len(ready)
+                return
+
+    def _first_of_each(self, ready: Sequence[_Ready]) -> list[_Ready]:
+        """Without those whose key an earlier one of the same group has."""
+        first: dict[str, _Ready] = {}
+        for one in ready:
+            row = one.checked.row
+            before = first.setdefault(row.key, one)
+            if before is one:
+                continue
+            if before.checked.row.request_sha256 == row.request_sha256:
+                self._count_known()
+            else:
+                detail = "this key stands for other content in the same file; embed again"
+                self._refuse(one.checked, IdempotencyConflict.code, detail)
+        return list(first.values())
+
+    def _is_known(self, one: _Checked) -> bool:
+        """Whether the gallery has a row already, or another one under its key; it is counted."""
+        try:
+            if not self._enrolled(one, conflicting=True):
+                return False
+        except IdempotencyConflict as conflict:
+            self._refuse(one, conflict.code, conflict.detail)
+        else:
+            self._count_known()
+        return True
+
+    def _enrolled(self, one: _Checked, *, conflicting: bool = False) -> bool:
+        """Whether the gallery has an item with this key. Raises IdempotencyConflict if asked to."""
+        try:
+            found = self._store.enrolled_by(RequestKey(one.row.key, one.row.request_sha256))
+        except IdempotencyConflict:
+            if conflicting:
+                raise
+            return True
+        return found is not None
+
+    def _count_known(self) -> None:
+        self.tally.imported += 1
+        self.tally.before += 1
+
+    def _checked(self, file: FeatureFile, row: Row | DamagedRow) -> _Checked | Refusal:
+        """The row with its labels, or why it is refused before its crop is looked at."""
+        root = file.header.root
+        if isinstance(row, DamagedRow):
+            return Refusal(row.path, DAMAGED, row.reason)
+        path = f"{root.rstrip('/')}/{row.path}" if not row.path.startswith("/") else row.path
+        written = {
+            "person_id": row.person_id,
+            "camera_id": row.camera_id,
+            "captured_at": row.captured_at,
+            "modality": row.given_modality,
+            "polarity": row.given_polarity,
+            "metadata": row.metadata,
+        }
+        try:
+            labels = {**written, "metadata": json.loads(row.metadata), "key": row.key}
+            item = BatchItem.model_validate(labels)
+        except ValidationError as error:
+            return Refusal(path, LABELS, "; ".join(what_is_wrong(error)), written)
+        except ValueError as error:
+            return Refusal(path, LABELS, f"metadata: {error}", written)
+        labels.pop("key")
+        if not all(map(_SHA256.fullmatch, (row.sha256, row.request_sha256))):
+            return Refusal(path, DAMAGED, "its SHA-256 is none; embed it again", labels)
+        if row.modality not in MODALITIES or row.bit_depth not in _DEPTHS:
+            return Refusal(path, DAMAGED, "it says what no picture is; embed it again", labels)
+        length = np.linalg.norm(row.features.astype(np.float64))
+        if not np.isfinite(length):
+            return Refusal(path, FEATURES, "its features are not finite; embed it again", labels)
+        if self._config.normalise_test and abs(length - 1) > _UNIT:
+            reason = f"its features have the length {length:.3f}, not 1; embed it again"
+            return Refusal(path, FEATURES, reason, labels)
+        return _Checked(row, item, path)
+
+    def _refuse(self, one: _Checked, code: str, reason: str) -> None:
+        labels = one.item.model_dump(exclude_unset=True, exclude={"key"})
+        self.tally.refused.append(Refusal(one.path, code, reason, labels))
+
+
+def _groups(files: Sequence[FeatureFile]) -> Iterator[tuple[FeatureFile, int, int]]:
+    """All row groups: file, number and size."""
+    for file in files:
+        for at, size in enumerate(file.groups()):
+            yield file, at, size
+
+
+def _read_otherwise(row: Row, crop: Crop) -> bool:
+    return (crop.modality, crop.polarity) != (row.modality, row.polarity)
+
+
+def _item(one: _Checked, crop: Crop) -> NewItem:
+    return NewItem(
+        crop,
+        person_id=one.item.person_id,
+        camera_id=one.item.camera_id,
+        captured_at=one.item.captured_at,
+        metadata=one.item.metadata,
+        request=RequestKey(one.row.key, one.row.request_sha256),
+    )
