@@ -202,7 +202,7 @@ def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: P
     )
     metrics.watch(
         "cmt_objects_pending",
-        "Objects of erased items that the object storage is still to delete.",
+        "Objects that the object storage is still to delete, such as those of erased items.",
         lambda: gallery.pending_objects,
     )
     metrics.watch(

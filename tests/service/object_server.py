@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -80,14 +81,13 @@ class Bucket(NamedTuple):
 
     def objects(self) -> dict[str, bytes]:
         """Everything that it holds of crops: key → bytes."""
-        s3 = self.s3
+        s3, found = self.s3, {}
         listed = s3.get_paginator("list_objects_v2").paginate(Bucket=self.name)
-        keys = [one["Key"] for page in listed for one in page.get("Contents", [])]
-        return {
-            key: s3.get_object(Bucket=self.name, Key=key)["Body"].read()
-            for key in keys
-            if not key.endswith("/gallery")
-        }
+        for key in [one["Key"] for page in listed for one in page.get("Contents", [])]:
+            if not key.endswith("/gallery"):
+                with suppress(s3.exceptions.NoSuchKey):  # deleted since
+                    found[key] = s3.get_object(Bucket=self.name, Key=key)["Body"].read()
+        return found
 
 
 @pytest.fixture(scope="session")

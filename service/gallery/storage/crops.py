@@ -260,7 +260,8 @@ class Crops:
                 return
             after = rows[-1].number
             with self._written({new_name(): bytes(row.data) for row in rows}) as placed:
-                yield self._commits.run(partial(self._take_out, rows=rows, placed=placed))
+                moved = self._commits.run(partial(self._take_out, rows=rows, placed=placed))
+            yield moved
 
     def _take_out(
         self, connection: Connection, rows: Sequence[Row[Any]], placed: Sequence[Placed]
@@ -399,7 +400,7 @@ class Crops:
                 told = ""
             except ServiceError as error:
                 if error.code != told:
-                    log.warning("objects of erased items are not deleted yet: %s", error.detail)
+                    log.warning("%s", error.detail)
                 told = error.code
             except Exception:  # the next round tries again
                 log.exception("deleting objects of erased items failed")
