@@ -63,8 +63,8 @@ def create_app(settings: Settings) -> FastAPI:
                 yield State(resources=opened)
                 group.cancel_scope.cancel()
         except Exception as error:
-            report_loss(error)  # in background work
-            raise
+            if not report_loss(error):  # in background work
+                raise
         finally:
             await to_thread.run_sync(partial(resources.__exit__, None, None, None))
 
