@@ -148,6 +148,8 @@ class _Chosen:
             candidates=ranked.candidates,
             exhaustive=ranked.exhaustive,
             timings_ms=ranked.timings_ms | {"fetch": fetch_ms},
+            shards_ok=None if ranked.shards is None else ranked.shards.answered,
+            shards_total=None if ranked.shards is None else ranked.shards.total,
         )
 
     def _hit(self, index: int, rank: int, item: Item) -> Hit:

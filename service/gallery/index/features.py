@@ -35,6 +35,7 @@ BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
 _GATHER_ROWS = 65_536
 _HOST = torch.device("cpu")
 _NORM_MARGIN = 1 + 2.0**-10
+_COSINE_DIGITS = 12
 _SERIAL_NUMBERS = 32_767  # torch shares out element-wise work of more numbers than this
 
 
@@ -211,7 +212,8 @@ class Features:
             compute = partial(self._measured, x, modulation, positions[places])
             measured[places] = with_less(compute, device, self._rows_at_once(device))
         if cosine:
-            return measured, None
+            # The last digits depend on the rows beside: equal items are to be at equal distance.
+            return np.round(measured, _COSINE_DIGITS), None
         return np.sqrt(measured.sum(1)), measured.astype(np.float32)
 
     def _measured(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,13 @@ class Scale:
     rerank: bool = False
 
 
+class Presence(NamedTuple):
+    """How many shards of a gallery answered, and how many there are."""
+
+    answered: int
+    total: int
+
+
 @dataclass(frozen=True)
 class Ranked:
     """All that was scored for a query, best first: N rows.
@@ -70,6 +77,7 @@ class Ranked:
     of the row's modality. certain: how many rows come before anything that was not scored.
     enrolled: that the person is among what was searched. people: distinct ones among it, an
     unlabelled item counting as one. features, positions: where the features of the rows are.
+    shards: which answered, None in one process.
     """
 
     numbers: Integers
@@ -90,6 +98,7 @@ class Ranked:
     timings_ms: dict[str, float]
     features: Features
     positions: Integers
+    shards: Presence | None = None
 
     def unmodulated_parts(self, x: Tensor, places: Sequence[int]) -> npt.NDArray[np.float32] | None:
         """Squared part distances of the query (P×D) to the rows at K places, without γ and β: K×P.

@@ -1,0 +1,147 @@
+"""The shards of a gallery as one: asked together, and their findings ranked by the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
+
+from model import CMTConfig
+from model.ranking import DEPTH
+from service.errors import ShardsMissing
+from service.gallery.feed import Position
+from service.gallery.index.ranker import Presence, Ranked, Scale, rank
+from service.gallery.index.searcher import Counters, Scored, SearchRequest
+from service.gallery.index.shard import Statistics
+from service.scale.findings import Finding, Question, merged
+from service.scale.slice import State
+
+T = TypeVar("T", Counters, Statistics)
+
+
+class Crew(Protocol):
+    """The shards, wherever they run. `SliceShard` says what they can be asked."""
+
+    def __len__(self) -> int: ...
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        """Ask all of them → what those said that answer, in the order of the shards.
+
+        Raises what a shard raised.
+        """
+        ...
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Ask all of them and wait for nothing."""
+        ...
+
+    def close(self) -> None:
+        """End them."""
+        ...
+
+
+class Shards:
+    """What a `Follower` needs of its shard, by several. Thread-safe.
+
+    position: how far the store has come, which every answer includes. partial: answer also where
+    some shards are missing.
+    """
+
+    def __init__(
+        self, crew: Crew, config: CMTConfig, position: Callable[[], Position], *, partial: bool
+    ) -> None:
+        self._crew, self._config, self._position = crew, config, position
+        self._partial = partial
+        self.present = len(crew)
+        """How many shards answered the last question."""
+
+    def __len__(self) -> int:
+        return self.statistics().items
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        return len(self._crew)
+
+    def rank(self, requests: Sequence[tuple[SearchRequest, Scale]]) -> list[Ranked]:
+        """`ranker.rank` over all shards. Raises ShardsMissing."""
+        kept = DEPTH if any(scale.rerank for _, scale in requests) else 0
+        asking = _Asking(self, kept)
+        return [
+            replace(one, shards=Presence(asking.present, self.total))
+            for one in rank(asking, requests)
+        ]
+
+    def ask(self, method: str, *arguments: Any) -> list[Any]:
+        """`Crew.ask`. Raises ShardsMissing where too few answer."""
+        answers = self._crew.ask(method, *arguments)
+        self.present = len(answers)
+        if not answers or (len(answers) < self.total and not self._partial):
+            raise ShardsMissing(
+                f"only {len(answers)} of {self.total} shards of the gallery answer; the others are "
+                "started again, try again in some seconds"
+            )
+        return answers
+
+    def find(self, requests: Sequence[SearchRequest], kept: int) -> tuple[list[Scored], int]:
+        """What one shard would find, and how many shards it is from."""
+        questions = [Question.of(request, kept) for request in requests]
+        answers: list[list[Finding]] = self.ask("search", self._position(), questions)
+        by_request = list(zip(*answers, strict=True))
+        return merged(self._config, requests, by_request), len(answers)
+
+    def follow(self, position: Position) -> None:
+        """Have the shards follow the store ahead of the next search."""
+        self._crew.tell("follow", position)
+
+    def counts(self) -> tuple[int, int]:
+        """Items in the store, and in the shards, of the shares of those that answer."""
+        states: list[State] = self.ask("state")
+        return sum(s.stored for s in states), sum(s.statistics.items for s in states)
+
+    @property
+    def counters(self) -> Counters:
+        """Of all shards together."""
+        states: list[State] = self.ask("state")
+        return _summed([state.counters for state in states])
+
+    def statistics(self) -> Statistics:
+        """Of all shards together; the kind of index is the first one's."""
+        states: list[State] = self.ask("state")
+        return _summed([state.statistics for state in states])
+
+    @contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Nothing is held: a shard without memory for an item says so when it follows."""
+        yield
+
+    def tend(self) -> None:
+        """Nothing: each shard looks after itself."""
+
+    def close(self) -> None:
+        """End the shards."""
+        self._crew.close()
+
+
+@dataclass
+class _Asking:
+    """Searches for one ranking. present: how many shards answered."""
+
+    shards: Shards
+    kept: int
+    present: int = 0
+
+    def search(self, queries: Sequence[SearchRequest]) -> list[Scored]:
+        """As `Searcher.search`."""
+        found, self.present = self.shards.find(queries, self.kept)
+        return found
+
+
+def _summed(parts: Sequence[T]) -> T:
+    first = parts[0]
+    values: dict[str, Any] = {}
+    for field in fields(first):
+        of_parts = [getattr(part, field.name) for part in parts]
+        values[field.name] = of_parts[0] if isinstance(of_parts[0], str) else sum(of_parts)
+    return replace(first, **values)
