@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from torch.nn import functional
 
 from model import CMT, CheckpointError, Modality, preprocess
 from service.embedding import embedder as embedding
+from service.embedding.batcher import Embedded
 from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
 from service.errors import RuntimeUnavailable
@@ -315,3 +319,26 @@ def test_a_gpu_is_fed_from_pinned_memory_on_a_stream_of_its_own(
     assert pinned == [(4, *size), (3, *size)]
     assert on_stream == faked.launches.total() > 0
     there.close()
+
+
+def test_a_batch_is_prepared_while_a_gpu_works_on_another(tiny_checkpoint: Path) -> None:
+    """On any of several GPUs; the network is a stand-in, which waits until it is called twice."""
+    both = threading.Barrier(2)
+
+    def embed(batch: Sequence[Crop], *, beside: bool) -> torch.Tensor:
+        both.wait(60)
+        return torch.zeros(len(batch), 1, 1)
+
+    network = SimpleNamespace(device="cuda:1", embed=embed, backend=SimpleNamespace(streams=1))
+    settings = load_settings(checkpoint=tiny_checkpoint, data_dir=Path("unused"), max_batch=1)
+    engine = EmbeddingEngine(network, settings, print)  # type: ignore[arg-type]
+
+    async def work() -> list[Embedded]:
+        running = asyncio.create_task(engine.run())
+        try:
+            calls = [engine.batcher.embed(crop, query=True) for crop in crops(2)]
+            return await asyncio.wait_for(asyncio.gather(*calls), 60)
+        finally:
+            running.cancel()
+
+    assert len(asyncio.run(work())) == 2
