@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _PACKAGES = (
-    *("cmt-reid", "torch", "faiss-cpu", "faiss-gpu-cu12", "openvino", "numpy", "pillow"),
+    *("cmt-reid", "torch", "faiss-cpu", "faiss-gpu-cuvs", "openvino", "numpy", "pillow"),
     *("onnx", "onnxruntime"),
 )
 

@@ -11,9 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.paths import ROOT
-from tests.test_project import instructions, pins
+from tests.test_project import PROJECT, instructions, pins
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def installed(environment: Path, source: Path, index: str) -> subprocess.Complet
         for name, arguments in instructions((ROOT / "docker/Dockerfile").read_text())
         if name == "RUN" and "TORCH_INDEX" in arguments
     )
-    for name in ("pyproject.toml", "constraints.txt", "docker/requirements"):
+    for name in ("pyproject.toml", "constraints.txt", "docker/constraints", "docker/requirements"):
         (source / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     return subprocess.run(
@@ -41,7 +43,7 @@ def installed(environment: Path, source: Path, index: str) -> subprocess.Complet
             "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
             "EXTRA": "cpu",
             "TORCH_INDEX": index,
-            "PIP_CONSTRAINT": str(source / "constraints.txt"),
+            "PIP_CONSTRAINT": str(source / "versions.txt"),
             "PIP_CONFIG_FILE": os.devnull,  # indexes of this machine are none of the image's
             "PIP_RETRIES": "0",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -94,6 +96,38 @@ def test_an_index_whose_torch_brings_cuda_along_is_refused(
     answer = installed(environment, tmp_path, index.as_uri())
     assert "Successfully installed torch" in answer.stdout
     assert_refused(answer, index.as_uri())
+
+
+def chosen(extra: str) -> dict[str, str]:
+    """Package → version for the image of an extra."""
+    command = [sys.executable, "docker/constraints", extra]
+    told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return dict(line.split("==") for line in told.splitlines())
+
+
+def test_the_image_for_cpus_has_the_versions_that_the_tests_have() -> None:
+    assert chosen("cpu") == pins()
+
+
+def test_the_image_for_gpus_has_one_cuda_and_else_the_same_versions() -> None:
+    own = pins("docker/constraints-gpu.txt")
+    found = chosen("gpu")
+    assert found == pins() | own
+    cuda = {"cuda-toolkit", "nvidia-cuda-runtime", "nvidia-cuda-nvrtc"}
+    assert {".".join(found[name].split(".")[:2]) for name in cuda} == {"13.2"}
+    # Each package for a CUDA says in its name for which; none is for another.
+    assert {major for name in found for major in re.findall(r"-cu(\d\d)$", name)} == {"13"}
+    related = re.compile(r"torch(vision)?|triton|faiss-.*|(cuda|nvidia)-.*|(lib|rapids-).*")
+    assert [name for name in own if not related.fullmatch(name)] == []
+    assert [name for name in own if pins().get(name) == own[name]] == []
+
+
+def test_every_requirement_of_the_image_for_gpus_is_pinned() -> None:
+    project = PROJECT["project"]
+    found = chosen("gpu")
+    for line in [*project["dependencies"], *project["optional-dependencies"]["gpu"]]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), line
 
 
 def test_the_index_of_cpu_builds_is_taken_unless_told_otherwise() -> None:
