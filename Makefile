@@ -3,6 +3,10 @@
 PYTHON ?= python3
 # An extra package index for torch and torchvision, see README: PyPI's wheels bring CUDA along.
 TORCH_INDEX ?=
+# `make image-check`: the service of docker-compose.yml, and another compose file with what has to
+# differ on this machine.
+SERVICE ?= cpu
+MORE ?=
 # ONCE=1 makes `make demo` end by itself after the queries.
 ONCE ?=
 # Processes of `make test`. More than two cores have: much of the time is spent waiting. Files run in
@@ -25,10 +29,10 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs openapi bench crash soak gpu-check clean
+.PHONY: help demo test lint format docs openapi bench crash soak gpu-check image-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUNNABLE) ## start the service with the demo gallery, query it, serve until Ctrl-C (ONCE=1: end)
 	$(BIN)/cmt demo $(if $(ONCE),--once)
@@ -81,6 +85,9 @@ soak: $(DEVELOPMENT) ## ten minutes of all kinds of load at once on a service th
 gpu-check: ## on a machine with a GPU: its tests and benchmarks, in eight minutes, without a network
 	@# Such a machine may have no environment of ours: its own Python has torch then.
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m scripts.gpu_check --out $(RESULTS)/gpu
+
+image-check: $(RUNNABLE) ## build the image for CPUs, run it by docker-compose.yml, and hold it to that
+	$(BIN)/python -m scripts.image_check --service $(SERVICE) $(addprefix --file ,$(MORE)) --out $(RESULTS)
 
 clean: ## remove the environment and what tools have cached
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
