@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from model.device import DEVICES, chosen_device
 from model.terminal import Console
 from service.cli.options import data_dir_option
 from service.kit.text import counted
@@ -43,22 +44,26 @@ def doctor(
     api_keys_file: Annotated[
         Path | None, typer.Option(envvar="CMT_API_KEYS_FILE", help="Check this file too.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(envvar="CMT_DEVICE", help=f"What the service uses: {DEVICES}.")
+    ] = "auto",
 ) -> None:
     """Check device, libraries, disk, checkpoint, database and keys, and say what is wrong.
 
-    The exit status is 1 if something is.
+    With a checkpoint also how many items fit into the memory that is free. The exit status is 1 if
+    something is wrong.
 
     Example: cmt doctor --checkpoint model.safetensors --data-dir data
     """
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("torch", _torch),
-        ("precision", _precision),
+        ("torch", lambda: _torch(device)),
+        ("precision", lambda: _precision(device)),
         ("faiss", _faiss),
         ("OpenVINO", _openvino),
         ("decoding", _decoding),
     ]
     if checkpoint is not None:
-        checks.append(("checkpoint", lambda: _checkpoint(checkpoint)))
+        checks.append(("checkpoint", lambda: _checkpoint(checkpoint, device)))
     if data_dir is not None:
         checks.append(("data folder", lambda: _data_dir(data_dir)))
     if database_url is not None:
@@ -80,20 +85,19 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _torch() -> str:
+def _torch(device: str) -> str:
     import torch
 
-    if not torch.cuda.is_available():
+    name = chosen_device(device)
+    if name == "cpu":
         return f"torch {torch.__version__}, CPU with {torch.get_num_threads()} threads"
-    return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
+    return f"torch {torch.__version__}, {torch.cuda.get_device_name(name)} as {name}"
 
 
-def _precision() -> str:
-    import torch
-
+def _precision(device: str) -> str:
     from model.precision import choose_precision
 
-    return choose_precision("cuda" if torch.cuda.is_available() else "cpu").reason
+    return choose_precision(chosen_device(device)).reason
 
 
 def _faiss() -> str:
@@ -112,14 +116,27 @@ def _openvino() -> str:
     return f"openvino {version('openvino')}"
 
 
-def _checkpoint(path: Path) -> str:
+def _checkpoint(path: Path, device: str) -> str:
     from model import load_checkpoint
 
     _, info = load_checkpoint(path)
     config = info.config
     return (
         f"{info.fingerprint[:12]}: {config.backbone} at width {config.width}, "
-        f"{config.parts} parts of {config.dim}, {config.input_height}×{config.input_width}"
+        f"{config.parts} parts of {config.dim}, {config.input_height}×{config.input_width}; "
+        f"{_room((config.parts + 1) * config.dim, chosen_device(device))}"
+    )
+
+
+def _room(width: int, device: str) -> str:
+    from service.gallery.index.room import capacity
+
+    found = capacity(width, device)
+    if found.on_device is None:
+        return f"{counted(found.on_host, 'item')} fit into the memory that is free"
+    return (
+        f"{counted(found.on_device, 'item')} fit into the GPU's memory that is free, and "
+        f"{found.on_host:,} more into the host's, where searches are slower"
     )
 
 
@@ -176,6 +193,8 @@ def _database(url: str) -> str:
     from sqlalchemy.exc import SQLAlchemyError
 
     from service.gallery.storage.database import address_of
+    from service.gallery.storage.replicas import clocks_differ
+    from service.gallery.times import utc_now
     from service.kit.urls import without_password
 
     address = address_of(Path(), url)
@@ -183,7 +202,9 @@ def _database(url: str) -> str:
     try:
         engine = create_engine(address)
         with engine.connect() as connection:
-            connection.execute(text("SELECT 1"))
+            started = utc_now()
+            moment = connection.execute(text("SELECT CURRENT_TIMESTAMP")).scalar_one()
+            took = (utc_now() - started).total_seconds()
             server = engine.dialect.server_version_info or ()
         engine.dispose()
     except SQLAlchemyError as error:
@@ -191,6 +212,10 @@ def _database(url: str) -> str:
         raise Trouble(
             f"the database does not answer: {reason}; check the URL and the server"
         ) from error
+    if address.get_backend_name() == "postgresql":  # SQLite's is this machine's
+        differ = clocks_differ((started - moment).total_seconds(), took)
+        if differ is not None:
+            raise Caution(differ)
     return f"{shown}: {engine.dialect.name} {'.'.join(map(str, server))}"
 
 

@@ -25,6 +25,7 @@ from service.api.schemas import GalleryItem
 from service.auth.keys import KeyFile
 from service.client import Client
 from service.errors import Overloaded, ServiceError
+from tests.faked_device import FakedDevice
 from tests.service.conftest import Serve
 from tests.service.processes import wait_for
 
@@ -594,10 +595,20 @@ def test_doctor(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert status == 0
     assert "faiss" in out
     assert "resnet18" in out
+    assert "items fit into the memory that is free" in " ".join(out.split())
     status, out, _ = run(capsys, "doctor", "--checkpoint", tmp_path / "none.safetensors")
     assert status == 1
     assert "wrong" in out
     assert "no checkpoint at" in out
+
+
+def test_doctor_says_what_fits_on_a_gpu(
+    faked: FakedDevice, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked.budget = 8 << 30
+    width = 7 * 16  # six parts and one more, of 16 numbers
+    fit = f"{(7 << 30) // (2 * width):,} items fit into the GPU's memory that is free"
+    assert fit in " ".join(run(capsys, "doctor", "--checkpoint", tiny_checkpoint)[1].split())
 
 
 def test_no_service_is_one_sentence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from service.gallery.index.room import NoRoom, capacity, device_room, feature_by
 from service.gallery.index.shard import SearchRequest, Shard
 from service.gallery.records import Filters
 from tests.faked_device import FakedDevice
+from tests.paths import ROOT
 from tests.service.gallery.index.test_shard import CONFIG, DIM, PARTS, features, query, stored
 
 WIDTH = (PARTS + 1) * DIM
@@ -223,3 +225,14 @@ def test_the_capacity_is_what_a_shard_takes(faked: FakedDevice) -> None:
         told = shard.statistics()
         assert told.items - told.on_host == there.on_device
     assert capacity(WIDTH, "cpu").on_device is None
+
+
+def test_the_documents_say_how_much_fits(
+    faked: FakedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    rows = re.findall(r"^\| (\d+) GiB \| ([\d,]+) \|$", (ROOT / "docs/deploy.md").read_text(), re.M)
+    assert len(rows) == 4
+    for memory, items in rows:
+        faked.budget = int(memory) << 30
+        assert capacity(7 * 128, "cuda").on_device == int(items.replace(",", ""))
