@@ -33,10 +33,10 @@ def test_without_a_gpu_it_says_what_it_would_run(tmp_path: Path) -> None:
             assert str(file.relative_to(ROOT)) in answer.stdout
     commands = [line.strip() for line in answer.stdout.splitlines() if line.startswith("  cmt ")]
     assert [command.split()[2] for command in commands] == [
-        *("rescore", "embed", "train", "train", "serve")
+        *("rescore", "recall", "embed", "train", "train", "serve")
     ]
     assert "--sizes 1000000 --queries 1,32" in commands[0]
-    assert ("--recipe paper" in commands[2], "--recipe compact" in commands[3]) == (True, True)
+    assert ("--recipe paper" in commands[3], "--recipe compact" in commands[4]) == (True, True)
 
 
 def test_the_limits_of_the_parts_fit_into_the_eight_minutes(tmp_path: Path) -> None:
@@ -65,6 +65,7 @@ def test_every_marked_file_is_run() -> None:
     ("code", "ended"),
     [
         ("print('done')", "ok"),
+        ("print('not measured: this')", "ok, but for what is not measured; see part.log"),
         ("raise SystemExit(3)", "failed with status 3; see part.log"),
         ("import no_such_package", "not run: no_such_package not installed"),
         ("raise SystemExit(\"Error: the module 'faiss' is not\")", "not run: faiss not installed"),

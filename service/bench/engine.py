@@ -14,7 +14,7 @@ from service.bench.crops import BenchmarkDataError
 from service.gallery.feed import Stored
 from service.gallery.index.exact_topk import nearest_of
 from service.gallery.index.features import Features
-from service.gallery.index.gpu_index import buildable
+from service.gallery.index.gpu_index import obstacles
 from service.gallery.index.inner_products import Best, exhaustive
 from service.gallery.index.maintenance import INDEX_LEAST
 from service.gallery.index.recall import recall
@@ -141,7 +141,10 @@ class Engine:
         The scan first, on a GPU the product of all rows.
         """
         device = self._features.device.type
-        for kind in KINDS if device == "cpu" else ("SQfp16", *buildable(device)):
+        kinds = KINDS
+        if device != "cpu":
+            kinds = ("SQfp16", *(kind for kind, why in obstacles(device).items() if why is None))
+        for kind in kinds:
             if kind != "SQfp16" and self.count < INDEX_LEAST:
                 continue
             if kind == "HNSW" and self.count > GRAPH_LIMIT:

@@ -15,6 +15,7 @@ from model import Modulation, project
 from model.benchmark import Spread, publish, seconds
 from model.device import chosen_device
 from model.outputs import ResultsFile, picture_option
+from model.terminal import say
 from service.bench.crops import embedded
 from service.bench.data import (
     CHECKPOINT,
@@ -30,6 +31,7 @@ from service.bench.data import (
 )
 from service.bench.engine import Engine, Index, Positions
 from service.embedding.embedder import Embedder
+from service.gallery.index.gpu_index import obstacles
 
 TOP = 10
 _REAL = "the checkpoint's γ, β"
@@ -84,6 +86,9 @@ def recall(
         "checkpoint": str(checkpoint),
         **({"root": " --root ".join(map(str, root))} if root else {}),
     }
+    if device != "cpu":
+        for why in filter(None, obstacles(device).values()):
+            say(f"not measured: {why}")
     source = Source.load(statistics, checkpoint)
     lengths = numbers(shortlists)
     results: list[dict[str, Any]] = []

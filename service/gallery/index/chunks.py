@@ -13,20 +13,18 @@ from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from service.gallery.index.faiss_module import faiss
 from service.kit.memory import is_out_of_memory
 
 # On a CPU a chunk is a thread's share of a scan and should stay in the last cache; on a GPU it is
 # one product. Up to one chunk of a gallery's memory may be unused.
 CHUNK_ROWS = {"cpu": 8192, "cuda": 65_536}
 _LARGEST = 65_504.0  # of fp16
-# Its Python form takes an array and keeps it alive, which its stub does not know.
-_Bitmap: Any = faiss.IDSelectorBitmap
 _HEADROOM = 16  # s of later rows in a chunk may be this many times as large as of its first
 
 
@@ -142,9 +140,7 @@ class Chunk:
         return scores, np.where(rows < 0, -1, rows + self.first)
 
 
-def selecting(
-    allowed: npt.NDArray[np.bool_], kind: Any = faiss.SearchParameters, **settings: int
-) -> Any:
+def selecting(allowed: npt.NDArray[np.bool_], kind: Any = None, **settings: int) -> Any:
     """FAISS's search parameters that let only the allowed rows pass."""
     bits = np.packbits(allowed, bitorder="little")
-    return kind(sel=_Bitmap(bits), **settings)
+    return (kind or faiss.SearchParameters)(sel=faiss.IDSelectorBitmap(bits), **settings)

@@ -16,16 +16,15 @@ What FAISS can do there, and what follows from it:
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from model.device import DeviceError
 from service.gallery.index.chunks import scale_for
+from service.gallery.index.faiss_module import faiss, version
 from service.gallery.index.recall_index import GPU_KINDS, RecallIndex, is_gpu_kind
 from service.gallery.records import IndexKind
 
@@ -53,26 +52,28 @@ def check_kind(kind: IndexKind, device: str) -> None:
         raise IndexKindError(
             f"the index {kind} needs a GPU, and this gallery is on the CPU; choose another kind"
         )
-    if not hasattr(faiss, "StandardGpuResources"):
+    if version() is None or not hasattr(faiss, "StandardGpuResources"):
+        found = "none is installed" if version() is None else f"faiss {version()} is built without"
         raise IndexKindError(
-            f"the index {kind} needs FAISS for GPUs, and faiss {faiss.__version__} is built without"
-            "; install the extra gpu in place of the extra cpu, or choose another kind"
+            f"the index {kind} needs FAISS for GPUs, and {found}; install the extra gpu in place "
+            "of the extra cpu, or choose another kind"
         )
     if not hasattr(faiss, _CLASSES[kind]):
         raise IndexKindError(
-            f"the index {kind} needs FAISS with cuVS, and faiss {faiss.__version__} is built "
-            "without; install faiss-gpu-cuvs, or choose another kind"
+            f"the index {kind} needs FAISS with cuVS, and faiss {version()} is built without; "
+            "install faiss-gpu-cuvs, or choose another kind"
         )
 
 
-def buildable(device: str) -> list[IndexKind]:
-    """The kinds on a GPU that can be built here."""
-    kinds = []
+def obstacles(device: str) -> dict[IndexKind, str | None]:
+    """Every kind on a GPU: None if it can be built here, else why not."""
+    found: dict[IndexKind, str | None] = dict.fromkeys(GPU_KINDS)
     for kind in GPU_KINDS:
-        with suppress(IndexKindError):
+        try:
             check_kind(kind, device)
-            kinds.append(kind)
-    return kinds
+        except IndexKindError as error:
+            found[kind] = str(error)
+    return found
 
 
 class GpuIndex(RecallIndex):

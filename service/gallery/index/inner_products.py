@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from model.precision import choose_precision
 from service.gallery.index.chunks import Chunk
+from service.gallery.index.faiss_module import faiss
 from service.gallery.index.features import BLOCK_ROWS, Features
 from service.gallery.index.gpu_products import Mask
 from service.gallery.index.gpu_products import best as on_gpu
@@ -34,7 +34,6 @@ from service.gallery.index.room import with_less
 
 # A CPU scans for up to this many queries and multiplies for more.
 _SCAN_QUERIES = 4
-_CORES = faiss.omp_get_max_threads()
 _SERIAL_CHUNKS = 2  # for so few, waiting for threads takes longer than they save
 SLACK, _SLACK_BF16 = 64, 1024
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
@@ -166,7 +165,7 @@ def _scan(
     if threads is None:
         # FAISS would wake a thread for each core, and wait for it, also for a single query.
         most = max((len(members) for members, _ in groups), default=1)
-        faiss.omp_set_num_threads(min(_CORES, most))  # of this thread only
+        faiss.omp_set_num_threads(min(_cores(), most))  # of this thread only
     found = list(map(search, chunks) if threads is None else threads.map(search, chunks))
     return [merged([of[query] for of in found if query in of], count) for query in range(len(w))]
 
@@ -254,6 +253,11 @@ def sharing(allowed: Sequence[Mask]) -> Iterator[list[int]]:
 @cache
 def _threads() -> ThreadPoolExecutor | None:
     """FAISS parallelises over queries, not rows: for one query, our threads take a chunk each."""
-    if _CORES == 1:
+    if _cores() == 1:
         return None
-    return ThreadPoolExecutor(_CORES, "scan", initializer=partial(faiss.omp_set_num_threads, 1))
+    return ThreadPoolExecutor(_cores(), "scan", initializer=partial(faiss.omp_set_num_threads, 1))
+
+
+@cache
+def _cores() -> int:
+    return int(faiss.omp_get_max_threads())

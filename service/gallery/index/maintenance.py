@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-import faiss
-
+from service.gallery.index.faiss_module import halve_threads
 from service.gallery.index.features import Features
 from service.gallery.index.figures import Figures, IndexChoice
 from service.gallery.index.recall_index import choose_kind
@@ -96,7 +95,7 @@ class Maintenance:
         self.wait()
 
     def _work(self) -> None:
-        faiss.omp_set_num_threads(max(1, faiss.omp_get_max_threads() // 2))  # of this thread only
+        halve_threads()
         while True:
             with self.changing:
                 due = None if self._closing else self._due()

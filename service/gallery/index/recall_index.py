@@ -7,13 +7,13 @@ largest inner products are the smallest *modulated* distances.
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import get_args
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from service.gallery.index.chunks import selecting
+from service.gallery.index.faiss_module import faiss
 from service.gallery.index.figures import Figures
 from service.gallery.records import IndexKind
 from service.kit.shared_lock import SharedLock
@@ -35,7 +35,6 @@ NPROBE_SHARE = 0.1  # of all lists
 TRAINING_PER_LIST = 40  # FAISS's own advice is 39 at least
 _GRAPH_LINKS = 32
 _CAGRA_LINKS = 64  # FAISS's own choice
-_GraphParameters: Any = vars(faiss)["SearchParametersHNSW"]  # its stubs leave it out
 _EF_SEARCH = 2  # times the shortlist's length
 _PQ_NUMBERS = 8  # per byte of a code
 
@@ -179,7 +178,7 @@ class RecallIndex:
             parameters = selecting(allowed, faiss.SearchParametersIVF, nprobe=self.nprobe)
         elif self.kind == "HNSW":
             breadth = _EF_SEARCH * count
-            parameters = selecting(allowed, _GraphParameters, efSearch=breadth)
+            parameters = selecting(allowed, faiss.SearchParametersHNSW, efSearch=breadth)
         else:
             parameters = selecting(allowed)
         with self._lock.shared():

@@ -32,6 +32,7 @@ from service.bench.rescore import rescore
 from service.bench.scale import scale
 from service.bench.start import start
 from service.embedding.embedder import Embedder
+from service.gallery.index.figures import Figures
 from tests.paths import MINI
 
 
@@ -268,6 +269,24 @@ def test_recall_is_whole_with_the_flat_index_and_grows_with_the_shortlist(
             if modulation.startswith("γ ×"):
                 assert curve[0]["recall@10 by unmodulated shortlist"] < 1
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("faked")
+def test_recall_on_a_gpu_writes_what_the_kind_is_chosen_by(
+    statistics: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says which kinds could not be measured: this build of FAISS is for CPUs."""
+    file = tmp_path / "r.json"
+    recall(
+        "1500", "20,200", queries=3, timed=1, rounds=1, statistics=statistics,
+        checkpoint=tiny_checkpoint, device="cuda", json=file,
+    )  # fmt: skip
+    assert {result["index"] for result in report(file)["results"]} == {"SQfp16"}
+    assert all(result["bytes per item"] == 0 for result in report(file)["results"])
+    assert "not measured: the index GPU-CAGRA needs FAISS for GPUs" in capsys.readouterr().out
+    figures = Figures.read(file)
+    assert figures.gpu == "a faked GPU"
+    assert figures.fastest(1500) == "SQfp16"
 
 
 def test_scale_marks_what_it_computed(

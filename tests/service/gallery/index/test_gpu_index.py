@@ -19,7 +19,7 @@ from model import CMTConfig, Modulation, part_distances
 from service.gallery.feed import Stored
 from service.gallery.index import recall
 from service.gallery.index.figures import Figures, FiguresError
-from service.gallery.index.gpu_index import GpuIndex, IndexKindError, check_kind
+from service.gallery.index.gpu_index import GpuIndex, IndexKindError, check_kind, obstacles
 from service.gallery.index.recall_index import GPU_KINDS, choose_kind, index_bytes
 from service.gallery.index.shard import SearchRequest, Shard
 from service.gallery.records import Filters, IndexKind
@@ -284,6 +284,10 @@ def test_a_kind_that_cannot_be_built_here_is_one_sentence(monkeypatch: pytest.Mo
     monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
     with pytest.raises(IndexKindError, match="needs FAISS with cuVS, and faiss 1"):
         check_kind("GPU-CAGRA", "cuda:1")
+    monkeypatch.setattr(faiss, "GpuIndexFlatIP", Driver, raising=False)
+    found = obstacles("cuda")
+    assert [kind for kind, why in found.items() if why is None] == ["GPU-Flat"]
+    assert list(found) == list(GPU_KINDS)
 
 
 def test_memory_of_every_kind_on_a_gpu_is_known() -> None:

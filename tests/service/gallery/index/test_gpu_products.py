@@ -322,6 +322,35 @@ def test_a_mask_is_copied_once_until_something_changes(on_faked: FakedDevice) ->
     assert on_faked.used == 0
 
 
+WITHOUT_FAISS = """
+import sys
+sys.modules["faiss"] = None  # as if it were not installed
+import numpy as np
+from model import Modulation
+from service.bench.engine import Engine
+from tests.faked_device import faked_device
+import torch
+
+y = torch.randn(3000, 3, 16, generator=torch.Generator().manual_seed(0)).half()
+with faked_device():
+    engine = Engine(y, "cuda")
+    plain = Modulation.identity(1, 16)
+    [found] = engine.exhaustive(y[:1].float(), plain, 5)
+    [index] = engine.indexes()
+    assert found[0] == index.search(torch.cat([2 * y[0].flatten(), -torch.ones(16)]).double(), 5)[0]
+print(index.kind, found[0])
+Engine(y)
+"""
+
+
+def test_a_gallery_on_a_gpu_does_without_faiss() -> None:
+    """As `make gpu-check` may have to; one on a CPU says what it lacks."""
+    command = [sys.executable, "-c", WITHOUT_FAISS]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout == "SQfp16 0\n", ended.stderr
+    assert ended.stderr.endswith("ModuleNotFoundError: No module named 'faiss'\n")
+
+
 def test_kernels_that_cannot_be_built_are_told_once(
     faked: FakedDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
