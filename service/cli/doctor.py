@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,12 @@ def doctor(
     database_url: Annotated[
         str | None, typer.Option(envvar="CMT_DATABASE_URL", help="Check this database too.")
     ] = None,
+    crops_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CMT_CROPS_URL", help="Check this bucket too; an object is written and deleted."
+        ),
+    ] = None,
     api_keys_file: Annotated[
         Path | None, typer.Option(envvar="CMT_API_KEYS_FILE", help="Check this file too.")
     ] = None,
@@ -48,7 +55,7 @@ def doctor(
         str, typer.Option(envvar="CMT_DEVICE", help=f"What the service uses: {DEVICES}.")
     ] = "auto",
 ) -> None:
-    """Check device, libraries, disk, checkpoint, database and keys, and say what is wrong.
+    """Check device, libraries, disk, checkpoint, database, bucket and keys: say what is wrong.
 
     With a checkpoint also how many items fit into the memory that is free. The exit status is 1 if
     something is wrong.
@@ -68,6 +75,8 @@ def doctor(
         checks.append(("data folder", lambda: _data_dir(data_dir)))
     if database_url is not None:
         checks.append(("database", lambda: _database(database_url)))
+    if crops_url is not None:
+        checks.append(("crops", lambda: _crops(crops_url)))
     if api_keys_file is not None:
         checks.append(("API keys", lambda: _keys(api_keys_file)))
     table = Table("check", "", "finding")
@@ -217,6 +226,16 @@ def _database(url: str) -> str:
         if differ is not None:
             raise Caution(differ)
     return f"{shown}: {engine.dialect.name} {'.'.join(map(str, server))}"
+
+
+def _crops(url: str) -> str:
+    from service.gallery.storage.objects import ObjectStorage
+
+    with closing(ObjectStorage(url)) as storage:
+        cautions = storage.probe()
+        if cautions:
+            raise Caution("; ".join(cautions))
+        return f"{storage.address}: written, read and deleted"
 
 
 def _keys(path: Path) -> str:

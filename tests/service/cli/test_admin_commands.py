@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,20 @@ from model.cli import main
 from service.auth.keys import KeyFile
 from service.client import Client
 from service.gallery import Gallery
+from service.gallery.times import utc_now
 from tests.service.conftest import Serve
+from tests.service.object_server import Bucket
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CMT_DATABASE_URL", "CMT_API_KEYS_FILE", "CMT_API_KEY", "CMT_URL"):
+    for name in (
+        "CMT_DATABASE_URL",
+        "CMT_CROPS_URL",
+        "CMT_API_KEYS_FILE",
+        "CMT_API_KEY",
+        "CMT_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "160")
 
@@ -115,6 +124,27 @@ def test_doctor_looks_at_keys_and_database(
     assert "chmod 600" in printed
     assert "does not answer" in printed
     assert "secret" not in printed
+
+
+def test_doctor_compares_the_clock_with_the_databases(
+    postgres_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "NTP" not in run(capsys, "doctor", "--database-url", postgres_url)[1]
+    behind = utc_now() - timedelta(hours=1)
+    monkeypatch.setattr("service.gallery.times.utc_now", lambda: behind)
+    status, printed, _ = run(capsys, "doctor", "--database-url", postgres_url)
+    assert (status, "s behind the database's" in printed) == (0, True)
+
+
+@pytest.mark.usefixtures("faked")
+def test_doctor_looks_at_the_gpu_that_is_chosen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMT_DEVICE", "cuda:0")
+    status, printed, _ = run(capsys, "doctor")
+    assert (status, "a faked GPU as cuda:0" in printed) == (0, True)
+    status, printed, _ = run(capsys, "doctor", "--device", "cuda:1")
+    assert (status, "there is no GPU 1, only 1" in printed) == (1, True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -236,3 +266,54 @@ def test_an_empty_data_folder_is_not_the_current_one(
         assert status in (1, 2)
         assert "DATA_DIR" in told or "data_dir" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_crops_move_into_a_bucket_and_back_and_are_backed_up_from_there(
+    bucket: Bucket,
+    serve: Serve,
+    tiny_checkpoint: Path,
+    visible: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, place = tmp_path / "data", ["--crops-url", bucket.url]
+    with serve(data) as url, Client(url) as client:
+        ids = [client.enroll(file).id for file in visible[:3]]
+        status, _, told = run(capsys, "crops", "move", "--data-dir", data, *place)
+        assert (status, "stop that one" in told) == (1, True)
+    assert "--crops-url" in run(capsys, "crops", "move", "--data-dir", data)[2]
+    move = ["crops", "move", "--data-dir", data, *place, "--inline-bytes", 0]
+    assert run(capsys, *move)[:2] == (0, "Moved 3 crops.\n")
+    assert run(capsys, *move)[:2] == (0, "Moved 0 crops.\n")
+    assert len(bucket.objects()) == 3
+    status, _, told = run(capsys, "backup", tmp_path / "b.zip", "--data-dir", data)
+    assert (status, "set it to the one" in told) == (1, True)
+    status, _, told = run(
+        capsys, "backup", tmp_path / "b.zip", "--data-dir", data, "--crops-url", bucket.url
+    )
+    assert status == 0, told
+    run(capsys, "restore", tmp_path / "b.zip", "--data-dir", tmp_path / "restored")
+    with serve(tmp_path / "restored") as url, Client(url) as client:
+        assert client.image(ids[0])[0] == visible[0].read_bytes()
+    again = ["reembed", tiny_checkpoint, "--data-dir", data, "--device", "cpu", *place]
+    assert run(capsys, *again)[0] == 0
+    bucket.s3.delete_object(Bucket=bucket.name, Key=next(iter(bucket.objects())))
+    status, _, told = run(
+        capsys, "backup", tmp_path / "c.zip", "--data-dir", data, "--crops-url", bucket.url
+    )
+    assert status == 1
+    assert any(f"the crop of item {item} is missing" in told for item in ids)
+    assert not (tmp_path / "c.zip").exists()
+
+
+def test_doctor_tries_the_bucket(bucket: Bucket, capsys: pytest.CaptureFixture[str]) -> None:
+    status, printed, _ = run(capsys, "doctor", "--crops-url", bucket.url)
+    assert (status, "written, read and deleted" in printed) == (0, True)
+    bucket.s3.put_bucket_versioning(
+        Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"}
+    )
+    status, printed, _ = run(capsys, "doctor", "--crops-url", bucket.url)
+    assert (status, "keeps versions" in printed) == (0, True)
+    missing = bucket.url.replace(bucket.name, "no-such-bucket")
+    status, printed, _ = run(capsys, "doctor", "--crops-url", missing)
+    assert (status, "there is no such bucket" in printed) == (1, True)
