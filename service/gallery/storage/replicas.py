@@ -40,8 +40,7 @@ LIVE = 5.0
 """Seconds after its last sign of life that a replica counts as alive, and its tasks as its own."""
 _SILENT = 6.0  # seconds after which a server that has not answered a sign of life is given up
 _REST = 0.02  # seconds between two rounds, so that one serves many commits
-CLOCK_BOUND = timedelta(seconds=5)
-"""How far a replica's clock may differ from the database's before it is said."""
+_CLOCK_BOUND = 5.0  # seconds that a replica's clock may differ from the database's, unsaid
 
 _TABLES = (
     """CREATE UNLOGGED TABLE IF NOT EXISTS cmt_replicas (id text PRIMARY KEY, host text NOT NULL,
@@ -79,6 +78,20 @@ _SIGN = text(f"""
            clock_timestamp() AS moment
 """)
 _LEAD, _RUN = "background work", "reembed"
+
+
+def clocks_differ(ahead: float, took: float = 0.0) -> str | None:
+    """That a machine's clock is so many seconds ahead of the database's; None if hardly.
+
+    took: seconds between the looks at the two, at most.
+    """
+    if abs(ahead) - took <= _CLOCK_BOUND:
+        return None
+    where = "ahead of" if ahead > 0 else "behind"
+    return (
+        f"the machine's clock is {abs(ahead):.0f} s {where} the database's, so that times of "
+        "enrollments and of the audit log are wrong; set both by NTP"
+    )
 
 
 class Run(NamedTuple):
@@ -351,20 +364,14 @@ class Replicas:
     def _compare_clocks(self, ahead: timedelta, took: float) -> None:
         """Say once that the clocks differ. took: seconds between the looks at the two, at most."""
         self.clock_ahead = ahead.total_seconds()
-        wrong = self.clocks_differ(took)
+        wrong = clocks_differ(self.clock_ahead, took)
         if wrong is not None and not self._clock_told:
             log.warning("%s", wrong)
         self._clock_told = wrong is not None
 
-    def clocks_differ(self, took: float = 0.0) -> str | None:
+    def clocks_differ(self) -> str | None:
         """How this machine's clock differs from the database's, with the remedy; None if hardly."""
-        if abs(self.clock_ahead) - took <= CLOCK_BOUND.total_seconds():
-            return None
-        where = "ahead of" if self.clock_ahead > 0 else "behind"
-        return (
-            f"the machine's clock is {abs(self.clock_ahead):.0f} s {where} the database's, so that "
-            "times of enrollments and of the audit log are wrong; set both by NTP"
-        )
+        return clocks_differ(self.clock_ahead)
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:
