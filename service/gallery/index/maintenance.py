@@ -22,6 +22,7 @@ from service.gallery.index.segment import (
     next_run,
 )
 from service.gallery.records import IndexKind
+from service.kit.device_loss import report_loss
 from service.kit.host_memory import available_memory
 from service.kit.memory import is_out_of_memory
 
@@ -112,7 +113,10 @@ class Maintenance:
                     log.warning("no memory to %s the gallery's index yet: %s", due, error)
                     continue
                 # The service continues by scanning; what failed is tried again after a restart.
-                log.exception("background work on the gallery's index failed; all rows are scanned")
+                if not report_loss(error):
+                    log.exception(
+                        "background work on the gallery's index failed; all rows are scanned"
+                    )
                 self._failed = True
             finally:
                 self._touched = None
