@@ -8,16 +8,18 @@ from typing import Annotated
 import typer
 
 from model.terminal import say
-from service.cli.options import DEFAULT_URL, ApiKey, Client, Url, data_dir_option, folder
+from service.cli.options import (
+    DEFAULT_URL,
+    ApiKey,
+    Client,
+    CropsUrl,
+    DatabaseUrl,
+    Url,
+    data_dir_option,
+    folder,
+)
 from service.cli.outputs import Force, output
 from service.kit.text import counted
-
-DatabaseUrl = Annotated[
-    str | None,
-    typer.Option(
-        envvar="CMT_DATABASE_URL", help="Another database than the SQLite file in the data folder."
-    ),
-]
 
 _ACTOR = "command line"
 
@@ -29,6 +31,7 @@ def backup(
         Path | None, data_dir_option("Work offline on a folder that no service has open.")
     ] = None,
     database_url: DatabaseUrl = None,
+    crops_url: CropsUrl = None,
     temp_dir: Annotated[
         Path | None,
         typer.Option(
@@ -42,8 +45,8 @@ def backup(
 ) -> None:
     """Write all that a gallery holds into one file, from a running service or offline.
 
-    The file has every crop and label, and can be read by its owner only. It is checked before it
-    gets its name: what was there before stays until then.
+    The file has every label and every crop, also those of an object storage, and can be read by
+    its owner only. It is checked before it gets its name: what was there before stays until then.
 
     Example: cmt backup gallery.zip
     """
@@ -57,7 +60,7 @@ def backup(
         with Client(url, api_key=api_key) as client:
             client.backup(target)
     else:
-        with offline(data_dir, database_url) as backups:
+        with offline(data_dir, database_url, crops_url) as backups:
             backups.write(target, actor=_ACTOR, folder=temp_dir)
     size = target.stat().st_size
     say(f"Wrote {file}: {counted(peek(target).counts['items'], 'item')}, {size / 1e6:,.1f} MB.")
@@ -70,7 +73,8 @@ def restore(
 ) -> None:
     """Make a new gallery of a backup, all or nothing; no service may have the folder open.
 
-    Either database takes the backup of either: with --database-url the rows go there.
+    Either database takes the backup of either: with --database-url the rows go there. All crops
+    go into the database; `cmt crops move` puts large ones into a bucket.
 
     Example: cmt restore gallery.zip --data-dir data
     """

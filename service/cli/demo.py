@@ -113,6 +113,7 @@ def demo(
             # Whatever the environment says: the demo touches nothing but its own folder.
             host="127.0.0.1",
             database_url=None,
+            crops_url=None,
             api_keys_file=None,
             cors_origins=(),
         )

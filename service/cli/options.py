@@ -39,6 +39,18 @@ Urls = Annotated[
         help="Address of the service; repeat it for several of one gallery, which share the work.",
     ),
 ]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="CMT_DATABASE_URL", help="Another database than the SQLite file in the data folder."
+    ),
+]
+CropsUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="CMT_CROPS_URL", help="Bucket of the gallery's large crops, where it has one."
+    ),
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(

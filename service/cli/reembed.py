@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from model.device import DEVICES
 from model.terminal import say
-from service.cli.options import DEFAULT_URL, ApiKey, Client, Url, data_dir_option
+from service.cli.options import DEFAULT_URL, ApiKey, Client, CropsUrl, Url, data_dir_option
 
 _EVERY = 1.0  # seconds between two requests for its progress
 
@@ -37,6 +37,7 @@ def reembed(
     device: Annotated[
         str, typer.Option(envvar="CMT_DEVICE", help=f"With --data-dir: {DEVICES}.")
     ] = "auto",
+    crops_url: CropsUrl = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -50,7 +51,7 @@ def reembed(
     if data_dir is not None:
         if checkpoint is None:
             raise typer.BadParameter("with --data-dir give the path of the checkpoint")
-        _offline(Path(checkpoint), data_dir, database_url, device)
+        _offline(Path(checkpoint), data_dir, database_url, crops_url, device)
     else:
         with Client(url, api_key=api_key) as client:
             _online(client, checkpoint)
@@ -70,14 +71,24 @@ def _online(client: Client, checkpoint: str | None) -> None:
         raise ReembedFailed(status.detail or "it was stopped; start it again")
 
 
-def _offline(checkpoint: Path, data_dir: Path, database_url: str | None, device: str) -> None:
+def _offline(
+    checkpoint: Path,
+    data_dir: Path,
+    database_url: str | None,
+    crops_url: str | None,
+    device: str,
+) -> None:
     from service.embedding.embedder import Embedder
     from service.gallery import Gallery
     from service.gallery import Progress as Step
 
     embedder = Embedder(checkpoint, device, cache_dir=data_dir / "cache")
     gallery = Gallery.open(
-        data_dir, embedder.info, device=embedder.device, database_url=database_url
+        data_dir,
+        embedder.info,
+        device=embedder.device,
+        database_url=database_url,
+        crops_url=crops_url,
     )
     try:
         with _bar() as bar:

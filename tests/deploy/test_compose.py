@@ -146,7 +146,7 @@ def test_postgres_has_its_password_from_a_file() -> None:
     file = postgres["environment"]["POSTGRES_PASSWORD_FILE"]
     assert url == f"postgresql+psycopg://{user}@postgres/{database}?password_file={file}"
     for name in OURS:
-        assert SERVICES[name]["secrets"] == postgres["secrets"]
+        assert [*postgres["secrets"], "crops-credentials"] == SERVICES[name]["secrets"]
         assert "database" in SERVICES[name]["networks"]
         assert SERVICES[name]["depends_on"]["postgres"] == {
             "condition": "service_healthy",

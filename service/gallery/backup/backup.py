@@ -18,8 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sqlalchemy import inspect
-
 from model.atomic_file import whole_file
 from service.errors import BackupRunning, DatabaseUnavailable
 from service.gallery.backup.archive import Manifest, check, packed, packed_size
@@ -28,11 +26,10 @@ from service.gallery.backup.postgres_transfer import to_file
 from service.gallery.backup.temporary_copy import primary_code, refusal, remove_leftovers, scratch
 from service.gallery.storage.audit import Act, Audit
 from service.gallery.storage.crops import Crops, CropsLost
-from service.gallery.storage.database import FILE_NAME, Database, address_of
-from service.gallery.storage.folder_lock import FolderLock
+from service.gallery.storage.database import FILE_NAME, Database
 from service.gallery.storage.group_commit import GroupCommit
+from service.gallery.storage.offline import opened
 from service.gallery.storage.tables import loose_objects, object_owner, objects
-from service.kit.urls import without_password
 
 _CROPS_AT_ONCE = 64  # of an object storage
 _STEPS = 10_000  # of SQLite's virtual machine, between two checks whether to stop
@@ -213,24 +210,8 @@ def offline(
     url, crops_url: as `CMT_DATABASE_URL` and `CMT_CROPS_URL`. Raises DatabaseUnavailable where
     there is no gallery, and as `Gallery.open` does.
     """
-    address = address_of(folder, url)
-    nothing = DatabaseUnavailable(
-        f"there is no gallery at {without_password(address)}; check the data folder and the "
-        "database URL"
-    )
-    if address.get_backend_name() == "sqlite" and not Path(str(address.database)).is_file():
-        raise nothing
-    lock = FolderLock(folder)
-    try:
+    with opened(folder, url) as database:
         remove_leftovers(folder)
-        with closing(Database(folder, url, migrate=False)) as database:
-            with database.reading() as connection:
-                if not inspect(connection).has_table("items"):
-                    raise nothing
-            database.migrate()
-            commits = GroupCommit(database)
-            with closing(Crops(database, commits, crops_url)) as crops:
-                audit = Audit(database, commits, folder)
-                yield Backups(database, audit, crops, folder)
-    finally:
-        lock.release()
+        commits = GroupCommit(database)
+        with closing(Crops(database, commits, crops_url)) as crops:
+            yield Backups(database, Audit(database, commits, folder), crops, folder)

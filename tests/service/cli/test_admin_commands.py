@@ -280,7 +280,7 @@ def test_crops_move_into_a_bucket_and_back_and_are_backed_up_from_there(
     with serve(data) as url, Client(url) as client:
         ids = [client.enroll(file).id for file in visible[:3]]
         status, _, told = run(capsys, "crops", "move", "--data-dir", data, *place)
-        assert (status, "stop that one" in told) == (1, True)
+        assert (status, "stop that one" in told) == (1, True), told
     assert "--crops-url" in run(capsys, "crops", "move", "--data-dir", data)[2]
     move = ["crops", "move", "--data-dir", data, *place, "--inline-bytes", 0]
     assert run(capsys, *move)[:2] == (0, "Moved 3 crops.\n")
