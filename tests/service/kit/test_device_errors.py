@@ -7,6 +7,7 @@ import torch
 
 from service.kit.device_loss import is_device_lost, on_device_loss, report_loss
 from service.kit.memory import is_out_of_memory
+from tests.faked_device import FakedDevice
 
 HELP = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the "
@@ -127,6 +128,21 @@ def test_the_code_of_an_error_counts_in_any_words(code: int, lost: bool) -> None
     error = torch.AcceleratorError("CUDA error: in words of a later release")
     error.error_code = code  # type: ignore[attr-defined]
     assert is_device_lost(error) == lost
+
+
+def test_a_kernel_that_did_not_run_on_a_device_that_answers_is_no_loss(
+    faked: FakedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+    used = torch.zeros(1, device="cuda")
+    assert not is_device_lost(failed)
+
+    def lost(_: int) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert is_device_lost(failed)
+    del used
 
 
 def test_what_follows_from_a_loss_or_comes_with_it_is_one_too() -> None:
