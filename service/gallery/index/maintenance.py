@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from service.gallery.index.faiss_module import halve_threads
 from service.gallery.index.features import Features
 from service.gallery.index.figures import Figures, IndexChoice
 from service.gallery.index.recall_index import choose_kind
-from service.gallery.index.room import device_room, host_room
+from service.gallery.index.room import NoRoom, device_room, host_room
 from service.gallery.index.segment import (
     Rewriting,
     Segment,
@@ -60,6 +63,7 @@ class Maintenance:
         self._closing = False
         self._failed = False
         self._retry_at = 0.0
+        self._waiting: str | None = None  # for memory
         self._expected = 0  # rows that are going to be added
 
     def expect(self, count: int) -> None:
@@ -105,12 +109,14 @@ class Maintenance:
                     return
             try:
                 self._do(due)
+                self._waiting = None
             except Stopped:
                 pass
             except Exception as error:
                 if is_out_of_memory(error):
-                    self._retry_at = time.monotonic() + _RETRY_SECONDS
-                    log.warning("no memory to %s the gallery's index yet: %s", due, error)
+                    if due != self._waiting:  # which is said once
+                        log.warning("no memory yet for upkeep of the index (%s): %s", due, error)
+                    self._retry_at, self._waiting = time.monotonic() + _RETRY_SECONDS, due
                     continue
                 # The service continues by scanning; what failed is tried again after a restart.
                 if not report_loss(error):
@@ -180,33 +186,41 @@ class Maintenance:
             extend_index(index, segment.features, len(segment.columns), self._stop)
 
     def _compact(self) -> None:
-        """Leave out deleted rows, run after run of chunks."""
-        start: int | None = 0
-        while start is not None:
-            start = self._compact_run(start)
+        """Leave out deleted rows, run after run of chunks. Raises NoRoom where some must wait."""
+        start, waiting = 0, ""
+        while True:
+            with self.changing:
+                old, self._touched = self.segment, set()
+                alive = old.columns.alive.copy()
+            room = int(_COPY_SHARE * _room(old.features))
+            run = next_run(old.features, alive, start, room)
+            if run is None:
+                break
+            # An index knows rows by position: where more steps follow, it is built after them.
+            only = start == 0 and next_run(old.features, alive, run.stop, room) is None
+            try:
+                start = run.start + self._rewrite(old, run, alive, indexed=only)
+            except NoRoom as error:  # others may be wholly deleted, and need none
+                start, waiting = run.start + 1, str(error)
+        if waiting:
+            raise NoRoom(waiting)
 
-    def _compact_run(self, start: int) -> int | None:
-        """Copy what is alive of the next chunks, and swap → where to go on, None at the end."""
-        with self.changing:
-            old, self._touched = self.segment, set()
-            alive = old.columns.alive.copy()
-        room = int(_COPY_SHARE * _room(old.features))
-        run = next_run(old.features, alive, start, room)
-        if run is None:
-            return None
+    def _rewrite(
+        self, old: Segment, run: slice, alive: npt.NDArray[np.bool_], *, indexed: bool
+    ) -> int:
+        """Copy what is alive of some chunks, and swap → how many chunks that made."""
         rewriting = Rewriting(old, run, alive)
         new = rewriting.copy(self._stop)
-        # An index knows rows by position: where more steps follow, it is built after them.
-        only = start == 0 and next_run(old.features, alive, run.stop, room) is None
-        kind = self._wanted(new) if only else "SQfp16"
+        kind = self._wanted(new) if indexed else "SQfp16"
         index = None if kind == "SQfp16" else build_index(new, kind, self._stop)
         if self._closing:
             raise Stopped
         with self.changing:
-            self.segment = rewriting.finish(list(self._touched))
-            self.segment.index = index
+            new = rewriting.finish(list(self._touched or ()))
+            new.index = index
+            self.segment = new
             self.rebuilds += 1
-        return run.start + len(rewriting.made)
+        return len(rewriting.made)
 
     def _stop(self) -> bool:
         return self._closing

@@ -102,8 +102,9 @@ class Rewriting:
 
     def finish(self, touched: Sequence[int]) -> Segment:
         """The new segment with what came meanwhile, and `touched` as it is now. Raises NoRoom."""
-        last = self._chunks[-1]
-        self._append(-1, np.arange(self._end(last) - last.first, last.count))
+        place = len(self._chunks) - 1
+        last = self._chunks[place]
+        self._append(place, np.arange(self._end(last) - last.first, last.count))
         late = np.arange(self._until, len(self._old.columns))
         self._columns.extend(self._old.columns, late)
         self._columns.align(self._old.columns, touched)

@@ -28,9 +28,20 @@ def sampled(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def both(device: str, tmp_path: Path) -> Iterator[tuple[Gallery, Gallery]]:
-    """The same items on the CPU and on the GPU."""
+@pytest.fixture(params=["all", "half"])
+def both(
+    request: pytest.FixtureRequest,
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[tuple[Gallery, Gallery]]:
+    """The same items on the CPU and on the GPU, all there or half of them for lack of memory."""
+    if request.param == "half":
+        rows = {"cpu": 32, "cuda": COUNT // 4}
+        for module in ("chunks", "features"):
+            monkeypatch.setattr(f"service.gallery.index.{module}.CHUNK_ROWS", rows)
+        chunks = iter([1 << 30, 1 << 30])
+        monkeypatch.setattr("service.gallery.index.features.device_room", lambda _: next(chunks, 0))
     opened = [
         Gallery.open(tmp_path / name, INFO, device=place, candidates=60)
         for name, place in (("here", "cpu"), ("there", device))
@@ -38,6 +49,8 @@ def both(device: str, tmp_path: Path) -> Iterator[tuple[Gallery, Gallery]]:
     items = [NewItem(crop(n), f"person {n % 40}", f"camera {n % 3}") for n in range(COUNT)]
     for gallery in opened:
         gallery.add(items, sampled(1, COUNT, *SHAPE))
+    there = opened[1].spilled
+    assert there == (COUNT // 2 if request.param == "half" else 0)
     yield opened[0], opened[1]
     for gallery in opened:
         gallery.close()
@@ -124,7 +137,9 @@ def test_where_nothing_fits_nothing_is_stored_and_reads_go_on(
     try:
         add(gallery, 0, 100)
         found = hits(gallery, 10)
-        with pytest.raises(GalleryFull, match=r"no memory to search 29 more items in.*delete items"):
+        with pytest.raises(
+            GalleryFull, match=r"no memory to search 29 more items in.*delete items"
+        ):
             add(gallery, 100, 129)
         assert len(gallery) == 100
         gallery.check()

@@ -179,6 +179,23 @@ def test_compaction_waits_for_memory_and_readers_keep_what_they_began_with(
         assert (kept == stored(features(COUNT)).features).all()
 
 
+def test_chunks_without_a_living_row_are_freed_where_no_memory_is_left(
+    faked: FakedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.gallery.index.maintenance._RETRY_SECONDS", 3600)
+    with shard_of("cuda") as shard:
+        faked.budget = faked.used
+        with full_host(monkeypatch):
+            shard.mark_deleted([*range(60), *range(256, 512)])
+            shard.wait()
+        told = shard.statistics()
+        assert (told.items, told.tombstones, told.device_bytes) == (COUNT - 316, 60, 6 * CHUNK)
+        faked.budget = 1 << 30
+        with shard_of("cpu") as plain:
+            plain.mark_deleted([*range(60), *range(256, 512)])
+            assert answers(shard) == answers(plain)
+
+
 def test_what_comes_during_a_compaction_is_kept(
     faked: FakedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
