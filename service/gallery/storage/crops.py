@@ -69,9 +69,10 @@ class CropsLost(GalleryDamaged):
     def __init__(self, ids: Sequence[str], why: str) -> None:
         self.ids, self.why = ids, why
         named = ", ".join(ids[:_TOLD])
-        rest = f" and {len(ids) - _TOLD} more" if len(ids) > _TOLD else ""
+        if len(ids) > _TOLD:
+            named += f" and {len(ids) - _TOLD} more"
         super().__init__(
-            f"the crop of item {named}{rest} {why} in the object storage; put the object back, or "
+            f"the crop of item {named} {why} in the object storage; put the object back, or "
             "delete the item"
         )
 
@@ -114,8 +115,8 @@ class Crops:
             if any(used):
                 raise CropsUnavailable(
                     "crops of this gallery are in an object storage; set CMT_CROPS_URL to the one "
-                    "that it has, or move them into the database with it and `cmt gallery "
-                    "move-crops --back` before"
+                    "that it has, or move them into the database with it and `cmt crops move "
+                    "--back` before"
                 )
             return
         try:

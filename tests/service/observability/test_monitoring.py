@@ -208,6 +208,7 @@ def test_the_files_of_grafana_belong_together() -> None:
 def test_each_alert_is_raised_by_what_it_is_for(tmp_path: Path) -> None:
     bad = {
         "CmtDown": ['up{job="cmt"} 0'],
+        "CmtRestarts": ["cmt_start_time_seconds 1x45 2x4 3x4 4x6"],
         "CmtNotReady": ['cmt_http_requests_total{route="/readyz",status="503"} 0+4x60'],
         "CmtErrors": [
             'cmt_http_requests_total{route="/query",status="500"} 0+1x60',
@@ -219,6 +220,7 @@ def test_each_alert_is_raised_by_what_it_is_for(tmp_path: Path) -> None:
             'cmt_stage_seconds_bucket{stage="queue",le="5"} 0+9x60',
             'cmt_stage_seconds_bucket{stage="queue",le="+Inf"} 0+9x60',
         ],
+        "CmtShardsMissing": ["cmt_shards 2x60", "cmt_shards_ok 1x60"],
         "CmtReplicaStale": ["cmt_replica_lag_seconds 0+1x60"],
         "CmtClocksDiffer": ["cmt_clock_ahead_seconds -9x60"],
         "CmtStorageFull": ['cmt_rejections_total{code="storage_full"} 0x58 1x2'],
@@ -227,6 +229,8 @@ def test_each_alert_is_raised_by_what_it_is_for(tmp_path: Path) -> None:
         "CmtKeysGuessed": ['cmt_rejections_total{code="unauthorized"} 0+20x60'],
         "CmtAuditWaits": ["cmt_audit_failures_total 0x58 1x2"],
         "CmtRetentionWaits": ["cmt_retention_waits 1x60"],
+        "CmtCropsUnavailable": ["cmt_crops_unavailable 1x60"],
+        "CmtErasuresWait": ["cmt_objects_pending 1x60"],
         "CmtLogLost": ["cmt_log_lines_dropped 0x58 7x2"],
         "CmtGpuMemoryFull": [
             "cmt_gpu_memory_used_bytes 79x60",
