@@ -31,7 +31,7 @@ from service.images.decode import ModalitySource
 RECORD = "embedded.json"
 _NAME = re.compile(r"features-(\d{6,})\.parquet")
 _METADATA = b"cmt-features"
-_FORMAT = 1
+_FORMAT: Literal[1] = 1
 _ROWS_AT_ONCE = 256  # in a row group, which is read as a whole
 _BYTES_AT_ONCE = 32_000_000  # of its crops, at least where it has fewer rows
 

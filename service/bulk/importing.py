@@ -219,8 +219,8 @@ class Importer:
     def _begun(self, file: FeatureFile, at: int) -> list[_Begun]:
         """Let the crops of a row group be decoded, without those that the gallery has already."""
         rows: list[_Checked] = []
-        for one in file.read_group(at):
-            checked = self._checked(file, one)
+        for read in file.read_group(at):
+            checked = self._checked(file, read)
             if isinstance(checked, Refusal):
                 self.tally.refused.append(checked)
             else:
@@ -257,26 +257,24 @@ class Importer:
 
     def _finish(self, begun: Sequence[_Begun]) -> None:
         """Add rows whose crops are decoded."""
-        crops: list[tuple[_Checked, Crop]] = []
-        for one in begun:
+        decoded: list[tuple[_Checked, Crop]] = []
+        for each in begun:
             try:
-                crop = self._decoded(one)
+                decoded.append((each.checked, self._decoded(each)))
             except ServiceError as error:
-                self._refuse(one.checked, error.code, error.detail)
-            else:
-                crops.append((one.checked, crop))
-        other = [place for place, (one, crop) in enumerate(crops) if _read_otherwise(one.row, crop)]
-        features: dict[int, npt.NDArray[np.float16]] = {}
+                self._refuse(each.checked, error.code, error.detail)
+        other = [at for at, (one, crop) in enumerate(decoded) if _read_otherwise(one.row, crop)]
+        rows = [one.row.features for one, _ in decoded]
         if other:
-            again = self._embedder.embed([crops[place][1] for place in other]).flatten(1).half()
-            features = dict(zip(other, again.numpy(), strict=True))
+            again = self._embedder.embed([decoded[at][1] for at in other]).flatten(1).half()
+            for at, row in zip(other, again.numpy(), strict=True):
+                rows[at] = row
         ready: list[_Ready] = []
-        for place, (one, crop) in enumerate(crops):
-            row = features.get(place, one.row.features)
-            if not np.isfinite(row).all():
+        for (one, crop), row in zip(decoded, rows, strict=True):
+            if np.isfinite(row).all():
+                ready.append(_Ready(one, _item(one, crop), row))
+            else:
                 self._refuse(one, EmbeddingFailed.code, "its features are not finite")
-                continue
-            ready.append(_Ready(one, _item(one, crop), row))
         self.tally.embedded_again += len(other)
         self._add(self._first_of_each(ready))
 

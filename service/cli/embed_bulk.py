@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,11 @@ from service.cli.planning import (
     progress_bar,
 )
 from service.kit.text import counted
+
+if TYPE_CHECKING:
+    from service.bulk.embedding import BulkEmbedder
+    from service.bulk.ray_engine import RayEmbedder
+    from service.settings import Settings
 
 _STOPPING = "Finishing the files that are begun; Ctrl-C once more ends at once."
 _MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -65,7 +70,7 @@ def embed_bulk(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Of the cluster; else RAY_ADDRESS, one that runs here, or a new one.",
+            help="Of the cluster's head, or auto for one that runs here; without it a new one.",
         ),
     ] = None,
     rows_per_file: Annotated[
@@ -113,15 +118,13 @@ def embed_bulk(
     roots = folders if manifest is None else [manifest.parent]
     root = Path(os.path.commonpath([path.absolute() for path in roots]))
 
-    from service.bulk.embedding import BulkEmbedder, Done, left_to_do, parts, pictures_of, writing
-    from service.bulk.ray_engine import RayEmbedder
+    from service.bulk.embedding import Done, left_to_do, parts, pictures_of, writing
 
     done, before = Done(), 0
     with writing(out) as features, stopping(_STOPPING) as wish:
         try:
             on_ray = engine == "ray" or ray_address is not None
-            where = RayEmbedder(settings, out, root, ray_address) if on_ray else None
-            with where or BulkEmbedder(settings, out, root) as embedder:
+            with _embedder(settings, out, root, on_ray, ray_address) as embedder:
                 pictures = list(pictures_of(plan.entries, root))
                 left = left_to_do(pictures, features, embedder.fingerprint, root)
                 before = len(pictures) - len(left)
@@ -153,6 +156,18 @@ def embed_bulk(
             raise typer.Exit(INTERRUPTED)
     if failures:
         raise typer.Exit(1)
+
+
+def _embedder(
+    settings: Settings, out: Path, root: Path, on_ray: bool, ray_address: str | None
+) -> BulkEmbedder | RayEmbedder:
+    if on_ray:
+        from service.bulk.ray_engine import RayEmbedder
+
+        return RayEmbedder(settings, out, root, ray_address)
+    from service.bulk.embedding import BulkEmbedder
+
+    return BulkEmbedder(settings, out, root)
 
 
 def _print_tally(

@@ -127,8 +127,9 @@ def enroll(
     if plan.entries:
         with ExitStack() as stack:
             addresses = dict.fromkeys(url or [DEFAULT_URL])
-            clients = [stack.enter_context(Client(one, api_key=api_key)) for one in addresses]
-            clients = _ready_first(clients)
+            clients = _ready_first(
+                [stack.enter_context(Client(one, api_key=api_key)) for one in addresses]
+            )
             with stopping(_STOPPING) as wish:
                 try:
                     send_with_progress(clients, plan.entries, tally, wish, senders)
@@ -155,18 +156,18 @@ def _ready_first(clients: Sequence[Client]) -> Sequence[Client]:
 
     Says at once, not once per file, where there is none: raises Unreachable and ServiceProblem.
     """
-    ready, errors = list[Client](), dict[Client, Unreachable | ServiceProblem]()
+    ready, silent = list[Client](), dict[Client, Unreachable | ServiceProblem]()
     for client in clients:
         try:
             client.ready()
             ready.append(client)
         except (Unreachable, ServiceProblem) as error:
-            errors[client] = error
+            silent[client] = error
     if not ready:
-        raise errors[clients[0]]
-    for client, error in errors.items():
-        say(f"{client.url} is not ready, the others are: {error}", err=True)
-    return [*ready, *errors]
+        raise silent[clients[0]]
+    for client, why in silent.items():
+        say(f"{client.url} is not ready, the others are: {why}", err=True)
+    return [*ready, *silent]
 
 
 def _passes(error: Exception) -> bool:
