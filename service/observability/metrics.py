@@ -49,7 +49,7 @@ class Metrics:
         self._batch_size = Histogram(
             "cmt_embed_batch_size",
             "Images embedded at once.",
-            buckets=(1, 2, 4, 8, 16, 32, 64),
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
             registry=registry,
         )
         self.audit_failures = Counter(
@@ -57,6 +57,9 @@ class Metrics:
             "Entries of the audit log that could not be written at once; they are tried again.",
             registry=registry,
         )
+        Gauge(
+            "cmt_start_time_seconds", "When the process started, in Unix time.", registry=registry
+        ).set_to_current_time()
         self._model = Info("cmt_model", "The checkpoint in use.", registry=registry)
 
     def stage(self, name: str, seconds: float) -> None:
