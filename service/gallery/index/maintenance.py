@@ -42,7 +42,8 @@ _TAIL_LEAST = 1024
 _RETRAIN_GROWTH = 4
 INDEX_LEAST = 1000  # fewer rows are too few to train on
 _COPY_SHARE = 0.5  # of the memory that is free, which copies of a step may take
-_RETRY_SECONDS = 5.0  # until work for which there was no memory is tried again
+# Until work for which there was no memory is tried again: twice as long each time, up to so long.
+_RETRY_SECONDS, _RETRY_MOST = 5.0, 60.0
 
 
 class Maintenance:
@@ -62,8 +63,8 @@ class Maintenance:
         self._worker: threading.Thread | None = None
         self._closing = False
         self._failed = False
+        self._tries = 0  # for which there was no memory
         self._retry_at = 0.0
-        self._waiting: str | None = None  # for memory
         self._expected = 0  # rows that are going to be added
 
     def expect(self, count: int) -> None:
@@ -109,14 +110,15 @@ class Maintenance:
                     return
             try:
                 self._do(due)
-                self._waiting = None
+                self._tries = 0
             except Stopped:
                 pass
             except Exception as error:
                 if is_out_of_memory(error):
-                    if due != self._waiting:  # which is said once
+                    if not self._tries:
                         log.warning("no memory yet for upkeep of the index (%s): %s", due, error)
-                    self._retry_at, self._waiting = time.monotonic() + _RETRY_SECONDS, due
+                    wait = min(_RETRY_SECONDS * 2**self._tries, _RETRY_MOST)
+                    self._tries, self._retry_at = self._tries + 1, time.monotonic() + wait
                     continue
                 # The service continues by scanning; what failed is tried again after a restart.
                 if not report_loss(error):

@@ -10,6 +10,7 @@ from torch import Tensor
 from service.gallery.index.features import Features
 from service.gallery.index.inner_products import Best, Mask, merged, scan, sharing
 from service.gallery.index.recall_index import RecallIndex
+from service.kit.memory import is_out_of_memory
 
 # Below this share of the gallery, what a filter leaves is scanned: an inverted file's or graph's
 # neighbourhoods hold too few allowed rows, and the scan skips the others.
@@ -41,7 +42,12 @@ def _by_index(
     total = int(np.count_nonzero(mask))
     if total < max(_SELECTIVE * len(mask), _SHORTLISTS * count):
         return scan(features, w, count, [mask] * len(w))
-    scores, positions = index.search_batch(w.float().numpy(), count, mask[:indexed])
+    try:
+        scores, positions = index.search_batch(w.float().numpy(), count, mask[:indexed])
+    except Exception as error:  # an index on a GPU needs some of its memory for a search
+        if not is_out_of_memory(error):
+            raise
+        return scan(features, w, count, [mask] * len(w))
     found = [Best(*pair) for pair in zip(positions, scores, strict=True)]
     if indexed < len(mask):
         late = mask.copy()

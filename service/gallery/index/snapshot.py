@@ -214,7 +214,8 @@ def _read_all(manifest: dict[str, Any], own: Path, config: CMTConfig, device: st
         final = len(manifest["chunks"]) - 1
         jobs = [
             threads.submit(
-                *(_read_chunk, own, files[f"features-{number}"], features, number == final), **chunk
+                partial(_read_chunk, own, files[f"features-{number}"], features, number == final),
+                **chunk,
             )
             for number, chunk in enumerate(manifest["chunks"])
         ]

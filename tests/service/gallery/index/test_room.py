@@ -216,8 +216,13 @@ def test_what_comes_during_a_compaction_is_kept(
 
 def test_a_snapshot_larger_than_the_device_opens(faked: FakedDevice, tmp_path: Path) -> None:
     with shard_of("cuda") as shard:
-        kept = {"fingerprint": "a" * 64, "position": Position(1, 2), "witness": Witness(1, 2, 3)}
-        snapshot.save(shard.freeze(), tmp_path / "index", **kept)  # type: ignore[arg-type]
+        snapshot.save(
+            shard.freeze(),
+            tmp_path / "index",
+            fingerprint="a" * 64,
+            position=Position(1, 2),
+            witness=Witness("a", 1, 2),
+        )
     del shard
     assert faked.used == 0
     faked.budget = 3 * CHUNK
