@@ -102,6 +102,7 @@ ItemId = Annotated[str, Depends(_canonical)]
             errors.StorageUnwritable,
             errors.StorageFull,
             errors.GalleryFull,
+            errors.IndexOutOfStep,
             errors.CropsUnavailable,
         ),
     },
@@ -140,6 +141,7 @@ async def enroll(
         errors.StorageUnwritable,
         errors.StorageFull,
         errors.GalleryFull,
+        errors.IndexOutOfStep,
         errors.CropsUnavailable,
     ),
 )

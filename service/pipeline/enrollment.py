@@ -193,6 +193,7 @@ class _Batch:
                 self._outcomes[place] = error
 
     async def _store(self) -> None:
+        self._pipeline.gallery.refuse_stale()
         engine = self._pipeline.engine
         stale = [p for p in self._open() if self._embedded[p].engine is not engine]
         await self._embed_all(stale)

@@ -233,6 +233,7 @@ class Pipeline:
 
         async def attempt() -> Answer:
             nonlocal decoded
+            self.gallery.refuse_stale()
             if any(one.engine is not self.engine for one in decoded):  # changed meanwhile
                 decoded = await self._all_decoded(pictures, share)
             return await self._answer(decoded, modality, search, started)

@@ -67,6 +67,7 @@ class ReembeddingJob:
         The leader also goes on with a run whose replica has ended.
         """
         replicas = self._pipeline.gallery.replicas
+        told = ""  # what goes on failing is said once
         while replicas is not None:
             await sleep(_LOOK)
             left = replicas.left_behind if replicas.leads else None
@@ -76,8 +77,11 @@ class ReembeddingJob:
                 elif left is not None and left["state"] == "running" and not self._running.locked():
                     name = await to_thread.run_sync(self._file_of, left["checkpoint"])
                     await self.start(name, left["actor"])
+                told = ""
             except ServiceError as error:
-                log.error("the other replicas cannot be followed: %s", error.detail)
+                if error.detail != told:
+                    log.error("the other replicas cannot be followed: %s", error.detail)
+                told = error.detail
                 await sleep(_REST)
             except Exception as error:
                 if report_loss(error):

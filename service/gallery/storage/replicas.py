@@ -180,14 +180,15 @@ class Replicas:
         """Leave: another one leads and goes on with a run at once."""
         self._closing.set()
         self._woken.set()
-        for thread in self._threads:
-            thread.join()
-        with suppress(ServiceError), self._database.noting() as connection:
-            for statement in (
-                "DELETE FROM cmt_replicas WHERE id = :id",
-                "UPDATE cmt_tasks SET until = clock_timestamp() WHERE holder = :id",
-            ):
-                connection.execute(text(statement), {"id": self.id})
+        with self._given_up():
+            for thread in self._threads:
+                thread.join()
+            with suppress(ServiceError), self._database.noting() as connection:
+                for statement in (
+                    "DELETE FROM cmt_replicas WHERE id = :id",
+                    "UPDATE cmt_tasks SET until = clock_timestamp() WHERE holder = :id",
+                ):
+                    connection.execute(text(statement), {"id": self.id})
         self._database.close()
 
     def begin_run(self, details: Mapping[str, Any]) -> None:
