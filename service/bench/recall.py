@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import Modulation, project
 from model.benchmark import Spread, publish, seconds
-from model.device import chosen_device
+from model.device import DEVICES, chosen_device
 from model.outputs import ResultsFile, picture_option
 from model.terminal import say
 from service.bench.crops import embedded
@@ -60,7 +60,7 @@ def recall(
     plot: Annotated[
         Path | None, typer.Option(help="Draw recall over latency here.", callback=picture_option)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "cpu",
     json: ResultsFile = None,
 ) -> None:
     """Measure recall@10 and latency of the two stages against the exhaustive modulated ranking.

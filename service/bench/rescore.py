@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model import Modulation
 from model.benchmark import Comparison, compare, publish
-from model.device import chosen_device
+from model.device import DEVICES, chosen_device
 from model.outputs import ResultsFile
 from service.bench.data import (
     CHECKPOINT,
@@ -53,7 +53,7 @@ def rescore(
     rounds: Annotated[int, typer.Option(min=1, help="How often both sides run, in turn.")] = 3,
     statistics: Statistics = STATISTICS,
     checkpoint: Checkpoint = CHECKPOINT,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "cpu",
     json: ResultsFile = None,
 ) -> None:
     """Time modulated ranking: the service's exhaustive search against modulating the gallery.
