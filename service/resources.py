@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypedDict
 
+import torch
+
+from model.cores import allowed_cores
 from service.auth.keys import Keyring
 from service.auth.rate_limit import Limit, Rates
 from service.embedding.embedder import Embedder
@@ -27,6 +31,7 @@ from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.reembedding_job import ReembeddingJob
+from service.scale.engine import RayEngine
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -62,7 +67,7 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
     """
     with ExitStack() as stack:
         embedder = _embedder(settings)
-        gallery = stack.enter_context(closing(_gallery(settings, embedder)))
+        gallery = stack.enter_context(closing(_gallery(settings, embedder, stack)))
         decoders = stack.enter_context(closing(_decoders(settings, settings.decode_processes)))
         checker = stack.enter_context(closing(_decoders(settings, 1)))
         stack.callback(tracing.close)
@@ -120,7 +125,10 @@ def _embedder(settings: Settings) -> Embedder:
     )
 
 
-def _gallery(settings: Settings, embedder: Embedder) -> Gallery:
+def _gallery(settings: Settings, embedder: Embedder, stack: ExitStack) -> Gallery:
+    engine = _engine(settings) if settings.engine == "ray" else None
+    if engine is not None:
+        stack.callback(engine.close)
     return Gallery.open(
         settings.data_dir,
         embedder.info,
@@ -131,6 +139,21 @@ def _gallery(settings: Settings, embedder: Embedder) -> Gallery:
         clock_confirmed=settings.clock_confirmed,
         crops_url=settings.crops_url,
         crops_inline_bytes=settings.crops_inline_bytes,
+        follow=None if engine is None else engine.follow,
+    )
+
+
+def _engine(settings: Settings) -> RayEngine:
+    """Join the cluster, or start one. Raises RuntimeUnavailable."""
+    return RayEngine(
+        settings.shards,
+        database_url=settings.database_url,
+        device=settings.device,
+        kind=settings.index,
+        address=settings.ray_address or os.environ.get("RAY_ADDRESS"),
+        cores=allowed_cores(),
+        seconds=settings.shard_timeout,
+        partial=settings.partial_answers,
     )
 
 
@@ -140,9 +163,15 @@ def _index(settings: Settings, device: str) -> IndexChoice:
         if settings.index is not None:
             check_kind(settings.index, device)
             return settings.index
-        return None if settings.index_figures is None else Figures.read(settings.index_figures)
+        if settings.index_figures is None or device == "cpu":
+            return None
+        figures = Figures.read(settings.index_figures)
     except (IndexKindError, FiguresError) as error:
         raise RuntimeUnavailable(str(error)) from error
+    if figures.gpu == (here := torch.cuda.get_device_name(device)):
+        return figures
+    log.warning("index_figures are of the GPU %s and this is %s: measure here", figures.gpu, here)
+    return None
 
 
 def _decoders(settings: Settings, processes: int) -> Decoders:
@@ -173,6 +202,14 @@ def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: P
         "cmt_gallery_device_bytes",
         "Memory of the features on a GPU, part of cmt_gallery_bytes.",
         lambda: gallery.statistics.device_bytes,
+    )
+    metrics.watch(
+        "cmt_shards", "Shards of the gallery; 1 in one process.", lambda: gallery.presence.total
+    )
+    metrics.watch(
+        "cmt_shards_ok",
+        "Shards that answer; where some do not, answers leave out what those have.",
+        lambda: gallery.presence.answered,
     )
     replicas = gallery.replicas
     metrics.watch(

@@ -74,6 +74,17 @@ class Settings(BaseSettings):
     """From this probability of the first result on, an answer's `match` is `likely`."""
     match_none: float = Field(default=0.2, ge=0, le=1)
     """Below this `probability_enrolled` it is `none`."""
+    engine: Literal["embedded", "ray"] = "embedded"
+    """ray: the gallery is in shards on a Ray cluster; needs the extra scale."""
+    shards: int = Field(default=1, ge=1, le=1024)
+    """How many, with the engine ray."""
+    ray_address: str | None = None
+    """HOST:PORT of the cluster's head, or auto for the one on this machine; without it RAY_ADDRESS,
+    else one is started for this process alone."""
+    shard_timeout: float = Field(default=10, gt=0)
+    """How long a shard may take to answer before it counts as missing."""
+    partial_answers: bool = True
+    """Answer also where some shards are missing; otherwise queries get 503 meanwhile."""
     index: IndexKind | None = None
     """Kind of the recall index; without one, what measures best for the gallery's size."""
     index_figures: Path | None = None
@@ -163,6 +174,8 @@ class Settings(BaseSettings):
             raise ValueError("crops_url is set and boto3 is not installed; install the extra s3")
         if self.device.startswith("cuda") and self.runtime == "openvino":
             raise ValueError("OpenVINO runs on the CPU here; use device cpu or runtime torch")
+        if self.shards > 1 and self.engine != "ray":
+            raise ValueError("only the engine ray has several shards; give --engine ray")
         if "*" in self.cors_origins:
             raise ValueError(
                 "cors_origins may not be '*': any page could then use the service; name the origins"

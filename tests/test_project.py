@@ -83,7 +83,7 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
     # model.graphs converts to OpenVINO for both rooms that run it; it imports it only then.
     [
         ("model", ["cpu"]),
-        ("service", ["cpu", "bench", "bulk", "otel", "s3"]),
+        ("service", ["cpu", "bench", "bulk", "otel", "s3", "scale"]),
         ("training", ["train"]),
     ],
 )

@@ -125,6 +125,8 @@ def _answer(state: Resources, answer: Answer, form: QueryForm, images: int) -> Q
         "rerank": ranking.rerank,
         "model": answer.model,
     }
+    if result.shards_total is not None:
+        body |= {"shards_ok": result.shards_ok, "shards_total": result.shards_total}
     if form.debug:
         body["timings_ms"] = answer.timings_ms
         if spilled := state.gallery.spilled:

@@ -365,6 +365,10 @@ class QueryAnswer(BaseModel):
     exhaustive: bool
     rerank: Rerank
     model: str = Field(description="Fingerprint of the checkpoint.")
+    shards_ok: int | None = Field(
+        None, description="With the engine ray: shards of the gallery that were searched."
+    )
+    shards_total: int | None = Field(None, description="And how many there are.")
     timings_ms: Timings | None = None
     items_on_host: int | None = Field(
         default=None,

@@ -28,6 +28,11 @@ def serve(
     runtime: Annotated[
         Literal["auto", "torch", "openvino"] | None, Option(help="What runs the network.")
     ] = None,
+    engine: Annotated[
+        Literal["embedded", "ray"] | None,
+        Option(help="Where the gallery is: in this process, or in shards on Ray."),
+    ] = None,
+    shards: Annotated[int | None, Option(help="How many, with --engine ray.")] = None,
     api_keys_file: Annotated[
         Path | None, Option(help="Keys made by `cmt keys create`; needed beyond loopback.")
     ] = None,
@@ -53,6 +58,8 @@ def serve(
         port=port,
         device=device,
         runtime=runtime,
+        engine=engine,
+        shards=shards,
         api_keys_file=api_keys_file,
     )
     configure_logs(settings.log_format, settings.log_level)

@@ -25,10 +25,11 @@ from service.gallery.feed import Position, Stored, Witness
 from service.gallery.index import snapshot
 from service.gallery.index.figures import IndexChoice
 from service.gallery.index.room import NoRoom
-from service.gallery.index.shard import Shard
+from service.gallery.index.shard import Presence, Shard
 from service.gallery.index.snapshot import Restored, SnapshotInvalid
 from service.gallery.storage.store import Store
 from service.gallery.storage.streaming import View
+from service.kit.device_loss import report_loss
 from service.kit.memory import is_out_of_memory
 from service.kit.text import counted
 
@@ -160,6 +161,11 @@ class Follower:
         )
 
     @property
+    def presence(self) -> Presence:
+        """Of shards: this process has one."""
+        return Presence(1, 1)
+
+    @property
     def spilled(self) -> int:
         """Items that have no room on the GPU and are searched on the host; 0 without a GPU."""
         return 0 if self._device == "cpu" else self.shard.statistics().on_host
@@ -193,6 +199,9 @@ class Follower:
             self.follow()
         except ServiceError as error:
             log.warning("the index could not follow the store: %s", error.detail)
+        except Exception as error:
+            if not report_loss(error):  # with the device lost, it is on the disk all the same
+                raise
 
     def catch_up(self, *, always: bool = False) -> None:
         """Follow this process's own writes if that failed before. Call it before a search.

@@ -28,7 +28,7 @@ from service.gallery.backup.backup import Backup, Backups
 from service.gallery.backup.temporary_copy import remove_leftovers
 from service.gallery.follower import Follower, read_snapshot
 from service.gallery.index.figures import IndexChoice
-from service.gallery.index.shard import Counters, Statistics
+from service.gallery.index.shard import Counters, Presence, Statistics
 from service.gallery.records import (
     AuditPage,
     Camera,
@@ -100,7 +100,7 @@ class Gallery:
         self.replicas = replicas
         """This process among those on the database; None on SQLite, which nobody shares."""
         if replicas is not None:
-            replicas.start(lambda: self._current.follow(), store.database)
+            replicas.start(self._follow_others, store.database)
         self._keeper = threading.Thread(target=self._keep, name="gallery keeper", daemon=True)
         self._keeper.start()
 
@@ -197,6 +197,11 @@ class Gallery:
     def statistics(self) -> Statistics:
         """Sizes of the index in memory, and its kind."""
         return self._follower.shard.statistics()
+
+    @property
+    def presence(self) -> Presence:
+        """How many shards of the gallery answer, and how many there are."""
+        return self._follower.presence
 
     @property
     def spilled(self) -> int:
@@ -523,8 +528,17 @@ class Gallery:
         return self._follower.lag
 
     def refuse_stale(self) -> None:
-        """Raise DatabaseUnavailable where the other replicas were not followed for too long."""
+        """Raise DatabaseUnavailable where the other replicas were not followed for too long.
+
+        Raises IndexOutOfStep where they have gone on to another checkpoint.
+        """
         self._follower.refuse_stale()
+        if self.replicas is not None and self.replicas.successor is not None:
+            raise IndexOutOfStep(
+                f"the gallery has gone on to the checkpoint {self.replicas.successor[:12]}, and "
+                "this replica follows once it has loaded its file, which must lie beside its own; "
+                "ask another replica, or try again in a few seconds"
+            )
 
     def check(self) -> None:
         """Check index, model version and data folder.
@@ -612,6 +626,13 @@ class Gallery:
         if self.replicas is not None:
             self.replicas.model, self.replicas.successor = follower.info.fingerprint, None
         return old
+
+    def _follow_others(self) -> None:
+        try:
+            self._current.follow()
+        except Exception as error:
+            if not report_loss(error):
+                raise
 
     def _keep(self) -> None:
         """Background work: follow other processes' changes, and renew the snapshot."""

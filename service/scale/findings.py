@@ -51,10 +51,12 @@ class Question:
     def of(cls, request: SearchRequest, kept: int) -> Question:
         """The question of a request."""
         x, (gamma, beta) = request.x, request.modulation
-        numbers = (one.detach().cpu().numpy() for one in (x, gamma, beta))
         nothing = torch.empty(0)
-        rest = replace(request, x=nothing, modulation=Modulation(nothing, nothing))
-        return cls(*numbers, rest, request.count if request.explain else kept)
+        return cls(
+            *(x.detach().cpu().numpy(), gamma.detach().cpu().numpy(), beta.detach().cpu().numpy()),
+            rest=replace(request, x=nothing, modulation=Modulation(nothing, nothing)),
+            kept=request.count if request.explain else kept,
+        )
 
     def request(self) -> SearchRequest:
         """What was asked."""
@@ -71,7 +73,7 @@ class Sampled(NamedTuple):
 
     def taken(self, places: npt.NDArray[np.intp]) -> Sampled:
         """Some of its rows."""
-        return Sampled(*(column[places] for column in self))
+        return Sampled(self.numbers[places], self.persons[places], self.distances[places])
 
 
 @dataclass(frozen=True)
@@ -152,17 +154,15 @@ def _spread(seen: Seen, request: SearchRequest, sample: Sample | None) -> Sample
     """The shard's part of a sample of all: of many rows it is at hand, of few it is measured."""
     if sample is None:
         return None
-    if sample.whole and seen.searched:
-        if seen.features.metric == "cosine":
-            here = np.isin(sample.positions, seen.spread)
-            sample = Sample(*(column[here] for column in sample[:3]), whole=False)
-        else:
-            x, modulation = request.x.double()[None], request.modulation
-            numbers = Modulation(*(one.double() for one in modulation))
-            distances = seen.features.distances(x, numbers, seen.spread)[0]
-            persons = seen.columns.persons[seen.spread]
-            sample = Sample(seen.spread, persons, distances, whole=False)
-    return _sampled(seen, sample)
+    told = _sampled(seen, sample)
+    if not sample.whole or not seen.searched:
+        return told
+    if seen.features.metric == "cosine":
+        return told.taken(np.flatnonzero(np.isin(sample.positions, seen.spread)))
+    modulation = Modulation(*(one.double() for one in request.modulation))
+    distances = seen.features.distances(request.x.double()[None], modulation, seen.spread)[0]
+    persons = seen.columns.persons[seen.spread]
+    return _sampled(seen, Sample(seen.spread, persons, distances, whole=False))
 
 
 @dataclass(frozen=True)

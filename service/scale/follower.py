@@ -9,7 +9,7 @@ from typing import cast
 from model import CheckpointInfo
 from service.gallery.feed import Position
 from service.gallery.follower import Follower
-from service.gallery.index.shard import Shard
+from service.gallery.index.shard import Presence, Shard
 from service.gallery.storage.store import Store
 from service.gallery.storage.streaming import View
 from service.scale.shards import Crew, Shards
@@ -34,6 +34,10 @@ class ShardedFollower(Follower):
     def shards(self) -> Shards:
         """What stands in for the shard."""
         return cast(Shards, self.shard)
+
+    @property
+    def presence(self) -> Presence:
+        return Presence(self.shards.present, self.shards.total)
 
     def with_version(self, store: Store, info: CheckpointInfo) -> Follower:
         folder = self._folder.parent

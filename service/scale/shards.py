@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -15,15 +17,22 @@ from service.gallery.index.ranker import Presence, Ranked, Scale, rank
 from service.gallery.index.searcher import Counters, Scored, SearchRequest
 from service.gallery.index.shard import Statistics
 from service.scale.findings import Finding, Question, merged
-from service.scale.slice import State
+from service.scale.slice import Sizes
 
 T = TypeVar("T", Counters, Statistics)
+
+_SIZES_SECONDS = 1.0  # that the shards' sizes are not asked for again
 
 
 class Crew(Protocol):
     """The shards, wherever they run. `SliceShard` says what they can be asked."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def present(self) -> int:
+        """How many of them answer now."""
+        ...
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """Ask all of them → what those said that answer, in the order of the shards.
@@ -53,8 +62,7 @@ class Shards:
     ) -> None:
         self._crew, self._config, self._position = crew, config, position
         self._partial = partial
-        self.present = len(crew)
-        """How many shards answered the last question."""
+        self._asked, self._known = -math.inf, [Sizes.none()]
 
     def __len__(self) -> int:
         return self.statistics().items
@@ -63,6 +71,11 @@ class Shards:
     def total(self) -> int:
         """How many there are."""
         return len(self._crew)
+
+    @property
+    def present(self) -> int:
+        """How many of them answer now."""
+        return self._crew.present
 
     def rank(self, requests: Sequence[tuple[SearchRequest, Scale]]) -> list[Ranked]:
         """`ranker.rank` over all shards. Raises ShardsMissing."""
@@ -76,7 +89,6 @@ class Shards:
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         """`Crew.ask`. Raises ShardsMissing where too few answer."""
         answers = self._crew.ask(method, *arguments)
-        self.present = len(answers)
         if not answers or (len(answers) < self.total and not self._partial):
             raise ShardsMissing(
                 f"only {len(answers)} of {self.total} shards of the gallery answer; the others are "
@@ -97,19 +109,25 @@ class Shards:
 
     def counts(self) -> tuple[int, int]:
         """Items in the store, and in the shards, of the shares of those that answer."""
-        states: list[State] = self.ask("state")
-        return sum(s.stored for s in states), sum(s.statistics.items for s in states)
+        counts: list[tuple[int, int]] = self.ask("counts")
+        stored, searchable = zip(*counts, strict=True)
+        return sum(stored), sum(searchable)
 
     @property
     def counters(self) -> Counters:
         """Of all shards together."""
-        states: list[State] = self.ask("state")
-        return _summed([state.counters for state in states])
+        return _summed([sizes.counters for sizes in self._sizes()])
 
     def statistics(self) -> Statistics:
         """Of all shards together; the kind of index is the first one's."""
-        states: list[State] = self.ask("state")
-        return _summed([state.statistics for state in states])
+        return _summed([sizes.statistics for sizes in self._sizes()])
+
+    def _sizes(self) -> list[Sizes]:
+        """Of the shards that answer, asked once in a while: a scrape wants several numbers."""
+        now = time.monotonic()
+        if now - self._asked > _SIZES_SECONDS and (sizes := self._crew.ask("sizes")):
+            self._known, self._asked = sizes, now
+        return self._known
 
     @contextmanager
     def room_for(self, count: int) -> Iterator[None]:

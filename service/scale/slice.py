@@ -34,8 +34,8 @@ _AGAIN_SECONDS = 1.0  # between two attempts to read the store
 class Plan:
     """What a shard is made from: its share of the items that have features of a checkpoint.
 
-    folder: which SQLite's file is in. url: of the database, None for the file in the folder. device,
-    kind: as `Gallery.open` takes them.
+    folder: which SQLite's file is in. url: of the database, None for the file in the folder.
+    device, kind: as `Gallery.open` takes them.
     """
 
     part: Slice
@@ -53,12 +53,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class State:
-    """What a shard has. stored: items of its share in the store, at the moment of `statistics`."""
+class Sizes:
+    """What a shard has, and how often it searched."""
 
-    stored: int
     statistics: Statistics
     counters: Counters
+
+    @classmethod
+    def none(cls) -> Sizes:
+        """Of no shard."""
+        return cls(Statistics(0, 0, "SQfp16", 0, 0, 0, 0, 0, 0), Counters())
 
 
 class NotLoaded(Exception):  # noqa: N818
@@ -106,6 +110,9 @@ class SliceShard:
         self._loader = threading.Thread(target=self._load, name="shard loader", daemon=True)
         self._loader.start()
 
+    def started(self) -> None:
+        """Nothing: whoever calls it knows that the shard's process runs."""
+
     def loaded(self) -> int:
         """Wait until the share is read → its items. Raises what kept it from being read."""
         self._tried.wait()
@@ -137,11 +144,14 @@ class SliceShard:
         """Raise NotLoaded where it does not answer yet."""
         return self._opened() is not None
 
-    def state(self) -> State:
-        """Its sizes. Raises NotLoaded, and as `search`."""
-        follower = self._opened()
-        stored, _ = follower.counts()
-        return State(stored, follower.shard.statistics(), follower.shard.counters)
+    def counts(self) -> tuple[int, int]:
+        """Items of its share in the store, and here. Raises NotLoaded, and as `search`."""
+        return self._opened().counts()
+
+    def sizes(self) -> Sizes:
+        """Its sizes. Raises NotLoaded."""
+        shard = self._opened().shard
+        return Sizes(shard.statistics(), shard.counters)
 
     def close(self) -> None:
         """End background work."""

@@ -17,7 +17,7 @@ from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
 from service.gallery.index.figures import IndexChoice
 from service.gallery.index.maintenance import Maintenance
-from service.gallery.index.ranker import Ranked, Scale, rank
+from service.gallery.index.ranker import Presence, Ranked, Scale, rank
 from service.gallery.index.searcher import Counters, Scored, Searcher, SearchRequest
 from service.gallery.index.segment import Segment
 from service.gallery.records import IndexKind
@@ -25,6 +25,7 @@ from service.gallery.records import IndexKind
 __all__ = [
     "Counters",
     "Frozen",
+    "Presence",
     "Ranked",
     "Scale",
     "Scored",

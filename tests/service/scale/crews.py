@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import CheckpointInfo, CMTConfig, Modulation
+from model import CheckpointInfo, CMTConfig, Modality, Modulation
 from model.ranking import Moments
 from service.gallery import Filters, Gallery, ItemUpdate, NewItem, Options, Query, Scale
 from service.gallery.feed import Slice
@@ -41,6 +41,10 @@ class LocalCrew:
     def __len__(self) -> int:
         return len(self.shards)
 
+    @property
+    def present(self) -> int:
+        return len(self.shards) - len(self.missing)
+
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         answers = []
         for place, shard in enumerate(self.shards):
@@ -58,7 +62,12 @@ class LocalCrew:
 
 def info(metric: str = "euclidean") -> CheckpointInfo:
     config = CMTConfig(
-        input_height=96, input_width=48, parts=PARTS, dim=DIM, heads=2, metric=metric
+        input_height=96,
+        input_width=48,
+        parts=PARTS,
+        dim=DIM,
+        heads=2,
+        metric=metric,  # type: ignore[arg-type]
     )
     return CheckpointInfo("a" * 64, config)
 
@@ -130,7 +139,9 @@ def queries(count: int, seed: int, facts: bool = True) -> list[Query]:
     near = features(count, seed - 1) if seed else features(count, seed)
     made = []
     known = ranking_facts(PARTS) if facts else None
-    references = {"rgb": Moments(9.0, 1.5), "ir": Moments(10.0, 1.2)} if facts else {}
+    references: dict[Modality, Moments] = {}
+    if facts:
+        references = {"rgb": Moments(9.0, 1.5), "ir": Moments(10.0, 1.2)}
     filters = [
         Filters(),
         Filters(gallery_modality=("ir",)),

@@ -21,6 +21,6 @@ def test_ranking_is_that_of_one_process(
     fill(with_all, count, seed=count)
     whole = with_all.search_all(asked)
     with_all.close()
-    gallery, crew = open_sharded(tmp_path, about, shards)
+    gallery, _crew = open_sharded(tmp_path, about, shards)
     assert_equal(gallery.search_all(asked), whole)
     gallery.close()

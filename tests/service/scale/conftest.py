@@ -1,0 +1,71 @@
+"""A Ray cluster of several node processes, on the loopback address alone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+# Before anything imports Ray, which reads them then: see `service.scale.cluster`.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+NODE_BYTES = 4_000_000_000
+_LOSS = {  # a node that is silent for two seconds is lost
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+    "health_check_initial_delay_ms": 1000,
+}
+
+
+class Nodes:
+    """A head without room for shards, and two nodes that have it."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        usual: dict[str, Any] = {
+            "num_cpus": 1,
+            "object_store_memory": 100_000_000,
+            "include_dashboard": False,
+        }
+        usual["node_ip_address"] = "127.0.0.1"
+        self._add: Callable[[], Any] = lambda: self.cluster.add_node(memory=NODE_BYTES, **usual)
+        head = {**usual, "memory": 100_000_000, "_system_config": _LOSS}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self._add(), self._add()]
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def kill(self, place: int) -> None:
+        """SIGKILL the process of a node."""
+        self.cluster.remove_node(self.nodes.pop(place), allow_graceful=False)
+
+    def heal(self) -> None:
+        """As many nodes as at first."""
+        while len(self.nodes) < 2:
+            self.nodes.append(self._add())
+
+
+@pytest.fixture(scope="session")
+def _nodes() -> Iterator[Nodes]:
+    started = Nodes()
+    yield started
+    import ray
+
+    ray.shutdown()
+    started.cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def nodes(_nodes: Nodes) -> Nodes:
+    """The cluster, whole."""
+    _nodes.heal()
+    return _nodes
