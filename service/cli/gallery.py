@@ -192,17 +192,22 @@ def delete(
         typer.confirm(printable(f"Delete {what}?"), abort=True)
     with Client(url, api_key=api_key) as client:
         if person_id is not None:
-            erased = client.erase(person_id)
-            if not erased:
+            erasure = client.erasure(person_id)
+            if not erasure.deleted:
                 raise ErasureError(
                     f"no item has the person {person_id!r}, so that nothing was deleted; labels "
                     "are compared to the letter, and `cmt gallery list` shows them"
                 )
-            say(f"Deleted {counted(erased, 'item')}.")
-            return
-        for item_id in item_ids or []:
-            client.delete(item_id)
-        say(f"Deleted {counted(len(item_ids or []), 'item')}.")
+            erasures = [erasure]
+        else:
+            erasures = [client.delete(item_id) for item_id in item_ids or []]
+    say(f"Deleted {counted(sum(one.deleted for one in erasures), 'item')}.")
+    if pending := sum(one.pending for one in erasures):
+        say(
+            f"The object storage does not answer; it has {counted(pending, 'picture')}, which "
+            "nothing finds, and deletes them once it does.",
+            err=True,
+        )
 
 
 versions = typer.Typer(

@@ -211,13 +211,17 @@ class Client:
         response = self._send(calls.image(item_id, height))
         return calls.whole(response).content, response.headers["Content-Type"]
 
-    def delete(self, item_id: str) -> None:
-        """DELETE /gallery/{id}."""
-        calls.checked(self._send(calls.Call("DELETE", calls.item_path(item_id))))
+    def delete(self, item_id: str) -> Erased:
+        """DELETE /gallery/{id} → what an object storage is still to delete of it, if anything."""
+        return calls.erased(self._send(calls.Call("DELETE", calls.item_path(item_id))))
 
     def erase(self, person_id: str) -> int:
         """DELETE /gallery?person_id=… → how many items were erased."""
-        return calls.parsed(self._send(calls.erase(person_id)), Erased).deleted
+        return self.erasure(person_id).deleted
+
+    def erasure(self, person_id: str) -> Erased:
+        """The same → also what an object storage is still to delete."""
+        return calls.erased(self._send(calls.erase(person_id)))
 
     def cameras(self) -> Sequence[CameraRecord]:
         """GET /cameras: those that have defaults, by id."""
@@ -445,13 +449,17 @@ class AsyncClient:
         response = await self._send(calls.image(item_id, height))
         return calls.whole(response).content, response.headers["Content-Type"]
 
-    async def delete(self, item_id: str) -> None:
-        """DELETE /gallery/{id}."""
-        calls.checked(await self._send(calls.Call("DELETE", calls.item_path(item_id))))
+    async def delete(self, item_id: str) -> Erased:
+        """DELETE /gallery/{id} → what an object storage is still to delete of it, if anything."""
+        return calls.erased(await self._send(calls.Call("DELETE", calls.item_path(item_id))))
 
     async def erase(self, person_id: str) -> int:
         """DELETE /gallery?person_id=… → how many items were erased."""
-        return calls.parsed(await self._send(calls.erase(person_id)), Erased).deleted
+        return (await self.erasure(person_id)).deleted
+
+    async def erasure(self, person_id: str) -> Erased:
+        """The same → also what an object storage is still to delete."""
+        return calls.erased(await self._send(calls.erase(person_id)))
 
     async def cameras(self) -> Sequence[CameraRecord]:
         """GET /cameras: those that have defaults, by id."""

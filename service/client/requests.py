@@ -24,6 +24,7 @@ from service.api.schemas import (
     KEY_PATTERN,
     BatchItem,
     CameraDefaults,
+    Erased,
     ItemPatch,
     ModalityChoice,
     Rerank,
@@ -329,6 +330,13 @@ def parsed(response: httpx.Response, model: type[M]) -> M:
             f"{response.url} answered something else than expected; is it a CMT service of this "
             "release?"
         ) from error
+
+
+def erased(response: httpx.Response) -> Erased:
+    """The answer to an erasure; without a body one item is erased completely."""
+    if checked(response).status_code == 204:
+        return Erased(deleted=1)
+    return parsed(response, Erased)
 
 
 def unreachable(url: httpx.URL, error: httpx.TransportError) -> Unreachable:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from model import load_checkpoint
+from model.cli import main
 from service.gallery import Gallery
 from service.gallery.backup.restore import restore
 from service.gallery.storage import crops as crops_module
@@ -35,7 +36,11 @@ def enroll(http: httpx.Client, image: Path, **fields: str) -> httpx.Response:
 
 
 def test_a_service_whose_storage_hangs_says_so_and_goes_on_searching(
-    serve: Serve, bucket: Bucket, visible: list[Path], tmp_path: Path
+    serve: Serve,
+    bucket: Bucket,
+    visible: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings: dict[str, Any] = {"crops_url": bucket.url, "crops_inline_bytes": 0}
     with (
@@ -65,13 +70,18 @@ def test_a_service_whose_storage_hangs_says_so_and_goes_on_searching(
             picture = http.get(f"/gallery/{ids[1]}/image")
             assert (picture.status_code, picture.json()["code"]) == (503, "crops_unavailable")
             assert http.get(f"/gallery/{ids[1]}").status_code == 200
-            told = http.get("/readyz")
-            assert (told.status_code, told.json()["crops"]) == (200, "unavailable")
+            ready = http.get("/readyz")
+            assert (ready.status_code, ready.json()["crops"]) == (200, "unavailable")
             assert gauge(http, "cmt_crops_unavailable") == 1
             one = http.delete(f"/gallery/{ids[1]}")
             assert (one.status_code, one.json()) == (202, {"deleted": 1, "pending": 1})
-            both = http.delete("/gallery", params={"person_id": "p1"})
-            assert (both.status_code, both.json()) == (202, {"deleted": 2, "pending": 2})
+            one_more = ["gallery", "delete", ids[2], "--yes", "--url", url]
+            assert main(one_more) == 0
+            told = capsys.readouterr()
+            assert "Deleted 1 item." in told.out
+            assert "it has 1 picture" in told.err
+            rest = http.delete("/gallery", params={"person_id": "p1"})
+            assert (rest.status_code, rest.json()) == (202, {"deleted": 1, "pending": 1})
             # And what may be there of the enrollment that was refused.
             wait_for(lambda: gauge(http, "cmt_objects_pending") == 4, "they are not counted")
         finally:
