@@ -204,8 +204,8 @@ def delete(
     say(f"Deleted {counted(sum(one.deleted for one in erasures), 'item')}.")
     if pending := sum(one.pending for one in erasures):
         say(
-            f"The object storage does not answer; it has {counted(pending, 'picture')}, which "
-            "nothing finds, and deletes them once it does.",
+            f"The object storage does not answer: it still has {counted(pending, 'picture')}, "
+            "which nothing finds, and deletes them once it does.",
             err=True,
         )
 

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Row, and_, not_, or_
@@ -20,7 +20,9 @@ from service.gallery.records import Filters, Item, ItemUpdate, NewItem
 from service.gallery.storage.tables import items
 from service.gallery.times import microseconds, moment_of
 
-_NUMBERS_PER_STATEMENT = 500  # SQLite takes 32,766 parameters, PostgreSQL 65,535
+T = TypeVar("T")
+
+_VALUES_PER_STATEMENT = 500  # SQLite takes 32,766 parameters, PostgreSQL 65,535
 # Columns that hold an Item's field of the same name as it is.
 _SAME_NAME = (
     "id",
@@ -149,10 +151,10 @@ def storable(texts: Iterable[str]) -> list[str]:
     ]
 
 
-def blocks(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Row numbers in blocks that are small enough for one statement's parameters."""
-    for start in range(0, len(numbers), _NUMBERS_PER_STATEMENT):
-        yield numbers[start : start + _NUMBERS_PER_STATEMENT]
+def blocks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Values, such as row numbers, in blocks small enough for one statement's parameters."""
+    for start in range(0, len(values), _VALUES_PER_STATEMENT):
+        yield values[start : start + _VALUES_PER_STATEMENT]
 
 
 def _uuid7(now: datetime) -> str:

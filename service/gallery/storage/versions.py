@@ -110,7 +110,7 @@ class Versions:
                 yield [_stored(row, images[row.number]) for row in there]
 
     def _missing_after(self, fingerprint: str, after: int, limit: int) -> Sequence[Row[Any]]:
-        query = (
+        query: Select[Any] = (
             select(items.c.number, *_INFRARED)
             .where(items.c.number > after, ~_embedded(fingerprint))
             .order_by(items.c.number)
@@ -166,7 +166,7 @@ class Versions:
             .limit(count)
             .subquery()
         )
-        query = select(chosen.c.row, chosen.c.number, *_INFRARED).join(
+        query: Select[Any] = select(chosen.c.row, chosen.c.number, *_INFRARED).join(
             items, items.c.number == chosen.c.number
         )
         with self._database.reading() as connection:
