@@ -170,10 +170,12 @@ def _end(sentence: str) -> NoReturn:
     timer = threading.Timer(_SAY_SECONDS, os._exit, [1])  # nobody may read standard error
     timer.daemon = True
     timer.start()
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    say(f"Error: {sentence}", err=True)
-    os._exit(1)
+    try:
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        say(f"Error: {sentence}", err=True)
+    finally:
+        os._exit(1)
 
 
 class _Server(uvicorn.Server):
