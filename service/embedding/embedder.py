@@ -23,8 +23,9 @@ from model.device import DeviceError, chosen_device
 from model.precision import Precision, PrecisionName, choose_precision
 from model.preprocess import pixels_of
 from service.embedding.torch_runtime import GpuBackend, TorchBackend
-from service.errors import RuntimeUnavailable
+from service.errors import MemoryExhausted, RuntimeUnavailable
 from service.images.decode import Crop
+from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class Embedder:
     info: the checkpoint's metadata. device: "cpu", "cuda" or "cuda:1". runtime: "torch" or
     "openvino". precision: the number type and why it was chosen. backend: the network alone;
     `embed` gives it at most 32 crops at once on a CPU, and 1024 on a GPU.
-    Raises CheckpointError (the file) or RuntimeUnavailable (device or runtime), one sentence.
+    Raises CheckpointError (the file), RuntimeUnavailable (device or runtime) or MemoryExhausted,
+    one sentence.
     """
 
     def __init__(
@@ -75,8 +77,16 @@ class Embedder:
     ) -> None:
         self.device = _device(device)
         self._checkpoint, self._longest = checkpoint, _LONGEST[torch.device(self.device).type]
-        self._model, self.info = load_checkpoint(checkpoint, self.device)
-        self.runtime, self.precision, self.backend = self._choose(runtime, precision, cache_dir)
+        try:
+            self._model, self.info = load_checkpoint(checkpoint, self.device)
+            self.runtime, self.precision, self.backend = self._choose(runtime, precision, cache_dir)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            what = "this machine" if self.device == "cpu" else "the GPU"
+            raise MemoryExhausted(
+                f"{what} has no memory for the network; stop what else uses it, or use another"
+            ) from error
 
     def embed(self, crops: Sequence[Crop], *, beside: bool = False) -> Tensor:
         """B crops of any modality → B×P×D, fp32 on the CPU, in their order.

@@ -23,7 +23,7 @@ from service.embedding import embedder as embedding
 from service.embedding.batcher import Embedded
 from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
-from service.errors import RuntimeUnavailable
+from service.errors import MemoryExhausted, RuntimeUnavailable
 from service.images.decode import Crop, decode
 from service.settings import load_settings
 from tests.faked_device import FakedDevice
@@ -290,6 +290,14 @@ def test_threads_share_a_gpu_and_get_their_own_answers(tiny_checkpoint: Path, de
         there.close()
     for i, features in enumerate(together):
         torch.testing.assert_close(features, alone[: i % 12 + 1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_without_room_for_the_network_is_a_sentence(
+    faked: FakedDevice, tiny_checkpoint: Path
+) -> None:
+    faked.budget = 10_000
+    with pytest.raises(MemoryExhausted, match="the GPU has no memory for the network; stop what"):
+        Embedder(tiny_checkpoint, device="cuda")
 
 
 def test_a_gpu_is_fed_from_pinned_memory_on_a_stream_of_its_own(
