@@ -34,9 +34,10 @@ from service.client.stream import Entry, EntryResult, with_key
 from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
 from service.errors import EmbeddingFailed, GalleryLocked, RuntimeUnavailable, ServiceError
+from service.gallery import RequestKey
 from service.gallery.storage.folder_lock import FolderLock
 from service.images import Decoders
-from service.images.decode import ImageLimits
+from service.images.decode import ImageLimits, Picture
 from service.images.turns import Share
 from service.settings import Settings
 
@@ -246,7 +247,7 @@ class _Run:
         begun: deque[asyncio.Task[Row | EntryResult]] = deque()
         pictures = iter(part.pictures)
         rows: list[Row] = []
-        written = 0
+        written = size = 0
         try:
             with ExitStack() as stack:
                 writer: Writer | None = None
@@ -259,15 +260,16 @@ class _Run:
                     result = await begun.popleft() if begun else None
                     if isinstance(result, Row):
                         rows.append(result)
+                        size += len(result.crop)
                     elif result is not None:
                         self._done.refused.append(result)
-                    if is_group(rows) or (rows and result is None):
+                    if is_group(len(rows), size) or (rows and result is None):
                         if writer is None:
                             file = stack.enter_context(whole_file(self._out / part.name))
                             writer = Writer(file, self._header)
                         await asyncio.to_thread(writer.write, rows)
                         written += len(rows)
-                        rows = []
+                        rows, size = [], 0
                     if result is None:
                         break
                     self._advance(1)
@@ -282,8 +284,7 @@ class _Run:
     async def _row(self, one: Planned) -> Row | EntryResult:
         """The row of a picture, or why it has none."""
         try:
-            data = await asyncio.to_thread(image_bytes, one.entry.image)
-            return await self._embedded(one, data)
+            return await self._embedded(one, await asyncio.to_thread(_read, one.entry))
         except OSError as error:
             return EntryResult(one.entry, reason=error.strerror or str(error))
         except RuntimeUnavailable:
@@ -291,12 +292,8 @@ class _Run:
         except ServiceError as error:
             return EntryResult(one.entry, None, error.detail, error.status, error.code)
 
-    async def _embedded(self, one: Planned, data: bytes) -> Row:
-        item = with_key(one.entry, data)
-        wanted = enrollment_of(data, item, item.key)
-        picture = wanted.picture({})
-        request = await asyncio.to_thread(wanted.request, picture)  # which hashes the picture
-        assert request is not None
+    async def _embedded(self, one: Planned, read: _Read) -> Row:
+        item, picture, request = read
         size = self._header.config.input_height, self._header.config.input_width
         batcher = self._engine.batcher
         with batcher.in_flight():
@@ -330,6 +327,25 @@ class _Run:
             crop=crop.data,
             features=features.numpy(),
         )
+
+
+class _Read(NamedTuple):
+    """A picture and its labels, as they would be enrolled."""
+
+    item: BatchItem
+    picture: Picture
+    request: RequestKey
+
+
+def _read(entry: Entry) -> _Read:
+    """Read a file. Raises OSError."""
+    data = image_bytes(entry.image)
+    item = with_key(entry, data)
+    wanted = enrollment_of(data, item, item.key)
+    picture = wanted.picture({})
+    request = wanted.request(picture)
+    assert request is not None  # it has a key
+    return _Read(item, picture, request)
 
 
 def _box(item: BatchItem) -> str | None:

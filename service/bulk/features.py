@@ -145,9 +145,9 @@ class Writer:
         self._writer.close()
 
 
-def is_group(rows: Sequence[Row]) -> bool:
-    """Whether rows are enough, or large enough, for a row group."""
-    return len(rows) >= _ROWS_AT_ONCE or sum(len(row.crop) for row in rows) >= _BYTES_AT_ONCE
+def is_group(rows: int, crop_bytes: int) -> bool:
+    """Whether rows with so many bytes of crops are enough for a row group."""
+    return rows >= _ROWS_AT_ONCE or crop_bytes >= _BYTES_AT_ONCE
 
 
 @dataclass(frozen=True)

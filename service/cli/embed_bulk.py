@@ -29,6 +29,7 @@ from service.kit.text import counted
 
 if TYPE_CHECKING:
     from service.bulk.embedding import BulkEmbedder
+    from service.bulk.processes import ProcessEmbedder
     from service.bulk.ray_engine import RayEmbedder
     from service.settings import Settings
 
@@ -70,7 +71,16 @@ def embed_bulk(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Of the cluster's head, or auto for one that runs here; without it a new one.",
+            help="Of the cluster's head, or auto for one that runs here; else the setting "
+            "ray_address, or a new one.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=256,
+            help="Of this machine that embed: one for each GPU, or more to keep it busy.",
         ),
     ] = None,
     rows_per_file: Annotated[
@@ -124,7 +134,8 @@ def embed_bulk(
     with writing(out) as features, stopping(_STOPPING) as wish:
         try:
             on_ray = engine == "ray" or ray_address is not None
-            with _embedder(settings, out, root, on_ray, ray_address) as embedder:
+            place = settings, out, root
+            with _on_ray(*place, ray_address) if on_ray else _here(*place, processes) as embedder:
                 pictures = list(pictures_of(plan.entries, root))
                 left = left_to_do(pictures, features, embedder.fingerprint, root)
                 before = len(pictures) - len(left)
@@ -158,16 +169,22 @@ def embed_bulk(
         raise typer.Exit(1)
 
 
-def _embedder(
-    settings: Settings, out: Path, root: Path, on_ray: bool, ray_address: str | None
-) -> BulkEmbedder | RayEmbedder:
-    if on_ray:
-        from service.bulk.ray_engine import RayEmbedder
+def _on_ray(settings: Settings, out: Path, root: Path, address: str | None) -> RayEmbedder:
+    from service.bulk.ray_engine import RayEmbedder
 
-        return RayEmbedder(settings, out, root, ray_address)
+    return RayEmbedder(settings, out, root, address)
+
+
+def _here(
+    settings: Settings, out: Path, root: Path, processes: int | None
+) -> BulkEmbedder | ProcessEmbedder:
     from service.bulk.embedding import BulkEmbedder
+    from service.bulk.processes import ProcessEmbedder, devices
 
-    return BulkEmbedder(settings, out, root)
+    count = processes or len(devices(settings))
+    if count == 1:
+        return BulkEmbedder(settings, out, root)
+    return ProcessEmbedder(settings, out, root, count)
 
 
 def _print_tally(

@@ -33,11 +33,13 @@ class Cluster:
     """A Ray cluster that this process is a driver of; `ray` is Ray itself.
 
     address: of its head, such as 10.0.0.5:6379, or `auto` for the one that runs here; None starts
-    one for this process alone, on the loopback address. cores: that a new one uses. Raises
-    RuntimeUnavailable where Ray is not installed or no cluster answers.
+    one for this process alone, on the loopback address. cores: that a new one uses. instead: what
+    else there is to do. Raises RuntimeUnavailable where Ray is not installed or no cluster answers.
     """
 
-    def __init__(self, address: str | None, cores: int) -> None:
+    def __init__(
+        self, address: str | None, cores: int, instead: str = "serve with --engine embedded"
+    ) -> None:
         # Before Ray is imported, which reads them.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -45,19 +47,19 @@ class Cluster:
         if address is None:
             _stay_here()
         else:
-            _knock(address)
+            _knock(address, instead)
         try:
             import ray
         except ModuleNotFoundError as error:
             raise RuntimeUnavailable(
                 "the engine ray needs Ray, which is not installed; run `pip install "
-                "'cmt-reid[scale]'`, or serve with --engine embedded"
+                f"'cmt-reid[scale]'`, or {instead}"
             ) from error
         self.ray: Any = ray
         self._ours = not ray.is_initialized()
         if self._ours:
             with _signals_kept():
-                self._start(address, cores)
+                self._start(address, cores, instead)
 
     def close(self) -> None:
         """Leave the cluster, and end one that was started here."""
@@ -95,7 +97,7 @@ class Cluster:
                 f"{room} of them); give another number of shards, or add nodes"
             )
 
-    def _start(self, address: str | None, cores: int) -> None:
+    def _start(self, address: str | None, cores: int, instead: str) -> None:
         usual = {
             "namespace": _NAMESPACE,
             "configure_logging": False,
@@ -122,9 +124,9 @@ class Cluster:
             if address is None:
                 raise RuntimeUnavailable(
                     f"Ray cannot be started here ({reason}); free memory and space in "
-                    f"{tempfile.gettempdir()}, or serve with --engine embedded"
+                    f"{tempfile.gettempdir()}, or {instead}"
                 ) from error
-            raise RuntimeUnavailable(_no_cluster(address, reason)) from error
+            raise RuntimeUnavailable(_no_cluster(address, reason, instead)) from error
 
 
 @contextmanager
@@ -151,7 +153,7 @@ def _stay_here() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _knock(address: str) -> None:
+def _knock(address: str, instead: str) -> None:
     """Raise RuntimeUnavailable where nobody listens: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
@@ -165,14 +167,13 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise RuntimeUnavailable(_no_cluster(address, reason)) from error
+        raise RuntimeUnavailable(_no_cluster(address, reason, instead)) from error
 
 
-def _no_cluster(address: str, reason: str) -> str:
+def _no_cluster(address: str, reason: str, instead: str) -> str:
     return (
         f"no Ray cluster answers at {address} ({reason.rstrip('.')}); start a node on this machine "
-        "with `ray start`, check the setting ray_address and the cluster's token, or serve with "
-        "--engine embedded"
+        f"with `ray start`, check the setting ray_address and the cluster's token, or {instead}"
     )
 
 
