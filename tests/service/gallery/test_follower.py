@@ -18,6 +18,7 @@ from service.gallery.feed import Stored
 from service.gallery.index.segment import Segment
 from service.gallery.storage.store import Store
 from service.gallery.storage.streaming import View
+from service.kit.device_loss import on_device_loss
 from tests.service.stores import crop
 
 CONFIG = CMTConfig(parts=2, dim=16, heads=2)
@@ -152,6 +153,24 @@ def test_memory_that_runs_out_halfway_shifts_nothing(
     assert max(hit.distance for hit in found) < 0.01
     assert len({hit.item.id for hit in found}) == 6
     gallery.check()
+
+
+def test_what_is_committed_is_acknowledged_though_the_device_is_lost(
+    gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(self: Segment, stored: Stored) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    told: list[str] = []
+    with monkeypatch.context() as lost, on_device_loss(told.append):
+        lost.setattr(Segment, "add", lose)
+        [item] = gallery.add(new(1), features(1))  # it must not be sent again
+    assert told == ["CUDA error: an illegal memory access was encountered"]
+    gallery.close()
+    with closing(Gallery.open(tmp_path, INFO)) as again:
+        assert [hit.item.id for hit in again.search(features(1)[0], None, top_k=1).hits] == [
+            item.id
+        ]
 
 
 def test_without_memory_for_new_items_the_others_are_searched(
