@@ -27,6 +27,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    or_,
     select,
     update,
 )
@@ -128,7 +129,7 @@ class Crops:
                 raise
             log.warning("%s", error.detail)
         if self._database.sqlite:  # nobody else writes: whoever wrote these has died
-            self._abandon(datetime.now(UTC))
+            self._abandon(timedelta(0))
         self._cleaner = threading.Thread(target=self._clean_on, name="loose objects", daemon=True)
         self._cleaner.start()
 
@@ -375,27 +376,27 @@ class Crops:
                 )
         self._mark = mark
 
-    def _abandon(self, before: datetime) -> None:
-        """Give up names listed before this moment whose objects no item has taken."""
-        late = and_(loose_objects.c.item.is_(None), loose_objects.c.since < microseconds(before))
+    def _abandon(self, age: timedelta) -> None:
+        """Give up names listed so long ago whose objects no item has taken.
+
+        Also those from so far in the future, which a clock wrote that was wrong.
+        """
+        now, since = datetime.now(UTC), loose_objects.c.since
+        old = or_(since <= microseconds(now - age), since >= microseconds(now + age))
+        late = and_(loose_objects.c.item.is_(None), old)
+        query = select(loose_objects.c.name).where(late).limit(1)
         with self._database.reading() as connection:
-            if (
-                connection.execute(select(loose_objects.c.name).where(late).limit(1)).first()
-                is None
-            ):
+            if connection.execute(query).first() is None:
                 return
-        self._commits.run(
-            lambda connection: connection.execute(
-                update(loose_objects).where(late).values(item=_FAILED)
-            )
-        )
+        given_up = update(loose_objects).where(late).values(item=_FAILED)
+        self._commits.run(lambda connection: connection.execute(given_up))
 
     def _clean_on(self) -> None:
         told = ""  # what goes on failing is said once
         while not self._closing.is_set():
             try:
                 self._look()
-                self._abandon(datetime.now(UTC) - _ABANDONED)
+                self._abandon(_ABANDONED)
                 while self._clean_some() and not self._closing.is_set():
                     pass
                 told = ""
@@ -473,6 +474,7 @@ def _located() -> Select[Any]:
         )
         .outerjoin(crops, crops.c.number == items.c.number)
         .outerjoin(objects, objects.c.number == items.c.number)
+        .where(or_(crops.c.number.is_not(None), objects.c.number.is_not(None)))
     )
 
 

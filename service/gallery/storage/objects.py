@@ -339,7 +339,8 @@ def _client(address: Address) -> Any:
             connect_timeout=_CONNECT_SECONDS,
             read_timeout=_READ_SECONDS,
             retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-            max_pool_connections=_AT_ONCE,
+            max_pool_connections=2
+            * _AT_ONCE,  # a single object is asked for by the caller's thread
             # The newer checksums of AWS are unknown to many other storages; each object has its
             # Content-MD5, and its SHA-256 in SQL.
             request_checksum_calculation="when_required",

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -27,11 +27,12 @@ from service.errors import (
     ItemNotFound,
 )
 from service.gallery import Gallery, NewItem, RequestKey
+from service.gallery.backup.restore import restore
 from service.gallery.storage import crops as crops_module
 from service.gallery.storage import objects as objects_module
-from service.gallery.storage.crops import Crops
+from service.gallery.storage.crops import Crops, StoredImage
 from service.gallery.storage.database import address_of
-from service.gallery.storage.objects import Address, parse_address
+from service.gallery.storage.objects import Address, ObjectStorage, Placed, parse_address
 from service.gallery.storage.tables import loose_objects
 from tests.service.crash.gallery_process import GalleryProcess
 from tests.service.crash.run import CrashTest, Report
@@ -295,6 +296,64 @@ def test_a_damaged_or_missing_object_is_an_error_and_never_served(
     with pytest.raises(GalleryDamaged, match=f"{ids[0]}, {ids[1]} is damaged"):
         gallery.backup(place.folder / "never.zip")
     assert not (place.folder / "never.zip").exists()
+
+
+def test_an_item_that_is_erased_while_it_is_backed_up_is_left_out(
+    gallery: Gallery, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = enrolled(gallery, 3)
+    fetch = Crops.fetch
+
+    def erase_first(crops: Crops, numbers: Sequence[int]) -> dict[int, StoredImage]:
+        monkeypatch.undo()  # the rows are copied, the objects are not
+        gallery.delete(ids[1])
+        return fetch(crops, numbers)
+
+    monkeypatch.setattr(Crops, "fetch", erase_first)
+    gallery.backup(tmp_path / "backup.zip")
+    assert restore(tmp_path / "backup.zip", tmp_path / "restored").counts["items"] == 2
+    assert crop(1).data not in (tmp_path / "backup.zip").read_bytes()
+    with closing(Gallery.open(tmp_path / "restored", INFO)) as restored:
+        assert [restored.image(ids[i])[0] for i in (0, 2)] == [crop(0).data, crop(2).data]
+
+
+def test_a_crop_that_moves_while_it_is_read_is_read_where_it_is(
+    place: Place, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(opened(place, bucket)) as gallery:
+        [item] = enrolled(gallery, 1)
+        get = ObjectStorage.get
+
+        def move_first(storage: ObjectStorage, wanted: Sequence[Placed]) -> Any:
+            if wanted[0].name == "gallery":  # whether the storage answers
+                return get(storage, wanted)
+            monkeypatch.setattr(ObjectStorage, "get", get)
+            assert sum(gallery.move_crops(back=True)) == 1
+            return get(storage, wanted)
+
+        monkeypatch.setattr(ObjectStorage, "get", move_first)
+        assert gallery.image(item)[0] == crop(0).data
+        assert bucket.objects() == {}
+
+
+def test_an_enrollment_that_was_given_up_meanwhile_is_refused(
+    gallery: Gallery, place: Place, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a replica hangs for an hour between writing its objects and its rows."""
+    put = ObjectStorage.put
+
+    def slowly(storage: ObjectStorage, new: Sequence[tuple[str, bytes]]) -> list[Placed]:
+        placed = put(storage, new)
+        with engine_of(place).begin() as connection:
+            connection.execute(update(loose_objects).values(since=0))
+        wait_for(lambda: not bucket.objects(), "they are not given up")
+        return placed
+
+    monkeypatch.setattr(ObjectStorage, "put", slowly)
+    with pytest.raises(CropsUnavailable, match="took too long"):
+        enrolled(gallery, 2)
+    assert len(gallery) == 0
+    assert bucket.objects() == {}
 
 
 @pytest.mark.parametrize(
