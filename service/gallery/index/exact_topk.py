@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from model import Modulation
-from service.gallery.index.features import Features
+from service.gallery.index.features import Features, Measured
 from service.gallery.index.inner_products import Best, rounding_bound
 
 _MARGIN = 1.1  # the first rows computed score down to this many bounds below the last one wanted
@@ -28,12 +28,13 @@ class Nearest(NamedTuple):
     proven: bool
 
 
-def _first_take(best: Best, count: int, bound: float) -> int:
-    """How many rows to compute first: enough for the proof if the `count`-th score is close."""
-    if count >= len(best.scores):
-        return count
+def first_rows(features: Features, w: Tensor, best: Best, count: int, *, exact: bool) -> Best:
+    """The rows to compute first: enough for the proof if the `count`-th score is close."""
+    if features.metric == "cosine" or count >= len(best.scores):
+        return best
+    bound = rounding_bound(features, w, exact=exact)
     near = best.scores >= best.scores[count - 1] - _MARGIN * bound
-    return max(count, int(np.count_nonzero(near))) + 1
+    return best.first(max(count, int(np.count_nonzero(near))) + 1)
 
 
 def nearest_of(
@@ -46,23 +47,26 @@ def nearest_of(
     searched: int,
     count: int,
     exact: bool,
+    first: Measured | None = None,
 ) -> Nearest:
     """Compute the distances of the best-scored rows until the `count` nearest are certain.
 
     x: one query, P×D, with γ, β (1×D), in float64. projected: its w and c, as `project` gives
-    them. best: of `searched` rows, the best first. exact: their scores come from fp32, not bf16. A
-    row that was not computed scored at most as much as the last one that was, so its D² is at least
-    c − score − bound. Where `best` is too short for the proof, all its rows are computed.
+    them. best: of `searched` rows, the best first. exact: their scores come from fp32, not bf16.
+    first: what `rescore` gives for `first_rows`, where it was computed for several queries at once.
+    A row that was not computed scored at most as much as the last one that was, so its D² is at
+    least c − score − bound. Where `best` is too short for the proof, all its rows are computed.
     """
     if features.metric == "cosine":  # `best` has every row that can be among the nearest
-        distances, parts = features.rescore(x, modulation, best.positions)
+        distances, parts = first or features.rescore(x, modulation, best.positions)
         return Nearest(best, distances, parts, proven=True)
     w, c = projected
     bound = rounding_bound(features, w, exact=exact)
-    take = _first_take(best, count, bound)
+    take = len(first_rows(features, w, best, count, exact=exact).positions)
     while True:
         kept = best.first(take)
-        distances, parts = features.rescore(x, modulation, kept.positions)
+        distances, parts = first or features.rescore(x, modulation, kept.positions)
+        first = None
         if len(kept.positions) == searched:
             return Nearest(kept, distances, parts, proven=True)
         lost = c - float(kept.scores[-1]) - bound

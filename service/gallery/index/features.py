@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,10 @@ class Norms(NamedTuple):
     y: float = 0.0
     s: float = 0.0
     s_error: float = 0.0
+
+
+# Distances of N rows to a query, and parts N×P.
+Measured: TypeAlias = "tuple[npt.NDArray[np.float64], npt.NDArray[np.float32] | None]"
 
 
 class Features:
@@ -101,7 +106,7 @@ class Features:
         start = 0
         while start < len(y):
             chunk = self._open(float(s[start:].max()))
-            end = min(len(y), start + chunk.capacity - chunk.count)
+            end = min(len(y), start + chunk.room)
             for at in range(start, end, step):
                 rows_of = slice(at, min(at + step, end))
                 self._note(s[rows_of], chunk.scale)
@@ -117,7 +122,7 @@ class Features:
         self._count = count
 
     def adopt(self, chunks: Sequence[Chunk], norms: Norms) -> None:
-        """Put filled chunks, read from a snapshot, into empty features."""
+        """Put filled chunks into empty features."""
         for chunk in chunks:
             chunk.first, self._count = self._count, self._count + chunk.count
         self.chunks, self.norms = tuple(chunks), norms
@@ -133,9 +138,9 @@ class Features:
                 chunk = self._chunk_on(self.device, scale, rows)
             chunk = chunk or self._chunk_on(_HOST, scale, rows)
         if chunk is None:
-            where = "this machine" if self.device.type == "cpu" else "neither the GPU nor the host"
-            verb = "has no memory" if self.device.type == "cpu" else "has memory"
-            raise NoRoom(f"{where} {verb} for more features")
+            on_cpu = self.device.type == "cpu"
+            nowhere = "this machine has no" if on_cpu else "neither the GPU nor the host has"
+            raise NoRoom(f"{nowhere} memory for more features")
         return chunk
 
     def new_chunk_on_device(self, scale: float, rows: int) -> Chunk | None:
@@ -180,10 +185,9 @@ class Features:
     def replaced(self, start: int, stop: int, chunks: Sequence[Chunk]) -> Features:
         """The same rows in the same memory, but for `chunks` in place of some."""
         new = Features(self.parts, self.dim, self.metric, str(self.device))
-        new._spare, new.norms = self._spare, self.norms
-        for chunk in (*self.chunks[:start], *chunks, *self.chunks[stop:]):
-            new.chunks = (*new.chunks, chunk.at(new._count))
-            new._count += chunk.count
+        new._spare = self._spare
+        every = (*self.chunks[:start], *chunks, *self.chunks[stop:])
+        new.adopt([copy(chunk) for chunk in every], self.norms)
         return new
 
     def stored(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
@@ -200,7 +204,7 @@ class Features:
     @torch.inference_mode()
     def rescore(
         self, x: Tensor, modulation: Modulation, positions: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32] | None]:
+    ) -> Measured:
         """Exact distances of one query (P×D) to the rows at `positions`: N, and parts N×P.
 
         In float64. Euclidean: computed directly, so that nothing cancels; the parts are squared
@@ -216,6 +220,34 @@ class Features:
             return np.round(measured, _COSINE_DIGITS), None
         return np.sqrt(measured.sum(1)), measured.astype(np.float32)
 
+    @torch.inference_mode()
+    def rescore_together(
+        self, queries: Sequence[tuple[Tensor, Modulation, npt.NDArray[np.int64]]]
+    ) -> list[Measured] | None:
+        """`rescore` of several queries by one launch; None where that is not possible."""
+        kernels = kernels_on(self.device)
+        every = np.concatenate([positions for _, _, positions in queries])
+        if kernels is None or self.metric == "cosine" or not len(every):
+            return None
+        if any(device.type == "cpu" for device, _ in self._by_device(every)):
+            return None
+        chunks, counts = self.chunks, [len(positions) for _, _, positions in queries]
+
+        def compute(device: torch.device, _: int) -> npt.NDArray[np.float64] | None:
+            if device.type == "cpu":
+                return None
+            asked = torch.stack([torch.cat([x, *modulation]) for x, modulation, _ in queries])
+            rows = kernels.addresses(chunks, every, np.repeat(np.arange(len(queries)), counts))
+            there = torch.from_numpy(rows).to(device)
+            parts = kernels.part_distances(there, asked.double().to(device), self.parts)
+            return cast("npt.NDArray[np.float64]", parts.cpu().numpy())
+
+        parts = with_less(compute, self.device, 1)
+        if parts is None:
+            return None
+        found = np.split(parts, np.cumsum(counts)[:-1])
+        return [(np.sqrt(of.sum(1)), of.astype(np.float32)) for of in found]
+
     def _measured(
         self,
         x: Tensor,
@@ -229,7 +261,7 @@ class Features:
         kernels = kernels_on(device)
         if kernels is not None and self.metric == "euclidean":
             rows = torch.from_numpy(kernels.addresses(self.chunks, positions)).to(device)
-            asked = torch.cat([x, *modulation]).to(device)
+            asked = torch.cat([x, *modulation])[None].to(device)
             parts: npt.NDArray[np.float64]
             parts = kernels.part_distances(rows, asked, self.parts).cpu().numpy()
             return parts

@@ -71,7 +71,7 @@ def _kernels(number: int) -> ModuleType | None:
     device = torch.device("cuda", number)
     try:
         row = torch.zeros(1, 16, dtype=torch.float16, device=device)
-        there = torch.tensor([row.data_ptr()], device=device)
+        there = torch.tensor([[row.data_ptr(), 0]], device=device)
         built = bool((kernels.gather(there, 16) == row).all())
     except Exception as error:
         reason = str(error).partition("\n")[0]

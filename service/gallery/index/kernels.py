@@ -83,13 +83,13 @@ def best(
 
 
 def part_distances(rows: Tensor, given: Tensor, parts: int) -> Tensor:
-    """Squared modulated distances of one query to N rows, by part: N×P, float64.
+    """Squared modulated distances of N rows, each to a query, by part: N×P, float64.
 
-    rows: addresses, as `addresses` gives them, on the device. given: x, γ and β, (P+2)×D, float64.
+    rows: what `addresses` gives, on the device. given: x, γ and β of Q queries, Q×(P+2)×D, float64.
     """
     squared = torch.empty(len(rows), parts, dtype=torch.float64, device=rows.device)
     if len(rows):
-        dim = given.shape[1]
+        dim = given.shape[2]
         with _current(rows.device):
             _distances[(len(rows),)](
                 rows, given, squared, parts, dim, NUMBERS=triton.next_power_of_2(dim)
@@ -98,7 +98,7 @@ def part_distances(rows: Tensor, given: Tensor, parts: int) -> Tensor:
 
 
 def gather(rows: Tensor, width: int) -> Tensor:
-    """The first `width` numbers of N rows by their addresses: N×width, fp16."""
+    """The first `width` numbers of N rows, given by `addresses`: N×width, fp16."""
     copies = torch.empty(len(rows), width, dtype=torch.float16, device=rows.device)
     if len(rows):
         with _current(rows.device):
@@ -111,14 +111,21 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def addresses(chunks: Sequence[Chunk], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where the rows at `positions` begin; all of them are in these chunks, which ascend."""
+def addresses(
+    chunks: Sequence[Chunk],
+    positions: npt.NDArray[np.int64],
+    queries: npt.NDArray[np.int64] | None = None,
+) -> npt.NDArray[np.int64]:
+    """Where the rows at `positions` begin, and each one's query (0): N×2.
+
+    All rows are in these chunks, which ascend.
+    """
     firsts = np.array([chunk.first for chunk in chunks], np.int64)
     starts = np.array([chunk.z.data_ptr() for chunk in chunks], np.int64)
     places = np.searchsorted(firsts, positions, side="right") - 1
     bytes_of_row = chunks[0].z.stride(0) * chunks[0].z.element_size() if chunks else 0
-    rows: npt.NDArray[np.int64] = starts[places] + (positions - firsts[places]) * bytes_of_row
-    return rows
+    rows = starts[places] + (positions - firsts[places]) * bytes_of_row
+    return np.column_stack([rows, np.zeros_like(rows) if queries is None else queries])
 
 
 def _table(chunks: Sequence[Chunk], counts: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -213,7 +220,8 @@ def _distances(rows, given, squared, parts, dim, NUMBERS: tl.constexpr):  # type
     row = tl.program_id(0)
     numbers = tl.arange(0, NUMBERS)
     inside = numbers < dim
-    y = tl.load(rows + row).to(tl.pointer_type(tl.float16)) + numbers
+    y = tl.load(rows + 2 * row).to(tl.pointer_type(tl.float16)) + numbers
+    given += tl.load(rows + 2 * row + 1) * (parts + 2) * dim
     gamma = tl.load(given + parts * dim + numbers, mask=inside, other=0.0)
     beta = tl.load(given + (parts + 1) * dim + numbers, mask=inside, other=0.0)
     for part in range(parts):
@@ -227,7 +235,7 @@ def _distances(rows, given, squared, parts, dim, NUMBERS: tl.constexpr):  # type
 def _gather(rows, copies, width, NUMBERS: tl.constexpr):  # type: ignore[no-untyped-def]
     """One row."""
     row = tl.program_id(0).to(tl.int64)
-    source = tl.load(rows + row).to(tl.pointer_type(tl.float16))
+    source = tl.load(rows + 2 * row).to(tl.pointer_type(tl.float16))
     for start in range(0, width, NUMBERS):
         place = start + tl.arange(0, NUMBERS)
         inside = place < width

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from model import CMTConfig, Modulation, project
 from service.gallery.index.columns import Columns
-from service.gallery.index.exact_topk import Nearest, nearest_of
-from service.gallery.index.features import Features
+from service.gallery.index.exact_topk import Nearest, first_rows, nearest_of
+from service.gallery.index.features import Features, Measured
 from service.gallery.index.inner_products import Best, Mask, exhaustive, scan
 from service.gallery.index.recall import recall
 from service.gallery.index.segment import Segment
@@ -253,9 +253,10 @@ class Searcher:
             started = time.perf_counter()
             found = self._found(kind, [checked[i] for i in members], [seen[i] for i in members])
             recall_ms = 1e3 * (time.perf_counter() - started)
-            samples = _sampled([checked[i] for i in members], found)
-            for i, candidates, sample in zip(members, found, samples, strict=True):
-                scored[i] = self._scored(checked[i], candidates, sample, kind.exhaustive, recall_ms)
+            asked = [checked[i] for i in members]
+            samples, first = _sampled(asked, found), _together(asked, found, kind.exhaustive)
+            for i, *of in zip(members, found, samples, first, strict=True):
+                scored[i] = self._scored(checked[i], *of, kind.exhaustive, recall_ms)
         return [scored[i] for i in range(len(queries))]
 
     def _kind(self, query: SearchRequest, seen: Seen) -> _Kind:
@@ -269,13 +270,14 @@ class Searcher:
         query: _Query,
         found: _Found,
         sample: Sample | None,
+        first: Measured | None,
         exhaustive: bool,
         recall_ms: float,
     ) -> Scored:
         started = time.perf_counter()
         request, seen = query.request, found.seen
         candidates = seen.searched if exhaustive else len(found.best.positions)
-        nearest = self._computed(query, found, exhaustive)
+        nearest = self._computed(query, found, exhaustive, first)
         count = request.count
         while exhaustive and not nearest.proven:
             count = min(seen.searched, _WIDEN_SHORTLIST * count)
@@ -397,16 +399,17 @@ class Searcher:
             seen[filters] = Seen(segment, columns, mask, int(np.count_nonzero(mask)))
         return [seen[query.filters] for query in queries]
 
-    def _computed(self, query: _Query, found: _Found, exhaustive: bool) -> Nearest:
+    def _computed(
+        self, query: _Query, found: _Found, exhaustive: bool, first: Measured | None = None
+    ) -> Nearest:
         """Exact distances of what was found: as many as prove the nearest that are wanted.
 
-        All of them where an index's scores are approximate, or where unmodulated ranks are wanted,
-        which are places among the whole shortlist.
+        first: those of `_first_rows`, where they are known.
         """
         self._count(rescore_calls=found.seen.searched > 0)
         features, best = found.seen.segment.features, found.best
-        if not exhaustive and (found.approximate or query.request.explain):
-            distances, parts = features.rescore(query.x, query.modulation, best.positions)
+        if _all_computed(query, found, exhaustive):
+            distances, parts = first or features.rescore(query.x, query.modulation, best.positions)
             return Nearest(best, distances, parts, proven=True)
         return nearest_of(
             features,
@@ -417,6 +420,7 @@ class Searcher:
             searched=found.seen.searched,
             count=query.request.count,
             exact=found.exact,
+            first=first,
         )
 
     def _unmodulated(
@@ -465,6 +469,33 @@ def _sampled(queries: Sequence[_Query], found: Sequence[_Found]) -> list[Sample 
         ):
             samples[i] = Sample(seen.spread, persons, row, whole=False)
     return samples
+
+
+def _all_computed(query: _Query, found: _Found, exhaustive: bool) -> bool:
+    """Whether an index's scores are approximate, or unmodulated ranks are wanted.
+
+    These are places among the whole shortlist.
+    """
+    return not exhaustive and (found.approximate or query.request.explain)
+
+
+def _together(
+    queries: Sequence[_Query], found: Sequence[_Found], exhaustive: bool
+) -> Sequence[Measured | None]:
+    """Exact distances of the rows that are computed first, for all queries by one launch.
+
+    None where there is no such launch: each query's are computed then by themselves.
+    """
+    features = found[0].seen.segment.features
+    if features.device.type == "cpu":
+        return [None] * len(found)
+    asked = []
+    for query, one in zip(queries, found, strict=True):
+        rows = one.best
+        if not _all_computed(query, one, exhaustive):
+            rows = first_rows(features, query.w, rows, query.request.count, exact=one.exact)
+        asked.append((query.x, query.modulation, rows.positions))
+    return features.rescore_together(asked) or [None] * len(found)
 
 
 def _by_cosine(query: _Query, seen: Seen) -> _Found:
