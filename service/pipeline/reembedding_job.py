@@ -51,6 +51,7 @@ class ReembeddingJob:
         self._stop = threading.Event()
         self._running = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._prepared: Embedder | None = None  # of a run of another replica
         self.status = Status()
 
     async def current(self) -> Status:
@@ -64,19 +65,26 @@ class ReembeddingJob:
     async def follow(self) -> None:
         """Follow the other replicas to the checkpoint that they have gone on to, until cancelled.
 
-        The leader also goes on with a run whose replica has ended.
+        Its network is loaded as soon as one of them embeds with it. The leader also goes on with a
+        run whose replica has ended.
         """
         replicas = self._pipeline.gallery.replicas
         told = ""  # what goes on failing is said once
         while replicas is not None:
             await sleep(_LOOK)
-            left = replicas.left_behind if replicas.leads else None
+            if self._running.locked():
+                continue
+            run, successor = replicas.run_elsewhere, replicas.successor
             try:
-                if replicas.successor is not None and not self._running.locked():
-                    await self._adopt(replicas.successor)
-                elif left is not None and left["state"] == "running" and not self._running.locked():
-                    name = await to_thread.run_sync(self._file_of, left["checkpoint"])
-                    await self.start(name, left["actor"])
+                if successor is not None:
+                    await self._adopt(await self._loaded(successor))
+                elif run is None:
+                    self._prepared = None
+                elif run.alive:
+                    self._prepared = await self._loaded(run.details["checkpoint"])
+                elif replicas.leads:
+                    name = await to_thread.run_sync(self._file_of, run.details["checkpoint"])
+                    await self.start(name, run.details["actor"])
                 told = ""
             except ServiceError as error:
                 if error.detail != told:
@@ -89,13 +97,21 @@ class ReembeddingJob:
                 log.exception("the other replicas cannot be followed")
                 await sleep(_REST)
 
-    async def _adopt(self, fingerprint: str) -> None:
-        """Embed and search with the checkpoint of this fingerprint from now on."""
+    async def _loaded(self, fingerprint: str) -> Embedder:
+        """The network of this checkpoint. Raises CheckpointUnusable where no file has it."""
+        for embedder in (self._pipeline.engine.embedder, self._prepared):
+            if embedder is not None and embedder.info.fingerprint == fingerprint:
+                return embedder
         name = await to_thread.run_sync(self._file_of, fingerprint)
-        embedder = await to_thread.run_sync(self._load, name)
+        return await to_thread.run_sync(self._load, name)
+
+    async def _adopt(self, embedder: Embedder) -> None:
+        """Embed and search with this checkpoint from now on."""
         await to_thread.run_sync(self._pipeline.gallery.adopt, embedder.info)
-        self._pipeline.switch(embedder)
-        log.info("the gallery has gone on to %s, and this replica with it", name)
+        self._prepared = None
+        if embedder is not self._pipeline.engine.embedder:
+            self._pipeline.switch(embedder)
+        log.info("this replica has followed the gallery to %s", embedder.info.fingerprint[:12])
 
     def _file_of(self, fingerprint: str) -> str:
         """The name of the file beside the one in use that has this checkpoint."""
@@ -103,7 +119,7 @@ class ReembeddingJob:
             if stored_fingerprint(path) == fingerprint:
                 return path.name
         raise CheckpointUnusable(
-            f"the gallery has gone on to the checkpoint {fingerprint[:12]}, and no file beside "
+            f"the gallery goes on to the checkpoint {fingerprint[:12]}, and no file beside "
             f"{self._settings.checkpoint} has it; put it there"
         )
 

@@ -73,9 +73,9 @@ _SIGN = text(f"""
            (SELECT active.fingerprint FROM models active JOIN models mine
             ON mine.fingerprint = :model AND mine.state = 'retired'
             WHERE active.state = 'active') AS successor,
-           (SELECT details FROM cmt_tasks WHERE name = :run AND until < clock_timestamp()
-               AND holder <> :id) AS left_behind,
+           run.details, run.holder = :id AS mine, run.until > clock_timestamp() AS alive,
            clock_timestamp() AS moment
+    FROM (SELECT 1) one LEFT JOIN cmt_tasks run ON run.name = :run
 """)
 _LEAD, _RUN = "background work", "reembed"
 
@@ -114,8 +114,9 @@ class Replicas:
     two is about to follow the other to the version that the gallery has gone on to. It says:
     leads: whether background work that one replica does for all is this one's. others: how many
     more replicas live. successor: fingerprint of the version that the gallery has gone on to, None
-    where `model` is not retired. left_behind: details of a run whose replica has ended.
-    clock_ahead: seconds by which this machine's clock is ahead of the database's.
+    where `model` is not retired. run_elsewhere: the newest run, where it is another replica's and
+    has not come to its end. clock_ahead: seconds by which this machine's clock is ahead of the
+    database's.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Replicas:
         self._leads_until = -math.inf
         self.others, self.clock_ahead = 0, 0.0
         self.successor: str | None = None
-        self.left_behind: Mapping[str, Any] | None = None
+        self.run_elsewhere: Run | None = None
         self.listens = False
         self._woken, self._closing = threading.Event(), threading.Event()
         self._clock_told = False
@@ -224,12 +225,14 @@ class Replicas:
 
     def run(self) -> Run | None:
         """The newest run of any replica, None where there was none."""
-        query = "SELECT *, until > clock_timestamp() AS alive FROM cmt_tasks WHERE name = :name"
+        query = """
+            SELECT details, holder = :id AS mine, until > clock_timestamp() AS alive
+            FROM cmt_tasks WHERE name = :name
+        """
         with self._database.noting() as connection:
-            row = connection.execute(text(query), {"name": _RUN}).one_or_none()
-        if row is None:
-            return None
-        return Run(json.loads(row.details), row.alive, row.holder == self.id)
+            return _run_of(
+                connection.execute(text(query), {"name": _RUN, "id": self.id}).one_or_none()
+            )
 
     def count_request(self, who: str, rate: str, limits: Sequence[tuple[int, int]]) -> float:
         """`shared_rates.count_request` over the replicas' database."""
@@ -359,7 +362,9 @@ class Replicas:
         self._leads_until = asked + LIVE if row.leads else -math.inf
         self.others = int(row.others)
         self.successor = row.successor if self.model == values["model"] else None
-        self.left_behind = None if row.left_behind is None else json.loads(row.left_behind)
+        run = _run_of(row)
+        going = run is not None and not run.mine and run.details["state"] == "running"
+        self.run_elsewhere = run if going else None
         self._compare_clocks(clock - row.moment, took)
 
     def _compare_clocks(self, ahead: timedelta, took: float) -> None:
@@ -377,10 +382,20 @@ class Replicas:
     @contextmanager
     def _given_up(self) -> Iterator[None]:
         """Cut all connections to a server that does not let this context end in time."""
-        timer = threading.Timer(_SILENT, lambda: [each.cut() for each in self._watched])
+        timer = threading.Timer(_SILENT, self._cut)
         timer.daemon = True
         timer.start()
         try:
             yield
         finally:
             timer.cancel()
+
+    def _cut(self) -> None:
+        for database in self._watched:
+            database.cut()
+
+
+def _run_of(row: Row[Any] | None) -> Run | None:
+    if row is None or row.details is None:
+        return None
+    return Run(json.loads(row.details), row.alive, row.mine)

@@ -6,20 +6,28 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from model import CheckpointInfo
-from service.errors import ClockWrong, DatabaseUnavailable, GalleryVersion, ModelVersionConflict
+from service.errors import (
+    ClockWrong,
+    DatabaseUnavailable,
+    GalleryVersion,
+    IndexOutOfStep,
+    ModelVersionConflict,
+)
 from service.gallery import Gallery, NewItem
 from service.gallery.follower import SYNC_SECONDS
 from service.gallery.storage import replicas as module
 from service.gallery.storage.replicas import POLL, Replicas
 from service.gallery.times import utc_now
+from service.images.decode import Crop
 from tests.service.places import INFO, features
 from tests.service.postgres import PostgresServer
 from tests.service.processes import wait_for
@@ -133,6 +141,41 @@ def test_a_clock_that_differs_is_said_and_deletes_nothing(
         little.retain(1)  # which goes by when the gallery last ran
 
 
+def test_a_replica_follows_to_the_checkpoint_that_another_has_embedded_with(
+    pair: tuple[Gallery, Gallery],
+) -> None:
+    one, two = pair
+    y = features(1, 1)
+    [item] = one.add([NewItem(crop(1), "ann")], y)
+
+    def embed(crops: Sequence[Crop]) -> Tensor:
+        run = two.run()
+        assert run is not None
+        assert (run.alive, run.mine, run.details["checkpoint"]) == (True, False, "b" * 64)
+        with pytest.raises(ModelVersionConflict, match="already, by another replica"):
+            two.reembed(OTHER, embed)
+        with pytest.raises(ModelVersionConflict, match="being embedded with"):
+            two.drop_version(OTHER.fingerprint)
+        return y.expand(len(crops), -1, -1)
+
+    one.reembed(OTHER, embed, decode=lambda *_: crop())
+    wait_for(lambda: replicas_of(two).successor == OTHER.fingerprint, "it is not seen")
+    with pytest.raises(IndexOutOfStep, match="must lie beside its own"):
+        two.check()
+    two.adopt(OTHER)
+    two.check()
+    for gallery in pair:
+        [hit] = gallery.search(y[0], None, top_k=5, model=OTHER.fingerprint).hits
+        assert (hit.item.id, hit.item.model) == (item.id, OTHER.fingerprint)
+    run = two.run()
+    assert run is not None
+    assert (run.alive, run.details["state"], run.details["done"]) == (False, "done", 1)
+    [late] = two.add([NewItem(crop(2))], features(1, 2), model=OTHER.fingerprint)
+    wait_for(lambda: one.statistics.items == 2, "it does not follow")
+    one.drop_version(INFO.fingerprint)
+    assert one.get(late.id) == late
+
+
 def test_no_window_lets_more_through_than_the_limit_whoever_counts(
     pair: tuple[Gallery, Gallery],
 ) -> None:
@@ -160,11 +203,16 @@ def test_a_window_is_free_again_after_its_time(pair: tuple[Gallery, Gallery]) ->
     wait_for(lambda: two.count_request("key:desk", "two", [(2, 1)]) == 0, "it stays closed")
 
 
-def test_a_network_that_stops_makes_no_old_answer(postgres_url: str, tmp_path: Path) -> None:
+def test_a_network_that_stops_makes_no_old_answer_and_holds_nobody(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SILENT", 3.0)
     y = features(2, 1)
     with (
         Network(postgres_url) as network,
-        closing(Gallery.open(tmp_path / "far", INFO, database_url=network.url)) as far,
+        closing(
+            Gallery.open(tmp_path / "far", INFO, database_url=f"{network.url}?connect_timeout=2")
+        ) as far,
         closing(Gallery.open(tmp_path / "near", INFO, database_url=postgres_url)) as near,
     ):
         kept, gone = near.add([NewItem(crop(1), "ann"), NewItem(crop(2), "bob")], y)
@@ -194,3 +242,5 @@ def test_a_network_that_stops_makes_no_old_answer(postgres_url: str, tmp_path: P
         wait_for(lambda: far.statistics.items == 0, "it does not come back")
         wait_for(lambda: not far.lag > SYNC_SECONDS, "it lags behind")
         far.check()
+        network.stop()
+        far.close()  # comes to an end, too
