@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+_NEW_NAMES = 0x04000000  # CLONE_NEWUTS
 NODE_BYTES = 4_000_000_000
 _LOSS = {  # a node that is silent for two seconds is lost
     "health_check_period_ms": 500,
@@ -48,13 +53,30 @@ class Nodes:
         """SIGKILL the process of a node."""
         self.cluster.remove_node(self.nodes.pop(place), allow_graceful=False)
 
+    @contextmanager
+    def on_another_machine(self) -> Iterator[None]:
+        """With a third node that has another host name, as in a container of its own."""
+        library = ctypes.CDLL(None, use_errno=True)
+        with Path("/proc/thread-self/ns/uts").open() as ours:
+            if library.unshare(_NEW_NAMES):
+                pytest.skip(f"no other host name can be had: {os.strerror(ctypes.get_errno())}")
+            try:
+                socket.sethostname("elsewhere")
+                node = self._add()
+            finally:
+                assert library.setns(ours.fileno(), _NEW_NAMES) == 0
+        try:
+            yield
+        finally:
+            self.cluster.remove_node(node)
+
     def heal(self) -> None:
         """As many nodes as at first."""
         while len(self.nodes) < 2:
             self.nodes.append(self._add())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _nodes() -> Iterator[Nodes]:
     started = Nodes()
     yield started

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -9,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from service.errors import RuntimeUnavailable, ShardsMissing
 from service.gallery import Gallery, Options, Query
 from service.scale.engine import RayEngine
 from tests.service.processes import wait_for
@@ -25,12 +29,10 @@ from tests.service.scale.crews import (
 )
 
 
-@contextmanager
-def on_ray(
-    folder: Path, nodes: Nodes, shards: int, url: str | None = None, *, partial: bool = True
-) -> Iterator[Gallery]:
-    """The gallery of a folder, in shards on the cluster."""
-    engine = RayEngine(
+def engine_on(
+    nodes: Nodes, shards: int, url: str | None = None, *, partial: bool = True
+) -> RayEngine:
+    return RayEngine(
         shards,
         database_url=url,
         device="cpu",
@@ -40,6 +42,14 @@ def on_ray(
         seconds=20,
         partial=partial,
     )
+
+
+@contextmanager
+def on_ray(
+    folder: Path, nodes: Nodes, shards: int, url: str | None = None, *, partial: bool = True
+) -> Iterator[Gallery]:
+    """The gallery of a folder, in shards on the cluster."""
+    engine = engine_on(nodes, shards, url, partial=partial)
     gallery = Gallery.open(folder, info(), candidates=40, database_url=url, follow=engine.follow)
     try:
         yield gallery
@@ -103,3 +113,58 @@ def test_a_killed_node_loses_nothing(tmp_path: Path, nodes: Nodes) -> None:
         gallery.check()
         after = gallery.search_all(asked)
     assert_equal(after, whole(tmp_path, asked))
+
+
+def test_shards_of_postgresql_on_several_machines(
+    tmp_path: Path, nodes: Nodes, postgres_url: str
+) -> None:
+    asked = queries(300, seed=300)
+    with (
+        nodes.on_another_machine(),
+        on_ray(tmp_path, nodes, 2, postgres_url, partial=False) as gallery,
+    ):
+        fill(gallery, 300, seed=300)
+        answers = gallery.search_all(asked)
+        assert answers[0].shards_ok == 2
+        kill_a_shard()
+        with pytest.raises(ShardsMissing, match="only 1 of 2 shards"):
+            gallery.search_all(asked)
+        wait_for(lambda: gallery.presence.answered == 2, "the lost shard does not come back", 90)
+        assert_equal(gallery.search_all(asked), answers)
+    assert_equal(answers, whole(tmp_path, asked, postgres_url))
+
+
+def kill_a_shard() -> None:
+    """SIGKILL the process of a shard, as the kernel does where memory runs out."""
+    found = [line.parent for line in Path("/proc").glob("[0-9]*/cmdline") if is_shard(line)]
+    assert len(found) == 2
+    os.kill(int(found[0].name), signal.SIGKILL)
+
+
+def is_shard(line: Path) -> bool:
+    try:
+        return line.read_bytes().startswith(b"ray::SliceShard")
+    except OSError:  # it has ended
+        return False
+
+
+def test_shards_that_the_memory_does_not_hold(tmp_path: Path, nodes: Nodes) -> None:
+    engine = engine_on(nodes, 100)
+    told = r"100 shards of 0\.5 GB each do not fit .* 3 Ray nodes \(8\.1 GB, room for 16 of them\)"
+    try:
+        with pytest.raises(RuntimeUnavailable, match=told):
+            Gallery.open(tmp_path, info(), follow=engine.follow)
+        Gallery.open(tmp_path, info()).close()  # the folder is free
+    finally:
+        engine.close()
+
+
+def test_sqlite_on_several_machines_is_refused(tmp_path: Path, nodes: Nodes) -> None:
+    with nodes.on_another_machine():
+        engine = engine_on(nodes, 2)
+        told = "1 node of the Ray cluster cannot read the SQLite file .*elsewhere.*PostgreSQL"
+        try:
+            with pytest.raises(RuntimeUnavailable, match=told):
+                Gallery.open(tmp_path, info(), follow=engine.follow)
+        finally:
+            engine.close()

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from service.gallery import Gallery
-from tests.service.scale.crews import assert_equal, fill, info, open_sharded, queries
+from service.errors import ShardsMissing
+from service.gallery import Filters, Gallery, ItemUpdate
+from tests.service.scale.crews import (
+    assert_equal,
+    features,
+    fill,
+    info,
+    new_items,
+    open_sharded,
+    queries,
+)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -23,4 +32,54 @@ def test_ranking_is_that_of_one_process(
     with_all.close()
     gallery, _crew = open_sharded(tmp_path, about, shards)
     assert_equal(gallery.search_all(asked), whole)
+    gallery.close()
+
+
+def test_missing_shards_are_counted_or_refused(tmp_path: Path) -> None:
+    gallery, crew = open_sharded(tmp_path, info(), 3)
+    fill(gallery, 60, seed=1)
+    asked = queries(60, seed=1)
+    everything = gallery.search_all(asked)
+    assert {(one.shards_ok, one.shards_total) for one in everything} == {(3, 3)}
+    assert gallery.statistics.items == everything[0].searched
+    crew.missing = {1}
+    partial = gallery.search_all(asked)
+    assert {(one.shards_ok, one.shards_total) for one in partial} == {(2, 3)}
+    assert 0 < partial[0].searched < everything[0].searched
+    assert gallery.presence == (2, 3)
+    gallery.check()  # what answers is in step
+    crew.missing = {0, 1, 2}
+    with pytest.raises(ShardsMissing, match="only 0 of 3 shards"):
+        gallery.search_all(asked)
+    assert gallery.statistics.items == everything[0].searched  # as last known
+    gallery.close()
+
+    gallery, crew = open_sharded(tmp_path, info(), 2, partial=False)
+    assert gallery.search_all(asked[:1])[0].shards_ok == 2
+    crew.missing = {0}
+    with pytest.raises(ShardsMissing, match=r"only 1 of 2 shards.*try again"):
+        gallery.search_all(asked)
+    with pytest.raises(ShardsMissing):
+        gallery.check()
+    gallery.close()
+
+
+def test_a_search_sees_what_was_written_before_it(tmp_path: Path) -> None:
+    gallery, _ = open_sharded(tmp_path, info(), 3)
+    rows, new = features(30, seed=5).half().float(), new_items(30, seed=5)
+    for place in range(30):
+        (item,) = gallery.add(new[place : place + 1], rows[place : place + 1])
+        (first,) = gallery.search(rows[place], None, top_k=1).hits
+        assert first.distance == 0
+        if place % 3 == 0:  # the newest item goes, and with it the newest number
+            gallery.delete(item.id)
+            hits = gallery.search(rows[place], None, top_k=60).hits
+            assert item.id not in [hit.item.id for hit in hits]
+        elif place % 3 == 1:
+            gallery.update(item.id, ItemUpdate(person_id=f"new {place}"))
+            found = gallery.search(
+                rows[place], None, top_k=60, filters=Filters(person_id=(f"new {place}",))
+            )
+            assert [hit.item.id for hit in found.hits] == [item.id]
+    assert gallery.search(rows[0], None, top_k=1).searched == 20
     gallery.close()
