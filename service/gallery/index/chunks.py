@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -69,12 +68,6 @@ class Chunk:
     def room(self) -> int:
         """Rows that are not filled."""
         return self.capacity - self.count
-
-    def at(self, first: int) -> Chunk:
-        """The same memory, at another position."""
-        moved = copy(self)
-        moved.first = first
-        return moved
 
     def takes(self, largest: float) -> bool:
         """Whether there is space for another row, and its s up to `largest` fits fp16."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -212,6 +214,38 @@ def test_what_comes_during_a_compaction_is_kept(
                 plain.add(block)
             plain.mark_deleted(list(range(310)))
             assert answers(shard) == answers(plain)
+
+
+def test_searches_beside_upkeep_miss_nothing(
+    faked: FakedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faked.budget = 3 * CHUNK
+    gone = range(0, COUNT, 3)
+    with shard_of("cuda") as shard, shard_of("cpu") as plain, ThreadPoolExecutor(2) as threads:
+        plain.mark_deleted(list(gone))
+        expected = answers(plain)
+        monkeypatch.setattr("service.gallery.index.maintenance._room", lambda _: 0)
+        shard.mark_deleted(list(gone))
+        faked.budget = 1 << 30
+        done = threading.Event()
+
+        def look() -> int:
+            times = 0
+            while not done.is_set() or not times:
+                assert answers(shard) == expected
+                times += 1
+            return times
+
+        looking = [threads.submit(look) for _ in range(2)]
+        try:
+            for _ in range(3):  # what is on the host moves up after the compaction
+                shard.tend()
+                shard.wait()
+        finally:
+            done.set()
+        assert all(job.result() for job in looking)
+        told = shard.statistics()
+        assert (told.tombstones, told.on_host) == (0, 0)
 
 
 def test_a_snapshot_larger_than_the_device_opens(faked: FakedDevice, tmp_path: Path) -> None:
