@@ -22,18 +22,25 @@ import torch
 from pydantic import ValidationError
 from torch.nn.functional import cosine_similarity
 
+from model import load_checkpoint
 from model.config import MODALITIES
 from service.api.schemas import BatchItem
 from service.bulk.embedding import decoders_of
 from service.bulk.features import BulkError, DamagedRow, FeatureFile, Row
 from service.client.bulk import what_is_wrong
 from service.embedding.embedder import AGREEMENT, Embedder
-from service.errors import EmbeddingFailed, IdempotencyConflict, ImageBlank, ServiceError
+from service.errors import (
+    EmbeddingFailed,
+    IdempotencyConflict,
+    ImageBlank,
+    RuntimeUnavailable,
+    ServiceError,
+)
 from service.gallery import Act, Camera, NewItem, RequestKey
 from service.gallery.filling import filling
 from service.gallery.storage.store import Store
 from service.images import Decoders
-from service.images.decode import Crop, ImageLimits, Picture
+from service.images.decode import Crop, ImageLimits, ModalitySource, Picture
 from service.images.turns import Share
 from service.pipeline.reading import picture_of
 from service.settings import Settings
@@ -85,6 +92,7 @@ class _Begun(NamedTuple):
 
     checked: _Checked
     picture: Picture
+    source: ModalitySource
     crop: Future[Crop]
 
 
@@ -103,30 +111,30 @@ def importing(settings: Settings, files: Sequence[FeatureFile]) -> Iterator[Impo
     Raises BulkError where they are of another checkpoint than the settings', CheckpointError, and
     a ServiceError where the gallery is in use, of another checkpoint or cannot be opened.
     """
-    embedder = Embedder(
-        settings.checkpoint,
-        device=settings.device,
-        runtime=settings.runtime,
-        cache_dir=settings.data_dir / "cache",
+    info = load_checkpoint(settings.checkpoint, "cpu")[1]
+    for file in files:
+        if file.header.fingerprint != info.fingerprint:
+            raise BulkError(
+                f"{file.path} has features of the checkpoint {file.header.fingerprint[:12]}, and "
+                f"{settings.checkpoint} is {info.fingerprint[:12]}; give the one that made them, "
+                "which must also be the gallery's"
+            )
+    gallery = filling(
+        settings.data_dir,
+        info,
+        database_url=settings.database_url,
+        clock_confirmed=settings.clock_confirmed,
+        crops_url=settings.crops_url,
+        crops_inline_bytes=settings.crops_inline_bytes,
     )
-    with closing(embedder):
-        info = embedder.info
-        for file in files:
-            if file.header.fingerprint != info.fingerprint:
-                raise BulkError(
-                    f"{file.path} has features of the checkpoint {file.header.fingerprint[:12]}, "
-                    f"and {settings.checkpoint} is {info.fingerprint[:12]}; give the one that made "
-                    "them, which must also be the gallery's"
-                )
-        gallery = filling(
-            settings.data_dir,
-            info,
-            database_url=settings.database_url,
-            clock_confirmed=settings.clock_confirmed,
-            crops_url=settings.crops_url,
-            crops_inline_bytes=settings.crops_inline_bytes,
+    with gallery as store, closing(decoders_of(settings)) as decoders:
+        embedder = Embedder(
+            settings.checkpoint,
+            device=settings.device,
+            runtime=settings.runtime,
+            cache_dir=settings.data_dir / "cache",
         )
-        with gallery as store, closing(decoders_of(settings)) as decoders:
+        with closing(embedder):
             limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
             yield Importer(store, embedder, decoders, limits)
 
@@ -169,8 +177,9 @@ class Importer:
                     continue
                 row = checked.row
                 picture = Picture(row.crop, row.modality, polarity=row.polarity or "white_hot")
+                begun = _Begun(checked, picture, "given", self._begin(picture, row))
                 try:
-                    crops.append(self._decoded(_Begun(checked, picture, self._begin(picture, row))))
+                    crops.append(self._decoded(begun))
                 except ServiceError:
                     continue
                 rows.append(row)
@@ -234,7 +243,10 @@ class Importer:
             camera = cameras.get(one.item.camera_id or "")
             given = one.item.modality, one.item.polarity
             picture = picture_of(one.row.crop, None, *given, camera)
-            begun.append(_Begun(one, picture, self._begin(picture, one.row)))
+            source: ModalitySource = "camera" if picture.by_camera else "given"
+            if picture.modality == "auto":  # it was detected in the picture as that was sent
+                picture, source = replace(picture, modality=one.row.modality), "detected"
+            begun.append(_Begun(one, picture, source, self._begin(picture, one.row)))
         return begun
 
     def _begin(self, picture: Picture, row: Row, *, judged: bool = True) -> Future[Crop]:
@@ -244,16 +256,16 @@ class Importer:
 
     def _decoded(self, begun: _Begun) -> Crop:
         """The crop as the gallery stores it. Raises ServiceError."""
-        (row, *_), picture, future = begun
+        row, picture = begun.checked.row, begun.picture
         try:
-            crop = future.result()
+            crop = begun.crop.result()
         except ImageBlank:
             if row.box is None:
                 raise
             crop = self._begin(picture, row, judged=False).result()  # the frame was judged, not it
-        if picture.by_camera and crop.modality_source == "given":
-            crop = replace(crop, modality_source="camera")
-        return replace(crop, sha256=row.sha256, bit_depth=row.bit_depth)
+        return replace(
+            crop, sha256=row.sha256, bit_depth=row.bit_depth, modality_source=begun.source
+        )
 
     def _finish(self, begun: Sequence[_Begun]) -> None:
         """Add rows whose crops are decoded."""
@@ -261,6 +273,8 @@ class Importer:
         for each in begun:
             try:
                 decoded.append((each.checked, self._decoded(each)))
+            except RuntimeUnavailable:
+                raise
             except ServiceError as error:
                 self._refuse(each.checked, error.code, error.detail)
         other = [at for at, (one, crop) in enumerate(decoded) if _read_otherwise(one.row, crop)]

@@ -27,6 +27,7 @@ from pyarrow import parquet
 
 from model import CheckpointInfo, load_checkpoint
 from model.cli import main
+from model.pictures import Box, read
 from service.bulk.embedding import writing
 from service.bulk.features import RECORD, DamagedRow, FeatureFile, Row, Writer
 from service.bulk.importing import SAME
@@ -49,6 +50,22 @@ def settings_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
+def tinted(file: Path) -> str:
+    """Give an infrared picture a faint tint that only a coarse JPEG excuses → a box of it."""
+    gray = np.asarray(Image.open(file).convert("L")).astype(int)
+    height, width = gray.shape
+    signs = np.random.default_rng(0).choice([-1, 1], size=(height // 8 + 1, width // 8 + 1))
+    tint = 4 * signs.repeat(8, 0).repeat(8, 1)[:height, :width]
+    colour = np.stack([gray + tint, gray, gray - tint], 2).clip(0, 255).astype(np.uint8)
+    Image.fromarray(colour).save(file, "JPEG", quality=20)
+    box = Box(2, 2, width - 4, height - 4)
+    seen = read(file.read_bytes(), box=box)
+    stored = io.BytesIO()
+    seen.upright.save(stored, "PNG")
+    assert (seen.modality, read(stored.getvalue()).modality) == ("ir", "rgb")
+    return ",".join(map(str, box))
+
+
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of two cameras, one of them infrared, and a manifest with all kinds of labels."""
@@ -64,6 +81,8 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
                          "camera_id": camera})  # fmt: skip
     rows[0] |= {"captured_at": "2026-03-01T08:00:00.25+01:00", "metadata": '{"note": "ü"}'}
     rows[1] |= {"box": "4,4,40,90"}
+    # Seen to be infrared only by what its compression says, which its box, stored as PNG, does not.
+    rows[-3] |= {"box": tinted(folder / rows[-3]["file"])}
     rows[-1] |= {"polarity": "black_hot", "modality": "ir"}
     rows[-2] |= {"person_id": "", "camera_id": ""}
     with (folder / "people.csv").open("w", newline="") as listed:
