@@ -58,7 +58,7 @@ NOT_RUN = {
     "docs/guides/own-people.md": 2,
     "docs/guides/replicas.md": 1,
     "docs/guides/watch.md": 1,
-    "docs/object-storage.md": 2,
+    "docs/object-storage.md": 3,
     "docs/operations.md": 3,
     "docs/privacy.md": 1,
     "docs/quick-start.md": 3,
