@@ -66,6 +66,9 @@ def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> It
     Raises CheckpointError and ServiceError (a locked or unwritable data folder), each one sentence.
     """
     with ExitStack() as stack:
+        # Triton keeps what it compiled; a container can load that from no other folder.
+        compiled = settings.data_dir.absolute() / "cache" / "triton"
+        os.environ.setdefault("TRITON_CACHE_DIR", str(compiled))
         embedder = _embedder(settings)
         gallery = stack.enter_context(closing(_gallery(settings, embedder, stack)))
         decoders = stack.enter_context(closing(_decoders(settings, settings.decode_processes)))
