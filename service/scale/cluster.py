@@ -55,6 +55,9 @@ class Cluster:
                 "the engine ray needs Ray, which is not installed; run `pip install "
                 f"'cmt-reid[scale]'`, or {instead}"
             ) from error
+        logger = logging.getLogger("ray")  # goes by our own format, and says no more than errors
+        logger.propagate = True
+        logger.setLevel(logging.ERROR)
         self.ray: Any = ray
         self._ours = not ray.is_initialized()
         if self._ours:

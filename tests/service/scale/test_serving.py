@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from service.errors import GalleryLocked
 from service.gallery.storage.folder_lock import FolderLock
-from tests.service.processes import ServiceProcess, assert_no_defect, gauge
-
-RAY = ("raylet", "gcs_server", "ray::")
+from tests.service.processes import ServiceProcess, assert_no_defect, gauge, wait_for
 
 
-def ray_processes(session: str) -> list[str]:
-    """Command lines of the processes of a Ray session, or of what it started."""
+def sessions() -> set[Path]:
+    """Folders of the Ray clusters that services have started for themselves."""
+    return set(Path(tempfile.gettempdir()).glob("cmt-ray-*"))
+
+
+def processes_of(session: Path) -> list[str]:
+    """Command lines that name a folder."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if session in line:
-            found.append(line)
-    return found
+        with suppress(OSError):  # it has ended
+            found.append(file.read_bytes().decode(errors="replace"))
+    return [line for line in found if str(session) in line]
 
 
-def listening(beyond_loopback: bool = True) -> set[str]:
+def listening() -> set[str]:
     """Sockets that listen on other addresses than the loopback one."""
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -42,7 +43,7 @@ def listening(beyond_loopback: bool = True) -> set[str]:
 def test_one_command_serves_a_gallery_in_shards(
     tmp_path: Path, tiny_checkpoint: Path, visible: list[Path], infrared: list[Path]
 ) -> None:
-    before = listening()
+    before, others = listening(), sessions()
     service = ServiceProcess(tmp_path / "data", tiny_checkpoint, engine="ray", shards=2)
     with service, service.client() as http:
         ids = []
@@ -62,5 +63,9 @@ def test_one_command_serves_a_gallery_in_shards(
         with pytest.raises(GalleryLocked):
             FolderLock(tmp_path / "data")
         assert listening() <= before
+        (session,) = sessions() - others
+        assert len(processes_of(session)) > 2
         assert_no_defect(service)
     assert service.process.returncode == 0
+    assert not session.exists()
+    wait_for(lambda: not processes_of(session), "processes of Ray go on")
