@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import CheckpointInfo, CMTConfig
-from service.errors import DatabaseUnavailable, IndexOutOfStep, MemoryExhausted
+from service.errors import DatabaseUnavailable, GalleryFull, IndexOutOfStep, MemoryExhausted
 from service.gallery import Gallery, ItemUpdate, NewItem
 from service.gallery.feed import Stored
 from service.gallery.index.segment import Segment
@@ -192,6 +192,24 @@ def test_without_memory_for_new_items_the_others_are_searched(
         gallery.check()
     monkeypatch.setattr(Segment, "add", add)
     assert gallery.search(features(1, seed=1)[0], None, top_k=1).hits[0].item.id == late.id
+    gallery.check()
+
+
+def test_what_the_host_has_no_room_for_is_not_stored(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.gallery.index.features.CHUNK_ROWS", {"cpu": 4})
+    monkeypatch.setattr("service.gallery.index.chunks.CHUNK_ROWS", {"cpu": 4})
+    gallery.add(new(3), features(3))
+    with monkeypatch.context() as full:
+        full.setattr("service.gallery.index.features.host_room", lambda: 0)
+        with pytest.raises(GalleryFull, match="to search 2 more items in, so nothing is stored"):
+            gallery.add(new(2), features(2, seed=1))
+        assert len(gallery) == 3
+        [last] = gallery.add(new(1), features(1, seed=1))  # into the chunk that is there
+        assert gallery.search(features(1, seed=1)[0], None, top_k=1).hits[0].item.id == last.id
+        gallery.check()
+    gallery.add(new(2), features(2, seed=2))
     gallery.check()
 
 
