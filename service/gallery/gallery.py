@@ -142,7 +142,7 @@ class Gallery:
             config = info.config
             if address_of(folder, database_url).get_backend_name() == "postgresql":
                 assert database_url is not None
-                replicas = Replicas(folder, database_url, info.fingerprint, read_clock)
+                replicas = Replicas(folder, database_url, info.fingerprint)
             with ThreadPoolExecutor(1) as beside:
                 reading = None
                 if follow is None:

@@ -109,7 +109,7 @@ class Replicas:
     """This process among those on the PostgreSQL database `url`. Thread-safe.
 
     Open it before anything of the gallery is changed. model: fingerprint of the checkpoint in use.
-    read_clock: the machine's clock. Raises GalleryVersion where living replicas are of another
+    Raises GalleryVersion where living replicas are of another
     release, and ModelVersionConflict where they search with another checkpoint, unless one of the
     two is about to follow the other to the version that the gallery has gone on to. It says:
     leads: whether background work that one replica does for all is this one's. others: how many
@@ -119,12 +119,9 @@ class Replicas:
     database's.
     """
 
-    def __init__(
-        self, folder: Path, url: str, model: str, read_clock: Callable[[], datetime] = utc_now
-    ) -> None:
+    def __init__(self, folder: Path, url: str, model: str) -> None:
         # Of its own, so that a sign of life waits for no connection that the gallery uses.
         self._database = Database(folder, url, migrate=False)
-        self._read_clock = read_clock
         self.id, self.model = uuid.uuid4().hex, model
         self._host, self._release = socket.gethostname(), version("cmt-reid")
         self._leads_until = -math.inf
@@ -349,7 +346,7 @@ class Replicas:
         return True
 
     def _beat(self, connection: Connection) -> None:
-        asked, clock = time.monotonic(), self._read_clock()
+        asked, clock = time.monotonic(), utc_now()
         with connection.begin():
             values = self._sign() | {
                 "name": _LEAD,

@@ -120,25 +120,27 @@ def test_a_replica_that_was_killed_keeps_no_other_out(
 
 
 def test_a_clock_that_differs_is_said_and_deletes_nothing(
-    postgres_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pair: tuple[Gallery, Gallery],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def ahead(name: str, by: float) -> Gallery:
-        return Gallery.open(
-            tmp_path / name,
-            INFO,
-            database_url=postgres_url,
-            read_clock=lambda: utc_now() + timedelta(seconds=by),
-        )
+    gallery, _ = pair
+    replicas = replicas_of(gallery)
 
-    with closing(ahead("little", 1)) as little:
-        wait_for(lambda: replicas_of(little).clock_ahead > 0.5, "the clocks are not compared")
-        assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
-        with closing(ahead("much", 3600)) as much:
-            wait_for(lambda: replicas_of(much).clock_ahead > 3500, "the clocks are not compared")
-            assert "3600 s ahead of the database's" in caplog.text
-            with pytest.raises(ClockWrong, match="NTP; until then nothing is deleted"):
-                much.retain(1)
-        little.retain(1)  # which goes by when the gallery last ran
+    def set_clock(*, ahead: float) -> None:
+        monkeypatch.setattr(module, "utc_now", lambda: utc_now() + timedelta(seconds=ahead))
+        wait_for(lambda: abs(replicas.clock_ahead - ahead) < 1, "the clocks are not compared")
+
+    set_clock(ahead=3)
+    assert gallery.retain(1) == 0
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+    set_clock(ahead=3600)
+    wait_for(lambda: "ahead of the database's" in caplog.text, "nothing is said")
+    with pytest.raises(ClockWrong, match="NTP; until then nothing is deleted"):
+        gallery.retain(1)
+    gallery.check()  # it searches all the same
+    set_clock(ahead=-3)
+    assert gallery.retain(1) == 0
 
 
 def test_a_replica_follows_to_the_checkpoint_that_another_has_embedded_with(
