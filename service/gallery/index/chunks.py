@@ -20,6 +20,9 @@ from torch import Tensor
 from service.gallery.index.faiss_module import faiss
 from service.kit.memory import is_out_of_memory
 
+# One flag per row: whether a query may see it.
+Mask = npt.NDArray[np.bool_]
+
 # On a CPU a chunk is a thread's share of a scan and should stay in the last cache; on a GPU it is
 # one product. Up to one chunk of a gallery's memory may be unused.
 CHUNK_ROWS = {"cpu": 8192, "cuda": 65_536}

@@ -14,17 +14,13 @@ from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from service.gallery.index.chunks import Chunk
+from service.gallery.index.chunks import Chunk, Mask
 
 log = logging.getLogger(__name__)
-
-Mask = npt.NDArray[np.bool_]
 
 _LOW = 2.0**11  # the low half of a number in two fp16: its distance in scale from the high half
 _SCORES = 1 << 24  # that PyTorch holds at once: 64 MiB

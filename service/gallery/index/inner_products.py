@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from model.precision import choose_precision
-from service.gallery.index.chunks import Chunk
+from service.gallery.index.chunks import Chunk, Mask
 from service.gallery.index.faiss_module import faiss
 from service.gallery.index.features import BLOCK_ROWS, Features
-from service.gallery.index.gpu_products import Mask
 from service.gallery.index.gpu_products import best as on_gpu
 from service.gallery.index.room import with_less
 

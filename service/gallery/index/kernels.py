@@ -10,6 +10,9 @@ Rounding: a product of two fp16 numbers is exact in fp32, and n of them are adde
 order, which is what `inner_products.rounding_bound` bounds. Distances are computed in float64.
 """
 
+# Triton reads the kernels as its own language.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -150,7 +153,7 @@ def _top(
 
 
 @triton.jit
-def _products(rows, present, both, asked, low, begin, end, width, NUMBERS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _products(rows, present, both, asked, low, begin, end, width, NUMBERS: tl.constexpr):
     """Products of the numbers `begin` … `end` of rows with those of queries."""
     numbers = tl.arange(0, NUMBERS)
     high_sum = tl.zeros((rows.shape[0], asked.shape[0]), tl.float32)
@@ -169,7 +172,7 @@ def _products(rows, present, both, asked, low, begin, end, width, NUMBERS: tl.co
 
 
 @triton.jit
-def _score(  # type: ignore[no-untyped-def]
+def _score(
     table,
     both,
     sizes,
@@ -215,7 +218,7 @@ def _score(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _distances(rows, given, squared, parts, dim, NUMBERS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _distances(rows, given, squared, parts, dim, NUMBERS: tl.constexpr):
     """One row: of every part Σ (x − (γ⊙y + β))²."""
     row = tl.program_id(0)
     numbers = tl.arange(0, NUMBERS)
@@ -232,7 +235,7 @@ def _distances(rows, given, squared, parts, dim, NUMBERS: tl.constexpr):  # type
 
 
 @triton.jit
-def _gather(rows, copies, width, NUMBERS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gather(rows, copies, width, NUMBERS: tl.constexpr):
     """One row."""
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(rows + 2 * row).to(tl.pointer_type(tl.float16))

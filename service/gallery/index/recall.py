@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from service.gallery.index.chunks import Mask
 from service.gallery.index.features import Features
-from service.gallery.index.inner_products import Best, Mask, merged, scan, sharing
+from service.gallery.index.inner_products import Best, merged, scan, sharing
 from service.gallery.index.recall_index import RecallIndex
 from service.kit.memory import is_out_of_memory
 

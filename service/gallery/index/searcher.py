@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from model import CMTConfig, Modulation, project
+from service.gallery.index.chunks import Mask
 from service.gallery.index.columns import Columns
 from service.gallery.index.exact_topk import Nearest, first_rows, nearest_of
 from service.gallery.index.features import Features, Measured
-from service.gallery.index.inner_products import Best, Mask, exhaustive, scan
+from service.gallery.index.inner_products import Best, exhaustive, scan
 from service.gallery.index.recall import recall
 from service.gallery.index.segment import Segment
 from service.gallery.records import Filters
@@ -255,8 +256,10 @@ class Searcher:
             recall_ms = 1e3 * (time.perf_counter() - started)
             asked = [checked[i] for i in members]
             samples, first = _sampled(asked, found), _together(asked, found, kind.exhaustive)
-            for i, *of in zip(members, found, samples, first, strict=True):
-                scored[i] = self._scored(checked[i], *of, kind.exhaustive, recall_ms)
+            for i, candidates, sample, mine in zip(members, found, samples, first, strict=True):
+                scored[i] = self._scored(
+                    checked[i], candidates, sample, mine, kind.exhaustive, recall_ms
+                )
         return [scored[i] for i in range(len(queries))]
 
     def _kind(self, query: SearchRequest, seen: Seen) -> _Kind:

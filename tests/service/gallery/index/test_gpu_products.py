@@ -23,10 +23,10 @@ from model import CMTConfig, Modulation, lift, part_distances, project
 from service.gallery.feed import Stored
 from service.gallery.index import features as features_of
 from service.gallery.index import gpu_products
-from service.gallery.index.chunks import CHUNK_ROWS
+from service.gallery.index.chunks import CHUNK_ROWS, Mask
 from service.gallery.index.features import Features
 from service.gallery.index.gpu_products import halves, kernels_on
-from service.gallery.index.inner_products import Mask, rounding_bound, scan
+from service.gallery.index.inner_products import rounding_bound, scan
 from service.gallery.index.shard import SearchRequest, Shard
 from service.gallery.records import Filters
 from tests.faked_device import FakedDevice
@@ -304,8 +304,7 @@ def test_a_mask_is_copied_once_until_something_changes(on_faked: FakedDevice) ->
     gc.collect()
     shard = Shard(CONFIG, "cuda", "SQfp16")
     shard.add(stored(random(500)))
-    everything = {"exhaustive": True, "filters": Filters()}
-    x = requests(1, **everything)
+    x = requests(1, exhaustive=True, filters=Filters())
     shard.search(x)
     assert len(gpu_products._masks) == 1
     [mask] = gpu_products._masks.values()
