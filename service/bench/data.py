@@ -145,5 +145,5 @@ def stronger(modulation: Modulation, deviation: float) -> Modulation:
 
 
 def numbers(text: str) -> list[int]:
-    """The whole numbers of a comma-separated option."""
-    return [int(number) for number in text.split(",")]
+    """The whole numbers of a comma-separated option, which may be empty."""
+    return [int(number) for number in text.split(",") if text]

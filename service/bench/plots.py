@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from service.kit.text import counted
+
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 _MARKERS = "osD^vP*X"
 _LINES = ("-", "--", "-.", ":")
@@ -113,6 +115,40 @@ def draw_serve(results: Sequence[dict[str, Any]], path: Path) -> None:
     lines = dict(zip(*reversed(latency.get_legend_handles_labels()), strict=True))
     lines |= dict(zip(*reversed(rate.get_legend_handles_labels()), strict=True))
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
+    _save(figure, path)
+
+
+def draw_processes(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw requests per second over the number of processes: a panel for shards, one for replicas.
+
+    Zero shards is one process without Ray.
+    """
+    kinds = list(dict.fromkeys(r["kind"] for r in results))
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained"
+    )
+    curves = list(dict.fromkeys((r["route"], r["clients"]) for r in results))
+    for kind, axis in zip(kinds, axes[0], strict=True):
+        for place, (route, clients) in enumerate(curves):
+            chosen = [
+                r
+                for r in results
+                if (r["kind"], r["route"], r["clients"]) == (kind, route, clients)
+            ]
+            axis.plot(
+                [r["processes"] for r in chosen],
+                [_median(r["requests per second"]) for r in chosen],
+                color=_COLORS[place],
+                marker=_MARKERS[place],
+                label=f"{route}, {counted(clients, 'client')} of each server",
+            )
+        axis.set_xlabel(kind if kind == "replicas" else "shards on Ray; 0: one process without it")
+        axis.set_xticks(sorted({r["processes"] for r in results if r["kind"] == kind}))
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3, linewidth=0.5)
+    axes[0][0].set_ylabel("requests/s of all servers together")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", fontsize=8, ncols=2)
     _save(figure, path)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from sqlalchemy.engine import make_url
 
 from model import Modulation
 from model.benchmark import Spread, publish, seconds
@@ -25,12 +27,18 @@ from service.bench.data import (
     numbers,
 )
 from service.bench.engine import Engine
+from service.bench.serving.several import Processes
+from service.embedding.embedder import Embedder
 from service.gallery.index.recall_index import choose_kind
 from service.kit.host_memory import available_memory
+from service.kit.text import counted
+from service.kit.urls import without_password
 
 _TOP = 20
 _BATCH = 32
 _SINGLE = 8  # single queries a round
+_IMAGES = Path("examples/queries"), Path("examples/gallery")  # of shards and replicas
+_PROCESSES = ("", "route", "clients of each", "requests/s", "p50, ms", "p95", "p99", "errors")
 _WAYS = ("exhaustive, Q = 1", f"exhaustive, Q = {_BATCH}", "two stages, Q = 1")
 
 
@@ -48,6 +56,22 @@ def scale(
     rounds: Annotated[int, typer.Option(min=1, help="How often all ways run, in turn.")] = 5,
     statistics: Statistics = STATISTICS,
     checkpoint: Checkpoint = CHECKPOINT,
+    shards: Annotated[
+        str | None,
+        typer.Option(help="Instead: the service with so many shards on Ray, such as 1,2,4."),
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(help="Instead, or as well: so many replicas over --database-url, as 1,2,3."),
+    ] = None,
+    database_url: Annotated[
+        str | None, typer.Option(help="An empty PostgreSQL database; the replicas' items stay.")
+    ] = None,
+    items: Annotated[int, typer.Option(min=1, help="Items of shards and replicas.")] = 10_000,
+    clients: Annotated[str, typer.Option(help="Clients of every server of theirs.")] = "1,8",
+    duration: Annotated[
+        float, typer.Option(min=0.1, help="Seconds of every load of theirs, after half of it.")
+    ] = 5,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the curves here.", callback=picture_option)
     ] = None,
@@ -58,8 +82,35 @@ def scale(
     Memory is what features and index took of the process. Rows marked as computed were not run:
     they are the largest measured ones, multiplied.
 
+    With --shards or --replicas, requests a second and latencies of the service as several
+    processes, on this one machine: the processes share its cores.
+
     Example: cmt bench scale --sizes 1000,10000 --plot scale.png
     """
+    if shards or replicas:
+        if replicas and database_url is None:
+            raise typer.BadParameter("replicas share a PostgreSQL database; give --database-url")
+        settings = {
+            **{"shards": shards, "replicas": replicas, "items": items, "clients": clients},
+            **{"duration": duration, "rounds": rounds, "checkpoint": str(checkpoint)},
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if database_url is not None:
+            settings["database-url"] = without_password(make_url(database_url))
+        with tempfile.TemporaryDirectory() as folder, closing(Embedder(checkpoint)) as embedder:
+            processes = Processes(Path(folder), checkpoint, embedder, _IMAGES, database_url)
+            processes.fill(items)
+            for _ in range(rounds):
+                processes.round(
+                    numbers(shards or ""), numbers(replicas or ""), numbers(clients), duration
+                )
+            results = processes.results()
+        publish("scale", settings, _PROCESSES, [_process_row(r) for r in results], results, json)
+        if plot is not None:
+            from service.bench.plots import draw_processes  # matplotlib, which only plots need
+
+            draw_processes(results, plot)
+        return
     source = Source.load(statistics, checkpoint)
     dim = dim or source.population.dim
     settings = {
@@ -87,6 +138,16 @@ def scale(
         from service.bench.plots import draw_scale  # matplotlib, which only plots need
 
         draw_scale(results, plot)
+
+
+def _process_row(result: dict[str, Any]) -> tuple[object, ...]:
+    count, kind = result["processes"], result["kind"]
+    name = counted(count, kind.removesuffix("s")) if count else "one process, without Ray"
+    return (
+        *(name, result["route"], result["clients"], result["requests per second"]),
+        *(f"{result[f'{q}, ms'].median:.3g}" for q in ("p50", "p95", "p99")),
+        ", ".join(f"{n}× {status}" for status, n in result["errors"].items()) or 0,
+    )
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -18,6 +17,7 @@ from model.benchmark import Spread, seconds
 from model.preprocess import pixels_of
 from service.bench.crops import decoded, image_files
 from service.bench.serving.figures import CORRECTION, cores, corrected_rate, percentiles
+from service.bench.serving.filling import fill
 from service.bench.serving.load import HOST, Load, measure
 from service.bench.serving.rivals import (
     Batching,
@@ -31,11 +31,8 @@ from service.bench.serving.rivals import (
 )
 from service.client import Client
 from service.embedding.embedder import Embedder
-from service.gallery import Gallery, NewItem
 
 _BATCHES = {"cpu": (1, 8, 32), "cuda": (1, 8, 32, 128)}  # of the bare model
-_BLOCK = 1000  # items of one transaction while the gallery is filled
-_NOISE = 0.1  # of the features' deviation, so that no two items of the gallery are equal
 _DEBUGGED = 20  # queries whose stages are asked for, a round
 
 Key = tuple[str, str, int]  # side, route, clients
@@ -62,16 +59,7 @@ class Trials:
     def fill(self, count: int) -> None:
         """Enroll the crops, as often as they are needed, each time with a little noise."""
         self._gallery = count
-        pictures = decoded(self._crops)
-        y = self._embedder.embed(pictures)
-        noise = _NOISE * y.std()
-        info, device = self._embedder.info, self._embedder.device
-        with closing(Gallery.open(self._folder / "filled", info, device=device)) as gallery:
-            for start in range(0, count, _BLOCK):
-                places = [i % len(pictures) for i in range(start, min(start + _BLOCK, count))]
-                new = [NewItem(pictures[i], person_id=f"person-{i}") for i in places]
-                gallery.add(new, y[places] + noise * torch.randn(len(places), *y.shape[1:]))
-            gallery.save_index()
+        fill(self._folder / "filled", self._embedder, self._crops, count)
 
     def round(
         self,

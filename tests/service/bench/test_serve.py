@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,13 +16,17 @@ import pytest
 import torch
 
 from model import CMT, load_checkpoint, save_checkpoint
+from model.cli import main
 from service.bench.crops import BenchmarkDataError
 from service.bench.fusion import fusion, ways
+from service.bench.plots import draw_processes
 from service.bench.ranking import ranked
 from service.bench.serve import serve
 from service.bench.serving.figures import corrected_rate, percentiles
 from service.bench.serving.load import LoadError, measure, request
 from service.bench.serving.rivals import Batching, Route, Server, ServerError, batching, started
+from service.bench.serving.several import Processes
+from service.embedding.embedder import Embedder
 from tests.paths import MINI
 
 
@@ -176,6 +181,35 @@ def test_serve_measures_all_sides(
     )
     assert {"decode", "queue", "embed", "total"} <= set(query["stages, ms"])
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_replicas_are_measured_together(
+    tiny_checkpoint: Path, tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "servers").mkdir()
+    with closing(Embedder(tiny_checkpoint, "cpu", "torch")) as embedder:
+        folders = MINI / "cam3", MINI / "cam1"
+        servers = Processes(tmp_path / "servers", tiny_checkpoint, embedder, folders, postgres_url)
+        servers.fill(20)
+        servers.round([], [2], [1], 0.3)
+    rows = servers.results()
+    assert [(r["kind"], r["processes"], r["route"], r["clients"]) for r in rows] == [
+        (kind, count, route, 1)
+        for kind, count in (("shards", 0), ("replicas", 2))
+        for route in ("POST /query", "POST /gallery")
+    ]
+    for row in rows:
+        assert row["errors"] == {}
+        assert row["requests per second"].median > 0
+        assert 0 < row["p50, ms"].median <= row["p99, ms"].median
+    draw_processes(rows, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_replicas_need_a_database(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "scale", "--replicas", "1,2"]) == 2
+    assert "give --database-url" in capsys.readouterr().err
 
 
 def test_serve_needs_crops(tiny_checkpoint: Path, tmp_path: Path) -> None:
