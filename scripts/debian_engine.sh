@@ -18,7 +18,7 @@ folder=$(cd "$1" && pwd)
 shift
 suite=${BASE_SUITE:-trixie}
 engine=$folder/engine base=$folder/base-$suite.tar
-programs=podman,buildah,runc,catatonit,netavark,aardvark-dns,iptables,docker-cli,docker-compose
+programs=podman,buildah,runc,catatonit,netavark,aardvark-dns,nftables,docker-cli,docker-compose
 
 if [ ! -e "$engine/made" ]; then
     rm -rf "$engine"
@@ -69,13 +69,15 @@ for program in docker docker-compose; do
     chmod +x "$folder/bin/$program"
 done
 
-# A chroot does not do: containers are made with pivot_root, which needs a root that is a mount.
+# A chroot does not do: containers are made with pivot_root, which needs a root that is a mount. With
+# their own process ids, all that the engine has started ends when it does.
 enter() {
-    exec unshare --mount --propagation private sh -euc '
+    exec unshare --mount --propagation private --pid --fork --kill-child sh -euc '
         root=$0 folder=$1
         shift
         mount --bind "$root" "$root"
-        for place in proc sys dev; do mount --rbind "/$place" "$root/$place"; done
+        mount -t proc proc "$root/proc"
+        for place in sys dev; do mount --rbind "/$place" "$root/$place"; done
         mount -t tmpfs tmpfs "$root/run"
         mount --rbind "$folder" "$root/$folder"
         cd "$root"
@@ -89,12 +91,12 @@ socket=$folder/podman.sock
 clean() {
     for one in $(docker ps --all --quiet); do docker rm --force "$one" >/dev/null; done
     docker network prune --force >/dev/null
-    kill "$service" 2>/dev/null || true
-    wait "$service" || true
+    kill -KILL "$service" 2>/dev/null || true # unshare leaves SIGTERM to its child
+    wait "$service" 2>/dev/null || true
     rm -f "$socket"
 }
 rm -f "$socket"
-enter podman system service --time 0 "unix://$socket" >"$folder/service.log" 2>&1 &
+enter catatonit -- podman system service --time 0 "unix://$socket" >"$folder/service.log" 2>&1 &
 service=$!
 trap clean EXIT
 trap 'exit 130' INT

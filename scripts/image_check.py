@@ -3,8 +3,8 @@
     python -m scripts.image_check [--service cpu] [--file MORE.yml …] [--out FOLDER] [--keep]
 
 It needs Docker with Compose, or Podman with its socket in DOCKER_HOST and a `docker-compose`
-(DOCKER_BUILDKIT=0 there). Variables of docker-compose.yml, such as BASE and TORCH_INDEX, are taken
-from the environment; `.env` and every CMT_ variable are not, for what is checked are the defaults.
+(DOCKER_BUILDKIT=0 there). It takes the variables BASE, TORCH_INDEX, EDGE and GPU of
+docker-compose.yml from the environment, checks the defaults of all others, and leaves `.env` out.
 A further compose file says what has to differ on this machine, and the log says that it does.
 
 What is started is a project of its own with a volume of its own. It is removed in the end, also
@@ -41,10 +41,14 @@ PROJECT = "cmt-image-check"
 QUERY = sorted((EXAMPLES / "queries").glob("*.jpg"))[0]
 STARTING_SECONDS = 180.0
 IN_FLIGHT = 8
+# Variables of the compose file that may differ from machine to machine.
+OF_THE_MACHINE = {"BASE", "EDGE", "GPU", "TORCH_INDEX"}
 # What compose does by itself, or says of other containers and of the build.
 NOT_OF_THE_CONTAINER = {
     *("build", "command", "depends_on", "entrypoint", "image", "logging", "profiles"),
 }
+# Of a build: pip's bars and where it found what are many and say little.
+_CHATTER = re.compile("━|Downloading|Using cached|metadata|Sending build context")
 _STATUS = re.compile(r"^(\w+):\s*(.*)$", re.MULTILINE)
 
 
@@ -152,20 +156,23 @@ class Check:
         named = folder / "image.yml"  # not the name of the image that may serve on this host
         named.write_text(json.dumps({"services": {service: {"image": self.image}}}))
         (folder / "models").mkdir()
-        kept = {name: text for name, text in os.environ.items() if not name.startswith("CMT_")}
+        compose_file = ROOT / "docker-compose.yml"
+        variables = set(re.findall(r"\$\{(\w+)", compose_file.read_text())) - OF_THE_MACHINE
         self.environment = {
             # Another network and port than those of a service that runs here.
             "EDGE": "172.31.249",
-            **kept,
+            **{
+                name: text
+                for name, text in os.environ.items()
+                if name not in variables and not name.startswith(("CMT_", "COMPOSE_"))
+            },
             "CMT_PUBLISH": "127.0.0.1:0",
             "MODELS": str(folder / "models"),
         }
-        for name in ("COMPOSE_FILE", "COMPOSE_PROFILES", "COMPOSE_PROJECT_NAME"):
-            self.environment.pop(name, None)
-        with_plugin = subprocess.run(["docker", "compose", "version"], capture_output=True)
-        program = ["docker", "compose"] if not with_plugin.returncode else ["docker-compose"]
+        plugin = subprocess.run(["docker", "compose", "version"], capture_output=True)
+        program = ["docker-compose"] if plugin.returncode else ["docker", "compose"]
         whole = ["--env-file", os.devnull, "--profile", service, "--project-name", PROJECT]
-        self._plain = [*program, *whole, "--file", str(ROOT / "docker-compose.yml")]
+        self._plain = [*program, *whole, "--file", str(compose_file)]
         self._all = [*self._plain]
         for file in (*files, named):
             self._all += ["--file", str(file)]
@@ -174,7 +181,7 @@ class Check:
 
     def say(self, text: str) -> None:
         """A line, with the seconds since the beginning."""
-        for line in text.splitlines() or [""]:
+        for line in text.replace(f"{ROOT}/", "").splitlines():
             stamped = f"{time.monotonic() - self.began:7.1f}  {line}"
             print(stamped, flush=True)
             print(stamped, file=self.log, flush=True)
@@ -272,8 +279,7 @@ class Check:
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                # pip's bars and where it found what are many and say little.
-                if line.strip() and not re.search(r"━|Downloading|Using cached|metadata", line):
+                if line.strip() and not _CHATTER.search(line):
                     self.say("  " + line.rstrip()[:400])
         if process.returncode:
             raise Broken(f"the build ended with status {process.returncode}")
@@ -493,7 +499,7 @@ def check(service: str, files: list[Path], out: Path, *, keep: bool) -> bool:
             machine = json.loads(one.inside("python", "-c", facts))
             told = one.run(["docker", "version", "--format", "{{json .Server}}"], quiet=True)
             engine = {part["Name"]: part["Version"] for part in json.loads(told)["Components"]}
-        except Broken as error:
+        except (Broken, ServiceProblem, Unreachable) as error:
             one.say(f"BROKEN: {error}")
             with suppress(Broken):
                 one.say(one.logged())
@@ -503,6 +509,7 @@ def check(service: str, files: list[Path], out: Path, *, keep: bool) -> bool:
         one.say(f"{one.held} promises held")
         result = {
             "check": name,
+            "build": config["build"]["args"],
             "differs": differing,
             "engine": engine,
             "image": image,
@@ -522,7 +529,10 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the image")
     options = parser.parse_args()
     if shutil.which("docker") is None:
-        sys.exit("the program `docker` is missing: install Docker, or Podman with podman-docker")
+        sys.exit(
+            "the program docker is missing: install Docker with Compose, or see "
+            "scripts/debian_engine.sh for a machine without a container engine"
+        )
     files = [file.resolve() for file in options.file]
     # As Ctrl-C does, so that what was started is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
