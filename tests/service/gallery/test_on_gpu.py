@@ -169,34 +169,34 @@ def test_a_gallery_larger_than_the_device_opens_from_sql_and_from_a_snapshot(
     monkeypatch.setattr("service.gallery.index.features.host_room", lambda: 1 << 30)
     gallery = Gallery.open(tmp_path, INFO, device="cuda")
     add(gallery, 0, 200)
-    full.budget *= 3
     expected = hits(gallery, 10)
     assert gallery.statistics.on_host == 200 - 128
     gallery.save_index()
     gallery.close()
     del gallery
     for snapshot in (True, False):
-        full.budget //= 3
         if not snapshot:
             shutil.rmtree(tmp_path / "index")
         again = Gallery.open(tmp_path, INFO, device="cuda")
         try:
             again.check()
             assert again.statistics.on_host == 200 - 128
-            full.budget *= 3
             assert hits(again, 10) == expected
         finally:
             again.close()
         del again
 
 
+@pytest.mark.parametrize("snapshot", [False, True])
 def test_a_gallery_larger_than_all_memory_opens_with_what_fits(
-    full: FakedDevice, tmp_path: Path
+    full: FakedDevice, tmp_path: Path, snapshot: bool
 ) -> None:
     full.budget *= 2
     gallery = Gallery.open(tmp_path, INFO, device="cuda")
     for start in range(0, 200, 50):
         add(gallery, start, start + 50)
+    if snapshot:
+        assert gallery.save_index()
     gallery.close()
     del gallery
     full.budget //= 4
