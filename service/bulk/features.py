@@ -32,7 +32,7 @@ RECORD = "embedded.json"
 _NAME = re.compile(r"features-(\d{6,})\.parquet")
 _METADATA = b"cmt-features"
 _FORMAT: Literal[1] = 1
-_ROWS_AT_ONCE = 256  # in a row group, which is read as a whole
+_MOST = 256  # rows in a row group, which is read as a whole
 _BYTES_AT_ONCE = 32_000_000  # of its crops, at least where it has fewer rows
 
 
@@ -147,7 +147,7 @@ class Writer:
 
 def is_group(rows: int, crop_bytes: int) -> bool:
     """Whether rows with so many bytes of crops are enough for a row group."""
-    return rows >= _ROWS_AT_ONCE or crop_bytes >= _BYTES_AT_ONCE
+    return rows >= _MOST or crop_bytes >= _BYTES_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,11 @@ class FeatureFile:
         except (ValueError, ValidationError) as error:
             raise BulkError(foreign) from error
         wanted = schema(self.header.config.embedding_size)
-        if not self._file.schema_arrow.equals(wanted):
-            raise BulkError(f"{path} has other columns than `cmt embed-bulk` writes; embed again")
+        if not self._file.schema_arrow.equals(wanted) or max(self.groups(), default=0) > _MOST:
+            raise BulkError(
+                f"{path} has other columns or row groups than `cmt embed-bulk` writes; embed its "
+                "pictures again"
+            )
 
     @property
     def count(self) -> int:
@@ -282,7 +285,7 @@ class FeatureFolder:
         try:
             listed = json.loads(record.read_bytes())["files"]
             rows = {str(name): int(count) for name, count in listed.items()}
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             if not self.folder.is_dir() or not self.names():
                 raise BulkError(
                     f"{self.folder} holds no features; name a folder that `cmt embed-bulk` wrote"

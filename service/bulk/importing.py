@@ -119,6 +119,8 @@ def importing(settings: Settings, files: Sequence[FeatureFile]) -> Iterator[Impo
                 f"{settings.checkpoint} is {info.fingerprint[:12]}; give the one that made them, "
                 "which must also be the gallery's"
             )
+        if file.header.config != info.config:
+            raise BulkError(f"{file.path} says another configuration than its checkpoint's")
     gallery = filling(
         settings.data_dir,
         info,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pyarrow import parquet
+from pyarrow import concat_tables, parquet
 
 from model import CheckpointInfo, load_checkpoint
 from model.cli import main
@@ -431,6 +431,11 @@ def without_column(file: Path) -> None:
     parquet.write_table(table.drop_columns(["width"]), file)
 
 
+def of_one_group(file: Path) -> None:
+    table = parquet.read_table(file)
+    parquet.write_table(concat_tables([table] * 30), file)
+
+
 def foreign(file: Path) -> None:
     parquet.write_table(parquet.read_table(file).replace_schema_metadata(None), file)
 
@@ -445,7 +450,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda file: os.truncate(file, file.stat().st_size - 100), "as a whole Parquet"),
     "empty": (lambda file: os.truncate(file, 0), "as a whole Parquet"),
     "text": (lambda file: file.write_text("PAR1, but not really"), "as a whole Parquet"),
-    "column": (without_column, "has other columns than"),
+    "column": (without_column, "has other columns or row groups than"),
+    "groups": (of_one_group, "has other columns or row groups than"),
     "foreign": (foreign, "is no file of `cmt embed-bulk`"),
     "newer": (of_a_newer_release, "was written by another release (9.0)"),
     "missing": (Path.unlink, "is missing; put it back"),
