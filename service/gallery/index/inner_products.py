@@ -92,7 +92,8 @@ def rounding_bound(features: Features, w: Tensor, *, exact: bool) -> float:
     With A ≥ Σ|w_i z_i| by Cauchy–Schwarz for y and s apart: an fp32 sum of n products in any order
     errs by n·u/(1 − n·u)·A, u = 2⁻²⁴ (Higham, Accuracy and Stability, §3.1), w and s as given to it
     by a few u·A more. Added to it is what s lost in fp16, ‖γ⊙γ‖·max‖s̃ − s‖, measured when rows
-    were added. A GPU's units truncate where a CPU rounds: 4 times. bf16 rounds w, z and the sum.
+    were added. A GPU's units truncate where a CPU rounds: 4 times; that its kernel adds y's and s's
+    products apart, each for two halves of w, is another order. bf16 rounds w, z and the sum.
     """
     norms = features.norms
     y, s = float(w[: -features.dim].norm()), float(w[-features.dim :].norm())

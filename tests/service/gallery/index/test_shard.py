@@ -399,6 +399,32 @@ def test_a_compaction_forgets_labels_that_no_item_has() -> None:
         assert len(search(shard, 1, 20, filters=Filters(camera_id=("c2",))).numbers) == len(at)
 
 
+def test_a_mask_is_computed_once_until_something_changes() -> None:
+    columns = Columns()
+    columns.add(stored(features(40)))
+    north = Filters(camera_id=("c1",))
+    mask = columns.frozen().mask(north)
+    assert columns.frozen().mask(north) is mask
+    assert columns.frozen().mask(Filters()) is not mask
+    kept = mask.tolist()
+    changes: list[tuple[Any, int]] = [
+        (lambda: columns.add(stored(features(3), 40)), len(kept) // 3 + 1),
+        (lambda: columns.mark_deleted([1]), len(kept) // 3),
+        (lambda: columns.update([2], cameras=["c1"]), len(kept) // 3 + 1),
+        (lambda: columns.mark_deleted([2, 4]), len(kept) // 3 - 1),
+    ]
+    for change, passing in changes:
+        change()
+        now = columns.frozen().mask(north)
+        assert int(now.sum()) == passing
+        assert columns.frozen().mask(north) is now
+    assert mask.tolist() == kept
+    for number in range(30):  # only the latest are kept
+        columns.frozen().mask(Filters(person_id=(f"p{number}",)))
+    assert columns.frozen().mask(north) is not now
+    assert columns.frozen().mask(north).tolist() == now.tolist()
+
+
 def test_labels_keep_their_meaning_in_codes_of_another() -> None:
     def block(*numbers: int, persons: list[str | None]) -> Stored:
         return Stored(
