@@ -16,7 +16,7 @@ import torch
 from model.cores import allowed_cores
 from service.auth.keys import Keyring
 from service.auth.rate_limit import Limit, Rates
-from service.embedding.embedder import Embedder
+from service.embedding.embedder import Backend, Embedder
 from service.errors import RuntimeUnavailable
 from service.gallery import Gallery
 from service.gallery.index.figures import Figures, FiguresError, IndexChoice
@@ -60,16 +60,19 @@ class State(TypedDict):
 
 
 @contextmanager
-def open_resources(settings: Settings, metrics: Metrics, tracing: Tracing) -> Iterator[Resources]:
+def open_resources(
+    settings: Settings, metrics: Metrics, tracing: Tracing, backend: Backend | None = None
+) -> Iterator[Resources]:
     """Load the checkpoint, open the gallery and start the processes that decode.
 
+    backend: what embeds, None for a network in this process.
     Raises CheckpointError and ServiceError (a locked or unwritable data folder), each one sentence.
     """
     with ExitStack() as stack:
         # Triton keeps what it compiled; a container can load that from no other folder.
         compiled = settings.data_dir.absolute() / "cache" / "triton"
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled))
-        embedder = _embedder(settings)
+        embedder = _embedder(settings, backend)
         gallery = stack.enter_context(closing(_gallery(settings, embedder, stack)))
         decoders = stack.enter_context(closing(_decoders(settings, settings.decode_processes)))
         checker = stack.enter_context(closing(_decoders(settings, 1)))
@@ -119,7 +122,11 @@ def _rates(settings: Settings, gallery: Gallery, stack: ExitStack) -> Rates:
     return Rates(settings.rate_limit, shared)
 
 
-def _embedder(settings: Settings) -> Embedder:
+def _embedder(settings: Settings, backend: Backend | None) -> Embedder:
+    if backend is not None:  # the network here computes γ and β only
+        embedder = Embedder(settings.checkpoint, "cpu", "torch")
+        embedder.backend, embedder.runtime = backend, "ray"
+        return embedder
     return Embedder(
         settings.checkpoint,
         device=settings.device,
@@ -237,7 +244,7 @@ def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: P
     )
     metrics.watch(
         "cmt_crops_unavailable",
-        "1 while the object storage of the crops does not answer.",
+        "1 while the object storage of the crops cannot be used.",
         lambda: gallery.crops_available is False,
     )
     metrics.watch(

@@ -65,6 +65,7 @@ class BackupDownload(StreamingResponse):
         **documented(
             errors.BackupRunning,
             errors.GalleryDamaged,
+            errors.CropsUnavailable,
             errors.StorageUnwritable,
             errors.StorageFull,
         ),

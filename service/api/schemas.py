@@ -414,7 +414,7 @@ class Readiness(Health):
 
     crops: Literal["ok", "unavailable"] | None = Field(
         default=None,
-        description="Only where there is an object storage. `unavailable`: it does not answer; "
+        description="Only where there is an object storage. `unavailable`: it cannot be used; "
         "searches go on, enrollments of large crops and pictures are refused meanwhile.",
     )
     items_on_host: int | None = Field(

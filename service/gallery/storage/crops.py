@@ -35,7 +35,13 @@ from sqlalchemy import (
 from service.errors import CropsUnavailable, GalleryDamaged, ServiceError
 from service.gallery.storage.database import Database
 from service.gallery.storage.group_commit import GroupCommit
-from service.gallery.storage.objects import ObjectLost, ObjectStorage, Placed, new_name
+from service.gallery.storage.objects import (
+    ObjectLost,
+    ObjectStorage,
+    Placed,
+    StorageAway,
+    new_name,
+)
 from service.gallery.storage.rows import blocks
 from service.gallery.storage.tables import crops, items, loose_objects, object_owner, objects
 from service.gallery.times import microseconds
@@ -48,7 +54,7 @@ INLINE_BYTES = 65_536
 
 _FAILED = 0  # in place of an erased item's number
 _CLEAN_SECONDS = 5.0
-_CLEANED_AT_ONCE = 500
+_CLEANED_AT_ONCE = 64  # so that an end need not wait long
 # Of a name whose object was never taken: no attempt to write one lasts so long. Where it does, the
 # enrollment finds its name gone, and fails.
 _ABANDONED = timedelta(hours=1)
@@ -124,9 +130,7 @@ class Crops:
             self._claim(storage)
             for caution in storage.probe():
                 log.warning("%s", caution)
-        except CropsUnavailable as error:
-            if storage.available:
-                raise
+        except StorageAway as error:
             log.warning("%s", error.detail)
         if self._database.sqlite:  # nobody else writes: whoever wrote these has died
             self._abandon(timedelta(0))
@@ -144,7 +148,7 @@ class Crops:
 
     @property
     def available(self) -> bool | None:
-        """Whether the object storage answered last; None where there is none."""
+        """Whether the object storage could be used last; None where there is none."""
         return None if self._storage is None else self._storage.available
 
     @contextmanager

@@ -78,6 +78,10 @@ class ObjectLost(Exception):  # noqa: N818 (what happened)
         self.missing = missing
 
 
+class StorageAway(CropsUnavailable):
+    """The object storage does not answer; it may soon."""
+
+
 def parse_address(url: str) -> Address:
     """The address in a URL such as s3://bucket/prefix?endpoint=http://minio:9000.
 
@@ -124,7 +128,7 @@ class ObjectStorage:
         except ValueError as error:
             raise CropsUnavailable(f"CMT_CROPS_URL is not usable: {error}") from error
         self.available = True
-        """Whether the last request was answered."""
+        """Whether the last request was carried out."""
         self._rests_until = 0.0
         if find_spec("boto3") is None:
             raise CropsUnavailable("CMT_CROPS_URL needs the package boto3; install the extra s3")
@@ -276,7 +280,6 @@ class ObjectStorage:
             if status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout"):
                 self._rest()
                 raise self._away(f"answers {code}") from error
-            self.available = True
             why = _WHY.get(code) or (
                 f"it is not allowed to {act} this place; give its user the permissions of "
                 "docs/object-storage.md"
@@ -297,17 +300,18 @@ class ObjectStorage:
             raise self._unusable(f"{_first_line(error)}; correct CMT_CROPS_URL") from error
 
     def _rest(self) -> None:
-        self.available = False
         self._rests_until = time.monotonic() + _REST_SECONDS
 
-    def _away(self, what: str) -> CropsUnavailable:
-        return CropsUnavailable(
+    def _away(self, what: str) -> StorageAway:
+        self.available = False
+        return StorageAway(
             f"the object storage {self.address} {what}; searches go on, try again in "
             f"{_REST_SECONDS} seconds",
             headers=_RETRY_AFTER,
         )
 
     def _unusable(self, why: str) -> CropsUnavailable:
+        self.available = False
         return CropsUnavailable(
             f"the object storage {self.address} cannot be used: {why}", headers=_RETRY_AFTER
         )

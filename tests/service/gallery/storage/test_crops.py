@@ -34,6 +34,7 @@ from service.gallery.storage.crops import Crops, StoredImage
 from service.gallery.storage.database import address_of
 from service.gallery.storage.objects import Address, ObjectStorage, Placed, parse_address
 from service.gallery.storage.tables import loose_objects
+from service.settings import SettingsError, load_settings
 from tests.service.crash.gallery_process import GalleryProcess
 from tests.service.crash.run import CrashTest, Report
 from tests.service.crash.subject import CONTEXT
@@ -124,6 +125,19 @@ def test_large_crops_are_objects_and_small_ones_rows(
     with closing(opened(place, bucket, size)) as gallery:  # as they were, whatever is set now
         assert gallery.image(outside[0])[0] == crop(2).data
         assert gallery.image(inside[0])[0] == crop(0).data
+
+
+def test_replicas_share_a_bucket(make_place: MakePlace, bucket: Bucket) -> None:
+    place = make_place("postgresql")
+    other = Place(place.folder / "replica", place.url)
+    with closing(opened(place, bucket)) as here, closing(opened(other, bucket)) as there:
+        ids = [*enrolled(here, 2), *enrolled(there, 1, start=2)]
+        for gallery in (here, there):
+            assert [gallery.image(item)[0] for item in ids] == [crop(i).data for i in range(3)]
+        assert there.delete(ids[0]) == 0
+        with pytest.raises(ItemNotFound):
+            here.image(ids[0])
+        assert sorted(bucket.objects().values()) == sorted([crop(1).data, crop(2).data])
 
 
 def test_without_a_bucket_nothing_of_it_is_loaded(place: Place) -> None:
@@ -374,6 +388,9 @@ def test_an_address_that_is_none_is_a_sentence_without_its_secret(
     with pytest.raises(CropsUnavailable, match=sentence) as refused:
         Gallery.open(tmp_path, INFO, crops_url=url)
     assert "hunter2" not in refused.value.detail
+    with pytest.raises(SettingsError, match=sentence) as misset:
+        load_settings(checkpoint=tmp_path / "x", data_dir=tmp_path, crops_url=url)
+    assert "hunter2" not in str(misset.value)
     assert parse_address("s3://b-1/x/y?region=eu-west-1") == Address(
         "b-1", "x/y", None, "eu-west-1"
     )
@@ -414,12 +431,17 @@ def test_rights_that_are_missing_are_a_sentence_at_the_start(
             f"[default]\naws_access_key_id = {key['AccessKeyId']}\n"
             f"aws_secret_access_key = {secret}\n"
         )
-        bucket.server.demand_rights(0)
-        try:
-            with pytest.raises(CropsUnavailable, match=sentence):
-                opened(place, bucket._replace(url=address(bucket.server, bucket.name, file)))
-        finally:
-            bucket.server.demand_rights(float("inf"))
+        mine = bucket._replace(url=address(bucket.server, bucket.name, file))
+        other = Place(tmp_path / f"other-{sentence[:3]}", None)
+        with closing(opened(place, mine)) as gallery:
+            bucket.server.demand_rights(0)
+            try:
+                with pytest.raises(CropsUnavailable, match=sentence):
+                    opened(other, mine._replace(url=mine.url.replace("/gate", "/other")))
+                if secret == "wrong":  # as where they are revoked while it runs
+                    wait_for(lambda: gallery.crops_available is False, "it does not tell")
+            finally:
+                bucket.server.demand_rights(float("inf"))
 
 
 def test_a_bucket_that_keeps_what_is_deleted_is_named(
