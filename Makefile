@@ -29,7 +29,7 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs openapi bench crash soak gpu-check image-check clean
+.PHONY: help demo test lint format docs openapi bench crash soak scale-check gpu-check image-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,11 @@ soak: $(DEVELOPMENT) ## ten minutes of all kinds of load at once on a service th
 	@mkdir -p $(RESULTS)
 	$(BIN)/python -m tests.service.soak.run --minutes 10 --json $(RESULTS)/soak.json \
 		--checkpoint examples/compact.safetensors
+
+scale-check: $(DEVELOPMENT) ## kill nodes of a Ray cluster under load, and let Ray Serve start networks
+	@mkdir -p $(RESULTS)
+	CMT_KILLS=$(RESULTS)/ray-kills.json $(BIN)/pytest -s -p no:cacheprovider \
+		tests/service/scale/long_kills.py tests/service/scale/long_ray_serve.py
 
 gpu-check: ## on a machine with a GPU: its tests and benchmarks, in eight minutes, without a network
 	@# Such a machine may have no environment of ours: its own Python has torch then.

@@ -15,6 +15,7 @@ from service.api import admin, backup, cameras, gallery, operate, page, query
 from service.api.deps import unambiguous
 from service.api.openapi import TITLE, openapi_document
 from service.auth.authorization import authorise
+from service.embedding.embedder import Backend
 from service.http import exception_handlers as problems
 from service.http.intake import Intake
 from service.http.middleware import (
@@ -31,8 +32,11 @@ from service.resources import State, open_resources
 from service.settings import Settings
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application for `settings`; nothing is opened before its lifespan starts."""
+def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI:
+    """The application for `settings`; nothing is opened before its lifespan starts.
+
+    backend: what embeds, None for a network in this process.
+    """
 
     metrics, tracing, drain = Metrics(), Tracing(settings.otlp_endpoint), DrainState()
     metrics.watch(
@@ -46,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        resources = open_resources(settings, metrics, tracing)
+        resources = open_resources(settings, metrics, tracing, backend)
         try:
             opened = await to_thread.run_sync(resources.__enter__)
         except Exception as error:
