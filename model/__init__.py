@@ -1,15 +1,10 @@
 """What a CMT checkpoint is and computes: no HTTP, no SQL, no optimiser.
 
-Names that need torch are imported on first use, so that `cmt --help` answers at once. `preprocess`
-is the exception: a late import would leave the module of that name in place of the function, so
-that module itself imports without torch.
+Names are imported on first use, so that `cmt --help` answers at once.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
-
-from model.config import CMTConfig, Modality
-from model.preprocess import preprocess
 
 if TYPE_CHECKING:
     from model.calibration import Calibration
@@ -21,6 +16,7 @@ if TYPE_CHECKING:
         store_calibration,
     )
     from model.cmt import CMT, CMTOutput, modulation_of
+    from model.config import CMTConfig, Modality
     from model.modulation import (
         Modulation,
         Strength,
@@ -31,6 +27,7 @@ if TYPE_CHECKING:
         part_distances,
         project,
     )
+    from model.pixels import preprocess
 
 __all__ = [
     "CMT",
@@ -56,11 +53,15 @@ __all__ = [
 ]
 
 
+# In this order a name is found before anything is loaded that it does not need, such as torch.
+_MODULES = ("config", "pixels", "modulation", "cmt", "checkpoint", "calibration")
+
+
 def __getattr__(name: str) -> object:
     """Find one of the names above in the module that defines it (PEP 562)."""
     if name in __all__:
-        for module in ("model.calibration", "model.checkpoint", "model.cmt", "model.modulation"):
-            found = getattr(import_module(module), name, None)
+        for module in _MODULES:
+            found = getattr(import_module(f"model.{module}"), name, None)
             if found is not None:
                 return found
     raise AttributeError(f"module 'model' has no attribute {name!r}")

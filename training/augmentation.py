@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from model.preprocess import normalise
+from model.pixels import normalise
 
 
 class AugmentationConfig(BaseModel):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model import CMT, Modality
-from model.preprocess import normalise
+from model.pixels import normalise
 from training.losses import identity_loss
 
 # For `imprint`: how many images of a person in each modality make the mean, and which scales are

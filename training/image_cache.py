@@ -31,7 +31,7 @@ from rich.progress import track
 
 from model.atomic_file import SHARED, whole_file, write_whole
 from model.pictures import POLICY
-from model.preprocess import resize
+from model.pixels import resize
 from model.terminal import Console
 from training.datasets.decoding import READERS, UnreadableImageError, decode
 from training.datasets.sample import DatasetError, Sample

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from model import CMT, Modality, Modulation, load_checkpoint, modulation_of
 from model.device import DeviceError, chosen_device
+from model.pixels import pixels_of
 from model.precision import Precision, PrecisionName, choose_precision
-from model.preprocess import pixels_of
 from service.embedding.torch_runtime import GpuBackend, TorchBackend
 from service.errors import MemoryExhausted, RuntimeUnavailable
 from service.images.decode import Crop

@@ -26,7 +26,7 @@ from model.atomic_file import PRIVATE, write_whole
 from model.config import MODALITIES
 from model.cores import allowed_cores
 from model.graphs import embedding_graph, to_openvino
-from model.preprocess import MEAN, STD
+from model.pixels import MEAN, STD
 from model.quiet_openvino import openvino
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class _Own(threading.local):
 
 
 def _of_pixels(graph: openvino.Model) -> openvino.Model:
-    """Add `model.preprocess.normalise` to the graph, so that the core of each image does it."""
+    """Add `model.pixels.normalise` to the graph, so that the core of each image does it."""
     steps = openvino.preprocess.PrePostProcessor(graph)
     pixels = steps.input()
     pixels.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from model import CMT, Modality
+from model.pixels import normalise
 from model.precision import Precision
-from model.preprocess import normalise
 
 
 class TorchBackend:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import CheckpointInfo
-from model.preprocess import resize
+from model.pixels import resize
 from service.errors import GalleryDamaged, ServiceError
 from service.gallery.records import StoredCrop
 from service.gallery.storage.replicas import Replicas

@@ -14,7 +14,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from model.preprocess import resize
+from model.pixels import resize
 from service.errors import ImageTooLarge, ServiceError
 from service.images.decode import Box, ImageLimits, decode
 from service.images.protocol import FACTS, READY, Order

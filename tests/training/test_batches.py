@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import Modality
-from model.preprocess import normalise
+from model.pixels import normalise
 from training.augmentation import AugmentationConfig, augment
 from training.datasets.sample import Sample
 from training.sampler import IdentityBalancedSampler, TrainingSetError

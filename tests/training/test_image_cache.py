@@ -20,7 +20,7 @@ from PIL import Image
 
 from model import CMTConfig, preprocess
 from model.pictures import POLICY
-from model.preprocess import normalise, resize
+from model.pixels import normalise, resize
 from service.images.decode import decode
 from training import image_cache
 from training.datasets.sample import DatasetError, Sample

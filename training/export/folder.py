@@ -13,7 +13,7 @@ from typing import Any
 from model import CheckpointInfo
 from model.graphs import Graph
 from model.machine import machine
-from model.preprocess import MEAN, STD
+from model.pixels import MEAN, STD
 from model.strict_json import read_json
 from training.export.formats import OPSET
 from training.export.parity import LEAST_COSINE, MOST_ERROR, MOST_SWAPPED, Parity

@@ -14,7 +14,7 @@ from model import CMTConfig, Modality
 from model.config import MODALITIES
 from model.csv_table import read_table
 from model.image_files import why_unusable
-from model.preprocess import normalise
+from model.pixels import normalise
 from training.datasets import LAYOUTS, DatasetError, DatasetName, Sample
 from training.image_cache import cached_images
 

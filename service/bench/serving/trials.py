@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from model.benchmark import Spread, seconds
-from model.preprocess import pixels_of
+from model.pixels import pixels_of
 from service.bench.crops import decoded, image_files
 from service.bench.serving.figures import CORRECTION, cores, corrected_rate, percentiles
 from service.bench.serving.filling import fill

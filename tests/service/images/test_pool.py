@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from model.preprocess import resize
+from model.pixels import resize
 from service.errors import (
     DecodeBudgetSpent,
     ImageTooLarge,
