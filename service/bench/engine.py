@@ -12,8 +12,8 @@ from torch import Tensor
 from model import CMTConfig, Modulation, project
 from service.bench.crops import BenchmarkDataError
 from service.gallery.feed import Stored
-from service.gallery.index.exact_topk import nearest_of
-from service.gallery.index.features import Features
+from service.gallery.index.exact_topk import first_rows, nearest_of
+from service.gallery.index.features import Features, Measured
 from service.gallery.index.gpu_index import obstacles
 from service.gallery.index.inner_products import Best, exhaustive
 from service.gallery.index.maintenance import INDEX_LEAST
@@ -77,8 +77,17 @@ class Engine:
         w, c = project(x, modulation)
         everything = [self._all] * len(x)
         best, exact = exhaustive(self._features, w, top, everything, exact=False)
+        features, first = self._features, None
+        if features.device.type != "cpu":  # as `Searcher` does
+            taken = [first_rows(features, w[q], b, top, exact=exact) for q, b in enumerate(best)]
+            first = features.rescore_together(
+                [(x[q], _one(modulation, q), b.positions) for q, b in enumerate(taken)]
+            )
         return [
-            self._nearest(x[q], _one(modulation, q), (w[q], float(c[q])), one, top, exact)
+            self._nearest(
+                *(x[q], _one(modulation, q), (w[q], float(c[q])), one, top, exact),
+                None if first is None else first[q],
+            )
             for q, one in enumerate(best)
         ]
 
@@ -97,12 +106,14 @@ class Engine:
         best: Best,
         top: int,
         exact: bool,
+        first: Measured | None,
     ) -> Positions:
         nearest = nearest_of(
             *(self._features, x, modulation, projected, best),
             searched=self.count,
             count=top,
             exact=exact,
+            first=first,
         )
         if not nearest.proven:
             raise BenchmarkDataError("rounding hides the nearest of these features")

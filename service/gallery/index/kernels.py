@@ -69,9 +69,10 @@ def best(
         largest = torch.empty(query_count, tiles, device=device)
         block = min(_MOST_QUERIES, max(_LEAST_QUERIES, triton.next_power_of_2(query_count)))
         with _current(device):
-            _score[(-(-query_count // block), tiles)](
+            blocks = -(-query_count // block)
+            _score[(blocks * tiles,)](  # other dimensions of a grid end at 65,535
                 *(here, both, sizes, flags, scores, largest),
-                *(query_count, tiles_of, tiles, *parts),
+                *(query_count, blocks, tiles_of, tiles, *parts),
                 ROWS=ROWS,
                 QUERIES=block,
                 NUMBERS=_NUMBERS,
@@ -171,7 +172,8 @@ def _products(rows, present, both, asked, low, begin, end, width, NUMBERS: tl.co
     return high_sum + low_sum * _LOW
 
 
-@triton.jit
+# Sizes that change with the gallery are no reason to compile again.
+@triton.jit(do_not_specialize=["query_count", "blocks", "tiles_of", "tiles"])
 def _score(
     table,
     both,
@@ -180,6 +182,7 @@ def _score(
     scores,
     largest,
     query_count,
+    blocks,
     tiles_of,
     tiles,
     y_numbers,
@@ -189,7 +192,7 @@ def _score(
     NUMBERS: tl.constexpr,
 ):
     """One tile of rows for some queries: all scores, and the largest of each query."""
-    tile = tl.program_id(1)
+    tile = tl.program_id(0) // blocks
     entry = table + tile // tiles_of * 4
     z = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.float16)), 16)
     first = tl.load(entry + 1)
@@ -197,7 +200,7 @@ def _score(
     scale = tl.load((entry + 3).to(tl.pointer_type(tl.float64))).to(tl.float32)
     row = (tile % tiles_of * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     present = row < count
-    asked = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    asked = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
     real = asked < query_count
     mask = tl.load(flags + asked * 2, mask=real, other=0).to(tl.pointer_type(tl.int8))
     length = tl.load(flags + asked * 2 + 1, mask=real, other=0)

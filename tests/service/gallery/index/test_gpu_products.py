@@ -47,7 +47,11 @@ def asked(count: int, scale: float = 1.0) -> tuple[Tensor, Modulation, Tensor]:
     return x, modulation, project(x, modulation)[0]
 
 
-def filled(blocks: Sequence[Tensor], device: str = "cpu") -> Features:
+# Where kernels run: elsewhere than on a GPU, Triton's interpreter takes tensors of the CPU.
+WHERE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def filled(blocks: Sequence[Tensor], device: str = WHERE) -> Features:
     features = Features(PARTS, DIM, "euclidean", device)
     for block in blocks:
         features.add(block.flatten(1).half().numpy())
@@ -74,13 +78,14 @@ def by_kernel(
 ) -> tuple[Tensor, Tensor]:
     width = PARTS * DIM
     y, s = halves(w[:, :width].float()), halves(w[:, width:].float())
-    queries = torch.cat([y[0], s[0]], 1), torch.cat([y[1], s[1]], 1)
+    queries = torch.cat([y[0], s[0]], 1).to(WHERE), torch.cat([y[1], s[1]], 1).to(WHERE)
     counts = [chunk.count for chunk in features.chunks]
-    flags = [torch.from_numpy(mask) for mask in masks]
+    flags = [torch.from_numpy(mask).to(WHERE) for mask in masks]
     scores, positions = kernels.best(features.chunks, counts, queries, flags, count, (width, DIM))
-    return scores, positions
+    return scores.cpu(), positions.cpu()
 
 
+@pytest.mark.gpu
 @pytest.mark.usefixtures("chunk_rows")
 @pytest.mark.parametrize(("queries", "scale"), [(1, 1e-3), (5, 300.0), (33, 1.0)])
 def test_the_kernel_scores_every_row_within_the_bound(
@@ -109,6 +114,7 @@ def masks_of(count: int, queries: int) -> list[Mask]:
     return masks[:queries] + [masks[0]] * (queries - len(masks))
 
 
+@pytest.mark.gpu
 @pytest.mark.usefixtures("chunk_rows")
 @pytest.mark.parametrize(("queries", "count"), [(5, 1), (32, 40), (5, 700)])
 def test_the_kernel_finds_the_best_that_a_mask_allows(
@@ -133,6 +139,7 @@ def test_the_kernel_finds_the_best_that_a_mask_allows(
         assert (exact[q, mine] >= exact[q, expected] - 2 * bound).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.usefixtures("chunk_rows")
 def test_of_equal_rows_as_many_are_found_as_are_wanted(kernels: ModuleType) -> None:
     y = random(4).repeat(250, 1, 1)
@@ -147,6 +154,7 @@ def test_of_equal_rows_as_many_are_found_as_are_wanted(kernels: ModuleType) -> N
     assert len(set(scores[0, :250].tolist())) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.usefixtures("chunk_rows")
 def test_rows_are_read_and_measured_wherever_they_are(kernels: ModuleType) -> None:
     y = random(1000)
@@ -154,10 +162,10 @@ def test_rows_are_read_and_measured_wherever_they_are(kernels: ModuleType) -> No
     x, modulation, _ = asked(3)
     places = np.random.default_rng(0).permutation(1000)[:200]
     whose = np.arange(200) % 3
-    rows = torch.from_numpy(kernels.addresses(features.chunks, places, whose))
-    assert torch.equal(kernels.gather(rows, PARTS * DIM), y.half()[places].flatten(1))
-    given = torch.cat([x, modulation.gamma[:, None], modulation.beta[:, None]], 1)
-    found = kernels.part_distances(rows, given, PARTS)
+    rows = torch.from_numpy(kernels.addresses(features.chunks, places, whose)).to(WHERE)
+    assert torch.equal(kernels.gather(rows, PARTS * DIM).cpu(), y.half()[places].flatten(1))
+    given = torch.cat([x, modulation.gamma[:, None], modulation.beta[:, None]], 1).to(WHERE)
+    found = kernels.part_distances(rows, given, PARTS).cpu()
     expected = part_distances(x, y.half().double()[places], modulation)[whose, np.arange(200)]
     assert_allclose(found.numpy(), expected.numpy(), rtol=1e-12)
     assert kernels.part_distances(rows[:0], given, PARTS).shape == (0, PARTS)
@@ -170,7 +178,7 @@ from triton.compiler import ASTSource
 from service.gallery.index import kernels
 
 names = kernels._score.arg_names
-kinds = ["*i64", "*fp16", "*fp32", "*i64", "*fp32", "*fp32", *["i32"] * 5, *["constexpr"] * 3]
+kinds = ["*i64", "*fp16", "*fp32", "*i64", "*fp32", "*fp32", *["i32"] * 6, *["constexpr"] * 3]
 by_16 = [*range(6), names.index("y_numbers"), names.index("s_numbers")]
 source = ASTSource(
     fn=kernels._score,
@@ -371,7 +379,7 @@ def test_the_kernels_of_a_gpu_answer_as_a_cpu_does() -> None:
     pytest.importorskip("triton")
     y = random(70_000)
     assert kernels_on(torch.device("cuda", 0)) is not None
-    features, there = filled([y]), filled([y], "cuda")
+    features, there = filled([y], "cpu"), filled([y], "cuda")
     _, _, w = asked(33)
     masks: list[npt.NDArray[np.bool_]] = masks_of(len(y), 33)
     for mine, theirs in zip(scan(features, w, 300, masks), scan(there, w, 300, masks), strict=True):
