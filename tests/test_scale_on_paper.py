@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from scripts.scale_on_paper import COLUMNS, MEASURED_ROWS, Network, main, measured
 from service.gallery.feed import Stored
 from service.gallery.index.columns import Columns
@@ -34,7 +36,7 @@ def test_a_crop_takes_as_many_bytes_as_the_gallery_says() -> None:
             cameras=[None] * count,
             modalities=["rgb"] * count,
             captured=[None] * count,
-            features=None,  # type: ignore[arg-type] - columns hold none
+            features=np.empty((count, 0), np.float16),  # columns hold none
         )
     )
     assert columns.bytes == count * COLUMNS
