@@ -27,6 +27,7 @@ from service.gallery.index.chunks import scale_for
 from service.gallery.index.faiss_module import faiss, version
 from service.gallery.index.recall_index import GPU_KINDS, RecallIndex, is_gpu_kind
 from service.gallery.records import IndexKind
+from service.kit.memory import is_out_of_memory
 
 MOST_FETCHED = 2048  # rows, and lists that are probed
 # Bytes that FAISS takes of a GPU, and of pinned memory, for an index; its own choice is 1.5 GiB.
@@ -127,20 +128,28 @@ class GpuIndex(RecallIndex):
     def search_batch(
         self, projected: npt.NDArray[np.float32], count: int, allowed: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """As on a CPU, but fewer rows than asked for, or none, where FAISS cannot fetch enough."""
+        """As on a CPU, but fewer rows than asked for, or none, where FAISS cannot fetch enough.
+
+        Nor where it has no memory.
+        """
         total = int(np.count_nonzero(allowed))
         count = min(count, total)
         fetched = self._to_fetch(count, total)
         if count == 0 or fetched > MOST_FETCHED:
-            nothing = np.full((len(projected), count), -1, np.int64)
-            return np.full(nothing.shape, -np.inf, np.float32), nothing
+            return _nothing(len(projected), count)
         queries = projected.copy()
         queries[:, -self._dim :] /= self._scale
         sizes = np.exp2(np.ceil(np.log2(np.abs(queries).max(1, keepdims=True).clip(1e-30))))
         queries = np.ascontiguousarray(queries / sizes, np.float32)
-        with self._using:
-            self._probe()
-            scores, positions = self._faiss.search(queries, fetched, params=self._given(fetched))
+        try:
+            with self._using:
+                self._probe()
+                found = self._faiss.search(queries, fetched, params=self._given(fetched))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return _nothing(len(projected), count)
+        scores, positions = found
         real = (positions >= 0) & (positions < len(allowed))
         real &= allowed[np.where(real, positions, 0)]
         first = np.argsort(~real, axis=1, kind="stable")[:, :count]
@@ -176,6 +185,11 @@ class GpuIndex(RecallIndex):
         # A later s may be larger than can be: its row is then found sooner than it should be.
         np.minimum(s * self._scale, _LARGEST, out=s)
         return vectors
+
+
+def _nothing(queries: int, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    positions = np.full((queries, count), -1, np.int64)
+    return np.full(positions.shape, -np.inf, np.float32), positions
 
 
 def make_index(

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.gallery.index.chunks import Chunk, Mask
+from service.kit.device_loss import is_device_lost
+from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ def _kernels(number: int) -> ModuleType | None:
         there = torch.tensor([[row.data_ptr(), 0]], device=device)
         built = bool((kernels.gather(there, 16) == row).all())
     except Exception as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise  # says nothing about Triton
         reason = str(error).partition("\n")[0]
         log.warning("Triton builds no kernels (%s): a search takes more launches", reason)
         return None

@@ -258,6 +258,22 @@ def test_threads_share_an_index_and_no_resources_object(driver: type[Driver]) ->
     shard.close()
 
 
+@pytest.mark.usefixtures("faked")
+def test_where_faiss_has_no_memory_all_rows_are_multiplied(driver: type[Driver]) -> None:
+    y = features()
+    shard = Shard(CONFIG, "cuda", "GPU-Flat")
+    shard.add(stored(y))
+    shard.wait()
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("StandardGpuResources: alloc fail type TemporaryMemoryBuffer")
+
+    [made] = driver.made
+    made.search = failing  # type: ignore[method-assign]
+    assert search(shard, 1, 20) == ranking(y, 1)[:20]
+    shard.close()
+
+
 @pytest.mark.usefixtures("driver")
 def test_numbers_beyond_fp16_are_scaled_and_scores_are_not() -> None:
     y = 100 * features(2000)
