@@ -30,6 +30,7 @@ from service.gallery.records import IndexKind
 from service.kit.memory import is_out_of_memory
 
 MOST_FETCHED = 2048  # rows, and lists that are probed
+_CAGRA_FETCHED = 512  # rows; also the breadth of its search, which one block of threads holds
 # Bytes that FAISS takes of a GPU, and of pinned memory, for an index; its own choice is 1.5 GiB.
 _TEMPORARY, _PINNED = 256 << 20, 64 << 20
 _SPARE = 1.25  # more rows are fetched than a mask would leave on average, this many times as many
@@ -135,7 +136,7 @@ class GpuIndex(RecallIndex):
         total = int(np.count_nonzero(allowed))
         count = min(count, total)
         fetched = self._to_fetch(count, total)
-        if count == 0 or fetched > MOST_FETCHED:
+        if count == 0 or fetched > (_CAGRA_FETCHED if self.kind == "GPU-CAGRA" else MOST_FETCHED):
             return _nothing(len(projected), count)
         queries = projected.copy()
         queries[:, -self._dim :] /= self._scale
@@ -174,7 +175,7 @@ class GpuIndex(RecallIndex):
             return None
         parameters = faiss.SearchParametersCagra()
         # The breadth of the search, in warps' shares of 32.
-        parameters.itopk_size = -(-max(64, 2 * fetched) // 32) * 32
+        parameters.itopk_size = min(_CAGRA_FETCHED, -(-max(64, 2 * fetched) // 32) * 32)
         return parameters
 
     def _scaled(self, lifted: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -90,7 +90,7 @@ class Driver:
         if getattr(params, "sel", None) is not None:
             raise RuntimeError("this GPU index does not support a selector")
         if self.kind == "cagra":
-            assert params.itopk_size >= k
+            assert k <= params.itopk_size <= 512
             assert params.itopk_size % 32 == 0
         self.most_fetched = max(self.most_fetched, k)
         if self.kind == "ivf":
