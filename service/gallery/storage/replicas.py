@@ -43,11 +43,11 @@ _REST = 0.02  # seconds between two rounds, so that one serves many commits
 _CLOCK_BOUND = 5.0  # seconds that a replica's clock may differ from the database's, unsaid
 
 _TABLES = (
-    """CREATE UNLOGGED TABLE IF NOT EXISTS cmt_replicas (id text PRIMARY KEY, host text NOT NULL,
+    """CREATE UNLOGGED TABLE cmt_replicas (id text PRIMARY KEY, host text NOT NULL,
        release text NOT NULL, model text NOT NULL, seen timestamptz NOT NULL)""",
-    """CREATE UNLOGGED TABLE IF NOT EXISTS cmt_tasks (name text PRIMARY KEY, holder text NOT NULL,
+    """CREATE UNLOGGED TABLE cmt_tasks (name text PRIMARY KEY, holder text NOT NULL,
        until timestamptz NOT NULL, details text NOT NULL)""",
-    """CREATE UNLOGGED TABLE IF NOT EXISTS cmt_rates (who text, rate text, counts text NOT NULL,
+    """CREATE UNLOGGED TABLE cmt_rates (who text, rate text, counts text NOT NULL,
        PRIMARY KEY (who, rate))""",
 )
 _LIVE = f"interval '{LIVE} seconds'"
@@ -109,14 +109,14 @@ class Replicas:
     """This process among those on the PostgreSQL database `url`. Thread-safe.
 
     Open it before anything of the gallery is changed. model: fingerprint of the checkpoint in use.
-    Raises GalleryVersion where living replicas are of another
-    release, and ModelVersionConflict where they search with another checkpoint, unless one of the
-    two is about to follow the other to the version that the gallery has gone on to. It says:
-    leads: whether background work that one replica does for all is this one's. others: how many
-    more replicas live. successor: fingerprint of the version that the gallery has gone on to, None
-    where `model` is not retired. run_elsewhere: the newest run, where it is another replica's and
-    has not come to its end. clock_ahead: seconds by which this machine's clock is ahead of the
-    database's.
+    Raises GalleryVersion where living replicas are of another release, and ModelVersionConflict
+    where they search with another checkpoint, unless one of the two is about to follow the other to
+    the version that the gallery has gone on to.
+
+    It says: others: how many more replicas live. successor: fingerprint of the version that the
+    gallery has gone on to, None where `model` is not retired. run_elsewhere: the newest run, where
+    it is another replica's and has not come to its end. clock_ahead: seconds by which this
+    machine's clock is surely ahead of the database's. listens: whether NOTIFY reaches it.
     """
 
     def __init__(self, folder: Path, url: str, model: str) -> None:
@@ -149,8 +149,9 @@ class Replicas:
         seen: dict[str, datetime] = {}
         while True:
             with self._database.writing() as connection:
-                for table in _TABLES:
-                    connection.execute(text(table))
+                if not inspect(connection).has_table("cmt_rates"):  # else no right is needed
+                    for table in _TABLES:
+                        connection.execute(text(table))
                 misfits = {row.id: row for row in self._misfits(connection)}
                 if not misfits:
                     connection.execute(
@@ -366,8 +367,9 @@ class Replicas:
 
     def _compare_clocks(self, ahead: timedelta, took: float) -> None:
         """Say once that the clocks differ. took: seconds between the looks at the two, at most."""
-        self.clock_ahead = ahead.total_seconds()
-        wrong = clocks_differ(self.clock_ahead, took)
+        seconds = ahead.total_seconds()
+        self.clock_ahead = math.copysign(max(0.0, abs(seconds) - took), seconds)
+        wrong = self.clocks_differ()
         if wrong is not None and not self._clock_told:
             log.warning("%s", wrong)
         self._clock_told = wrong is not None
