@@ -5,14 +5,16 @@
 #     scripts/debian_engine.sh FOLDER make image-check
 #
 # FOLDER gets a Debian with Podman and Compose (0.6 GB, once), its images, and a base image with
-# Python to build on, localhost/debian-python; the certificates that this machine trusts are trusted
-# in it. The command finds `docker`, `docker-compose`, and in its environment DOCKER_HOST, BASE, and
-# MORE, a compose file with what has to differ from docker-compose.yml here. In the end the engine,
-# its containers and networks are gone; remove FOLDER when you need it no more.
+# Python to build on, localhost/debian-python:SUITE, in which the certificates that this machine
+# trusts are trusted. The command finds `docker` and `docker-compose`, and in its environment
+# DOCKER_HOST, BASE, and MORE, a compose file with what has to differ from docker-compose.yml here.
+# In the end the engine, its containers and networks are gone; remove FOLDER when you need it no
+# more.
 #
-# BASE_SUITE: the release of Debian that the base image is of: bookworm has Python 3.11, trixie 3.13.
+# BASE_SUITE: the release of Debian that the base image is of; bookworm has Python 3.11 and trixie,
+# which is taken unless set, 3.13.
 set -eu
-[ $# -ge 2 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 shift
@@ -55,8 +57,8 @@ graphroot = "$folder/storage"
 runroot = "/run/containers/storage"
 END
 echo '{"default": [{"type": "insecureAcceptAnything"}]}' >"$engine/etc/containers/policy.json"
-# Podman has no log driver `local`; the build shares the machine's network, as its indexes of packages
-# may be there.
+# Podman has no log driver `local`; the build shares the machine's network, as its indexes of
+# packages may be there.
 cat >"$folder/more.yml" <<END
 services:
   cpu: {logging: {driver: json-file}, build: {network: host}}
@@ -69,8 +71,8 @@ for program in docker docker-compose; do
     chmod +x "$folder/bin/$program"
 done
 
-# A chroot does not do: containers are made with pivot_root, which needs a root that is a mount. With
-# their own process ids, all that the engine has started ends when it does.
+# A chroot does not do: containers are made with pivot_root, which needs a root that is a mount.
+# With their own process ids, all that the engine has started ends when it does.
 enter() {
     exec unshare --mount --propagation private --pid --fork --kill-child sh -euc '
         root=$0 folder=$1
@@ -106,6 +108,6 @@ until [ -S "$socket" ]; do
     sleep 0.2
 done
 export PATH="$folder/bin:$PATH" DOCKER_HOST="unix://$socket" DOCKER_BUILDKIT=0
-export BASE=localhost/debian-python MORE="$folder/more.yml"
-docker import "$base" "$BASE" >/dev/null
+export BASE="localhost/debian-python:$suite" MORE="$folder/more.yml"
+docker image inspect "$BASE" >/dev/null 2>&1 || docker import "$base" "$BASE" >/dev/null
 "$@"

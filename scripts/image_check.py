@@ -534,8 +534,9 @@ def main() -> int:
             "scripts/debian_engine.sh for a machine without a container engine"
         )
     files = [file.resolve() for file in options.file]
-    # As Ctrl-C does, so that what was started is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # So that what was started is removed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     return 0 if check(options.service, files, options.out, keep=options.keep) else 1
 
 
