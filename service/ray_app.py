@@ -22,6 +22,7 @@ from service.embedding.embedder import Embedder
 from service.observability.logs import configure_logs
 from service.settings import Settings, load_settings
 
+_HOST = "0.0.0.0"  # Ray Serve's own unless told otherwise, so that keys are needed
 _SECONDS = 60.0  # that a batch may take, the start of a replica included
 _PATIENCE = 5.0  # that more batches are under way than wanted, before another replica is started
 _QUEUED = 2  # batches at a replica: the next one is there when one is done
@@ -87,11 +88,12 @@ class Ingress:
 def build(arguments: dict[str, str]) -> serve.Application:
     """The application for Ray Serve.
 
-    arguments: settings of the service by name, over the environment's CMT_<NAME>; and
+    arguments: settings of the service by name, over the environment's CMT_<NAME>, where `host` says
+    whether Ray Serve listens on the loopback address alone and needs no keys; and
     `least_networks`, `most_networks` (1 and 4): between how many replicas of the network Ray
     chooses, `network_cpus`, `network_gpus` (1 and 0): what each has.
     """
-    given: dict[str, Any] = dict(arguments)
+    given: dict[str, Any] = {"host": _HOST, **arguments}
     least, most = (int(given.pop(f"{name}_networks", n)) for name, n in (("least", 1), ("most", 4)))
     cpus, gpus = (float(given.pop(f"network_{name}", n)) for name, n in (("cpus", 1), ("gpus", 0)))
     values = load_settings(**given).model_dump(mode="json", exclude_unset=True)

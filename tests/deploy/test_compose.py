@@ -24,7 +24,7 @@ from tests.test_project import PROJECT
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
-OURS = ("gpu", "cpu")
+OURS = ("gpu", "cpu", "ray")
 # The image and the profile set these: the container would not work, or not safely, with others.
 FIXED = {"api_keys_file", "data_dir", "device", "host", "port"}
 EXAMPLE = (ROOT / ".env.example").read_text()
@@ -61,7 +61,7 @@ def test_it_serves_on_a_gpu_unless_told_otherwise() -> None:
         assert (ROOT / build["context"] / build["dockerfile"]).is_file()
         assert build["args"]["EXTRA"] in PROJECT["project"]["optional-dependencies"]
         assert "data:/data" in map(filled, SERVICES[name]["volumes"])
-        assert SERVICES[name]["environment"]["CMT_DEVICE"] == {"gpu": "cuda", "cpu": "cpu"}[name]
+        assert SERVICES[name]["environment"]["CMT_DEVICE"] == ("cuda" if name == "gpu" else "cpu")
 
 
 def test_every_setting_can_be_made_in_the_env_file() -> None:
@@ -71,7 +71,8 @@ def test_every_setting_can_be_made_in_the_env_file() -> None:
         assert passed.keys() == settings | {"CMT_DEVICE"}
         # Without a value: compose takes it from .env or the shell, and leaves it out otherwise.
         given = {key for key, value in passed.items() if value is not None}
-        assert given == {"CMT_DEVICE", "CMT_TRUSTED_PROXIES"}
+        sharded = {"CMT_ENGINE", "CMT_SHARDS"} if name == "ray" else set()
+        assert given == {"CMT_DEVICE", "CMT_TRUSTED_PROXIES"} | sharded
     assert {name for name in shown() if name.startswith("CMT_")} == settings | {"CMT_PUBLISH"}
     for name in FIXED:
         assert re.search(rf"^# .*\bCMT_{name.upper()}\b", EXAMPLE, re.MULTILINE), name

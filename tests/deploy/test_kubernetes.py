@@ -6,16 +6,19 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from service.auth.authorization import ROUTE_SCOPES
 from service.auth.keys import KeyFile
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 from tests.deploy import pod as pods
 from tests.deploy.kustomize import Manifest, build, documents
 from tests.deploy.pod import Pod, Volume, running
@@ -81,7 +84,35 @@ def test_every_file_is_in_a_kustomization_or_stands_for_itself() -> None:
         for customization in FOLDER.rglob("kustomization.yaml")
         for name in re.findall(r"^  - (\S+\.yaml)$", customization.read_text(), re.MULTILINE)
     }
-    assert files - named == {FOLDER / "secrets.example.yaml", FOLDER / "maintenance.yaml"}
+    alone = {"secrets.example.yaml", "maintenance.yaml", "ray/rayservice.yaml"}
+    assert files - named == {FOLDER / name for name in alone}
+
+
+def test_the_ray_service_starts_pods_and_an_application_that_exist(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    (manifest,) = documents(FOLDER / "ray" / "rayservice.yaml")
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    cluster = manifest["spec"]["rayClusterConfig"]
+    assert cluster["rayVersion"] == version("ray")
+    assert cluster["authOptions"] == {"mode": "token"}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}}
+        for kubernetes in KUBERNETES:
+            kubernetes_validate.validate(pod | group["template"], kubernetes, strict=True)
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["securityContext"] == container_of("cpu")["securityContext"]
+        names = {one["name"] for one in container["env"]}
+        assert {"CMT_API_KEYS_FILE", "CMT_DATABASE_URL"} <= names
+    config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    made = {"checkpoint": str(tiny_checkpoint), "data_dir": "data"}
+    build_application = getattr(import_module(module), name)
+    with pytest.raises(SettingsError, match="there is no API key"):  # for other machines, too
+        build_application(application["args"] | made)
+    local = {"host": "127.0.0.1"}
+    assert build_application(application["args"] | made | local) is not None
 
 
 def test_the_pod_for_restoring_has_the_volume_and_no_more_rights() -> None:

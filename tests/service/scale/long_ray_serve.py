@@ -25,6 +25,7 @@ def test_the_same_application_with_as_many_networks_as_are_needed(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = {"checkpoint": tiny_checkpoint, "data_dir": tmp_path, "runtime": "torch"}
+    given["host"] = "127.0.0.1"
     of_ray = {"engine": "ray", "shards": 2, "most_networks": 2, "network_cpus": 0.1}
     ray.init(address=nodes.address, namespace="cmt", log_to_driver=False)
     try:
