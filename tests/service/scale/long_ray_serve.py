@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import ray
 from ray import serve
+from ray.serve.schema import ReplicaState
 
 from service.ray_app import build
 from tests.service.scale.conftest import Nodes
@@ -48,8 +49,8 @@ def test_the_same_application_with_as_many_networks_as_are_needed(
                     assert time.monotonic() < deadline, "no second network is started"
                     list(clients.map(lambda crop: enrolled(http, crop), visible * 6))
     finally:
-        serve.shutdown()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 def enrolled(http: httpx.Client, crop: Path) -> str:
@@ -61,4 +62,5 @@ def enrolled(http: httpx.Client, crop: Path) -> str:
 def networks() -> int:
     """Replicas of the network that run."""
     deployments = serve.status().applications["cmt"].deployments
-    return deployments["network"].replica_states.get("RUNNING", 0)
+    running: int = deployments["network"].replica_states.get(ReplicaState.RUNNING, 0)
+    return running
