@@ -16,7 +16,7 @@ import httpx
 
 from service.api.schemas import BatchAnswer
 from service.client.requests import Call, Unreachable, enroll_batch, item_path, parsed
-from service.client.stream import EntryResult, Exchange, Loaded
+from service.client.stream import Enrolled, EntryResult, Exchange, Loaded
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Spread(Generic[S]):
         self._lock = threading.Lock()
         self._on_way = [0] * len(services)
         self._rests_until = [0.0] * len(services)
-        self._enrolled: tuple[int, Loaded] | None = None  # by whom, and what
+        self._enrolled: tuple[int, Enrolled] | None = None  # by whom, and what
         self._one_gallery: set[int] = set()
 
     def enroll(self, entries: Sequence[Loaded | EntryResult]) -> Steps[S, list[EntryResult]]:
@@ -121,22 +121,25 @@ class Spread(Generic[S]):
     def _compared(self, place: int) -> Steps[S, httpx.Response | None]:
         """Have a service repeat what another enrolled → its answer if it is none for now.
 
-        Raises OtherGallery where it did not know that.
+        Raises OtherGallery where that is another item there.
         """
         if self._enrolled is None or place in self._one_gallery:
             return None
-        other, known = self._enrolled
+        other, (known, item_id) = self._enrolled
         address, service = self._services[place]
         response = yield Step(service, enroll_batch([known.image], [known.item]), 1)
         if response.status_code in _ELSEWHERE:
             return response
         [result] = parsed(response, BatchAnswer).results
-        if result.item is not None and result.status == 201:
-            yield Step(service, Call("DELETE", item_path(result.item.id)), 1)
+        if result.item is None:
+            return None
+        # By its id: another thread may have it repeated there at the same moment.
+        if result.item.id != item_id:
+            if result.status == 201:  # and not there before
+                yield Step(service, Call("DELETE", item_path(result.item.id)), 1)
             raise OtherGallery(
                 f"{address} does not know what {self._services[other][0]} has enrolled; name only "
                 "services of one gallery, which share a database"
             )
-        if result.item is not None:
-            self._one_gallery.add(place)
+        self._one_gallery.add(place)
         return None

@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -64,6 +64,13 @@ class Loaded:
     entry: Entry
     image: bytes
     item: BatchItem
+
+
+class Enrolled(NamedTuple):
+    """An entry with the id of its item."""
+
+    entry: Loaded
+    item_id: str
 
 
 class Batcher:
@@ -153,12 +160,12 @@ class Exchange:
         group = [self._loaded[at] for at in self._waiting[-1]]
         return enroll_batch([one.image for one in group], [one.item for one in group])
 
-    def answer(self, response: httpx.Response) -> Loaded | None:
+    def answer(self, response: httpx.Response) -> Enrolled | None:
         """Take the answer to `next_call` → one of the entries that are enrolled by it, if any is.
 
         Raises Unreachable, and ServiceProblem where all other requests would be refused, too.
         """
-        enrolled = None
+        enrolled: Enrolled | None = None
         group = self._waiting.pop()
         try:
             results = parsed(response, BatchAnswer).results
@@ -176,7 +183,7 @@ class Exchange:
                 self._waiting.append([at])
                 continue
             if result.item is not None:
-                enrolled = self._loaded[at]
+                enrolled = Enrolled(self._loaded[at], result.item.id)
             reason = None if result.problem is None else result.problem.detail
             self._results[at] = EntryResult(
                 self._loaded[at].entry, result.item, reason, result.status, code

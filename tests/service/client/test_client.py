@@ -163,11 +163,13 @@ ITEM_ID = "0198c6f2-7d3e-7a55-9b0e-3f1f6f6f2a10"
 
 
 def sent_to() -> tuple[list[tuple[str, bytes]], httpx.MockTransport]:
-    """Method and target of what is sent through a transport that answers {} to everything."""
+    """Method and target of what is sent through a transport that answers {}, or that it is gone."""
     seen: list[tuple[str, bytes]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append((request.method, request.url.raw_path))
+        if request.method == "DELETE" and not request.url.query:
+            return httpx.Response(204)
         return httpx.Response(200, content=b"{}", headers={"Content-Type": "image/jpeg"})
 
     return seen, httpx.MockTransport(answer)
@@ -488,6 +490,11 @@ def test_a_stream_is_not_divided_between_two_galleries(
             list(client.enroll_many(entries, per_request=1, others=[other]))
         assert client.list().total > 0
         assert other.list().total == 0
+        # Nor where the other one has the same pictures, which it keeps.
+        assert all(one.item is not None for one in other.enroll_many(entries))
+        with pytest.raises(OtherGallery):
+            list(client.enroll_many(entries, others=[other], per_request=1))
+        assert other.list().total == len(entries)
 
 
 def test_a_busy_service_leaves_its_share_to_another() -> None:
