@@ -95,8 +95,8 @@ def test_every_import_is_required_where_it_is_used(package: str, extras: list[st
     required = {canonicalize_name(Requirement(line).name) for line in lines}
     distributions = packages_distributions()
     for file in (ROOT / package).rglob("*.py"):
-        # pydantic_core is pydantic's other half: each release pins the one of the other. Triton comes
-        # with a torch that is built for CUDA; without it the index goes without its kernels.
+        # pydantic_core is pydantic's other half: each release pins the one of the other. Triton
+        # comes with a torch that is built for CUDA; without it the index goes without its kernels.
         for name in (
             imports(file) - PACKAGES - sys.stdlib_module_names - {"pydantic_core", "triton"}
         ):

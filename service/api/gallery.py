@@ -52,8 +52,8 @@ _CACHED = (
     "private, no-cache"  # of a picture: kept by a browser, and asked for again before it is shown
 )
 _PENDING = (
-    "Erased, so that nothing finds it any more; the object storage does not answer, and deletes the "
-    "picture once it does."
+    "Erased, so that nothing finds it any more; the object storage does not answer, and deletes "
+    "the picture once it does."
 )
 _ITEMS_BYTES = BATCH_IMAGES * 16 * 1024  # 8 KB of metadata and the other fields of each image
 

@@ -28,7 +28,8 @@ class Stored:
     features: npt.NDArray[np.float16]
 
 
-class Slice(NamedTuple):
+@dataclass(frozen=True)
+class Slice:
     """One of `count` shares of a gallery: the items whose row numbers it takes, by a hash.
 
     The fraction of a multiple of the golden ratio: shares differ by few items, and none gets all

@@ -118,7 +118,7 @@ def soak(
     fingerprints = {load_checkpoint(file)[1].fingerprint for file in files}
     keys = KeyFile(folder / "keys.json")
     _, token = keys.create("soak", ["query", "enroll", "admin"])
-    settings = {"api_keys_file": keys.path, "runtime": runtime, "max_receiving": 64}
+    settings: dict[str, Any] = {"api_keys_file": keys.path, "runtime": runtime, "max_receiving": 64}
     ledger, calls, dice = Ledger(fingerprints), Calls(), random.Random(seed)
     pause = min(60.0, max(1.0, 60 * minutes / 4))
     data = folder / "data"

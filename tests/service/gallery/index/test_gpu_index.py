@@ -292,6 +292,8 @@ def test_numbers_beyond_fp16_are_scaled_and_scores_are_not() -> None:
 
 
 def test_a_kind_that_cannot_be_built_here_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("StandardGpuResources", "GpuIndexFlatIP", "GpuIndexCagra"):  # of a FAISS for GPUs
+        monkeypatch.delattr(faiss, name, raising=False)
     check_kind("HNSW", "cpu")
     with pytest.raises(IndexKindError, match="GPU-Flat needs a GPU, and this gallery is on the"):
         check_kind("GPU-Flat", "cpu")

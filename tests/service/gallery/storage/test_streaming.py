@@ -143,7 +143,8 @@ def test_slices_share_the_gallery(store: Store, shares: int) -> None:
     numbers = [n for n, _ in store.add(new(400), rows(400))]
     store.update(store.fetch([numbers[7]])[numbers[7]].id, ItemUpdate(person_id="p"))
     store.delete(numbers[90:120])
-    whole, seen = all_of(store), {}
+    whole = all_of(store)
+    seen: dict[int, object] = {}
     for index in range(shares):
         mine = Slice(index, shares)
         with store.database.reading() as connection:
