@@ -15,6 +15,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 from service.errors import RuntimeUnavailable
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 # What one that is started here keeps of answers on their way: some megabytes for each query.
 _OBJECT_BYTES = 200_000_000
 _NAMESPACE = "cmt"
+_PREFIX = "cmt-ray-"
 _KNOCK_SECONDS = 5.0  # that an address may take to accept a connection
 _ACTION_BYTES = 256  # more than a `struct sigaction` of any C library takes
 
@@ -112,7 +114,8 @@ class Cluster:
                 self.ray.init(address=address, **usual)
                 return
             # Below /tmp, since the names of its sockets may not be long.
-            self._folder = tempfile.mkdtemp(prefix="cmt-ray-")
+            _remove_leftovers()
+            self._folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
             self.ray.init(
                 address="local",
                 num_cpus=cores,
@@ -130,6 +133,14 @@ class Cluster:
                     f"{tempfile.gettempdir()}, or {instead}"
                 ) from error
             raise RuntimeUnavailable(_no_cluster(address, reason, instead)) from error
+
+
+def _remove_leftovers() -> None:
+    """Remove the folders of clusters whose process was killed: answers may lie in them."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        process = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if process.isdigit() and not Path("/proc", process).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -79,8 +79,8 @@ class RayCrew:
         for call in ready:
             try:
                 answers[places[call]] = self._ray.get(call)
-            except NotLoaded as error:
-                self._leave_out(places[call], None, str(error.args[0]))
+            except NotLoaded:
+                self._leave_out(places[call], None, "it still reads its items")
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except self._ray.exceptions.RayError as error:

@@ -30,11 +30,15 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class LocalCrew:
-    """Shards in this process. `missing` are the places of those that do not answer."""
+    """Shards in this process. `missing` are the places of those that do not answer.
+
+    closed: whether they were ended.
+    """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.shards = [SliceShard(plan) for plan in plans]
         self.missing: set[int] = set()
+        self.closed = False
         for shard in self.shards:
             shard.loaded()
 
@@ -56,6 +60,7 @@ class LocalCrew:
         """Nothing: a search follows by itself."""
 
     def close(self) -> None:
+        self.closed = True
         for shard in self.shards:
             shard.close()
 

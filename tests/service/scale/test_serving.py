@@ -43,7 +43,9 @@ def listening() -> set[str]:
 def test_one_command_serves_a_gallery_in_shards(
     tmp_path: Path, tiny_checkpoint: Path, visible: list[Path], infrared: list[Path]
 ) -> None:
-    before, others = listening(), sessions()
+    killed = Path(tempfile.mkdtemp(prefix="cmt-ray-999999999-"))  # no process has this number
+    (killed / "answers").write_bytes(b"of a service that was killed")
+    before, others = listening(), sessions() - {killed}
     service = ServiceProcess(tmp_path / "data", tiny_checkpoint, engine="ray", shards=2)
     with service, service.client() as http:
         ids = []
@@ -63,7 +65,8 @@ def test_one_command_serves_a_gallery_in_shards(
         with pytest.raises(GalleryLocked):
             FolderLock(tmp_path / "data")
         assert listening() <= before
-        (session,) = sessions() - others
+        (session,) = sessions() - others  # and those of living processes stay
+        assert not killed.exists()
         assert len(processes_of(session)) > 2
         assert_no_defect(service)
     assert service.process.returncode == 0

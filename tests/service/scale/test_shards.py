@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from service.errors import ShardsMissing
+from service.errors import ModelVersionConflict, ShardsMissing
 from service.gallery import Filters, Gallery, ItemUpdate
+from service.images.decode import Crop
 from tests.service.scale.crews import (
     assert_equal,
     features,
@@ -91,4 +95,25 @@ def test_a_search_sees_what_was_written_before_it(tmp_path: Path) -> None:
             )
             assert [hit.item.id for hit in found.hits] == [item.id]
     assert gallery.search(rows[0], None, top_k=1).searched == 20
+    gallery.close()
+
+
+def test_embedding_again_starts_shards_of_the_new_checkpoint(tmp_path: Path) -> None:
+    gallery, before = open_sharded(tmp_path, info(), 2)
+    fill(gallery, 40, seed=3)
+    after = replace(info(), fingerprint="b" * 64)
+
+    def embed(crops: Sequence[Crop]) -> torch.Tensor:
+        return torch.stack([features(8, 4)[0 if one.modality == "ir" else 1] for one in crops])
+
+    gallery.reembed(after, embed)
+    with pytest.raises(ModelVersionConflict):
+        gallery.search(features(8, 4)[0], None, top_k=1, model="a" * 64)
+    found = gallery.search(features(8, 4)[0].half().float(), None, top_k=40)
+    assert found.shards_ok == 2
+    distances = [hit.distance for hit in found.hits if hit.item.modality == "ir"]
+    assert distances == [0] * len(distances)
+    assert 0 < len(distances) < found.searched
+    assert before.closed
+    gallery.check()
     gallery.close()
