@@ -9,16 +9,17 @@ by keys that are equal in every shard, since a code is a shard's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from model import CMTConfig, Modulation
-from service.gallery.index.features import Features, Norms
+from service.gallery.index.features import Features
 from service.gallery.index.searcher import (
     SAMPLE,
     WHOLE,
@@ -175,6 +176,23 @@ class _All:
     unlabelled: int
 
 
+class _Told(Features):
+    """Features of a few rows that shards have told, where they lie: a chunk would be a copy."""
+
+    def __init__(self, config: CMTConfig, rows: npt.NDArray[np.float16]) -> None:
+        super().__init__(config.parts, config.dim, config.metric, "cpu")
+        self._rows = torch.from_numpy(rows)
+
+    def _by_device(
+        self, positions: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[torch.device, npt.NDArray[np.int64]]]:
+        if len(positions):
+            yield self.device, np.arange(len(positions))
+
+    def _gather(self, positions: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+        return self._rows[torch.from_numpy(positions)]
+
+
 class _Names:
     """Places of row numbers and codes of people for the findings of one call.
 
@@ -193,7 +211,7 @@ class _Names:
         self._people = np.unique(_joined([one.shown for one in answers]))
         width = config.parts * config.dim
         rows = [one.features for one in answers] or [np.empty((0, width), np.float16)]
-        self.features = _features(config, np.concatenate(rows)[first])
+        self.features = _Told(config, np.concatenate(rows)[first])
 
     def places(self, numbers: Integers) -> Integers:
         """Of rows, by number."""
@@ -208,16 +226,6 @@ class _Names:
         flags = np.zeros(len(self._people), np.bool_)
         flags[self.codes(_joined(keys))] = True
         return flags
-
-
-def _features(config: CMTConfig, rows: npt.NDArray[np.float16]) -> Features:
-    """Some rows on the host, for what is measured between them."""
-    features = Features(config.parts, config.dim, config.metric, "cpu")
-    if len(rows):
-        chunk = features.new_chunk(1.0, rows=len(rows))
-        chunk.append(torch.from_numpy(rows), torch.zeros(len(rows), config.dim))
-        features.adopt([chunk], Norms())
-    return features
 
 
 def merged(
