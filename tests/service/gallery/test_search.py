@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model import CheckpointInfo, CMTConfig, Modulation
 from service.gallery import Filters, Gallery, ItemUpdate, NewItem, SearchResult
+from service.gallery.storage.replicas import Replicas
 from service.images.decode import Crop, decode
 
 COUNT, PARTS, DIM = 300, 6, 16
@@ -277,6 +278,14 @@ def test_groups_are_persons_and_lone_items(
     assert len(expected) == 39
 
 
+def hear_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Galleries never hear of what another one writes."""
+    monkeypatch.setattr(Replicas, "start", lambda *_: None)
+    monkeypatch.setattr("service.gallery.gallery._KEEP_SECONDS", 1e6)
+    monkeypatch.setattr("service.gallery.follower.SYNC_SECONDS", 1e6)
+    monkeypatch.setattr("service.gallery.follower._STALE", 1e6)
+
+
 @pytest.mark.parametrize(
     ("filters", "passing"),
     [
@@ -291,7 +300,7 @@ def test_labels_changed_by_another_process_do_not_pass_old_filters(
     postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     filters: Filters, passing: set[str], exhaustive: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("service.gallery.gallery.SYNC_SECONDS", 1e6)  # it never hears of them
+    hear_nothing(monkeypatch)
     places = [tmp_path / name for name in ("a", "b")]
     here, there = (Gallery.open(place, info(), database_url=postgres_url) for place in places)
     try:
@@ -315,7 +324,7 @@ def test_labels_changed_by_another_process_do_not_pass_old_filters(
 def test_one_person_is_one_group_also_after_another_process_renamed_it(
     postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.gallery.gallery.SYNC_SECONDS", 1e6)
+    hear_nothing(monkeypatch)
     places = [tmp_path / name for name in ("a", "b")]
     here, there = (Gallery.open(place, info(), database_url=postgres_url) for place in places)
     try:
