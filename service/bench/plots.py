@@ -125,7 +125,11 @@ def draw_processes(results: Sequence[dict[str, Any]], path: Path) -> None:
     """
     kinds = list(dict.fromkeys(r["kind"] for r in results))
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained"
+        *(1, len(kinds)),
+        figsize=(5 * len(kinds), 4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     curves = list(dict.fromkeys((r["route"], r["clients"]) for r in results))
     for kind, axis in zip(kinds, axes[0], strict=True):
