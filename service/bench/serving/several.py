@@ -53,7 +53,7 @@ class Processes:
         self, shards: Sequence[int], replicas: Sequence[int], clients: Sequence[int], seconds: float
     ) -> None:
         """All of them once, in turn; replicas last, because their enrollments stay."""
-        for count in (0, *shards):
+        for count in (0, *shards) if shards else ():
             with self._sharded(count) as servers:
                 self._measure("shards", count, servers, clients, seconds)
         for count in replicas:

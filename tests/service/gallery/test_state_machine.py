@@ -387,7 +387,7 @@ class GalleryMachine(RuleBasedStateMachine):
 
 TestGallery = GalleryMachine.TestCase
 TestGallery.settings = settings(
-    max_examples=30,
+    max_examples=20,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,

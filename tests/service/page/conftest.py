@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from service.api.schemas import BatchItem, GalleryItem
 from service.client import Client
 from tests.paths import ROOT
 from tests.service.page.browser import Watch, chromium
 from tests.service.processes import ServiceProcess, assert_no_defect
+
+expect.set_options(timeout=15_000)  # beside other tests five seconds may not be enough
 
 EXAMPLES = ROOT / "examples"
 STARTED = datetime(2026, 3, 1, 8, 0, tzinfo=UTC)
