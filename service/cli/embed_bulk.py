@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from model.terminal import say
-from service.cli.failures import Failure, failure_of, is_report, write_report
+from service.cli.failures import Failure, failure_of, report_place, write_report
 from service.cli.interrupts import INTERRUPTED, stopping
 from service.cli.naming import FileTime, PatternOption, TimezoneOption, naming
 from service.cli.options import ModalityOption, PolarityOption, folder
-from service.cli.outputs import Force, output, refuse_data_folder
+from service.cli.outputs import Force, refuse_data_folder
 from service.cli.planning import (
     CameraId,
     IgnoreColumn,
@@ -120,9 +120,7 @@ def embed_bulk(
     )
     refuse_data_folder(out)
     settings = load_settings(config, checkpoint=checkpoint, data_dir=out, host="127.0.0.1")
-    target = None
-    if report is not None:
-        target = output(report, force=force or is_report(report), special=True)
+    target = report_place(report, force=force)
     plan = planned(paths, manifest, labels, ignore_column or [])
     folders = [path if path.is_dir() else path.parent for path in paths]
     roots = folders if manifest is None else [manifest.parent]

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from model.terminal import say
-from service.cli.failures import Failure, failure_of, is_report, write_report
+from service.cli.failures import Failure, failure_of, report_place, write_report
 from service.cli.interrupts import INTERRUPTED, Stopping, stopping
 from service.cli.naming import (
     FileTime,
@@ -28,7 +28,7 @@ from service.cli.options import (
     Urls,
     folder,
 )
-from service.cli.outputs import Force, output
+from service.cli.outputs import Force
 from service.cli.planning import (
     CameraId,
     IgnoreColumn,
@@ -117,9 +117,7 @@ def enroll(
         modality=modality,
         polarity=polarity,
     )
-    target = None
-    if report is not None:
-        target = output(report, force=force or is_report(report), special=True)
+    target = report_place(report, force=force)
     plan = planned(paths or [], manifest, labels, ignore_column or [])
     tally = Tally(failures=[*plan.failures])
     stopped: Exception | None = None

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from model.atomic_file import PRIVATE, write_whole
+from service.cli.outputs import output
 from service.client import EntryResult
 from service.client.bulk import COLUMNS, WHY
 
@@ -54,7 +55,17 @@ def write_report(path: Path, failures: Sequence[Failure]) -> None:
     write_whole(path, text.encode(errors="backslashreplace"), PRIVATE)
 
 
-def is_report(path: Path) -> bool:
+def report_place(path: Path | None, *, force: bool) -> Path | None:
+    """Where a report that is asked for may be written, an earlier one's place or, by force, any.
+
+    Raises as `output`.
+    """
+    if path is None:
+        return None
+    return output(path, force=force or _is_report(path), special=True)
+
+
+def _is_report(path: Path) -> bool:
     """Whether a file is an earlier report, which may be replaced unasked."""
     if not path.is_file():  # a pipe would be waited for
         return False

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from model.terminal import say
-from service.cli.failures import Failure, is_report, write_report
+from service.cli.failures import Failure, report_place, write_report
 from service.cli.interrupts import INTERRUPTED, stopping
 from service.cli.options import data_dir_option, folder
-from service.cli.outputs import Force, output
+from service.cli.outputs import Force
 from service.cli.planning import Report, print_failures, progress_bar
 from service.kit.text import counted
 
@@ -65,9 +65,7 @@ def import_features(
     from service.settings import load_settings
 
     arrow_parquet()  # a package that is missing is told before the work
-    target = None
-    if report is not None:
-        target = output(report, force=force or is_report(report), special=True)
+    target = report_place(report, force=force)
     source = FeatureFolder(features)
     files = source.files() if unfinished else source.complete()
     if not files:
