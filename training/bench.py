@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image
 from model import CMT, Modality
 from model.backbone import TwoStreamResNet
 from model.benchmark import Spread, publish, seconds
+from model.benchmark_table import Headline, as_fast, rate
 from model.config import MODALITIES
 from model.device import chosen_device
 from model.outputs import ResultsFile
@@ -25,6 +26,7 @@ from training.recipe import Recipe, Stage, load_recipe
 from training.samples import TrainingData, training_samples
 from training.trainer import RunOptions, Trainer
 
+QUICK = ("--recipe", "compact", "--steps", "2", "--rounds", "2")
 # Made-up people: twice as many as a batch has, so that batches differ.
 _PEOPLE_PER_BATCH_PERSON = 2
 _BARE = "bare ResNet, forward and backward"
@@ -92,6 +94,21 @@ def train(
     results = [{**result, **facts} for result in results]
     columns = ("", "images/s: median (least–most)", "share of the bare ResNet's")
     publish("train", settings, columns, rows, results, json)
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`."""
+    rates = {result["side"]: result["images per second"] for result in report["results"]}
+    for result in report["results"]:
+        if result["side"] != _BARE:
+            yield Headline(
+                f"{result['side']}, recipe {report['settings']['recipe']}, "
+                f"{result['batch']} images of {result['size']}",
+                rate(result["images per second"], "images"),
+                _BARE,
+                rate(rates[_BARE], "images"),
+                as_fast(result["share of the bare ResNet's rate"]),
+            )
 
 
 def step_times(trainer: Trainer, steps: int, rounds: int) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from model import CMT, load_checkpoint, preprocess, save_checkpoint
 from model.benchmark import Comparison, Spread, compare, publish
+from model.benchmark_table import Headline, as_fast, duration
 from model.device import DEVICES
 from model.outputs import ResultsFile
 from service.bench.crops import decoded, image_files
@@ -22,6 +23,8 @@ from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.embedding.embedder import Embedder, Runtime
 from service.images.decode import Crop
+
+QUICK = ("--rounds", "3")
 
 
 def embed(
@@ -79,6 +82,20 @@ def embed(
             embedder.close()
     columns = ("batch", "views", "runtime", "images/s", "ours, s", "eager fp32, s", "times faster")
     publish("embed", settings, columns, rows, results, json)
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`."""
+    network = report["settings"].get("network", "the demo's network")
+    for result in report["results"]:
+        views = "a crop" if result.get("views", 1) == 1 else "a crop and its mirror image"
+        yield Headline(
+            f"embedding, {network}, {views}, batch of {result['batch']}",
+            duration(result["seconds"]["ours"]),
+            "eager PyTorch in fp32",
+            duration(result["seconds"]["theirs"]),
+            as_fast(result["seconds"]["ratio"]),
+        )
 
 
 def _by_views(checkpoint: Path, folder: Path) -> Iterator[tuple[int, Path]]:

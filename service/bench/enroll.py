@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from model.benchmark import Spread, publish, seconds
+from model.benchmark_table import Headline, as_fast, rate
 from model.device import DEVICES
 from model.outputs import ResultsFile
 from service.bench.crops import BenchmarkDataError, decoded, image_files
@@ -30,6 +31,7 @@ from service.settings import load_settings
 
 T = TypeVar("T")
 
+QUICK = ("--count", "256", "--rounds", "2")
 _ALONE = "embedding alone"
 _AHEAD = 2  # batches that are read while one is embedded
 
@@ -111,6 +113,21 @@ def enroll(
     ]
     columns = ("", "images", "images/s", "share of embedding alone", "runtime")
     publish("enroll", settings, columns, [tuple(r.values()) for r in results], results, json)
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`."""
+    network = report["settings"].get("network", "the demo's network")
+    rates = {result["side"]: result["images per second"] for result in report["results"]}
+    for result in report["results"]:
+        if result["side"] != _ALONE:
+            yield Headline(
+                f"enrollment, {network}, {result['side']}",
+                rate(result["images per second"], "crops"),
+                _ALONE,
+                rate(rates[_ALONE], "crops"),
+                as_fast(result["share of embedding alone"]),
+            )
 
 
 def enroll_files(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import typer
 
 from model import CMT, Modulation, load_checkpoint
 from model.benchmark import Spread, compare, publish, seconds
+from model.benchmark_table import Headline, as_fast, duration, ratio_of
 from model.outputs import ResultsFile
 from model.ranking import Moments, RankingFacts, Reranking, neighbours_shared
 from service.bench.data import (
@@ -28,6 +30,7 @@ from service.gallery.feed import Stored
 from service.gallery.index.features import Features
 from service.gallery.index.shard import Ranked, Scale, SearchRequest, Shard
 
+QUICK = ("--rounds", "2")
 _BLOCK = 16_384
 _QUERIES = 32
 _CALLS = 50
@@ -89,6 +92,19 @@ def rerank(
         rows.append((f"{count} items alone", "", "", alone))
     columns = ("N", "a query, s", "re-ranked, s", "of which re-ranking, s")
     publish("rerank", settings, columns, rows, results, json)
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`."""
+    for result in report["results"]:
+        if "N" in result:
+            yield Headline(
+                f"search of {result['N']:,} crops, re-ranked",
+                duration(result["with"]),
+                "without re-ranking",
+                duration(result["without"]),
+                as_fast(ratio_of(result["without"], result["with"])),
+            )
 
 
 class _Queries:

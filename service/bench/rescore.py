@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model import Modulation
 from model.benchmark import Comparison, compare, publish
+from model.benchmark_table import Headline, as_fast, duration
 from model.device import DEVICES, chosen_device
 from model.outputs import ResultsFile
 from service.bench.data import (
@@ -25,6 +26,7 @@ from service.bench.data import (
 from service.bench.engine import Engine, Positions
 from service.bench.paper import modulated_distances
 
+QUICK = ("--sizes", "10000,100000", "--queries", "1,32", "--rounds", "2")
 _TOP = 20
 # The paper's way is a loop over queries, so its time is measured on this many and scaled.
 _PAPER_QUERIES = 2
@@ -110,6 +112,19 @@ def rescore(
         *("times faster", "largest difference"),
     )
     publish("rescore", settings, columns, rows, results, json)
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`: the proven ranking, which serves."""
+    for result in report["results"]:
+        if result["ours"] == "proven":
+            yield Headline(
+                f"exact modulated ranking, {result['N']:,} crops, Q = {result['Q']}",
+                duration(result["seconds"]["ours"]),
+                result["against"],
+                duration(result["seconds"]["theirs"]),
+                as_fast(result["seconds"]["ratio"]),
+            )
 
 
 def _measure(

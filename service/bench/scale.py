@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 
 from model import Modulation
 from model.benchmark import Spread, publish, seconds
+from model.benchmark_table import Headline, duration
 from model.outputs import ResultsFile, picture_option
 from service.bench.data import (
     CHECKPOINT,
@@ -32,6 +33,7 @@ from service.gallery.index.recall_index import choose_kind
 from service.kit.host_memory import available_memory
 from service.kit.text import counted
 
+QUICK = ("--sizes", "1000,10000,100000", "--computed", "", "--rounds", "2")
 _TOP = 20
 _BATCH = 32
 _SINGLE = 8  # single queries a round
@@ -136,6 +138,14 @@ def scale(
         from service.bench.plots import draw_scale  # matplotlib, which only plots need
 
         draw_scale(results, plot)
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`: what a search takes as the gallery grows."""
+    for result in report["results"]:
+        for way, taken in result.get("seconds", {}).items():
+            if not result["computed"]:
+                yield Headline(f"{result['N']:,} crops, {way}", duration(taken))
 
 
 def _process_row(result: dict[str, Any]) -> tuple[object, ...]:

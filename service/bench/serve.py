@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from model.benchmark import publish
+from model.benchmark_table import Headline, as_fast, rate, ratio_of
 from model.device import DEVICES
 from model.outputs import ResultsFile, picture_option
 from model.terminal import say
@@ -19,6 +20,10 @@ from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.bench.serving.rivals import Batching, Rival, is_installed
 from service.bench.serving.trials import Trials
 from service.embedding.embedder import Embedder, Runtime
+from service.kit.text import counted
+
+QUICK = ("--seconds", "2", "--rounds", "1")
+_RATE = "requests per second, corrected"
 
 
 def serve(
@@ -113,6 +118,24 @@ _COLUMNS = (
     *("", "route", "clients", "requests/s", "corrected", "of the bare model"),
     *("p50, ms", "p95", "p99", "errors"),
 )
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`: queries and enrollments beside every other server."""
+    network = report["settings"].get("network", "the demo's network")
+    served = [result for result in report["results"] if "route" in result]
+    for ours in (result for result in served if result["side"] == "ours"):
+        for theirs in served:
+            if theirs["clients"] != ours["clients"] or theirs["side"].startswith("ours"):
+                continue
+            if theirs["route"] == "POST /embed" or ours["route"] == "POST /query":
+                yield Headline(
+                    f"{ours['route']}, {network}, {counted(ours['clients'], 'client')}",
+                    rate(ours[_RATE], "requests"),
+                    f"{theirs['side']}, {theirs['route']}",
+                    rate(theirs[_RATE], "requests"),
+                    as_fast(ratio_of(ours[_RATE], theirs[_RATE])),
+                )
 
 
 def _rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[object, ...]]:

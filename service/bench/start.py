@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +18,14 @@ from rich.progress import track
 
 from model import CheckpointInfo, load_checkpoint
 from model.benchmark import Spread, publish, seconds
+from model.benchmark_table import Headline, as_fast, duration, inverse
 from model.outputs import ResultsFile
 from service.bench.crops import BenchmarkDataError
 from service.bench.data import CHECKPOINT, STATISTICS, Checkpoint, Data, Source, Statistics
 from service.gallery import Gallery, NewItem
 from service.images.decode import decode
 
+QUICK = ("--items", "50000", "--rounds", "3")
 _FLAT_FILE = "bench-features.f16"  # N×(P·D) fp16, next to the gallery's own files
 _SNAPSHOT = "index"  # where a gallery keeps its snapshot
 _BLOCK = 1000  # items of one transaction while the store is filled
@@ -85,6 +87,19 @@ def start(
         for r in results
     ]
     publish("start", settings, columns, rows, results, json)
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`."""
+    for result in report["results"]:
+        cache = "in memory" if result["page cache"] == "warm" else "not in memory"
+        yield Headline(
+            f"opening {result['N']:,} crops {result['opened']}, files {cache}",
+            duration(result["open seconds"]),
+            "reading the features",
+            duration(result["read seconds"]),
+            as_fast(inverse(result["times the reading"])),
+        )
 
 
 class _Bench:

@@ -4,9 +4,9 @@ Features are random in the sizes of the real set (3,803 queries, ten single-shot
 images): what is measured does not depend on their content.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ import typer
 
 from model import Modulation, modulated_distance
 from model.benchmark import Comparison, compare, publish
+from model.benchmark_table import Headline, as_fast, duration
 from model.outputs import ResultsFile
 from training.evaluation.metrics import FloatArray, IntArray, RankMetrics, rank_metrics
 from training.evaluation.scoring import distances
 from training.evaluation.splits import TRIALS
 
+QUICK = ("--queries", "800", "--rounds", "2")
 TOLERANCE = 1e-6
 Side = Callable[[], list[RankMetrics]]
 IMAGES_PER_CAMERA = 20  # of one identity, from which a trial draws one
@@ -147,6 +149,19 @@ def vectorised(data: ProtocolData, of_trials: list[FloatArray]) -> list[RankMetr
         )
         for distance, gallery in zip(of_trials, data.galleries, strict=True)
     ]
+
+
+def headlines(report: dict[str, Any]) -> Iterator[Headline]:
+    """The rows of `cmt bench all`."""
+    for result in report["results"]:
+        time = result["seconds"]
+        yield Headline(
+            f"SYSU-MM01 protocol {result['case']}, {report['settings']['queries']:,} queries",
+            duration(time["ours"]),
+            "loop over queries",
+            duration(time["theirs"]),
+            as_fast(time["ratio"]),
+        )
 
 
 def loop(data: ProtocolData, of_trials: list[FloatArray] | None) -> list[RankMetrics]:
