@@ -16,7 +16,7 @@ import typer
 
 from model import Modulation
 from model.benchmark import Spread, publish, seconds
-from model.benchmark_table import Headline, duration
+from model.benchmark_table import Headline, as_fast, duration, rate, ratio_of
 from model.outputs import ResultsFile, picture_option
 from service.bench.data import (
     CHECKPOINT,
@@ -141,18 +141,41 @@ def scale(
 
 
 def headlines(report: dict[str, Any]) -> Iterator[Headline]:
-    """The rows of `cmt bench all`: what a search takes as the gallery grows."""
+    """The rows of `cmt bench all`: what a search takes as the gallery, or the service, grows."""
+    fewest: dict[tuple[object, ...], dict[str, Any]] = {}
     for result in report["results"]:
-        for way, taken in result.get("seconds", {}).items():
-            if not result["computed"]:
+        if "processes" in result:
+            key = (result["kind"], result["route"], result["clients"])
+            yield _beside(result, fewest.setdefault(key, result))
+        elif not result["computed"]:
+            for way, taken in result["seconds"].items():
                 yield Headline(f"{result['N']:,} crops, {way}", duration(taken))
 
 
-def _process_row(result: dict[str, Any]) -> tuple[object, ...]:
+def _beside(result: dict[str, Any], fewest: dict[str, Any]) -> Headline:
+    """A row of shards or replicas beside the fewest that were measured."""
+    ours, theirs = (r["requests per second"] for r in (result, fewest))
+    each = counted(result["clients"], "client")
+    what = f"{result['route']} by {_process_name(result)}, {each} of each"
+    if result is fewest:
+        return Headline(what, rate(ours, "requests"))
+    return Headline(
+        what,
+        rate(ours, "requests"),
+        _process_name(fewest),
+        rate(theirs, "requests"),
+        as_fast(ratio_of(ours, theirs)),
+    )
+
+
+def _process_name(result: dict[str, Any]) -> str:
     count, kind = result["processes"], result["kind"]
-    name = counted(count, kind.removesuffix("s")) if count else "one process, without Ray"
+    return counted(count, kind.removesuffix("s")) if count else "one process, without Ray"
+
+
+def _process_row(result: dict[str, Any]) -> tuple[object, ...]:
     return (
-        *(name, result["route"], result["clients"], result["requests per second"]),
+        *(_process_name(result), result["route"], result["clients"], result["requests per second"]),
         *(f"{result[f'{q}, ms'].median:.3g}" for q in ("p50", "p95", "p99")),
         ", ".join(f"{n}× {status}" for status, n in result["errors"].items()) or 0,
     )
