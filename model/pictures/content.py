@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from model.pictures.quantiles import quantiles
 from model.pictures.value_range import without_borders
 
 _ENOUGH = 256  # pixels across: more would only take longer
@@ -50,5 +51,5 @@ def is_noise(values: npt.NDArray[Any]) -> bool:
 
 def _spread(values: npt.NDArray[Any]) -> float:
     cells = np.asarray(Image.fromarray(values).resize(_CELLS, Image.Resampling.BOX))
-    low, high = np.percentile(cells, (10, 90))
-    return float(high - low)
+    low, high = quantiles(cells, 0.1, 0.9)
+    return high - low

@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from model.pictures.quantiles import quantiles
+
 Array = npt.NDArray[Any]
 
 # A picture without chroma: levels of 255 between channels, at the 99th percentile of the blocks.
@@ -34,21 +36,21 @@ _BLOCK, _BLOCKS_ACROSS = 4, 12
 
 
 class _Tolerance(NamedTuple):
-    """How many levels blocks of one hue may lie off it, at a percentile of the blocks.
+    """How many levels blocks of one hue may lie off it, at a quantile of the blocks.
 
     least: always. step: for each level of the step in which the codec rounds chroma. tint: for each
     level of the tint.
     """
 
-    percentile: int
+    quantile: float
     least: float
     step: float
     tint: float
 
 
-_HUE = (_Tolerance(90, 3.0, 0.2, 0.04), _Tolerance(99, 4.5, 0.3, 0.06))
+_HUE = (_Tolerance(0.90, 3.0, 0.2, 0.04), _Tolerance(0.99, 4.5, 0.3, 0.06))
 # What is drawn colors its neighbourhood in a JPEG, so more is allowed beside it.
-_HUE_INSIDE = (_Tolerance(90, 4.0, 0.25, 0.04), _Tolerance(99, 6.0, 0.35, 0.06))
+_HUE_INSIDE = (_Tolerance(0.90, 4.0, 0.25, 0.04), _Tolerance(0.99, 6.0, 0.35, 0.06))
 _FAINT = 6.0  # levels of chroma without a direction of their own
 _EDGE = 6  # what is drawn lies in the outer 1/6 of width and height
 _DRAWN = 60.0  # levels of chroma that a drawn line has somewhere
@@ -68,18 +70,20 @@ def is_visible(image: Image.Image, step: int = 0) -> bool:
 
     step: levels to which its codec rounded chroma, as far as that is known.
     """
-    if np.percentile(_chroma(_fine(image, _BLOCK)), 99) <= _NEUTRAL:
+    if quantiles(_chroma(_fine(image, _BLOCK)), 0.99)[0] <= _NEUTRAL:
         return False
     step = max(step, _LEAST_STEP)
     factor = max(_BLOCK, min(image.size) // _BLOCKS_ACROSS)
-    blocks = np.asarray(image.reduce(factor), dtype=np.float64)
+    blocks = np.asarray(image.reduce(factor))
     if _one_hue(blocks, step, _HUE):
         return False
     height, width = (max(1, n // _EDGE) for n in blocks.shape[:2])
     inner = blocks[height:-height, width:-width]
-    if inner.size and _chroma(_fine(image)).max() >= _DRAWN and _one_hue(inner, step, _HUE_INSIDE):
+    pixels = _fine(image)
+    chroma = _chroma(pixels)
+    if inner.size and chroma.max() >= _DRAWN and _one_hue(inner, step, _HUE_INSIDE):
         return False
-    return not _is_palette(image)
+    return not _is_palette(pixels, chroma)
 
 
 def chroma_step(image: Image.Image) -> int:
@@ -100,9 +104,10 @@ def as_infrared(image: Image.Image) -> Image.Image:
         return image
     pixels = np.asarray(image)
     chroma = _chroma(pixels)
-    if _is_palette(image):
-        gray = Image.fromarray(_Curve.through(_fine(image)).along(pixels))
-    elif np.median(chroma) > _TINTED:
+    fine = _fine(image)
+    if _is_palette(fine, _chroma(fine)):
+        gray = Image.fromarray(_Curve.through(fine).along(pixels))
+    elif quantiles(chroma, 0.5)[0] > _TINTED:
         gray = Image.fromarray(pixels.max(axis=2))
     else:
         gray = image.convert("L")
@@ -110,8 +115,8 @@ def as_infrared(image: Image.Image) -> Image.Image:
 
 
 def _fine(image: Image.Image, least: int = 1) -> Array:
-    """The image in blocks of few pixels."""
-    return np.asarray(image.reduce(max(least, min(image.size) // _ACROSS)), dtype=np.float64)
+    """The image in blocks of few pixels, in bytes."""
+    return np.asarray(image.reduce(max(least, min(image.size) // _ACROSS)))
 
 
 def _chroma(pixels: Array) -> Array:
@@ -124,10 +129,11 @@ def _chroma(pixels: Array) -> Array:
 def _one_hue(blocks: Array, step: int, tolerances: Sequence[_Tolerance]) -> bool:
     """Whether the chroma of blocks is a linear function of their brightness, of one direction."""
     off, ends = _off_one_hue(blocks, share=0.7)  # so that what is drawn does not count
-    tint = float(np.median(_chroma(blocks)))
+    [tint] = quantiles(_chroma(blocks), 0.5)
+    levels = quantiles(off, *(of.quantile for of in tolerances))
     if any(
-        np.percentile(off, of.percentile) > of.least + of.step * step + of.tint * tint
-        for of in tolerances
+        level > of.least + of.step * step + of.tint * tint
+        for level, of in zip(levels, tolerances, strict=True)
     ):
         return False
     faint = bool((np.linalg.norm(ends, axis=1) < _FAINT).any())
@@ -139,49 +145,62 @@ def _off_one_hue(colors: Array, share: float) -> tuple[Array, Array]:
 
     Also returns the chroma (R − Y and B − Y) of that hue in the dark and in the bright.
     """
-    luma, chroma = _luma_and_chroma(colors)
-    terms = np.stack([np.ones(len(luma)), luma], axis=1)
-    fit = np.stack([np.median(chroma, axis=0), np.zeros(2)])
+    luma, red, blue = _luma_and_chroma(colors)
+    of_red, of_blue = ((0.0, quantiles(chroma, 0.5)[0]) for chroma in (red, blue))
+    kept: Array | None = None
     for _ in range(4):
-        off = np.abs(chroma - terms @ fit).max(axis=1)
-        kept = off <= np.quantile(off, share)
-        fit = _fitted(luma[kept], chroma[kept])
-    red, blue = (chroma - terms @ fit).T
+        off = np.maximum(np.abs(_beside(red, luma, of_red)), np.abs(_beside(blue, luma, of_blue)))
+        before, kept = kept, off <= quantiles(off, share)[0]
+        if before is not None and np.array_equal(before, kept):
+            break  # the same colors give the same fit
+        near = luma[kept]
+        of_red, of_blue = _fitted(near, red[kept]), _fitted(near, blue[kept])
+    red, blue = _beside(red, luma, of_red), _beside(blue, luma, of_blue)
     green = -(0.299 * red + 0.114 * blue) / 0.587
-    rest = np.stack([red, green, blue, np.zeros(len(red))])
-    dark, bright = np.percentile(luma, (2, 98))
-    ends = np.array([[1.0, dark], [1.0, bright]]) @ fit
-    return rest.max(axis=0) - rest.min(axis=0), ends
+    most = np.maximum(np.maximum(red, green), np.maximum(blue, 0))
+    least = np.minimum(np.minimum(red, green), np.minimum(blue, 0))
+    ends = [
+        [slope * brightness + offset for slope, offset in (of_red, of_blue)]
+        for brightness in quantiles(luma, 0.02, 0.98)
+    ]
+    return most - least, np.array(ends)
 
 
-def _fitted(luma: Array, chroma: Array) -> Array:
-    """The least squares of N×2 chroma = offset + slope · luma: 2×2, the offset first."""
-    deviation = luma - luma.mean()
-    slope = deviation @ chroma / max(float(deviation @ deviation), 1e-9)
-    return np.stack([chroma.mean(axis=0) - luma.mean() * slope, slope])
+def _beside(chroma: Array, luma: Array, line: tuple[float, float]) -> Array:
+    """What is left of N chromas without slope · luma + offset."""
+    slope, offset = line
+    return np.asarray(chroma - (slope * luma + offset))
 
 
-def _luma_and_chroma(colors: Array) -> tuple[Array, Array]:
-    """…×3 colors → N lumas Y, and N×2 of R − Y and B − Y."""
-    colors = colors.reshape(-1, 3)
-    luma = colors @ (0.299, 0.587, 0.114)
-    return luma, colors[:, [0, 2]] - luma[:, None]
+def _fitted(luma: Array, chroma: Array) -> tuple[float, float]:
+    """The least squares of N chromas = slope · luma + offset."""
+    mean = float(luma.mean())
+    deviation = luma - mean
+    slope = float(deviation @ chroma) / max(float(deviation @ deviation), 1e-9)
+    return slope, float(chroma.mean()) - mean * slope
 
 
-def _is_palette(image: Image.Image) -> bool:
-    pixels = _fine(image)
-    vivid = float(np.percentile(_chroma(pixels), 25))
+def _luma_and_chroma(colors: Array) -> tuple[Array, Array, Array]:
+    """…×3 colors → N lumas Y, N of R − Y and N of B − Y."""
+    red, green, blue = colors.reshape(-1, 3).T.astype(np.float64, order="C")
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    return luma, red - luma, blue - luma
+
+
+def _is_palette(pixels: Array, chroma: Array) -> bool:
+    """Whether an image in fine blocks, of this chroma, is colored by a palette."""
+    [vivid] = quantiles(chroma, 0.25)
     if vivid < _VIVID:
         return False
-    half, far = np.percentile(_off_one_hue(pixels, share=1.0)[0], (50, 99))
+    half, far = quantiles(_off_one_hue(pixels, share=1.0)[0], 0.5, 0.99)
     if far < _BENT:
         return False
     curve = _Curve.through(pixels)
     if curve.step > _STEP:  # a few flat colors
         return False
-    colors = pixels.reshape(-1, 3)
+    colors = pixels.reshape(-1, 3).astype(np.float64)
     distances, _ = curve.project(colors[:: max(1, len(colors) // _ENOUGH)])
-    near = 1 + float(np.percentile(distances, 90))
+    near = 1 + quantiles(distances, 0.9)[0]
     if vivid >= max(_VERY_VIVID, _NEARER_THAN_GRAY * near):
         return True
     return bool(half >= max(_MANY_HUES, _NEARER_THAN_ONE_HUE * near) and far >= _FAR_HUES)
@@ -199,7 +218,7 @@ class _Curve:
     @classmethod
     def through(cls, pixels: Array) -> _Curve:
         """The longest way along the shortest tree that joins the most frequent colors."""
-        colors = pixels.reshape(-1, 3)
+        colors = pixels.reshape(-1, 3).astype(np.float64)
         _, place, counts = np.unique(
             (colors // cls._STEP) @ (4096, 64, 1), return_inverse=True, return_counts=True
         )

@@ -55,15 +55,32 @@ def without_borders(
     """
     inner, inner_mask = values, mask
     for turn in range(4):
-        side, side_mask = np.rot90(inner, turn), np.rot90(inner_mask, turn)
-        alike = (np.abs(side - side[:1, :1]) <= apart) | ~side_mask
-        same = alike.all(axis=tuple(range(1, side.ndim)))
-        cut = len(same) if same.all() else int(same.argmin())
-        cut = min(cut, int(share * len(side)))
+        side, side_mask = _turned(inner, turn), _turned(inner_mask, turn)
+        cut = min(_lines_alike(side, side_mask, apart), int(share * len(side)))
         if cut >= len(side) - 1:
             return values, mask
-        inner, inner_mask = np.rot90(side[cut:], -turn), np.rot90(side_mask[cut:], -turn)
+        inner, inner_mask = _turned(side[cut:], -turn), _turned(side_mask[cut:], -turn)
     return inner, inner_mask
+
+
+def _turned(values: Values, turns: int) -> Values:
+    """`numpy.rot90`, without what that takes to check its arguments."""
+    if turns & 1:
+        values = values.swapaxes(0, 1)[::-1]
+    return values[::-1, ::-1] if turns & 2 else values
+
+
+def _lines_alike(values: Values, mask: Mask, apart: int) -> int:
+    """How many of the first lines hold one value, or none that is valid."""
+    first, checked, step = values[:1, :1], 0, 1
+    while checked < len(values):  # most pictures have no border: the first line tells
+        lines = slice(checked, checked + step)
+        alike = (np.abs(values[lines] - first) <= apart) | ~mask[lines]
+        same = alike.all(axis=tuple(range(1, values.ndim)))
+        if not same.all():
+            return checked + int(same.argmin())
+        checked, step = checked + len(same), 2 * step
+    return checked
 
 
 def _without_telemetry(values: Values, mask: Mask) -> tuple[Values, Mask]:
@@ -74,12 +91,12 @@ def _without_telemetry(values: Values, mask: Mask) -> tuple[Values, Mask]:
     margin = (high - low) / 2
     foreign = mask & ((values < low - margin) | (values > high + margin))
     for turn in range(4):
-        side = np.rot90(foreign, turn)
+        side = _turned(foreign, turn)
         share = side[: len(side) // _EDGE].mean(axis=tuple(range(1, side.ndim)))
         far = np.flatnonzero(share > _FOREIGN)
         cut = int(far[-1]) + 1 if far.size else 0
         foreign, values, mask = (
-            np.rot90(np.rot90(a, turn)[cut:], -turn) for a in (foreign, values, mask)
+            _turned(_turned(a, turn)[cut:], -turn) for a in (foreign, values, mask)
         )
     return values, mask
 

@@ -75,13 +75,13 @@ class _Jpeg:
     """The markers of a JPEG.
 
     end: of the end marker, None where there is none. ends: where the entropy-coded data of each
-    scan end. missing: (component, coefficient) that no scan holds to the last bit.
+    scan end. missing: by component, a bit for each coefficient that no scan holds to the last bit.
     """
 
     data: bytes
     end: int | None = None
     ends: list[int] = field(default_factory=list)
-    missing: set[tuple[int, int]] = field(default_factory=set)
+    missing: dict[int, int] = field(default_factory=dict)
     frame: int = 0
 
     def __post_init__(self) -> None:
@@ -103,8 +103,7 @@ class _Jpeg:
                 self._scan(segment)
             elif marker in _FRAMES:
                 self.frame = marker
-                components = segment[6::3]
-                self.missing = {(component, at) for component in components for at in range(64)}
+                self.missing = dict.fromkeys(segment[6::3], (1 << 64) - 1)
 
     def _scan(self, header: bytes) -> None:
         count = header[0] if header else 0
@@ -113,12 +112,14 @@ class _Jpeg:
         if self.frame in _PROGRESSIVE and len(rest) >= 3:
             first, last, bits = rest[0], rest[1], rest[2] & 15
         if bits == 0:
-            self.missing -= {(c, at) for c in components for at in range(first, last + 1)}
+            held = (1 << (last + 1)) - (1 << first) if first <= last else 0
+            for component in components:
+                self.missing[component] = self.missing.get(component, 0) & ~held
 
     @property
     def whole(self) -> bool:
         """Whether there is an end marker, and all scans begin before it."""
-        return self.end is not None and not self.missing
+        return self.end is not None and not any(self.missing.values())
 
     def with_more(self) -> bytes:
         """The same file with more bytes where the data of each scan end."""
