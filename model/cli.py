@@ -27,6 +27,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
 from model.cores import limit_threads
+from model.importing import without_collections
 from model.terminal import say, say_lines
 
 
@@ -39,7 +40,8 @@ class RegisteredCommand(TyperCommand):
 
     def load(self) -> TyperCommand | TyperGroup:
         """Import the target and make the command that Typer runs."""
-        target = self.entry_point.load()
+        with without_collections():
+            target = self.entry_point.load()
         if isinstance(target, typer.Typer):
             group = get_group(target)
             _unwrap(group)
@@ -135,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
         say("Aborted.", err=True)
         return 1
     except typer.TyperException as error:  # wrong usage: Typer's own sentence
-        say(f"Error: {_one_line(error.format_message())}", err=True)
+        if message := _one_line(error.format_message()):  # else the help was printed
+            say(f"Error: {message}", err=True)
         return error.exit_code
     except Exception as error:
         for handler in logging.getLogger().handlers:

@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 
 from model.terminal import say
+from service.cli.interrupts import INTERRUPTED, stopping
 from service.cli.options import CropsUrl, DatabaseUrl, data_dir_option
+from service.cli.planning import progress_bar
 from service.kit.text import counted
+
+_STOPPING = "Finishing what is on its way; Ctrl-C once more ends at once."
 
 crops = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +52,25 @@ def move(
 
     if crops_url is None:
         raise typer.BadParameter("give --crops-url, or set CMT_CROPS_URL")
-    with opened_crops(data_dir, database_url, crops_url, inline_bytes) as place:
-        moved = sum(place.move(back=back))
-    say(f"Moved {counted(moved, 'crop')}.")
+    moved = 0
+    with (
+        opened_crops(data_dir, database_url, crops_url, inline_bytes) as place,
+        stopping(_STOPPING) as wish,
+    ):
+        try:
+            with progress_bar("Moving") as bar:
+                task = bar.add_task("", total=place.to_move(back=back))
+                for count in place.move(back=back):
+                    moved += count
+                    bar.advance(task, count)
+                    if wish.wanted:
+                        break
+        finally:
+            inside, outside = place.counts()
+            say(
+                f"Moved {counted(moved, 'crop')}: {inside} are in the database now, and "
+                f"{outside} in the bucket."
+            )
+    if wish.wanted:
+        say("Run the same command again to go on.", err=True)
+        raise typer.Exit(INTERRUPTED)

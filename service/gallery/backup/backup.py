@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,7 @@ from service.gallery.backup.contents import described
 from service.gallery.backup.postgres_transfer import to_file
 from service.gallery.backup.temporary_copy import primary_code, refusal, remove_leftovers, scratch
 from service.gallery.storage.audit import Act, Audit
-from service.gallery.storage.crops import Crops, CropsLost
+from service.gallery.storage.crops import Crops, CropsLost, patiently
 from service.gallery.storage.database import FILE_NAME, Database
 from service.gallery.storage.group_commit import GroupCommit
 from service.gallery.storage.offline import opened
@@ -153,7 +154,7 @@ class Backups:
                     raise _closed()
                 some = numbers[start : start + _CROPS_AT_ONCE]
                 try:
-                    found = self._crops.fetch(some)
+                    found = patiently(partial(self._crops.fetch, some), self._closing.wait)
                 except CropsLost as error:
                     lost.append(error)
                     continue

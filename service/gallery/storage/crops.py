@@ -12,23 +12,27 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import (
+    Column,
+    ColumnElement,
     Connection,
     Row,
     Select,
     and_,
     delete,
+    false,
     func,
     insert,
     literal,
     or_,
     select,
+    true,
     update,
 )
 
@@ -49,6 +53,8 @@ from service.images.decode import Crop
 
 log = logging.getLogger(__name__)
 
+A = TypeVar("A")
+
 INLINE_BYTES = 65_536
 """Up to this size a crop is in the database also where there is an object storage."""
 
@@ -59,6 +65,7 @@ _CLEANED_AT_ONCE = 64  # so that an end need not wait long
 # enrollment finds its name gone, and fails.
 _ABANDONED = timedelta(hours=1)
 _MOVED_AT_ONCE = 64
+_AGAIN_SECONDS, _AGAIN = 5.0, 36  # what takes hours is tried again so often
 _MARK = "gallery"  # name of the object that says whose the others are
 _TOLD = 3  # items that a sentence names
 
@@ -149,7 +156,9 @@ class Crops:
     @property
     def available(self) -> bool | None:
         """Whether the object storage could be used last; None where there is none."""
-        return None if self._storage is None else self._storage.available
+        if self._storage is None:
+            return None
+        return self._storage.available and self._mark is not None
 
     @contextmanager
     def placing(self, new: Sequence[Crop]) -> Iterator[Mapping[int, Placed]]:
@@ -238,36 +247,59 @@ class Crops:
             self._wake.set()
         return left
 
+    def counts(self) -> tuple[int, int]:
+        """How many crops are in the database, and how many are objects."""
+        with self._database.reading() as connection:
+            inside, outside = (
+                int(connection.execute(select(func.count()).select_from(table)).scalar_one())
+                for table in (crops, objects)
+            )
+        return inside, outside
+
+    def to_move(self, *, back: bool = False) -> int:
+        """How many crops `move` would move now."""
+        counts = [select(func.count(number)).where(which) for number, which in self._wrong(back)]
+        with self._database.reading() as connection:
+            return sum(int(connection.execute(count).scalar_one()) for count in counts)
+
     def move(self, *, back: bool = False) -> Iterator[int]:
         """Put every crop where a new one of its size would be → how many, after each step.
 
         back: all into the database. May be stopped at any time and started again, and be done while
-        the gallery is used. Raises CropsUnavailable, CropsLost, and as a write does.
+        the gallery is used. A storage that is away is waited for. Raises CropsUnavailable,
+        CropsLost, and as a write does.
         """
-        limit = None if back else self._inline_bytes
-        if limit is not None:
-            yield from self._move_out(limit)
-        yield from self._move_back(limit)
-        while self._clean_some():  # an object that is in the database now
+        steps = (self._move_out, self._move_back)
+        for (number, which), step in zip(self._wrong(back), steps, strict=True):
+            after = 0
+            while True:
+                query = select(number).where(number > after, which).order_by(number)
+                with self._database.reading() as connection:
+                    found = connection.execute(query.limit(_MOVED_AT_ONCE)).scalars().all()
+                if not found:
+                    break
+                after = found[-1]
+                yield patiently(partial(step, found), self._closing.wait)
+        while patiently(self._clean_some, self._closing.wait):  # what is in the database now
             pass
 
-    def _move_out(self, limit: int) -> Iterator[int]:
-        after = 0
-        while True:
-            query = (
-                select(crops)
-                .where(crops.c.number > after, func.length(crops.c.data) > limit)
-                .order_by(crops.c.number)
-                .limit(_MOVED_AT_ONCE)
-            )
-            with self._database.reading() as connection:
-                rows = connection.execute(query).all()
-            if not rows:
-                return
-            after = rows[-1].number
-            with self._written({new_name(): bytes(row.data) for row in rows}) as placed:
-                moved = self._commits.run(partial(self._take_out, rows=rows, placed=placed))
-            yield moved
+    def _wrong(self, back: bool) -> Iterator[tuple[Column[int], ColumnElement[bool]]]:
+        """What is to be moved out of the database, and what into it: numbers, and which of them."""
+        if back:
+            yield crops.c.number, false()
+            yield objects.c.number, true()
+        else:
+            # PostgreSQL's length() would read all of each crop.
+            size = func.length if self._database.sqlite else func.octet_length
+            yield crops.c.number, size(crops.c.data) > self._inline_bytes
+            yield objects.c.number, objects.c.size <= self._inline_bytes
+
+    def _move_out(self, numbers: Sequence[int]) -> int:
+        query = select(crops).where(crops.c.number.in_(numbers))
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        with self._written({new_name(): bytes(row.data) for row in rows}) as placed:
+            return self._commits.run(partial(self._take_out, rows=rows, placed=placed))
 
     def _take_out(
         self, connection: Connection, rows: Sequence[Row[Any]], placed: Sequence[Placed]
@@ -282,19 +314,12 @@ class Crops:
                 _loosen(connection, [there.name], _FAILED)
         return moved
 
-    def _move_back(self, limit: int | None) -> Iterator[int]:
-        after = 0
-        while True:
-            query = select(objects).where(objects.c.number > after).order_by(objects.c.number)
-            if limit is not None:
-                query = query.where(objects.c.size <= limit)
-            with self._database.reading() as connection:
-                rows = connection.execute(query.limit(_MOVED_AT_ONCE)).all()
-            if not rows:
-                return
-            after = rows[-1].number
-            found = self.fetch([row.number for row in rows])
-            yield self._commits.run(partial(self._take_in, rows=rows, found=found))
+    def _move_back(self, numbers: Sequence[int]) -> int:
+        query = select(objects).where(objects.c.number.in_(numbers))
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        found = self.fetch(numbers)
+        return self._commits.run(partial(self._take_in, rows=rows, found=found))
 
     def _take_in(
         self,
@@ -414,15 +439,20 @@ class Crops:
             self._wake.clear()
 
     def _look(self) -> None:
-        """Count what is to be deleted, and ask whether the storage answers, for `available`."""
+        """Count what is to be deleted, and ask whether the storage answers, for `available`.
+
+        Raises CropsUnavailable where its place has become another gallery's, or nobody's.
+        """
         query = select(func.count()).select_from(loose_objects)
         with self._database.reading() as connection:
             loose = connection.execute(query.where(loose_objects.c.item.is_not(None)))
             self.pending = int(loose.scalar_one())
         storage = self._used()
+        if self._mark is not None:
+            [found] = storage.get([self._mark])
+            if isinstance(found, ObjectLost):  # two that began in the same place at the same moment
+                self._mark = None
         self._claim(storage)
-        if self._mark is not None and not self.pending:
-            storage.get([self._mark])
 
     def _clean_some(self) -> int:
         """Delete some of what is loose → how many objects. Raises ServiceError if none could be."""
@@ -443,6 +473,22 @@ class Crops:
         if failure is not None:
             raise failure
         return len(gone)
+
+
+def patiently(call: Callable[[], A], wait: Callable[[float], bool]) -> A:
+    """`call()`, again and again while the object storage is away, for some minutes.
+
+    For what takes hours. wait: so many seconds → whether to give up.
+    """
+    for attempt in range(_AGAIN):
+        try:
+            return call()
+        except StorageAway as error:
+            if not attempt:
+                log.warning("%s; it is waited for", error.detail.partition(";")[0])
+            if wait(_AGAIN_SECONDS):
+                raise
+    return call()
 
 
 def loosen_objects_of(connection: Connection, numbers: Sequence[int]) -> None:

@@ -41,10 +41,11 @@ _WHY = {
     "PermanentRedirect": "the bucket is in another region; name it in CMT_CROPS_URL",
     "AuthorizationHeaderMalformed": "the bucket is in another region; name it in CMT_CROPS_URL",
     **dict.fromkeys(
-        ("InvalidAccessKeyId", "InvalidClientTokenId", "SignatureDoesNotMatch", "ExpiredToken"),
+        ("InvalidAccessKeyId", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidToken"),
         "the credentials are wrong; correct those that boto3 finds, such as AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SECRET_ACCESS_KEY, and start again",
     ),
+    "ExpiredToken": "the credentials have expired; renew those that boto3 finds, and start again",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
 }
 
@@ -184,7 +185,7 @@ class ObjectStorage:
         return Placed(name, len(data), hashlib.sha256(data).hexdigest())
 
     def _get(self, placed: Placed) -> bytes | ObjectLost:
-        from botocore.exceptions import ClientError
+        from botocore.exceptions import ClientError, IncompleteReadError
 
         with self._reported("read from"):
             try:
@@ -195,14 +196,23 @@ class ObjectStorage:
                 raise
             with answer["Body"] as body:
                 data: bytes = body.read(placed.size + 1)  # no more, whatever is there now
+            told = int(answer.get("ContentLength", 0))
+            if len(data) < min(told, placed.size + 1):  # the connection broke, not the object
+                raise IncompleteReadError(actual_bytes=len(data), expected_bytes=told)
         if len(data) != placed.size or hashlib.sha256(data).hexdigest() != placed.sha256:
             return ObjectLost(missing=False)
         return data
 
     def _delete(self, name: str) -> CropsUnavailable | None:
+        from botocore.exceptions import ClientError
+
         try:
             with self._reported("delete from"):
-                self._client.delete_object(**self._at(name))
+                try:
+                    self._client.delete_object(**self._at(name))
+                except ClientError as error:
+                    if error.response["Error"]["Code"] != "NoSuchKey":  # as some storages answer
+                        raise
         except CropsUnavailable as failure:
             return failure
         return None
@@ -267,6 +277,7 @@ class ObjectStorage:
     def _reported(self, act: str) -> Iterator[None]:
         """Turn errors of boto3 into sentences. act: what was to be done, with its preposition."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
 
         if time.monotonic() < self._rests_until:
             raise self._away("has just failed to answer")
@@ -275,19 +286,24 @@ class ObjectStorage:
             self.available = True
         except ClientError as error:
             answer = error.response
-            code = answer["Error"]["Code"]
             status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            code = answer["Error"]["Code"] or str(status)
             if status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout"):
                 self._rest()
                 raise self._away(f"answers {code}") from error
             why = _WHY.get(code) or (
                 f"it is not allowed to {act} this place; give its user the permissions of "
                 "docs/object-storage.md"
-                if status == 403
+                if code in ("AccessDenied", "403")
                 else f"it answers {code} to an attempt to {act} it; see its log"
             )
             raise self._unusable(why) from error
-        except BotoCoreError as error:
+        except RecursionError as error:  # boto3 follows what leads nowhere
+            raise self._unusable(
+                "it sends requests elsewhere; name its endpoint with http or https as it wants, "
+                "and its region, in CMT_CROPS_URL"
+            ) from error
+        except (BotoCoreError, HTTPError) as error:
             name = type(error).__name__
             if "Credentials" in name or "Token" in name or "Profile" in name:
                 raise self._unusable(

@@ -9,9 +9,12 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, select, update
 
+from model.cli import main
 from model.labels import LabelError
 from service.errors import (
     CropsUnavailable,
@@ -89,6 +93,13 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects_module, "_CONNECT_SECONDS", 0.3)
     monkeypatch.setattr(objects_module, "_READ_SECONDS", 0.3)
     monkeypatch.setattr(objects_module, "_REST_SECONDS", 0.2)
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some that boto3 finds."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
 
 
 @pytest.fixture(autouse=True)
@@ -455,6 +466,84 @@ def test_a_bucket_that_keeps_what_is_deleted_is_named(
         assert "keeps versions, so erased crops stay in it" in caplog.text
 
 
+def answer(status: str, body: bytes, length: int | None = None, *fields: str) -> bytes:
+    """An answer of HTTP. length: that it claims to have."""
+    size = len(body) if length is None else length
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {size}", "Connection: close", *fields]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+@contextmanager
+def answering(data: bytes) -> Iterator[ObjectStorage]:
+    """A storage whose server answers everything with these bytes, and then ends the connection."""
+
+    def serve(server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                with server.accept()[0] as client:
+                    client.recv(65_536)
+                    client.sendall(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        url = f"s3://bucket/gate?endpoint=http://127.0.0.1:{server.getsockname()[1]}"
+        with closing(ObjectStorage(url)) as storage:
+            yield storage
+        server.shutdown(socket.SHUT_RDWR)
+
+
+CONTENT = bytes(range(250)) * 4
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"
+NO_KEY = b"<Error><Code>NoSuchKey</Code></Error>"
+ELSEWHERE = answer("302 Found", b"", None, "Location: https://portal.example/")
+
+
+@pytest.mark.parametrize(
+    ("answered", "sentence"),
+    [
+        # A connection that broke says nothing of the object.
+        (answer("200 OK", CONTENT[:500], 1000), r"does not answer \(IncompleteReadError\)"),
+        (CHUNKED + CONTENT[:500], r"does not answer \(ProtocolError\)"),
+        (ELSEWHERE, "sends requests elsewhere; name its endpoint"),
+        (answer("404 Not Found", b"<html>proxy</html>"), "answers 404 to an attempt to read"),
+        (answer("403 Forbidden", b"<html>proxy</html>"), "not allowed to read from this place"),
+        (
+            answer("400 Bad Request", b"<Error><Code>ExpiredToken</Code></Error>"),
+            "credentials have expired; renew",
+        ),
+        (
+            answer("403 Forbidden", b"<Error><Code>QuotaExceeded</Code></Error>"),
+            "answers QuotaExceeded to an attempt",
+        ),
+    ],
+)
+def test_an_answer_that_is_none_is_a_sentence_and_no_damage(
+    answered: bytes, sentence: str, credentials: None
+) -> None:
+    wanted = Placed("name", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    with answering(answered) as storage, pytest.raises(CropsUnavailable, match=sentence):
+        storage.get([wanted])
+
+
+def test_an_object_that_was_not_there_counts_as_deleted(credentials: None) -> None:
+    with answering(answer("404 Not Found", NO_KEY)) as storage:
+        assert storage.delete(["name"]) == (["name"], None)
+
+
+def test_a_place_that_becomes_another_gallerys_is_noticed(gallery: Gallery, bucket: Bucket) -> None:
+    """As where two galleries begin in the same empty place at the same moment."""
+    mark = {"Bucket": bucket.name, "Key": "gate/gallery"}
+    [item] = enrolled(gallery, 1)
+    mine = bucket.s3.get_object(**mark)["Body"].read()
+    bucket.s3.put_object(**mark, Body=mine[::-1])
+    wait_for(lambda: gallery.crops_available is False, "it is not noticed")
+    with pytest.raises(CropsUnavailable, match="holds another gallery's crops"):
+        enrolled(gallery, 1, start=1)
+    bucket.s3.put_object(**mark, Body=mine)
+    wait_for(lambda: gallery.crops_available, "that it is put right is not noticed")
+    assert gallery.image(item)[0] == crop(0).data
+
+
 def test_each_gallery_has_a_place_of_its_own(
     make_place: MakePlace, place: Place, bucket: Bucket
 ) -> None:
@@ -503,3 +592,55 @@ def test_a_move_that_was_stopped_goes_on(
     with closing(opened(place, bucket)) as gallery:
         assert sum(gallery.move_crops()) == 3
         assert [gallery.image(item)[0] for item in ids] == [crop(i).data for i in range(5)]
+
+
+def test_a_long_work_waits_for_a_storage_that_is_away(
+    place: Place, bucket: Bucket, hasty: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(crops_module, "_AGAIN_SECONDS", 0.2)
+    with closing(opened(place, bucket, 10**6)) as gallery:
+        ids = enrolled(gallery, 3)
+
+    def away(work: Callable[[], object]) -> None:
+        bucket.server.pause()
+        try:
+            with ThreadPoolExecutor(1) as beside:
+                done = beside.submit(work)
+                wait_for(lambda: gallery.crops_available is False, "it does not try")
+                bucket.server.resume()
+                done.result()
+        finally:
+            bucket.server.resume()
+
+    with closing(opened(place, bucket)) as gallery:
+        away(lambda: sum(gallery.move_crops()))
+        assert sorted(bucket.objects().values()) == sorted(crop(i).data for i in range(3))
+        away(lambda: gallery.backup(tmp_path / "backup.zip"))
+        assert restore(tmp_path / "backup.zip", tmp_path / "restored").counts["items"] == 3
+        away(lambda: sum(gallery.move_crops(back=True)))
+        assert [gallery.image(item)[0] for item in ids] == [crop(i).data for i in range(3)]
+        wait_for(lambda: not bucket.objects(), "what was given up of the move stays")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_move_by_command_says_where_crops_are(
+    kind: str, make_place: MakePlace, bucket: Bucket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = make_place(kind)
+    with closing(opened(place, bucket, 10**6)) as gallery:
+        enrolled(gallery, 3)
+        large = [replace(crop(i), data=crop(i).data + bytes(100)) for i in (3, 4)]
+        gallery.add([NewItem(one) for one in large], features(2, 3))
+    options = ["--data-dir", str(place.folder), "--crops-url", bucket.url]
+    if place.url is not None:
+        options += ["--database-url", place.url]
+    for more, told in (
+        (
+            ["--inline-bytes", str(len(crop(0).data))],
+            "Moved 2 crops: 3 are in the database now, and 2 in",
+        ),
+        (["--inline-bytes", "0"], "Moved 3 crops: 0 are in the database now, and 5 in the bucket."),
+        (["--back"], "Moved 5 crops: 5 are in the database now, and 0 in the bucket."),
+    ):
+        assert main(["crops", "move", *options, *more]) == 0
+        assert capsys.readouterr().out.startswith(told)
