@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
 from alembic import command
@@ -42,12 +42,16 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _KEPT_OPEN = 8  # SQLite's connections; more are opened and closed where more reads run at once
 _TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
 _ADVISORY_LOCK = 0x636D745F72656964  # any number that no other program's lock has
-_POSTGRES_DISK_FULL = "53100"
+_POSTGRES_DISK_FULL, _POSTGRES_READ_ONLY = "53100", "25006"
 _PASSWORD_FILE = "password_file"
+PAUSE_SECONDS = 10
+"""So long a replica may pause within a transaction before the server takes it back: one that is
+stopped, or cut off, would keep all others from writing."""
 # At the start of a writing transaction, and for it alone: behind a pooler the next transaction of
 # this connection may be another session's. Any other value than off waits for the disk.
 _POSTGRES_WRITES = f"""
     SELECT set_config('lock_timeout', '{BUSY_SECONDS}s', true),
+           set_config('idle_in_transaction_session_timeout', '{PAUSE_SECONDS}s', true),
            set_config('synchronous_commit', coalesce(
                nullif(current_setting('synchronous_commit'), 'off'), 'on'), true);
     SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})
@@ -162,12 +166,16 @@ class Database:
             self.check()
 
     @contextmanager
-    def noting(self) -> Iterator[Connection]:
-        """A short transaction on PostgreSQL for what replicas tell each other (`Replicas`).
+    def noting(self, *, together: bool = False) -> Iterator[Connection]:
+        """Statements on PostgreSQL for what replicas tell each other (`Replicas`).
 
-        It waits neither for other writers nor for the disk: nothing of a gallery may be written.
+        They wait neither for other writers nor for the disk: nothing of a gallery may be written.
+        Each is committed by itself, so that no row stays locked where this process is stopped
+        after it. together: all in one transaction, whose first statement must limit its pauses.
         """
-        noted = self.engine.execution_options(isolation_level="READ COMMITTED")
+        level: Literal["AUTOCOMMIT", "READ COMMITTED"]
+        level = "READ COMMITTED" if together else "AUTOCOMMIT"
+        noted = self.engine.execution_options(isolation_level=level)
         with self._reported(), noted.begin() as connection:
             yield connection
 
@@ -275,7 +283,13 @@ class Database:
                 "the same Idempotency-Key was enrolled at the same moment; send the request again"
             )
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
-        if code == _SQLITE_FULL or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL:
+        state = getattr(cause, "sqlstate", None)
+        if state == _POSTGRES_READ_ONLY:
+            return DatabaseUnavailable(
+                f"the database {self._where} takes no writes ({cause}): it is a standby, or was "
+                "set read-only; name the primary in CMT_DATABASE_URL, or let it be written again"
+            )
+        if code == _SQLITE_FULL or state == _POSTGRES_DISK_FULL:
             return StorageFull("no space is left for the gallery; free some and send it again")
         if code in (_SQLITE_CORRUPT, _SQLITE_NO_DATABASE):
             return GalleryDamaged(f"the database {self._where} is damaged; restore a backup")
@@ -368,22 +382,34 @@ def _sqlite_engine(address: URL, connect: Callable[[], sqlite3.Connection]) -> E
 
 def _postgres_engine(address: URL) -> Engine:
     # A lost server is noticed within seconds, and pool_pre_ping replaces connections that broke
-    # since their last use. A prepared statement belongs to a session, which a pooler may change
-    # with every transaction.
-    limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * BUSY_SECONDS}
+    # since their last use. Of several hosts, and after a failover, the one that is written to is
+    # taken: a standby may lack what was deleted a moment ago. A prepared statement belongs to a
+    # session, which a pooler may change with every transaction.
+    usual = {
+        "connect_timeout": 10,
+        "tcp_user_timeout": 1000 * BUSY_SECONDS,
+        "target_session_attrs": "primary",
+    }
     try:
         engine = create_engine(
             address,
             pool_pre_ping=True,
             connect_args={
                 "prepare_threshold": None,
-                **{name: value for name, value in limits.items() if name not in address.query},
+                **{name: value for name, value in usual.items() if name not in address.query},
             },
         )
     except ModuleNotFoundError as error:
         raise DatabaseUnavailable(
             "a PostgreSQL URL needs the package psycopg; run `pip install 'psycopg[binary]'`"
         ) from error
+
+    @event.listens_for(engine, "checkin")
+    def forget(connection: Any, _: Any) -> None:
+        # After a transaction that only reads, SQLAlchemy would have the next ones write even where
+        # an administrator has set the database read-only.
+        if connection is not None and not connection.closed:
+            connection.read_only = None
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:

@@ -149,9 +149,7 @@ class Replicas:
         seen: dict[str, datetime] = {}
         while True:
             with self._database.writing() as connection:
-                if not inspect(connection).has_table("cmt_rates"):  # else no right is needed
-                    for table in _TABLES:
-                        connection.execute(text(table))
+                _make_tables(connection)
                 misfits = {row.id: row for row in self._misfits(connection)}
                 if not misfits:
                     connection.execute(
@@ -295,7 +293,9 @@ class Replicas:
             self._closing.wait(_REST)
 
     def _keep_beating(self) -> None:
-        engine = self._database.engine.execution_options(isolation_level="READ COMMITTED")
+        # Each statement is committed by itself: no row that the others need stays locked where
+        # this process is stopped after one.
+        engine = self._database.engine.execution_options(isolation_level="AUTOCOMMIT")
         while not self._closing.is_set():
             try:
                 with self._given_up():
@@ -313,6 +313,8 @@ class Replicas:
         """Give signs of life on a connection, and listen there between them."""
         driver: Any = connection.connection.driver_connection
         with self._given_up():
+            with connection.begin():
+                _make_tables(connection)  # the database may have been made anew, from a backup
             self._beat(connection)
             self.listens = self._listen(connection)
         due = time.monotonic() + _BEAT
@@ -392,6 +394,13 @@ class Replicas:
     def _cut(self) -> None:
         for database in self._watched:
             database.cut()
+
+
+def _make_tables(connection: Connection) -> None:
+    """Where there are none; else no right to create any is needed."""
+    if not inspect(connection).has_table("cmt_rates"):
+        for table in _TABLES:
+            connection.execute(text(table))
 
 
 def _run_of(row: Row[Any] | None) -> Run | None:

@@ -16,12 +16,15 @@ from sqlalchemy import text
 from service.gallery.storage.database import Database
 
 _SLOTS = 60
+PAUSE_SECONDS = 2
+"""So long the others wait for a replica that is stopped while it counts."""
 # Locks the row until the end of the transaction, whether it was there or not.
-_LOCK = text("""
+_LOCK = """
     INSERT INTO cmt_rates VALUES (:who, :rate, '[]')
     ON CONFLICT (who, rate) DO UPDATE SET who = excluded.who
-    RETURNING counts, extract(epoch FROM clock_timestamp())
-""")
+    RETURNING counts, extract(epoch FROM clock_timestamp()),
+              set_config('idle_in_transaction_session_timeout', :pause, true)
+"""
 _STORE = text("UPDATE cmt_rates SET counts = :counts WHERE who = :who AND rate = :rate")
 
 
@@ -32,9 +35,11 @@ def count_request(
 
     rate: what names the limits, each so many requests in so many seconds; all of them hold.
     """
-    with database.noting() as connection:
+    with database.noting(together=True) as connection:
         # Once the row is locked: a moment taken before it may be older than what is counted.
-        counts, moment = connection.execute(_LOCK, {"who": who, "rate": rate}).one()
+        values = {"who": who, "rate": rate}
+        pause = {"pause": f"{PAUSE_SECONDS}s"}
+        counts, moment, _ = connection.execute(text(_LOCK), values | pause).one()
         moment = float(moment)
         kept: list[dict[int, int]] = []
         waits = [0.0]
@@ -56,6 +61,5 @@ def count_request(
             kept.append(slots)
         if max(waits) > 0:
             return max(waits)
-        values = {"who": who, "rate": rate, "counts": json.dumps(kept)}
-        connection.execute(_STORE, values)
+        connection.execute(_STORE, values | {"counts": json.dumps(kept)})
         return 0.0
