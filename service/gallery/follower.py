@@ -83,6 +83,8 @@ class Follower:
         self._folder, self._device, self._kind = folder / snapshot.FOLDER, device, kind
         self._following = threading.Lock()
         self._behind = False  # a write of ours is committed and not yet searchable
+        self.lacks_memory = False
+        """Whether items are stored that memory has no room for, so that no query finds them."""
         self._saved_items: int | None = None  # in the snapshot on disk
         self._next_save = time.monotonic() + _SNAPSHOT_SECONDS
         self._snapshot_stale = False  # one is on disk that must be removed
@@ -91,14 +93,17 @@ class Follower:
         if restored is not None:
             self.shard.restore(restored.segment)
             self.position, self._saved_items = restored.position, len(self.shard)
+        # A position that was reached, and what the store held there: whether it still does.
+        self._anchor = None if restored is None else (restored.position, restored.witness)
         self._counted = False  # which takes longer than reading a snapshot: `maintain` does it
         self._seen = time.monotonic()  # when the state began to be read that the shard is at
         try:
-            self._complete(None if restored is None else restored.witness)
+            with self.store.view() as view:
+                self._follow(view)
         except BaseException as error:
             if incomplete and isinstance(error, MemoryExhausted):
                 log.warning("the gallery opens without some of its items: %s", error.detail)
-                self._behind = True
+                self._behind = self.lacks_memory = True
                 return
             self.shard.close()
             raise
@@ -129,9 +134,9 @@ class Follower:
             except BaseException as error:
                 self._behind = True
                 if isinstance(error, MemoryExhausted):  # what took none was followed
-                    self._seen = started
+                    self._seen, self.lacks_memory = started, True
                 raise
-            self._seen = started
+            self._seen, self.lacks_memory = started, False
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -295,47 +300,59 @@ class Follower:
             self._saved_items = items
         return True
 
-    def _complete(self, witness: Witness | None) -> None:
-        """Follow the store to its end; a snapshot that does not fit the store is discarded."""
-        started = time.monotonic()
-        with self.store.view() as view:
-            if witness is not None and not self._leads_to(view, witness):
-                log.warning("the snapshot of the index does not fit the store; it is built anew")
-                self.shard.close()
-                self.shard = self._new_shard()
-                self.position, self._saved_items = Position(0, 0), None
-                self._remove_snapshot()
-            self._follow(view)
-        self._seen = started
-
     def _new_shard(self) -> Shard:
         return Shard(self.info.config, self._device, self._kind)
 
-    def _leads_to(self, view: View, witness: Witness) -> bool:
-        """False where the snapshot is of another database, or of one that a backup has replaced."""
-        now = view.witness(self.position)
+    def _leads_to(self, view: View, position: Position, witness: Witness) -> bool:
+        """False where the store is another than was followed so far, or was put back.
+
+        So it is with the snapshot of another gallery, after a restore, and after a failover to a
+        server that lacks what was committed last.
+        """
+        now = view.witness(position)
         if (now.change, now.version) != (witness.change, witness.version):
             return False
         if now.item == witness.item:
             return True
-        return now.item is None and self.position.item in view.changes_since(self.position).deleted
+        return now.item is None and position.item in view.changes_since(position).deleted
+
+    def _begin_anew(self) -> None:
+        """Forget what was followed. Until all is read again nothing is answered."""
+        log.warning(
+            "the index does not fit the store, as after a restore or a failover; it is built anew"
+        )
+        old, self.shard = self.shard, self._new_shard()
+        old.close()
+        self.position, self._anchor = Position(0, 0), None
+        self._seen = min(self._seen, time.monotonic() - _STALE)
+        self._note_erasure()
+
+    def _note_erasure(self) -> None:
+        self._erasures += 1
+        self._saved_items = None
+        self._remove_snapshot()
 
     def _follow(self, view: View) -> None:
         newest = view.position()
-        if newest == self.position:
-            return
+        if self._anchor is not None and not self._leads_to(view, *self._anchor):
+            self._begin_anew()
         if newest.change > self.position.change:
             changes = view.changes_since(self.position)
             self.shard.mark_deleted(changes.deleted)
             self._replace(changes.updated)
             self.position = Position(self.position.item, newest.change)
-            self._erasures += 1
-            self._saved_items = None
-            self._remove_snapshot()
-        # The position advances with every block: if the next one fails, none is added twice.
-        for stored in view.stream(self.position.item):
-            self._add(stored)
-            self.position = Position(stored.numbers[-1], newest.change)
+            self._note_erasure()
+        if newest.item > self.position.item:
+            with self._memory():  # first: without any, reading them is in vain
+                self.shard.make_room()
+            # The position advances with every block: if the next one fails, none is added twice.
+            for stored in view.stream(self.position.item):
+                with self._memory():
+                    self.shard.add(stored)
+                self.position = Position(stored.numbers[-1], newest.change)
+        # Nobody but this process writes to SQLite's file, and it is watched by itself.
+        if self.store.shared and (self._anchor is None or newest != self._anchor[0]):
+            self._anchor = newest, view.witness(newest)
         self.position = newest
 
     def _replace(self, stored: Stored) -> None:
@@ -349,17 +366,21 @@ class Follower:
         lacking = set(self.shard.lacking(stored.numbers))
         late = [row for row, number in enumerate(stored.numbers) if number in lacking]
         if late:
-            self._add(_rows(stored, late))
+            with self._memory():
+                self.shard.add(_rows(stored, late))
 
-    def _add(self, stored: Stored) -> None:
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Items are added in this context. Raises MemoryExhausted where there is no room."""
         try:
-            self.shard.add(stored)
+            yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise MemoryExhausted(
-                f"the index has no memory for {len(stored.numbers)} more items, which are stored "
-                "and which no query finds until there is; free memory, or restart on a larger host"
+                f"the index has no memory for more than {counted(len(self.shard), 'item')}; more "
+                "are stored, which no query finds until there is; free memory, or restart on a "
+                "larger host"
             ) from error
 
     def _remove_snapshot(self) -> None:

@@ -100,6 +100,11 @@ class Shard:
             with self._maintenance.changing:
                 self._maintenance.forget(count)
 
+    def make_room(self) -> None:
+        """Take memory for one more item, if it is not there. Raises NoRoom."""
+        with self._maintenance.changing:
+            self._maintenance.segment.features.make_room(1)
+
     def tend(self) -> None:
         """Try again what there was no memory for, and use what has become free. Call regularly."""
         with self._maintenance.changing:

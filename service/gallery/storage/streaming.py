@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, func, insert, select, text
+from sqlalchemy import Connection, func, insert, literal, select, text
 
-from service.errors import GalleryDamaged
+from service.errors import DatabaseUnavailable, GalleryDamaged
 from service.gallery.feed import FEATURE_DTYPE, Changes, Position, Slice, Stored, Witness
 from service.gallery.storage.rows import blocks
 from service.gallery.storage.tables import changes, features, items, models
@@ -64,15 +64,24 @@ class View:
         return int(self._connection.execute(query).scalar_one())
 
     def position(self) -> Position:
-        """The position of a reader that has read everything in this state."""
+        """The position of a reader that has read everything in this state.
+
+        Raises DatabaseUnavailable for a standby, which shows what another server held before.
+        """
         item = select(func.coalesce(func.max(features.c.number), 0)).where(
             features.c.model == self._model
         )
         change = select(func.coalesce(func.max(changes.c.number), 0))
-        return Position(
-            int(self._connection.execute(item).scalar_one()),
-            int(self._connection.execute(change).scalar_one()),
-        )
+        server = self._connection.dialect.name == "postgresql"
+        standby = func.pg_is_in_recovery() if server else literal(value=False)
+        looked = select(item.scalar_subquery(), change.scalar_subquery(), standby)
+        newest, changed, behind = self._connection.execute(looked).one()
+        if behind:
+            raise DatabaseUnavailable(
+                "the database server is a standby, which may lack what was deleted a moment ago; "
+                "let CMT_DATABASE_URL name the primary, or promote this one"
+            )
+        return Position(int(newest), int(changed))
 
     def witness(self, position: Position) -> Witness:
         """The witness of a position that this state has reached."""

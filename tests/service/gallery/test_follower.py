@@ -188,7 +188,7 @@ def test_without_memory_for_new_items_the_others_are_searched(
     gallery.update(old[1].id, ItemUpdate(person_id="ann"))
     found = gallery.search(features(1, seed=1)[0], None, top_k=10).hits
     assert {hit.item.id: hit.item.person_id for hit in found} == {old[1].id: "ann", old[2].id: None}
-    with pytest.raises(MemoryExhausted, match="no memory for 1 more items"):
+    with pytest.raises(MemoryExhausted, match="no memory for more than 2 items"):
         gallery.check()
     monkeypatch.setattr(Segment, "add", add)
     assert gallery.search(features(1, seed=1)[0], None, top_k=1).hits[0].item.id == late.id
