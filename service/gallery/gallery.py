@@ -18,6 +18,7 @@ from model import CheckpointInfo, Modulation
 from service.errors import (
     ClockWrong,
     DatabaseUnavailable,
+    IdempotencyConflict,
     IndexOutOfStep,
     ModelVersionConflict,
     ServiceError,
@@ -204,6 +205,11 @@ class Gallery:
         return self._follower.presence
 
     @property
+    def lacks_memory(self) -> bool:
+        """Whether items are stored that memory has no room for, so that no query finds them."""
+        return self._follower.lacks_memory
+
+    @property
     def spilled(self) -> int:
         """Items that have no room on the GPU and are searched on the host; 0 without a GPU."""
         return self._follower.spilled
@@ -268,6 +274,12 @@ class Gallery:
     def enrolled_by(self, request: RequestKey) -> Item | None:
         """The item that an equal request enrolled before. Raises IdempotencyConflict."""
         return self._store.enrolled_by(request)
+
+    def enrolled_by_each(
+        self, requests: Sequence[RequestKey]
+    ) -> Mapping[str, Item | IdempotencyConflict]:
+        """The same for requests of different keys, by key: an error stands for itself."""
+        return self._store.enrolled_by_each(requests)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
         """The stored crop and its media type.

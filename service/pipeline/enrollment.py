@@ -168,16 +168,12 @@ class _Batch:
             self._outcomes |= await self._pipeline.stored(partial(self._lookup, keyed))
 
     def _lookup(self, keyed: Sequence[tuple[int, RequestKey]]) -> dict[int, Outcome]:
-        found: dict[int, Outcome] = {}
-        for place, request in keyed:
-            try:
-                item = self._pipeline.gallery.enrolled_by(request)
-            except IdempotencyConflict as conflict:
-                found[place] = conflict
-            else:
-                if item is not None:
-                    found[place] = Enrolled(item, new=False)
-        return found
+        earlier = self._pipeline.gallery.enrolled_by_each([request for _, request in keyed])
+        return {
+            place: Enrolled(one, new=False) if isinstance(one, Item) else one
+            for place, request in keyed
+            if (one := earlier.get(request.key)) is not None
+        }
 
     async def _embed_all(self, places: Sequence[int]) -> None:
         window = asyncio.Semaphore(_WINDOW)

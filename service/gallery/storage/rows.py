@@ -75,11 +75,10 @@ def row_of(item: Item) -> dict[str, Any]:
     return row
 
 
-def request_of(new: NewItem) -> dict[str, str]:
-    """The columns of the request that enrolls an item, if it has a key."""
-    if new.request is None:
-        return {}
-    return {"request_key": new.request.key, "request_sha256": new.request.sha256}
+def request_of(new: NewItem) -> dict[str, str | None]:
+    """The columns of the request that enrolls an item; null where it has no key."""
+    key, sha256 = new.request or (None, None)
+    return {"request_key": key, "request_sha256": sha256}
 
 
 def item_of(row: Row[Any]) -> Item:

@@ -151,15 +151,16 @@ class Store:
             return []
         now = self.clock.now()
         records = [record_of(item, self.model, now) for item in new]
-        numbered = insert(items).returning(items.c.number)
+        # In one statement: SQLAlchemy gives the numbers in the order of the rows.
+        numbered = insert(items).returning(items.c.number, sort_by_parameter_order=True)
+        rows_of_items = [
+            row_of(record) | request_of(item) for record, item in zip(records, new, strict=True)
+        ]
         pictures = [item.crop for item in new]
 
         def work(connection: Connection) -> list[int]:
             refuse_retired(connection, self.model)
-            numbers = [
-                int(connection.execute(numbered, row_of(record) | request_of(item)).scalar_one())
-                for record, item in zip(records, new, strict=True)
-            ]
+            numbers = list(connection.execute(numbered, rows_of_items).scalars())
             self.crops.insert(connection, numbers, pictures, placed)
             connection.execute(
                 insert(features),
@@ -190,16 +191,32 @@ class Store:
 
         Raises IdempotencyConflict where the same key enrolled other content.
         """
-        query = select(items).where(items.c.request_key == request.key)
+        found = self.enrolled_by_each([request]).get(request.key)
+        if isinstance(found, IdempotencyConflict):
+            raise found
+        return found
+
+    def enrolled_by_each(
+        self, requests: Sequence[RequestKey]
+    ) -> dict[str, Item | IdempotencyConflict]:
+        """What requests of different keys enrolled before, by key; those of nothing are missing.
+
+        An IdempotencyConflict stands where the same key enrolled other content.
+        """
+        sha256 = dict(requests)
+        found: dict[str, Item | IdempotencyConflict] = {}
         with self.database.reading() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            return None
-        if row.request_sha256 != request.sha256:
-            raise IdempotencyConflict(
-                "this Idempotency-Key enrolled other content before; use a new key"
-            )
-        return item_of(row)
+            for part in blocks(list(sha256)):
+                query = select(items).where(items.c.request_key.in_(part))
+                for row in connection.execute(query):
+                    key = row.request_key
+                    if row.request_sha256 == sha256[key]:
+                        found[key] = item_of(row)
+                    else:
+                        found[key] = IdempotencyConflict(
+                            "this Idempotency-Key enrolled other content before; use a new key"
+                        )
+        return found
 
     def image(self, item_id: str) -> tuple[bytes, str]:
         """The stored crop and its media type.

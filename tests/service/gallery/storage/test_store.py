@@ -69,8 +69,11 @@ def test_a_key_belongs_to_one_content(store: Store) -> None:
     request = RequestKey("key", "c" * 64)
     ((_, item),) = store.add(new(1, request=request), rows(1))
     assert store.enrolled_by(request) == item
+    other = RequestKey("key", "d" * 64)
     with pytest.raises(IdempotencyConflict):
-        store.enrolled_by(RequestKey("key", "d" * 64))
+        store.enrolled_by(other)
+    assert store.enrolled_by_each([RequestKey("free", "c" * 64), request]) == {"key": item}
+    assert isinstance(store.enrolled_by_each([other])["key"], IdempotencyConflict)
     with pytest.raises(IdempotencyConflict, match="same moment"):
         store.add([*new(1), NewItem(crop(), request=request)], rows(2))
     assert store.count() == 1
