@@ -73,9 +73,10 @@ def open_resources(
         compiled = settings.data_dir.absolute() / "cache" / "triton"
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled))
         embedder = _embedder(settings, backend)
-        gallery = stack.enter_context(closing(_gallery(settings, embedder, stack)))
+        # Before the gallery, which leaves alone only the memory that others have taken by then.
         decoders = stack.enter_context(closing(_decoders(settings, settings.decode_processes)))
         checker = stack.enter_context(closing(_decoders(settings, 1)))
+        gallery = stack.enter_context(closing(_gallery(settings, embedder, stack)))
         stack.callback(tracing.close)
         admission = Admission(
             receiving=settings.max_receiving,
@@ -202,6 +203,11 @@ def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: P
         "cmt_gallery_bytes",
         "Memory of the features and filter columns.",
         lambda: gallery.statistics.feature_bytes + gallery.statistics.column_bytes,
+    )
+    metrics.watch(
+        "cmt_gallery_lacks_memory",
+        "1 while items are stored that memory has no room for, so that no query finds them.",
+        lambda: gallery.lacks_memory,
     )
     metrics.watch(
         "cmt_gallery_spilled_items",

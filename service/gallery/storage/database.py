@@ -44,7 +44,7 @@ _TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
 _ADVISORY_LOCK = 0x636D745F72656964  # any number that no other program's lock has
 _POSTGRES_DISK_FULL, _POSTGRES_READ_ONLY = "53100", "25006"
 _PASSWORD_FILE = "password_file"
-PAUSE_SECONDS = 10
+PAUSE_SECONDS = 5
 """So long a replica may pause within a transaction before the server takes it back: one that is
 stopped, or cut off, would keep all others from writing."""
 # At the start of a writing transaction, and for it alone: behind a pooler the next transaction of

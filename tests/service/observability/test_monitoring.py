@@ -221,6 +221,7 @@ def test_each_alert_is_raised_by_what_it_is_for(tmp_path: Path) -> None:
             'cmt_stage_seconds_bucket{stage="queue",le="+Inf"} 0+9x60',
         ],
         "CmtShardsMissing": ["cmt_shards 2x60", "cmt_shards_ok 1x60"],
+        "CmtGalleryLacksMemory": ["cmt_gallery_lacks_memory 1x60"],
         "CmtReplicaStale": ["cmt_replica_lag_seconds 0+1x60"],
         "CmtClocksDiffer": ["cmt_clock_ahead_seconds -9x60"],
         "CmtStorageFull": ['cmt_rejections_total{code="storage_full"} 0x58 1x2'],

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event, make_url, text
 from torch import Tensor
 
 from model import CheckpointInfo
 from service.errors import (
     ClockWrong,
     DatabaseUnavailable,
+    GalleryFull,
     GalleryVersion,
     IndexOutOfStep,
+    MemoryExhausted,
     ModelVersionConflict,
+    ServiceError,
 )
-from service.gallery import Gallery, NewItem
+from service.gallery import Filters, Gallery, NewItem
+from service.gallery.backup.restore import restore
 from service.gallery.follower import SYNC_SECONDS
+from service.gallery.storage import database, shared_rates
 from service.gallery.storage import replicas as module
 from service.gallery.storage.replicas import POLL, Replicas
+from service.gallery.storage.store import Store
+from service.gallery.storage.streaming import View
 from service.gallery.times import utc_now
 from service.images.decode import Crop
-from tests.service.places import INFO, features
+from tests.service.places import INFO, SIZE, features
 from tests.service.postgres import PostgresServer
 from tests.service.processes import wait_for
 from tests.service.replicas.network import Network
@@ -203,6 +214,211 @@ def test_a_window_is_free_again_after_its_time(pair: tuple[Gallery, Gallery]) ->
     assert [one.count_request("key:desk", "two", [(2, 1)]) for _ in range(2)] == [0, 0]
     assert two.count_request("key:desk", "two", [(2, 1)]) > 0
     wait_for(lambda: two.count_request("key:desk", "two", [(2, 1)]) == 0, "it stays closed")
+
+
+@pytest.fixture
+def third(postgres_url: str, tmp_path: Path) -> Iterator[Store]:
+    """The store of one more replica of the pair."""
+    with closing(Store(tmp_path / "three", INFO.fingerprint, SIZE, postgres_url)) as store:
+        yield store
+
+
+def test_a_replica_that_stops_within_a_write_keeps_nobody_from_writing(
+    pair: tuple[Gallery, Gallery], third: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = database._POSTGRES_WRITES.replace(f"{database.PAUSE_SECONDS}s", "1s")
+    monkeypatch.setattr(database, "_POSTGRES_WRITES", writes)
+    with (
+        pytest.raises(DatabaseUnavailable, match="idle-in-transaction timeout"),
+        third.database.writing(),  # and nothing more is heard of it
+    ):
+        [item] = pair[0].add([NewItem(crop(1))], features(1, 1))
+    assert pair[1].get(item.id) == item
+
+
+def test_a_replica_that_stops_while_it_counts_holds_up_no_other(
+    pair: tuple[Gallery, Gallery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = map(replicas_of, pair)
+    stopped, goes_on = threading.Event(), threading.Event()
+    here, loads = threading.get_ident(), json.loads
+
+    def stop(text: str) -> object:  # within its transaction
+        if threading.get_ident() != here:
+            stopped.set()
+            goes_on.wait(60)
+        return loads(text)
+
+    monkeypatch.setattr(shared_rates.json, "loads", stop)
+    with ThreadPoolExecutor(1) as thread:
+        counting = thread.submit(one.count_request, "key:desk", "some", [(1, 3600)])
+        try:
+            assert stopped.wait(60)
+            assert two.count_request("key:desk", "some", [(1, 3600)]) == 0
+        finally:
+            goes_on.set()
+        with pytest.raises(DatabaseUnavailable, match="idle-in-transaction timeout"):
+            counting.result()
+
+
+def test_a_number_that_is_taken_first_and_committed_last_is_not_passed_by(
+    pair: tuple[Gallery, Gallery], third: Store
+) -> None:
+    held, opened = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        held.set()
+        assert opened.wait(60)
+
+    event.listen(third.database.engine, "commit", hold)
+    rows = features(2, 1).flatten(1).half().numpy()
+    with ThreadPoolExecutor(2) as threads:
+        early = threads.submit(third.add, [NewItem(crop(1))], rows[:1])
+        assert held.wait(60)  # its row has a number, and nobody sees it
+        late = threads.submit(pair[0].add, [NewItem(crop(2))], features(1, 2))
+        time.sleep(3 * POLL)  # several looks
+        assert not late.done()
+        assert [gallery.statistics.items for gallery in pair] == [0, 0]
+        opened.set()
+        [(_, first)], [second] = early.result(), late.result()
+    for gallery in pair:
+        wait_for(lambda: gallery.statistics.items == 2, "a row is passed by")  # noqa: B023
+        assert [item.id for item in gallery.list(Filters(), 5).items] == [first.id, second.id]
+
+
+def test_nothing_is_missed_of_many_who_write_at_once(
+    pair: tuple[Gallery, Gallery], third: Store
+) -> None:
+    writers = [gallery.add for gallery in pair]
+    rows = features(1, 1).flatten(1).half().numpy()
+    lost: list[str] = []
+
+    def write(number: int) -> None:
+        new = [NewItem(crop(number))]
+        if number % 3 == 2:
+            third.add(new, rows)
+            return
+        [item] = writers[number % 3](new, features(1, number))
+        if number % 5 == 0:
+            pair[1 - number % 3].delete(item.id)
+            lost.append(item.id)
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(write, range(120)))
+    assert lost
+    for gallery in pair:
+        wait_for(lambda: gallery.statistics.items == 120 - len(lost), "rows are missed")  # noqa: B023
+        found = gallery.search(features(1, 1)[0], None, top_k=200, exhaustive=True).hits
+        assert len({hit.item.id for hit in found} - {*lost}) == 120 - len(lost)
+        gallery.check()
+
+
+def test_what_another_enrolls_and_memory_has_no_room_for_is_said_and_the_rest_is_searched(
+    pair: tuple[Gallery, Gallery], third: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("features", "chunks"):
+        monkeypatch.setattr(f"service.gallery.index.{place}.CHUNK_ROWS", {"cpu": 4})
+    y, gallery = features(7, 1), pair[0]
+    first = gallery.add([NewItem(crop(number)) for number in range(4)], y[:4])
+    wait_for(lambda: pair[1].statistics.items == 4, "it does not follow")
+    assert not gallery.lacks_memory
+    with monkeypatch.context() as full:
+        full.setattr("service.gallery.index.features.host_room", lambda: 0)
+        full.delattr(View, "stream")  # what there is no room for is not even read
+        more = [NewItem(crop(number)) for number in range(4, 7)]
+        third.add(more, y[4:].flatten(1).half().numpy())
+        wait_for(lambda: gallery.lacks_memory, "it is not noticed")
+        with pytest.raises(MemoryExhausted, match="no memory for more than 4 items; more are st"):
+            gallery.check()
+        with pytest.raises(GalleryFull, match="nothing is stored"):
+            gallery.add([NewItem(crop(9))], features(1, 9))
+        pair[1].delete(first[0].id)  # what takes no memory is followed all the same
+        found = gallery.search(y[5], None, top_k=9)
+        assert {hit.item.id for hit in found.hits} == {item.id for item in first[1:]}
+        assert found.searched == 3
+        assert gallery.lag < SYNC_SECONDS + 2
+    wait_for(lambda: not gallery.lacks_memory, "it does not go on")
+    assert gallery.search(y[5], None, top_k=9).searched == 6
+    gallery.check()
+
+
+@pytest.mark.parametrize("history", ["another", "shorter"])
+def test_a_server_that_lacks_what_was_committed_last_gives_no_wrong_names(
+    pair: tuple[Gallery, Gallery], third: Store, history: str
+) -> None:
+    """As after a failover to a standby that had not received it, and gave its number again."""
+    kept, lost = pair[0].add([NewItem(crop(1)), NewItem(crop(2))], features(2, 1))
+    wait_for(lambda: pair[1].statistics.items == 2, "it does not follow")
+    other, y = str(uuid.uuid4()), features(1, 2)
+    statements = {
+        "another": (
+            "UPDATE features SET data = :data WHERE number = (SELECT max(number) FROM items)",
+            "UPDATE items SET id = :other WHERE id = :lost",
+        ),
+        "shorter": ("DELETE FROM items WHERE id = :lost",),
+    }[history]
+    data = y.flatten(1).half().numpy().tobytes()
+    with third.database.writing() as connection:
+        for statement in statements:
+            connection.execute(text(statement), {"other": other, "lost": lost.id, "data": data})
+    there = {kept.id, other} if history == "another" else {kept.id}
+
+    def found(gallery: Gallery) -> dict[str, float]:
+        try:
+            hits = gallery.search(y[0], None, top_k=5).hits
+        except DatabaseUnavailable:  # while it is read again
+            return {}
+        return {hit.item.id: hit.distance for hit in hits}
+
+    for gallery in pair:
+        # By what the new item looks like, not by what the lost one did.
+        wait_for(lambda: found(gallery).get(other, 0.0) < 0.02, "it has the old features")  # noqa: B023
+        wait_for(lambda: found(gallery).keys() == there, "it does not follow")  # noqa: B023
+        gallery.check()
+
+
+def test_a_database_that_is_made_anew_from_a_backup_is_followed(
+    pair: tuple[Gallery, Gallery], postgres_url: str, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    one, two = pair
+    [kept] = one.add([NewItem(crop(1))], features(1, 1))
+    one.backup(tmp_path / "backup")
+    one.add([NewItem(crop(number)) for number in range(2, 6)], features(4, 2))
+    postgres.drop_database(postgres_url)
+    postgres.execute(f"CREATE DATABASE {make_url(postgres_url).database} TEMPLATE template0")
+    restore(tmp_path / "backup", tmp_path / "restoring", postgres_url)
+
+    def in_step(gallery: Gallery) -> bool:
+        try:
+            gallery.check()
+            hits = gallery.search(features(1, 1)[0], None, top_k=9).hits
+        except ServiceError:
+            return False
+        return [hit.item.id for hit in hits] == [kept.id]
+
+    for gallery in pair:
+        wait_for(lambda: in_step(gallery), "it does not follow")  # noqa: B023
+
+    def counts() -> bool:  # as soon as one has made the tables of what replicas tell each other
+        with suppress(DatabaseUnavailable):
+            return replicas_of(two).count_request("key:desk", "some", [(1, 60)]) == 0
+        return False
+
+    wait_for(counts, "nobody counts")
+    wait_for(lambda: any(replicas_of(gallery).leads for gallery in pair), "nobody leads")
+    [late] = two.add([NewItem(crop(9))], features(1, 9))
+    wait_for(lambda: one.statistics.items == 2, "it does not follow")
+    assert one.get(late.id) == late
+
+
+def test_a_database_that_was_set_read_only_is_named_so(
+    postgres_url: str, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    Gallery.open(tmp_path, INFO, database_url=postgres_url).close()
+    name = make_url(postgres_url).database
+    postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    with pytest.raises(DatabaseUnavailable, match=r"takes no writes \(.*\): it is a standby, or"):
+        Gallery.open(tmp_path, INFO, database_url=postgres_url)
 
 
 def test_a_network_that_stops_makes_no_old_answer_and_holds_nobody(
