@@ -24,6 +24,7 @@ from service.app import create_app
 from service.http.connection_timeouts import Lingering, timed_protocol
 from service.http.middleware import DrainState
 from service.kit.device_loss import LOST, on_device_loss, report_loss
+from service.kit.heap import give_back_large_blocks
 from service.settings import Settings
 
 # How long a thread may keep the interpreter while others wait for it. The event loop, searches and
@@ -81,6 +82,7 @@ def run(settings: Settings) -> None:
 
     Raises ServerError (address), CheckpointError or ServiceError (gallery) when it cannot start.
     """
+    give_back_large_blocks()
     os.umask(0o077)  # whatever a library writes into the data folder is its owner's alone
     bound = bind(settings.host, settings.port)
     app, server = _make(settings)
