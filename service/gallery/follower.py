@@ -336,6 +336,14 @@ class Follower:
         newest = view.position()
         if self._anchor is not None and not self._leads_to(view, *self._anchor):
             self._begin_anew()
+        self._advance(view, newest)
+        # Nobody but this process writes to SQLite's file, and it is watched by itself.
+        if self.store.shared and (self._anchor is None or newest != self._anchor[0]):
+            self._anchor = newest, view.witness(newest)
+        self.position = newest
+
+    def _advance(self, view: View, newest: Position) -> None:
+        """Take over what the store holds beyond the position, up to `newest`."""
         if newest.change > self.position.change:
             changes = view.changes_since(self.position)
             self.shard.mark_deleted(changes.deleted)
@@ -350,10 +358,6 @@ class Follower:
                 with self._memory():
                     self.shard.add(stored)
                 self.position = Position(stored.numbers[-1], newest.change)
-        # Nobody but this process writes to SQLite's file, and it is watched by itself.
-        if self.store.shared and (self._anchor is None or newest != self._anchor[0]):
-            self._anchor = newest, view.witness(newest)
-        self.position = newest
 
     def _replace(self, stored: Stored) -> None:
         # First what takes no memory, so that a lack of it leaves no old label.

@@ -28,6 +28,19 @@ def available_memory(root: Path = _ROOT) -> int:
     return min(found)
 
 
+def total_memory(root: Path = _ROOT) -> int:
+    """Bytes: the machine's, or its control groups' where that is less. 0 where nothing says it."""
+    found = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemTotal")]
+    with suppress(OSError, ValueError):
+        for limit in control_files(root, "memory", "memory.max", "memory.limit_in_bytes"):
+            if (text := limit.read_text().strip()) != "max":
+                found.append(int(text))
+    return min(found, default=0)
+
+
 def _used(limit: Path) -> int:
     """Bytes that a control group holds and cannot give back at once."""
     new = limit.name == "memory.max"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -91,6 +92,10 @@ class Cluster:
         """How much of a resource, such as CPU or GPU, all nodes have."""
         return float(sum(node["Resources"].get(resource, 0.0) for node in self.nodes))
 
+    def free(self, resource: str) -> float:
+        """How much of a resource nobody has now."""
+        return float(self.ray.available_resources().get(resource, 0.0))
+
     def refuse_too_many(self, shards: int, memory: int) -> None:
         """Raise RuntimeUnavailable unless so many shards of so many bytes fit the nodes."""
         offered = [int(node["Resources"].get("memory", 0)) for node in self.nodes]
@@ -127,6 +132,8 @@ class Cluster:
         except Exception as error:
             self.close()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if reason.startswith("Version mismatch"):
+                raise RuntimeUnavailable(_other_versions(str(error), instead)) from error
             if address is None:
                 raise RuntimeUnavailable(
                     f"Ray cannot be started here ({reason}); free memory and space in "
@@ -162,6 +169,14 @@ def _stay_here() -> None:
     """Have a cluster that is started here listen on the loopback address, and to nobody else."""
     # Where Ray holds clusters of several machines to be impossible, it uses that address alone.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Shards keep some memory free by themselves, and nobody waits for processes without work.
+    unwanted = (
+        "memory_monitor_refresh_ms",
+        "enable_worker_prestart",
+        "prestart_worker_first_driver",
+    )
+    for name in unwanted:
+        os.environ.setdefault(f"RAY_{name}", "0")
     if not any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -189,6 +204,14 @@ def _no_cluster(address: str, reason: str, instead: str) -> str:
         f"no Ray cluster answers at {address} ({reason.rstrip('.')}); start a node on this machine "
         f"with `ray start`, check the setting ray_address and the cluster's token, or {instead}"
     )
+
+
+def _other_versions(told: str, instead: str) -> str:
+    versions = [version for _, version in re.findall(r"(Ray|Python): (\S+)", told)]
+    return (
+        "the cluster has Ray {} on Python {}, and this process Ray {} on Python {}; install the "
+        "same versions on all machines, or {}"
+    ).format(*versions, instead)
 
 
 def _is_ours(address: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,8 @@ class RayEngine:
         self._count, self._url, self._kind = shards, database_url, kind
         self._seconds, self._partial = seconds, partial
         self._cluster = Cluster(address, cores)
-        gpus = self._cluster.amount("GPU") if device != "cpu" else 0.0
-        self._device = "cuda" if gpus else "cpu"
-        self._gpus = min(1.0, int(1e4 * gpus / shards) / 1e4)
+        self._on_gpus = device != "cpu" and self._cluster.amount("GPU") >= 1
+        self._started = False
 
     def follow(self, store: Store, info: CheckpointInfo, folder: Path) -> ShardedFollower:
         """What `Gallery.open` takes. Raises RuntimeUnavailable where the shards do not fit."""
@@ -83,9 +83,10 @@ class RayEngine:
         memory = _PROCESS_BYTES + int(_GROWTH * share * row)
         self._cluster.refuse_too_many(self._count, memory)
         cores = int(self._cluster.amount("CPU") // self._count)
+        gpus = self._gpus()
         resources: dict[str, Any] = {
             "num_cpus": 0,  # a shard waits most of the time
-            "num_gpus": self._gpus,
+            "num_gpus": gpus,
             "memory": memory,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, cores))}},
         }
@@ -96,16 +97,43 @@ class RayEngine:
                 self._url,
                 config.model_dump(mode="json"),
                 info.fingerprint,
-                self._device,
+                "cuda" if gpus else "cpu",
                 self._kind,
             )
             for index in range(self._count)
         ]
-        crew = RayCrew(self._cluster.ray, plans, resources, self._seconds)
+        crew = RayCrew(self._cluster.ray, plans, resources, self._seconds, _end)
         log.info(
             "%s of %d items on %s",
             counted(self._count, "shard"),
             items,
             counted(len(self._cluster.nodes), "Ray node"),
         )
+        self._started = True
         return crew
+
+    def _gpus(self) -> float:
+        """Of a shard: one, or such a share that all have a place; 0 for the host.
+
+        Shards of a new checkpoint begin while those of the old one hold theirs.
+        """
+        if not self._on_gpus:
+            return 0.0
+        free = self._cluster.free("GPU") if self._started else self._cluster.amount("GPU")
+        if free < 1:
+            log.warning(
+                "the shards of the new checkpoint are on the host, since those of the old one have "
+                "the GPUs; restart the service, and they are on the GPUs"
+            )
+            return 0.0
+        together = -(-self._count // int(free))  # on one GPU, which takes no part of a shard
+        return int(1e4 / together) / 1e4
+
+
+def _end() -> None:
+    """End the process, as Ray itself does where the head of the cluster is lost for long."""
+    sentence = "the Ray node of this process has died, without which it reaches no shard again"
+    log.critical("%s: it ends to be started again", sentence)
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    os._exit(1)

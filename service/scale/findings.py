@@ -83,7 +83,7 @@ class Finding:
 
     persons: keys. features: fp16, of the first K rows. whole: the distances to all that the shard
     has, where they are few. spread: to its part of a sample of all. shown: keys of the people that
-    it searched, in order.
+    it searched, in order. full: whether the shard lacks items for want of memory.
     """
 
     numbers: Integers
@@ -102,12 +102,17 @@ class Finding:
     shown: Integers
     recall_ms: float
     rescore_ms: float
+    full: bool
 
 
 def findings(
-    questions: Sequence[Question], requests: Sequence[SearchRequest], scored: Sequence[Scored]
+    questions: Sequence[Question],
+    requests: Sequence[SearchRequest],
+    scored: Sequence[Scored],
+    *,
+    full: bool,
 ) -> list[Finding]:
-    """What a shard tells of what its searcher has found."""
+    """What a shard tells of what its searcher has found. full: see `Finding`."""
     shown: dict[int, Integers] = {}
     found = []
     for question, request, one in zip(questions, requests, scored, strict=True):
@@ -134,6 +139,7 @@ def findings(
                 shown=shown[id(seen)],
                 recall_ms=one.recall_ms,
                 rescore_ms=one.rescore_ms,
+                full=full,
             )
         )
     return found

@@ -60,8 +60,11 @@ class ShardedFollower(Follower):
     def _snapshot_due(self) -> bool:
         return False
 
-    def _follow(self, view: View) -> None:
-        newest = view.position()
+    def _begin_anew(self) -> None:
+        self.shard.close()  # first, since the next ones need its memory
+        super()._begin_anew()
+
+    def _advance(self, view: View, newest: Position) -> None:
         if newest == self.position:
             return
         if newest.change > self.position.change and self.position != Position(0, 0):

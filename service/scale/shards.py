@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +12,15 @@ from typing import Any, Protocol, TypeVar
 
 from model import CMTConfig
 from model.ranking import DEPTH
-from service.errors import ShardsMissing
+from service.errors import MemoryExhausted, ShardsMissing
 from service.gallery.feed import Position
 from service.gallery.index.ranker import Presence, Ranked, Scale, rank
+from service.gallery.index.room import NoRoom
 from service.gallery.index.searcher import Counters, Scored, SearchRequest
 from service.gallery.index.shard import Statistics
+from service.kit.text import counted
 from service.scale.findings import Finding, Question, merged
-from service.scale.slice import Sizes
+from service.scale.slice import Counts, Sizes
 
 T = TypeVar("T", Counters, Statistics)
 
@@ -63,6 +66,9 @@ class Shards:
         self._crew, self._config, self._position = crew, config, position
         self._partial = partial
         self._asked, self._known = -math.inf, [Sizes.none()]
+        self._enrolling = threading.Lock()
+        self._enrolled = 0  # since the shards were asked how much room they have
+        self._sizes()
 
     def __len__(self) -> int:
         return self.statistics().items
@@ -74,8 +80,8 @@ class Shards:
 
     @property
     def present(self) -> int:
-        """How many of them answer now."""
-        return self._crew.present
+        """How many of them answer now, with all of their items."""
+        return max(0, self._crew.present - sum(sizes.full for sizes in self._known))
 
     def rank(self, requests: Sequence[tuple[SearchRequest, Scale]]) -> list[Ranked]:
         """`ranker.rank` over all shards. Raises ShardsMissing."""
@@ -97,21 +103,37 @@ class Shards:
         return answers
 
     def find(self, requests: Sequence[SearchRequest], kept: int) -> tuple[list[Scored], int]:
-        """What one shard would find, and how many shards it is from."""
+        """What one shard would find, and how many shards it is from that lack nothing."""
         questions = [Question.of(request, kept) for request in requests]
         answers: list[list[Finding]] = self.ask("search", self._position(), questions)
         by_request = list(zip(*answers, strict=True))
-        return merged(self._config, requests, by_request), len(answers)
+        whole = sum(not found[0].full for found in answers)
+        if whole < len(answers) and not self._partial:
+            raise ShardsMissing(self._lacking(len(answers) - whole, "some items"))
+        return merged(self._config, requests, by_request), whole
 
     def follow(self, position: Position) -> None:
         """Have the shards follow the store ahead of the next search."""
         self._crew.tell("follow", position)
 
     def counts(self) -> tuple[int, int]:
-        """Items in the store, and in the shards, of the shares of those that answer."""
-        counts: list[tuple[int, int]] = self.ask("counts")
-        stored, searchable = zip(*counts, strict=True)
-        return sum(stored), sum(searchable)
+        """Items in the store, and in the shards, of the shares of those that answer.
+
+        Raises MemoryExhausted where a shard lacks items for want of memory.
+        """
+        counts: list[Counts] = self.ask("counts")
+        full = [one for one in counts if one.full]
+        if full:
+            lacked = sum(one.stored - one.searchable for one in full)
+            raise MemoryExhausted(self._lacking(len(full), counted(lacked, "item")))
+        return sum(one.stored for one in counts), sum(one.searchable for one in counts)
+
+    def _lacking(self, full: int, items: str) -> str:
+        return (
+            f"{full} of {self.total} shards of the gallery lack memory for {items}, which are "
+            "stored and which no query finds; free memory on their machines, or start again with "
+            "more shards on more machines"
+        )
 
     @property
     def counters(self) -> Counters:
@@ -125,17 +147,30 @@ class Shards:
     def _sizes(self) -> list[Sizes]:
         """Of the shards that answer, asked once in a while: a scrape wants several numbers."""
         now = time.monotonic()
-        if now - self._asked > _SIZES_SECONDS and (sizes := self._crew.ask("sizes")):
-            self._known, self._asked = sizes, now
+        if now - self._asked > _SIZES_SECONDS:
+            self._asked = now  # meanwhile others go by what is known
+            before = self._enrolled
+            if sizes := self._crew.ask("sizes"):
+                with self._enrolling:
+                    self._known, self._enrolled = sizes, self._enrolled - before
         return self._known
 
     @contextmanager
     def room_for(self, count: int) -> Iterator[None]:
-        """Nothing is held: a shard without memory for an item says so when it follows."""
+        """Refuse what a shard may have no memory for, as each has told. Raises NoRoom.
+
+        Nothing is held: what is enrolled between two of their answers is counted for every shard,
+        and fits what each keeps free besides.
+        """
+        with self._enrolling:
+            if min(sizes.room for sizes in self._known) < self._enrolled + count:
+                raise NoRoom("a shard has no memory for more features")
+            self._enrolled += count
         yield
 
     def tend(self) -> None:
-        """Nothing: each shard looks after itself."""
+        """Ask the shards for their sizes, so that `room_for` need not wait for them."""
+        self._sizes()
 
     def close(self) -> None:
         """End the shards."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from service.gallery.index.recall_index import IVF_FROM, index_bytes
-from service.kit.host_memory import available_memory
+from service.kit.host_memory import available_memory, total_memory
 from service.kit.memory import is_out_of_memory
 
 # Of a device's memory this share, and so much at most, stays free of features: the network's
@@ -20,6 +20,7 @@ from service.kit.memory import is_out_of_memory
 _DEVICE_SHARE = 1 / 8
 _DEVICE_RESERVE = 4 << 30
 _HOST_RESERVE = 256 << 20  # decoders, requests and the page cache of the database need it
+_kept_free = 0  # of the host's memory besides, see `keep_free`
 # A row of the filter columns, which have up to twice as many rows as there are items.
 _COLUMN_BYTES = 2 * 41
 _FEWER = 8  # what is computed at once is divided by this where memory is short
@@ -41,7 +42,13 @@ def device_room(device: torch.device) -> int:
 
 def host_room() -> int:
     """Bytes that features may still take in the host's memory."""
-    return available_memory() - _HOST_RESERVE
+    return available_memory() - _HOST_RESERVE - _kept_free
+
+
+def keep_free(share: float) -> None:
+    """Have this process leave a share of the host's memory free, besides its usual reserve."""
+    global _kept_free
+    _kept_free = int(share * total_memory())
 
 
 @dataclass(frozen=True)

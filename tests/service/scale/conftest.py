@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+# Processes that nobody waits for, which take as long as the tests themselves.
+os.environ.setdefault("RAY_enable_worker_prestart", "0")
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 _NEW_NAMES = 0x04000000  # CLONE_NEWUTS
 NODE_BYTES = 4_000_000_000
@@ -38,16 +43,24 @@ class Nodes:
             "num_cpus": 1,
             "object_store_memory": 100_000_000,
             "include_dashboard": False,
+            "include_log_monitor": False,
+            "no_monitor": True,
+            "node_ip_address": "127.0.0.1",
         }
-        usual["node_ip_address"] = "127.0.0.1"
         self._add: Callable[[], Any] = lambda: self.cluster.add_node(memory=NODE_BYTES, **usual)
-        head = {**usual, "memory": 100_000_000, "_system_config": _LOSS}
+        # Below /tmp, since the names of its sockets may not be long.
+        self._folder = tempfile.mkdtemp(prefix="cmt-nodes-")
+        head = {**usual, "memory": 100_000_000, "_system_config": _LOSS, "temp_dir": self._folder}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self._add(), self._add()]
 
     @property
     def address(self) -> str:
         return str(self.cluster.address)
+
+    def close(self) -> None:
+        self.cluster.shutdown()  # type: ignore[no-untyped-call]
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self, place: int) -> None:
         """SIGKILL the process of a node."""
@@ -83,7 +96,7 @@ def _nodes() -> Iterator[Nodes]:
     import ray
 
     ray.shutdown()
-    started.cluster.shutdown()  # type: ignore[no-untyped-call]
+    started.close()
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ def kill_a_shard() -> None:
 
 def is_shard(line: Path) -> bool:
     try:
-        return line.read_bytes().startswith(b"ray::SliceShard")
+        return line.read_bytes().startswith(b"ray::ShardActor")
     except OSError:  # it has ended
         return False
 
