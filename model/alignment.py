@@ -72,7 +72,7 @@ class RepresentationEncoder(nn.Module):
     def __init__(self, config: CMTConfig) -> None:
         super().__init__()
         self.position = (
-            nn.Parameter(torch.randn(config.parts, config.dim) * 0.02)
+            nn.Parameter(_normal(config, std=0.02))
             if config.positional_encoding == "learned"
             else None
         )
@@ -145,8 +145,8 @@ class ModalityAlignment(nn.Module):
     def __init__(self, config: CMTConfig) -> None:
         super().__init__()
         self.encoder = RepresentationEncoder(config)
-        self.prototypes_rgb = nn.Parameter(torch.randn(config.parts, config.dim))
-        self.prototypes_ir = nn.Parameter(torch.randn(config.parts, config.dim))
+        self.prototypes_rgb = nn.Parameter(_normal(config))
+        self.prototypes_ir = nn.Parameter(_normal(config))
         self.decoder = CompensationDecoder(config)
 
     def forward(self, features: Tensor, is_ir: Tensor | bool) -> Tensor:
@@ -157,3 +157,8 @@ class ModalityAlignment(nn.Module):
                 is_ir[:, None, None], self.prototypes_rgb, self.prototypes_ir
             )  # B×P×D
         return self.decoder(missing, self.encoder(features))  # type: ignore[no-any-return]
+
+
+def _normal(config: CMTConfig, std: float = 1.0) -> Tensor:
+    """P×D random numbers."""
+    return nn.init.normal_(torch.empty(config.parts, config.dim), std=std)

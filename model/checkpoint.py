@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from model.atomic_file import write_whole
 from model.calibration import Calibration, CalibrationFacts
@@ -146,17 +148,36 @@ def load_checkpoint(
     """
     _, tensors, info = _checked(Path(path))
     # A configuration may ask for any amount of memory: it is compared before any is taken.
-    with torch.device("meta"):
-        expected = CMT(info.config).state_dict()
+    with torch.device("meta"), _Unfilled():
+        model = CMT(info.config)
+    expected = model.state_dict()
     if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in tensors.items()}:
         raise CheckpointError(
             f"{path} holds other weights than its configuration needs; fetch it again"
         )
-    model = CMT(info.config)
+    model.to_empty(device="cpu")
     model.load_state_dict(tensors)  # copies into the network's fp32 parameters
     if info.calibration is not None:
         model.strength = info.calibration.facts.strength
     return model.to(device).eval(), info
+
+
+class _Unfilled(TorchFunctionMode):
+    """Draw no numbers for new weights: on the device "meta" that loads torch's compiler."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        if getattr(func, "__module__", None) == init.__name__:
+            return given.get("tensor", *args[:1])
+        return func(*args, **given)
 
 
 def stored_fingerprint(path: Path) -> str | None:

@@ -61,7 +61,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
                 group.start_soon(opened.pipeline.run)
                 group.start_soon(opened.reembedder.follow)
                 await opened.pipeline.self_check.first()
-                # These objects stay: spare the garbage collector from scanning them repeatedly.
+                # What was opened stays: spare the garbage collector from scanning it repeatedly.
                 gc.collect()
                 gc.freeze()
                 yield State(resources=opened)

@@ -35,9 +35,9 @@ COMMANDS = (
 )
 
 
-def loaded(code: str) -> set[str]:
-    """Which of `HEAVY` a fresh interpreter has imported after `code`."""
-    report = f"\nimport sys\nprint(*{{m for m in {HEAVY} if m in sys.modules}}, file=sys.stderr)"
+def loaded(code: str, modules: tuple[str, ...] = HEAVY) -> set[str]:
+    """Which of the modules a fresh interpreter has imported after `code`."""
+    report = f"\nimport sys\nprint(*{{m for m in {modules} if m in sys.modules}}, file=sys.stderr)"
     result = subprocess.run(
         [sys.executable, "-c", code + report], capture_output=True, text=True, cwd=ROOT, check=True
     )
@@ -61,6 +61,12 @@ def test_the_index_loads_no_sql() -> None:
     index = loaded("import service.gallery.index.shard, service.gallery.index.snapshot")
     assert {"torch", "faiss"} <= index
     assert not index & {"sqlalchemy", "alembic"}
+
+
+def test_a_checkpoint_is_read_without_torchs_compiler(tiny_checkpoint: Path) -> None:
+    """It takes longer to import than the network to load."""
+    code = f"from model import load_checkpoint; load_checkpoint({str(tiny_checkpoint)!r})"
+    assert loaded(code, ("torch", "torch._dynamo")) == {"torch"}
 
 
 @pytest.mark.parametrize("module", ["service.client", "service.client.bulk", "model", "model.cli"])

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from model.device import DEVICES
+from model.importing import without_collections
 from service.cli.options import data_dir_option
 
 Option = typer.Option
@@ -47,8 +48,9 @@ def serve(
 
     Example: cmt serve --checkpoint model.safetensors --data-dir data
     """
-    from service.observability.logs import configure_logs
-    from service.settings import load_settings
+    with without_collections():
+        from service.observability.logs import configure_logs
+        from service.settings import load_settings
 
     settings = load_settings(
         config,
@@ -63,6 +65,7 @@ def serve(
         api_keys_file=api_keys_file,
     )
     configure_logs(settings.log_format, settings.log_level)
-    from service.server import run  # loads torch, once the settings are known to be right
+    with without_collections():
+        from service.server import run  # loads torch, once the settings are known to be right
 
     run(settings)
