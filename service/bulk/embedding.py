@@ -33,7 +33,14 @@ from service.client.requests import image_bytes
 from service.client.stream import Entry, EntryResult, with_key
 from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
-from service.errors import EmbeddingFailed, GalleryLocked, RuntimeUnavailable, ServiceError
+from service.errors import (
+    EmbeddingFailed,
+    GalleryLocked,
+    ImageTooLarge,
+    RuntimeUnavailable,
+    ServiceError,
+    StorageUnwritable,
+)
 from service.gallery import RequestKey
 from service.gallery.storage.folder_lock import FolderLock
 from service.images import Decoders
@@ -75,7 +82,7 @@ class Done:
 def writing(out: Path) -> Iterator[FeatureFolder]:
     """The folder of features `out`, made if missing, with nobody else writing to it.
 
-    Raises BulkError and StorageUnwritable.
+    Raises BulkError.
     """
     try:
         lock = FolderLock(out)
@@ -83,6 +90,9 @@ def writing(out: Path) -> Iterator[FeatureFolder]:
         raise BulkError(
             f"another `cmt embed-bulk` writes to {out}; wait until it is done, or stop it"
         ) from error
+    except StorageUnwritable as error:
+        why = error.detail.removeprefix(f"the data folder {out} ")
+        raise BulkError(f"the folder of features {out} {why}, or give another --out") from error
     try:
         folder = FeatureFolder(out)
         folder.remove_partial()
@@ -205,7 +215,16 @@ class BulkEmbedder:
         self, work: Sequence[Part], done: Done, advance: Advance, stopping: Callable[[], bool]
     ) -> None:
         engine = EmbeddingEngine(self._embedder, self._settings, lambda size: None)
-        run = _Run(self._out, self.header, self._decoders, engine, done, advance, stopping)
+        run = _Run(
+            self._out,
+            self.header,
+            self._decoders,
+            engine,
+            done,
+            advance,
+            stopping,
+            most_bytes=self._settings.max_image_bytes,
+        )
         waiting = deque(work)
 
         async def write() -> None:
@@ -235,8 +254,10 @@ class _Run:
         done: Done,
         advance: Advance,
         stopping: Callable[[], bool],
+        *,
+        most_bytes: int,
     ) -> None:
-        self._out, self._header = out, header
+        self._out, self._header, self._most_bytes = out, header, most_bytes
         self._decoders, self._engine = decoders, engine
         self._done, self._advance, self._stopping = done, advance, stopping
         self._window = _WINDOW * engine.batcher.max_batch * engine.embedder.backend.streams
@@ -284,7 +305,9 @@ class _Run:
     async def _row(self, one: Planned) -> Row | EntryResult:
         """The row of a picture, or why it has none."""
         try:
-            return await self._embedded(one, await asyncio.to_thread(_read, one.entry))
+            return await self._embedded(
+                one, await asyncio.to_thread(_read, one.entry, self._most_bytes)
+            )
         except OSError as error:
             return EntryResult(one.entry, reason=error.strerror or str(error))
         except RuntimeUnavailable:
@@ -337,8 +360,13 @@ class _Read(NamedTuple):
     request: RequestKey
 
 
-def _read(entry: Entry) -> _Read:
-    """Read a file. Raises OSError."""
+def _read(entry: Entry, most_bytes: int) -> _Read:
+    """Read a file, but none that would fill the memory. Raises OSError and ImageTooLarge."""
+    size = 0 if isinstance(entry.image, bytes) else Path(entry.image).stat().st_size
+    if size > most_bytes:
+        raise ImageTooLarge(
+            f"the image has {size:,} bytes, the limit is {most_bytes:,}; send a smaller crop"
+        )
     data = image_bytes(entry.image)
     item = with_key(entry, data)
     wanted = enrollment_of(data, item, item.key)

@@ -230,6 +230,11 @@ class FeatureFile:
                 rows.append(DamagedRow(row.path, f"{reason} again"))
         return rows
 
+    def first_request(self, at: int) -> tuple[str, str]:
+        """Key and `request_sha256` of the first row of a row group. Raises OSError, ValueError."""
+        table = self._file.read_row_group(at, ["key", "request_sha256"])
+        return table["key"][0].as_py(), table["request_sha256"][0].as_py()
+
     def states(self) -> Iterator[tuple[str, bytes]]:
         """Of each row, what it is of (`place_of`) and its state. Raises BulkError."""
         try:

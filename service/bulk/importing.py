@@ -8,11 +8,12 @@ infrared, or inverted), it is embedded again here, so that the outcome is that o
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from pydantic import ValidationError
 from torch.nn.functional import cosine_similarity
 
 from model import load_checkpoint
-from model.config import MODALITIES
+from model.config import MODALITIES, CMTConfig
+from model.device import chosen_device
 from service.api.schemas import BatchItem
 from service.bulk.embedding import decoders_of
 from service.bulk.features import BulkError, DamagedRow, FeatureFile, Row
@@ -31,6 +33,7 @@ from service.client.bulk import what_is_wrong
 from service.embedding.embedder import AGREEMENT, Embedder
 from service.errors import (
     EmbeddingFailed,
+    GalleryLocked,
     IdempotencyConflict,
     ImageBlank,
     RuntimeUnavailable,
@@ -38,14 +41,17 @@ from service.errors import (
 )
 from service.gallery import Act, Camera, NewItem, RequestKey
 from service.gallery.filling import filling
+from service.gallery.index.room import capacity, feature_bytes
 from service.gallery.storage.store import Store
 from service.images import Decoders
 from service.images.decode import Crop, ImageLimits, ModalitySource, Picture
 from service.images.turns import Share
+from service.kit.text import counted
 from service.pipeline.reading import picture_of
 from service.settings import Settings
 
-SAMPLE = 64
+log = logging.getLogger(__name__)
+
 # A runtime is used where its features have a cosine above AGREEMENT to those of fp32, so those of
 # two runtimes have at least the cosine of twice that angle. Another picture's features, or those of
 # another checkpoint, are far below that.
@@ -105,11 +111,15 @@ class _Ready(NamedTuple):
 
 
 @contextmanager
-def importing(settings: Settings, files: Sequence[FeatureFile]) -> Iterator[Importer]:
+def importing(
+    settings: Settings, files: Sequence[FeatureFile], *, served_elsewhere: bool = False
+) -> Iterator[Importer]:
     """An importer of these files into the gallery that the settings name.
 
-    Raises BulkError where they are of another checkpoint than the settings', CheckpointError, and
-    a ServiceError where the gallery is in use, of another checkpoint or cannot be opened.
+    served_elsewhere: by machines with other memory, so that this one's does not matter. Raises
+    BulkError where they are of another checkpoint than the settings', or where this machine could
+    not serve the gallery then; CheckpointError; and a ServiceError where the gallery is in use, of
+    another checkpoint or cannot be opened.
     """
     info = load_checkpoint(settings.checkpoint, "cpu")[1]
     for file in files:
@@ -129,7 +139,9 @@ def importing(settings: Settings, files: Sequence[FeatureFile]) -> Iterator[Impo
         crops_url=settings.crops_url,
         crops_inline_bytes=settings.crops_inline_bytes,
     )
-    with gallery as store, closing(decoders_of(settings)) as decoders:
+    with _opened(gallery) as store, closing(decoders_of(settings)) as decoders:
+        if not served_elsewhere:
+            _check_room(store, files, info.config, chosen_device(settings.device))
         embedder = Embedder(
             settings.checkpoint,
             device=settings.device,
@@ -387,6 +399,63 @@ class Importer:
     def _refuse(self, one: _Checked, code: str, reason: str) -> None:
         labels = one.item.model_dump(exclude_unset=True, exclude={"key"})
         self.tally.refused.append(Refusal(one.path, code, reason, labels))
+
+
+@contextmanager
+def _opened(gallery: AbstractContextManager[Store]) -> Iterator[Store]:
+    """Open it; where a service has it, say what else there is. Raises as `filling`."""
+    with ExitStack() as stack:
+        try:
+            store = stack.enter_context(gallery)
+        except GalleryLocked as error:
+            raise BulkError(
+                f"{error.detail.partition(';')[0]}; stop that one, or enroll at it with `cmt "
+                "enroll` (a gallery in PostgreSQL may be in use: --database-url)"
+            ) from error
+        yield store
+
+
+def _check_room(store: Store, files: Sequence[FeatureFile], config: CMTConfig, device: str) -> None:
+    """Compare what the gallery will be with the memory that is free.
+
+    A gallery of this machine is refused then: BulkError. One in PostgreSQL is served by others,
+    which may have more: a warning.
+    """
+    width = (config.parts + 1) * config.dim
+    found = capacity(width, device)
+    most = found.on_host + (found.on_device or 0)
+    there = store.count() if store.database.sqlite else 0  # a service that runs holds its own
+    new = sum(file.count for file in files)
+    if there + new > most:
+        new -= _known(store, files)
+    if there + new <= most:
+        return
+    needed = feature_bytes(there + new, width) / 1e9
+    if not store.database.sqlite:
+        log.warning(
+            "each service of this gallery needs memory for %s, %.1f GB at least, and what is free "
+            "on this machine holds %s; ask `cmt doctor` on theirs, or divide the gallery into "
+            "shards (docs/scale.md)",
+            counted(new, "more item"), needed, f"{most:,}",
+        )  # fmt: skip
+        return
+    raise BulkError(
+        f"the gallery would have {there + new:,} items, which need {needed:.1f} GB of memory at "
+        f"least, and what is free here holds {most:,}; free or add memory, import fewer files, or "
+        "say --served-elsewhere where another machine serves it (docs/scale.md)"
+    )
+
+
+def _known(store: Store, files: Sequence[FeatureFile]) -> int:
+    """About how many rows the gallery has already, by the first of each row group."""
+    known = 0
+    for file, at, size in _groups(files):
+        try:
+            if store.enrolled_by(RequestKey(*file.first_request(at))) is not None:
+                known += size
+        except (OSError, ValueError, IdempotencyConflict):  # told row by row
+            continue
+    return known
 
 
 def _groups(files: Sequence[FeatureFile]) -> Iterator[tuple[FeatureFile, int, int]]:

@@ -128,25 +128,28 @@ def embed_bulk(
 
     from service.bulk.embedding import Done, left_to_do, parts, pictures_of, writing
 
-    done, before = Done(), 0
-    with writing(out) as features, stopping(_STOPPING) as wish:
+    done = Done()
+    on_ray = engine == "ray" or ray_address is not None
+    place = settings, out, root
+    with (
+        writing(out) as features,
+        stopping(_STOPPING) as wish,
+        _on_ray(*place, ray_address) if on_ray else _here(*place, processes) as embedder,
+    ):
+        pictures = list(pictures_of(plan.entries, root))
+        left = left_to_do(pictures, features, embedder.fingerprint, root)
+        before = len(pictures) - len(left)
+        features.reopen()
+        work = parts(left, features.next_number(), rows_per_file)
         try:
-            on_ray = engine == "ray" or ray_address is not None
-            place = settings, out, root
-            with _on_ray(*place, ray_address) if on_ray else _here(*place, processes) as embedder:
-                pictures = list(pictures_of(plan.entries, root))
-                left = left_to_do(pictures, features, embedder.fingerprint, root)
-                before = len(pictures) - len(left)
-                features.reopen()
-                work = parts(left, features.next_number(), rows_per_file)
-                with progress_bar("Embedding") as bar:
-                    task = bar.add_task("", total=len(pictures), completed=before)
-                    embedder.embed(
-                        work,
-                        done,
-                        advance=lambda count: bar.advance(task, count),
-                        stopping=lambda: wish.wanted,
-                    )
+            with progress_bar("Embedding") as bar:
+                task = bar.add_task("", total=len(pictures), completed=before)
+                embedder.embed(
+                    work,
+                    done,
+                    advance=lambda count: bar.advance(task, count),
+                    stopping=lambda: wish.wanted,
+                )
             if not wish.wanted:
                 features.finish()
         finally:
@@ -160,9 +163,9 @@ def embed_bulk(
             print_left(plan)
             if target is not None:
                 write_report(target, failures)
-        if wish.wanted:
-            say("Run the same command again to go on; nothing is embedded twice.", err=True)
-            raise typer.Exit(INTERRUPTED)
+    if wish.wanted:
+        say("Run the same command again to go on; nothing is embedded twice.", err=True)
+        raise typer.Exit(INTERRUPTED)
     if failures:
         raise typer.Exit(1)
 

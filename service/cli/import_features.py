@@ -47,6 +47,13 @@ def import_features(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Import what an interrupted embed-bulk has.")
     ] = False,
+    served_elsewhere: Annotated[
+        bool,
+        typer.Option(
+            "--served-elsewhere",
+            help="By machines with more memory: import what this one could not serve.",
+        ),
+    ] = False,
     report: Report = None,
     force: Force = False,
     config: Annotated[
@@ -84,7 +91,10 @@ def import_features(
         )
         from service.bulk.importing import importing
 
-        with importing(settings, files) as run, stopping(_STOPPING) as wish:
+        with (
+            importing(settings, files, served_elsewhere=served_elsewhere) as run,
+            stopping(_STOPPING) as wish,
+        ):
             run.verify(files, sample)
             total = sum(file.count for file in files)
             try:

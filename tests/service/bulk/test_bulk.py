@@ -10,13 +10,13 @@ import resource
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,13 @@ from service.bulk.features import RECORD, DamagedRow, FeatureFile, Row, Writer
 from service.bulk.importing import SAME
 from service.client import Client
 from service.gallery.filling import filling
+from service.gallery.index import room
+from service.gallery.index.room import feature_bytes
 from tests.paths import MINI
 from tests.service.conftest import Serve
+from tests.service.crash.subject import CONTEXT
 from tests.service.places import INFO
-from tests.service.processes import CMT, STARTING_SECONDS, wait_for
+from tests.service.processes import STARTING_SECONDS, wait_for
 
 ENVIRONMENT = {"CMT_RUNTIME": "torch", "CMT_DEVICE": "cpu", "CMT_DECODE_PROCESSES": "2"}
 
@@ -170,6 +173,36 @@ def test_an_import_is_as_if_enrolled(
     assert run(capsys, "import", features, *options)[1].endswith("32 of them before.\n")
 
 
+def test_a_gallery_that_would_not_fit_is_refused_before_the_import(
+    features: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    postgres_url: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    data = tmp_path / "data"
+    load = ["import", features, "--checkpoint", tiny_checkpoint, "--sample", 0]
+    here = [*load, "--data-dir", data]
+    width = info_of(tiny_checkpoint).config
+    each = feature_bytes(1, (width.parts + 1) * width.dim) + room._COLUMN_BYTES
+
+    def free(items: int) -> None:
+        monkeypatch.setattr(room, "available_memory", lambda: room._HOST_RESERVE + items * each)
+
+    free(31)
+    status, printed, err = run(capsys, *here)
+    assert (status, printed) == (1, "")
+    assert "would have 32 items" in err
+    assert "holds 31; free or add memory, import fewer files, or say --served-elsewhere" in err
+    free(32)
+    assert run(capsys, *here)[:2] == (0, "32 of 32 rows are imported.\n")
+    before = "32 of 32 rows are imported, 32 of them before.\n"
+    assert run(capsys, *here)[:2] == (0, before)  # which adds nothing
+    free(0)
+    assert run(capsys, *here)[0] == 1
+    assert run(capsys, *here, "--served-elsewhere")[:2] == (0, before)
+    # Others serve what is in PostgreSQL, and may have more.
+    assert run(capsys, *load, "--database-url", postgres_url)[0] == 0
+    assert "needs memory for 32 more items" in caplog.text
+
+
 def test_replicas_follow_an_import(
     serve: Serve, features: Path, tiny_checkpoint: Path, infrared: list[Path], tmp_path: Path,
     postgres_url: str, capsys: pytest.CaptureFixture[str],
@@ -199,14 +232,21 @@ def test_only_what_is_missing_is_embedded(
     shutil.copy(visible[4], no_text)
     (crops / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
     Image.new("RGB", (100, 200)).save(crops / "black.png")
+    shutil.copy(visible[5], crops / "film.jpg")
+    os.truncate(crops / "film.jpg", 1 << 38)  # no memory holds it
     embed = ("embed-bulk", crops, "--checkpoint", tiny_checkpoint, "--out", out)
     status, printed, _ = run(capsys, *embed, "--report", report)
-    assert (status, printed.splitlines()[0]) == (1, "4 of 6 files are embedded.")
+    assert (status, printed.splitlines()[0]) == (1, "4 of 7 files are embedded.")
     failed = {Path(row["file"]).name: row["code"] for row in map(json.loads, report.open())}
-    assert failed == {"broken.png": "image_undecodable", "black.png": "image_blank"}
+    assert failed == {
+        "broken.png": "image_undecodable",
+        "black.png": "image_blank",
+        "film.jpg": "image_too_large",
+    }
     # Mended, and one more: what is there is not touched.
     shutil.copy(visible[5], crops / "broken.png")
     (crops / "black.png").unlink()
+    (crops / "film.jpg").unlink()
     shutil.copy(visible[6], crops / "new.jpg")
     first = (out / "features-000001.parquet").stat()
     status, printed, _ = run(capsys, *embed, "--report", report)
@@ -227,6 +267,8 @@ def test_only_what_is_missing_is_embedded(
         pass  # a gallery
     status, _, err = run(capsys, *embed[:-1], tmp_path / "data")
     assert (status, "is the data folder of a gallery" in err) == (2, True)
+    status, printed, err = run(capsys, *embed[:-1], report)
+    assert (status, printed, "or give another --out" in err) == (1, "", True)
 
 
 def test_what_is_killed_goes_on_where_it_was(
@@ -241,16 +283,13 @@ def test_what_is_killed_goes_on_where_it_was(
              "--rows-per-file", 10]  # fmt: skip
     load = ["import", out, "--checkpoint", tiny_checkpoint, "--data-dir", data]
 
-    def started(arguments: list[Any]) -> subprocess.Popen[str]:
-        command = [*CMT, *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    killed = started([*embed, "--processes", 2])
+    killed = begun([*embed, "--processes", 2])
     wait_for(lambda: list(out.glob("*.parquet")), "nothing is embedded", STARTING_SECONDS)
     children = children_of(killed.pid)
+    assert children
     killed.kill()
+    killed.join()
     wait_for(lambda: not any(map(alive, children)), "processes are left behind")
-    killed.communicate()
     assert not (out / RECORD).exists()
     status, _, err = run(capsys, *load)
     assert (status, "is not finished" in err) == (1, True)
@@ -278,10 +317,10 @@ def test_what_is_killed_goes_on_where_it_was(
     assert not list(out.glob("*.partial"))
     assert sum(FeatureFile(file).count for file in out.glob("*.parquet")) == 160
 
-    killed = started(load)
+    killed = begun(load)
     wait_for(lambda: rows_of(data / "gallery.sqlite3"), "nothing is imported")
     killed.kill()
-    killed.communicate()
+    killed.join()
     status, printed, _ = run(capsys, *load)
     before = int(printed.split(", ")[1].split()[0])
     assert (status, 0 < before < 160) == (0, True), printed
@@ -310,7 +349,19 @@ def test_a_full_disk_is_said_and_leaves_no_fragment(
     assert run(capsys, *embed)[:2] == (0, "16 of 16 files are embedded.\n")
 
 
-def children_of(pid: int) -> list[int]:
+def begun(arguments: Sequence[object]) -> BaseProcess:
+    """A command in a process of its own, which has imported torch already."""
+    process = CONTEXT.Process(target=_command, args=(list(map(str, arguments)),))
+    process.start()
+    return process
+
+
+def _command(arguments: list[str]) -> None:
+    os.environ.update(ENVIRONMENT)
+    main(arguments)
+
+
+def children_of(pid: int | None) -> list[int]:
     lists = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for listed in lists for child in listed.read_text().split()]
 
@@ -530,7 +581,7 @@ def test_ray_computes_the_same(
     embed = ("embed-bulk", folder / "cam1", "--checkpoint", tiny_checkpoint, "--out", out)
     assert main([*map(str, embed), "--ray-address", "127.0.0.1:9"]) == 1
     printed, err = capfd.readouterr()
-    assert printed.splitlines()[0] == "0 of 18 files are embedded."
+    assert printed == ""
     assert err.startswith("Error: no Ray cluster answers at 127.0.0.1:9")
     assert err.endswith("or leave out --engine ray\n")
     status = main([*map(str, embed), "--engine", "ray", "--rows-per-file", "2"])
