@@ -25,6 +25,7 @@ from service.api.uploads import (
 )
 from service.gallery import Filters, Hit, SearchResult
 from service.images.decode import Box
+from service.observability.stages import Stages
 from service.pipeline.pipeline import Answer
 from service.pipeline.reading import picture_of
 from service.pipeline.search_batcher import Search
@@ -57,6 +58,8 @@ async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Respo
     with no results.
     """
     async with read_upload(request, max_images=QUERY_IMAGES) as upload:
+        stages = Stages(request.state.started)
+        stages.end("receive")
         form = upload.parse(QueryForm)
         check_image_count(upload.images, most=QUERY_IMAGES)
         if form.box is not None and len(upload.images) > 1:
@@ -70,8 +73,9 @@ async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Respo
             ],
             await _search(state, form),
             actor,
+            stages,
         )
-    return json_response(_answer(state, answer, form, len(upload.images)))
+    return json_response(_answer(state, answer, form, len(upload.images), stages))
 
 
 async def _search(state: Resources, form: QueryForm) -> Search:
@@ -101,7 +105,9 @@ async def _search(state: Resources, form: QueryForm) -> Search:
     )
 
 
-def _answer(state: Resources, answer: Answer, form: QueryForm, images: int) -> QueryAnswer:
+def _answer(
+    state: Resources, answer: Answer, form: QueryForm, images: int, stages: Stages
+) -> QueryAnswer:
     # Validated in one go: a model for each of a thousand results would take most of the time.
     ranking = answer.ranking
     result = ranking.result
@@ -127,8 +133,10 @@ def _answer(state: Resources, answer: Answer, form: QueryForm, images: int) -> Q
     }
     if result.shards_total is not None:
         body |= {"shards_ok": result.shards_ok, "shards_total": result.shards_total}
+    stages.end("answer")
     if form.debug:
-        body["timings_ms"] = answer.timings_ms
+        seconds = {**stages.seconds, "total": stages.total}
+        body["timings_ms"] = {stage: 1e3 * passed for stage, passed in seconds.items()}
         if spilled := state.gallery.spilled:
             body["items_on_host"] = spilled
     return QueryAnswer.model_validate(body)

@@ -330,15 +330,26 @@ class Result(BaseModel):
 
 
 class Timings(BaseModel):
-    """Milliseconds of each stage of one query."""
+    """Milliseconds of each stage of one query; together they are the total.
 
+    From the request's headers until the answer is put together; it is then written and sent.
+    """
+
+    receive: float = Field(description="Reading the request.")
+    queue: float = Field(
+        description="Waiting: for other requests, and for one thread or process to go on where "
+        "another one ended."
+    )
     decode: float
-    queue: float
     embed: float
+    modulate: float = Field(description="γ, β, and the distances to the checkpoint's references.")
     recall: float
-    rescore: float
+    rescore: float = Field(description="Exact distances, scores and probabilities.")
     rerank: float
     fetch: float
+    rank: float = Field(description="The rest of the search.")
+    audit: float = Field(description="Waiting for the audit log.")
+    answer: float = Field(description="Putting the answer together.")
     total: float
 
 

@@ -99,7 +99,7 @@ class EmbeddingBatcher:
         Raises EmbeddingFailed, MemoryExhausted, or ModelVersionConflict after `retire`.
         """
         if self._retired:
-            raise ModelVersionConflict("another checkpoint is in use by now; try again")
+            raise _retired()
         waiting = _WaitingCrop(crop, asyncio.get_running_loop().create_future())
         queue = self._queries if query else self._enrollments
         queue.append(waiting)
@@ -110,6 +110,21 @@ class EmbeddingBatcher:
             with suppress(ValueError):  # it may be in a batch already
                 queue.remove(waiting)
             raise
+
+    def embed_at_once(self, crop: Crop) -> Embedded:
+        """Embed a crop in the calling thread, beside what `run` does. Raises as `embed`."""
+        if self._retired:
+            raise _retired()
+        began = time.perf_counter()
+        (outcome,) = self._halving([crop], beside=self._busy > 0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return Embedded(outcome, 0.0, time.perf_counter() - began)
+
+    @property
+    def pictures(self) -> int:
+        """Those that are in flight."""
+        return self._in_flight
 
     @contextmanager
     def in_flight(self, pictures: int = 1) -> Iterator[None]:
@@ -218,6 +233,10 @@ class EmbeddingBatcher:
                 return [_failure(error, exhausted)]
         middle = len(crops) // 2
         return self._halving(crops[:middle], beside) + self._halving(crops[middle:], beside)
+
+
+def _retired() -> ModelVersionConflict:
+    return ModelVersionConflict("another checkpoint is in use by now; try again")
 
 
 def _failure(error: Exception, exhausted: bool) -> ServiceError:

@@ -63,6 +63,7 @@ class RequestLogMiddleware:
             await send(message)
 
         started = time.perf_counter()
+        scope.setdefault("state", {})["started"] = started
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         with self._tracing.request(scope["method"], headers) as span:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from PIL import Image
 
-from model.config import Modality
+from model.modalities import Modality
 from model.pictures import (
     Box,
     Format,
@@ -81,7 +81,7 @@ class Crop:
     `Decoders` at the network's input size. width, height: of the crop that is stored. bit_depth:
     of the upload. sha256: of the uploaded bytes. data: what is stored, the upload itself or a
     lossless PNG of the box, its colours as they came. polarity: of infrared, which `image` no
-    longer has; None of a visible crop.
+    longer has; None of a visible crop. seconds: of computing that decoding took its process.
     """
 
     image: Image.Image
@@ -94,6 +94,7 @@ class Crop:
     data: bytes
     media_type: str
     polarity: Polarity | None = None
+    seconds: float = 0.0
 
 
 def decode(

@@ -1,4 +1,4 @@
-"""The decoding processes, and the service's end of their pipes."""
+"""The decoding processes, and the service's end of their sockets."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 import logging
 import math
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection, Pipe
+from dataclasses import dataclass, field
+from socket import socketpair
 from typing import Any, Literal
 
 from PIL import Image
@@ -26,7 +27,7 @@ from service.errors import (
     error_of,
 )
 from service.images.decode import Crop, ImageLimits, Picture
-from service.images.protocol import FACTS, READY, Order
+from service.images.protocol import FACTS, READY, Order, Wire
 from service.images.turns import Share, Turns
 
 log = logging.getLogger(__name__)
@@ -78,9 +79,12 @@ class Decoders:
         self._all = [_Worker() for _ in range(count)]
         for worker in self._all:
             worker.start()
+        # The last one used is the next: its memory is in the processor's caches.
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for worker in self._all:
+            self._idle.put(worker)
         self._threads = [
-            threading.Thread(target=self._serve, args=(worker,), name="decode", daemon=True)
-            for worker in self._all
+            threading.Thread(target=self._serve, name="decode", daemon=True) for _ in self._all
         ]
         for thread in self._threads:
             thread.start()
@@ -114,6 +118,16 @@ class Decoders:
         """Decode one upload of nobody's request, waiting for its turn. See `submit`."""
         return self.submit(picture, height, width, Share(""), limits).result()
 
+    def decode_at_once(
+        self, picture: Picture, height: int, width: int, share: Share
+    ) -> Crop | None:
+        """The same for a request, in the calling thread; None where it would have to wait."""
+        if not self._turns.take(share):
+            return None
+        job = _Job(picture, height, width, self._limits)
+        self._serve_one(share, job)
+        return job.answer.result()
+
     @property
     def processes(self) -> list[int]:
         """Ids of the processes that run."""
@@ -129,16 +143,23 @@ class Decoders:
             worker.stop()
         for thread in self._threads:
             thread.join()
-        for worker in self._all:
-            worker.kill()
+        for _ in self._all:
+            self._idle.get().kill()
 
-    def _serve(self, worker: _Worker) -> None:
-        """Decode what is next with one of the processes, until closed."""
+    def _serve(self) -> None:
+        """Decode what is next, until closed."""
         while (found := self._turns.get()) is not None:
-            share, job = found
+            self._serve_one(*found)
+            del found  # while waiting for the next one, nothing is held
+
+    def _serve_one(self, share: Share, job: _Job) -> None:
+        """Decode one image, which has a place, so that one of the processes is idle."""
+        worker, used = self._idle.get(), 0.0
+        try:
             used = self._answer(worker, share, job)
+        finally:
+            self._idle.put(worker)
             self._turns.done(share, used)
-            del found, job  # while waiting for the next one, nothing is held
 
     def _answer(self, worker: _Worker, share: Share, job: _Job) -> float:
         """Answer one job → the seconds of decoding that it took."""
@@ -161,6 +182,7 @@ class Decoders:
             crop = Crop(
                 image=Image.frombytes("RGB", (job.width, job.height), pixels),
                 data=stored or job.picture.data,
+                seconds=seconds,
                 **{name: facts[name] for name in FACTS},
             )
         except BaseException as error:
@@ -232,16 +254,17 @@ class _Died(Exception):  # noqa: N818 (what happened, not whose error)
 
 
 class _Worker:
-    """One process and its pipe, used only by its thread."""
+    """One process and its socket, used by one thread at a time."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self._pipe: Connection
+        self._wire: Wire
         self._ready = False
 
     def start(self) -> None:
         """Start the process. Raises RuntimeUnavailable."""
-        self._pipe, theirs = Pipe()
+        ours, theirs = socketpair()
+        self._wire = Wire(ours)
         self._ready = False
         command = [sys.executable, "-m", "service.images.worker", str(theirs.fileno())]
         # One thread is enough for NumPy there; each more would map memory of its own. It is a new
@@ -256,7 +279,7 @@ class _Worker:
                 start_new_session=True,
             )
         except OSError as error:
-            self._pipe.close()
+            ours.close()
             raise RuntimeUnavailable(
                 f"no process to decode images can be started ({error.strerror}); check the limits "
                 "on processes and memory",
@@ -267,20 +290,29 @@ class _Worker:
 
     def ask(self, order: Order, data: bytes) -> tuple[dict[str, Any], bytes, bytes]:
         """Decode one image → facts, pixels and the bytes to store. Raises _Died."""
-        if self.process is None or self.process.poll() is not None:
-            self.kill()
+        if self.process is None:
             self.start()
         try:
-            if not self._ready:
-                self._wait(_START)
-                self._ready = self._pipe.recv_bytes() == READY
-            self._pipe.send_bytes(json.dumps(asdict(order)).encode())
-            self._pipe.send_bytes(data)
-            self._wait(_PATIENCE * order.seconds + _GRACE)
-            facts = json.loads(self._pipe.recv_bytes())
-            return facts, self._pipe.recv_bytes(), self._pipe.recv_bytes()
+            try:
+                self._tell(order, data)
+            except BrokenPipeError:  # it has ended since the last image
+                self.kill()
+                self.start()
+                self._tell(order, data)
+            self._wire.end.settimeout(_PATIENCE * order.seconds + _GRACE)
+            facts, pixels, stored = self._wire.receive(3)
+            return json.loads(facts), pixels, stored
+        except TimeoutError as error:
+            # Its own alarm would have ended it long before if it computed: it was stopped.
+            raise _Died("no answer", "killed") from error
         except (EOFError, OSError) as error:
             raise self._death() from error
+
+    def _tell(self, order: Order, data: bytes) -> None:
+        if not self._ready:
+            self._wire.end.settimeout(_START)
+            self._ready = self._wire.receive(1) == [READY]
+        self._wire.send(json.dumps(vars(order)).encode(), data)
 
     def stop(self) -> None:
         """Let its thread notice that it ends."""
@@ -292,21 +324,16 @@ class _Worker:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self._pipe.close()
+            self._wire.end.close()
             self.process = None
 
-    def _wait(self, seconds: float) -> None:
-        if not self._pipe.poll(seconds):
-            # Its own alarm would have ended it long before if it computed: it was stopped.
-            raise _Died("no answer", "killed")
-
     def _death(self) -> _Died:
-        """Why the process, whose pipe is closed, has ended."""
+        """Why the process, whose socket is closed, has ended."""
         assert self.process is not None
         try:
             status = self.process.wait(_GRACE)
         except subprocess.TimeoutExpired:
-            return _Died("closed its pipe", "crashed")
+            return _Died("closed its socket", "crashed")
         if status == -signal.SIGPROF:
             return _Died("out of time", "late")
         by_image = self._ready and (status >= 0 or -status in _CRASHES)

@@ -40,11 +40,12 @@ class Share:
 class Turns(Generic[J]):
     """The jobs that wait for one of several places. Thread-safe.
 
-    Every `get` that gave a job must be followed by a `done`.
+    Every `get` or `take` that gave a job a place must be followed by a `done`.
     """
 
     def __init__(self, places: int) -> None:
         self._places = places
+        self._running = 0
         self._changed = threading.Condition()
         self._closed = False
         # Owner → request → its jobs. The first of each is next, and goes to the end after its turn.
@@ -64,17 +65,30 @@ class Turns(Generic[J]):
             while not self._closed:
                 share = self._next()
                 if share is not None:
-                    share.running += 1
+                    self._begin(share)
                     return share, self._taken(share)
                 self._changed.wait()
         return None
 
+    def take(self, share: Share) -> bool:
+        """Give a place to a job that has not waited, if one is free and no other job waits.
+
+        As after a `get` that gave a job, there must be a `done`.
+        """
+        with self._changed:
+            if self._closed or self._waiting or self._running >= self._places:
+                return False
+            self._begin(share)
+            return True
+
     def done(self, share: Share, seconds: float) -> None:
         """Give the place of a job back, which took `seconds`."""
         with self._changed:
+            self._running -= 1
             share.running -= 1
             share.used += seconds
-            self._changed.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
     def remove(self, share: Share, job: J) -> None:
         """Forget a job that still waits."""
@@ -93,7 +107,13 @@ class Turns(Generic[J]):
             self._changed.notify_all()
         return left
 
+    def _begin(self, share: Share) -> None:
+        self._running += 1
+        share.running += 1
+
     def _next(self) -> Share | None:
+        if self._running >= self._places:
+            return None
         for requests in self._waiting.values():
             for share in requests:
                 quick = 0 < share.used < _LONG

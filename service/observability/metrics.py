@@ -41,7 +41,8 @@ class Metrics:
         )
         self._stages = Histogram(
             "cmt_stage_seconds",
-            "Time in each stage: receive, decode, queue, embed, recall, rescore, fetch, store.",
+            "Time in each stage: receive, queue, decode, embed, modulate, recall, rescore, rerank, "
+            "fetch, rank, audit, store.",
             ("stage",),
             buckets=_SECONDS,
             registry=registry,

@@ -43,10 +43,10 @@ class Tracing:
         with self._tracer.start_as_current_span(name, context, SpanKind.SERVER) as span:
             yield span
 
-    def stage(self, name: str, seconds: float) -> None:
-        """Record a stage of the current request that ends now and took `seconds`."""
+    def stage(self, name: str, seconds: float, ago: float = 0.0) -> None:
+        """Record a stage of the current request that took `seconds` and ended `ago`, or now."""
         if self._provider is not None:
-            end = time.time_ns()
+            end = time.time_ns() - int(1e9 * ago)
             span = self._tracer.start_span(name, start_time=end - int(1e9 * seconds))
             span.end(end)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from service.errors import ServiceError
 from service.gallery import Act, Gallery
@@ -33,10 +33,10 @@ class AuditWriter:
         self._waiting.append(act)
         await self.flush()
 
-    def post(self, act: Act) -> None:
-        """Log an act soon, without waiting for the disk."""
+    def post(self, act: Act) -> Future[None]:
+        """Log an act soon, from any thread → what is done once it is on the disk, if it can be."""
         self._waiting.append(act)
-        self._thread.submit(self._flush)
+        return self._thread.submit(self._flush)
 
     async def flush(self) -> None:
         """Write what waits."""

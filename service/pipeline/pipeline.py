@@ -12,9 +12,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from anyio import create_task_group, sleep
@@ -31,6 +33,7 @@ from service.images.decode import STORED_LIMITS, Crop, Modality, ModalitySource,
 from service.images.turns import Share
 from service.kit.concurrency import gathered, in_thread
 from service.observability.metrics import Metrics
+from service.observability.stages import Stages
 from service.observability.tracing import Tracing
 from service.pipeline.audit_writer import AuditWriter
 from service.pipeline.conflicts import retried
@@ -57,7 +60,6 @@ class Answer:
     """A ranking, and the modality that its query was taken for.
 
     polarity: of its infrared images, None without one. model: fingerprint of the checkpoint.
-    timings_ms: of decode, queue, embed, recall, rescore, rerank, fetch, and total.
     """
 
     ranking: Ranking
@@ -65,7 +67,6 @@ class Answer:
     modality_source: ModalitySource
     polarity: Polarity | None
     model: str
-    timings_ms: dict[str, float]
 
 
 class Embedding(NamedTuple):
@@ -78,11 +79,39 @@ class Embedding(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """A crop at the input size of `engine`, and the seconds that it took."""
+    """A crop at the input size of `engine`, and the seconds that it took.
+
+    Those that its process did not compute it has waited, for its turn or for the process.
+    """
 
     crop: Crop
     engine: EmbeddingEngine
     seconds: float
+
+    @property
+    def computed(self) -> float:
+        return min(self.crop.seconds, self.seconds)
+
+
+@dataclass(eq=False)
+class _QueryWork:
+    """One query on its way.
+
+    stages: of its request. gone: nobody waits for it any more. noted: done once it is in the audit
+    log.
+    """
+
+    pictures: Sequence[Picture]
+    search: Search
+    actor: str
+    share: Share
+    stages: Stages
+    gone: bool = False
+    noted: Future[None] | None = None
+
+
+class _NotAlone(Exception):  # noqa: N818 (no error: the query goes the way of the others)
+    """Something else is being worked on."""
 
 
 class Pipeline:
@@ -109,6 +138,7 @@ class Pipeline:
         self._background: TaskGroup | None = None
         self.retention_waits = False  # what is too old stays for now
         self._searches = SearchBatcher(gallery)
+        self._alone, self._alone_busy = ThreadPoolExecutor(1, "alone"), False
         self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
         self._with_crops = self._storing
         if settings.crops_url is not None:
@@ -153,11 +183,19 @@ class Pipeline:
         self._metrics.stage(stage, seconds)
         self._tracing.stage(stage, seconds)
 
+    def _note_stages(self, stages: Stages) -> None:
+        now = time.perf_counter()
+        for stage, seconds in stages.seconds.items():
+            if stage != "receive":  # noted when it was over, as of every upload
+                self._metrics.stage(stage, seconds)
+                self._tracing.stage(stage, seconds, ago=now - stages.ended[stage])
+
     def close(self) -> None:
         """End the threads, once nothing is in progress."""
         self._with_crops.shutdown(cancel_futures=True)
         self._storing.shutdown(cancel_futures=True)
         self._searches.close()
+        self._alone.shutdown(cancel_futures=True)
         self.refusals.write()
         self.audit_writer.close()
 
@@ -209,39 +247,123 @@ class Pipeline:
             with self.engine.batcher.in_flight():
                 return await self._embedded(await self._decoded(picture, decode), query=query)
 
-        return await retried(attempt)
+        embedding = await retried(attempt)
+        for stage, seconds in embedding.seconds.items():
+            self.note(stage, seconds)
+        return embedding
 
-    async def query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
+    async def query(
+        self,
+        pictures: Sequence[Picture],
+        search: Search,
+        actor: str,
+        stages: Stages | None = None,
+    ) -> Answer:
         """Rank the gallery for one person seen in 1 to 16 pictures, which are fused.
 
         actor: the caller, for the audit log, which is on the disk before the answer is given.
-        Raises ServiceError.
+        stages: of the request, which go on here. Raises ServiceError.
         """
+        work = _QueryWork(pictures, search, actor, self.share(actor), stages or Stages())
         with self.engine.batcher.in_flight(len(pictures)):
-            return await self._query(pictures, search, actor)
+            self.gallery.refuse_stale()  # at once, and not behind what waits for the database
+            try:
+                if self._is_alone(work):
+                    with suppress(_NotAlone, ModelVersionConflict):
+                        return await self._in_one_go(work)
+                return await self._in_batches(work)
+            finally:
+                self._note_stages(work.stages)
 
-    async def _query(self, pictures: Sequence[Picture], search: Search, actor: str) -> Answer:
-        self.gallery.refuse_stale()  # at once, and not behind what waits for the database
+    def _is_alone(self, work: _QueryWork) -> bool:
+        """Whether nothing else is worked on that the query would have to share something with.
+
+        An exhaustive one takes the way where no two of them run at the same time.
+        """
+        lone = self.engine.batcher.pictures == 1 and not self._alone_busy
+        return lone and not work.search.exhaustive
+
+    async def _in_one_go(self, work: _QueryWork) -> Answer:
+        """All steps in one thread: a lone query would wait for each hand-over to another one.
+
+        Raises _NotAlone where it would have to wait for something else, and ModelVersionConflict.
+        """
+
+        self._alone_busy = True
+        answer = self._alone.submit(copy_context().run, self._computed, work)
+        answer.add_done_callback(self._leave)  # also where it is cancelled before it has begun
+        try:
+            return await asyncio.wrap_future(answer)
+        except asyncio.CancelledError:
+            work.gone = True
+            raise
+
+    def _leave(self, _: Future[Answer]) -> None:
+        self._alone_busy = False
+
+    def _computed(self, work: _QueryWork) -> Answer:
+        engine, (picture,) = self.engine, work.pictures
+        config = engine.embedder.info.config
         started = time.perf_counter()
-        share = self.share(actor)
-        decoded = await self._all_decoded(pictures, share)
-        modalities = {one.crop.modality for one in decoded}
-        modality = modalities.pop() if len(modalities) == 1 else "mixed"
-        details = {"images": len(pictures), "modality": modality, **_described(search)}
-        act = Act(actor, "query", details=details, persons=search.filters.person_id)
-        noting = asyncio.create_task(self.audit_writer.note(act))
+        work.stages.end("queue")
+        crop = self._decoders.decode_at_once(
+            picture, config.input_height, config.input_width, work.share
+        )
+        if crop is None or work.gone:
+            raise _NotAlone
+        decoded = _Decoded(_read(picture, crop), engine, time.perf_counter() - started)
+        work.stages.end("queue", decode=decoded.computed)
+        self._note_act(work, [decoded])
+        try:
+            embedded = engine.batcher.embed_at_once(decoded.crop)
+            features = _finite(embedded.features)
+            work.stages.end("queue", embed=embedded.took)
+            if work.gone:
+                raise _NotAlone
+            ranking = self._searches.rank_at_once(
+                EmbeddedQuery(engine.embedder, features[None], crop.modality, work.search)
+            )
+            work.stages.end("queue", **ranking.seconds)
+        finally:
+            assert work.noted is not None
+            work.noted.result()
+        work.stages.end("audit")
+        return _answer_of(ranking, [decoded])
+
+    async def _in_batches(self, work: _QueryWork) -> Answer:
+        """Each step together with that of other requests."""
+        decoded = await self._all_decoded(work.pictures, work.share)
+        slowest = max(decoded, key=lambda one: one.seconds)
+        work.stages.end("queue", decode=slowest.computed)
+        if work.noted is None:
+            self._note_act(work, decoded)
 
         async def attempt() -> Answer:
             nonlocal decoded
             self.gallery.refuse_stale()
             if any(one.engine is not self.engine for one in decoded):  # changed meanwhile
-                decoded = await self._all_decoded(pictures, share)
-            return await self._answer(decoded, modality, search, started)
+                decoded = await self._all_decoded(work.pictures, work.share)
+            return await self._answer(decoded, work)
 
         try:
             return await retried(attempt)
         finally:
-            await noting
+            assert work.noted is not None
+            await asyncio.wrap_future(work.noted)
+            work.stages.end("audit")
+
+    def _note_act(self, work: _QueryWork, decoded: Sequence[_Decoded]) -> None:
+        """Begin to write a query into the audit log, which goes on while it is embedded."""
+        search = work.search
+        details = {
+            "images": len(work.pictures),
+            "modality": _modality(decoded),
+            "top_k": search.top_k,
+            "exhaustive": search.exhaustive,
+            **search.filters.described(),  # without the persons
+        }
+        act = Act(work.actor, "query", details=details, persons=search.filters.person_id)
+        work.noted = self.audit_writer.post(act)
 
     async def _all_decoded(self, pictures: Sequence[Picture], share: Share) -> list[_Decoded]:
         decode = partial(self._decoders.submit, share=share)
@@ -261,55 +383,27 @@ class Pipeline:
         config = engine.embedder.info.config
         started = time.perf_counter()
         answer = decode(picture, config.input_height, config.input_width)
-        crop = await asyncio.wrap_future(answer)
-        if picture.by_camera and crop.modality_source == "given":
-            crop = replace(crop, modality_source="camera")
-        took = time.perf_counter() - started
-        self.note("decode", took)
-        return _Decoded(crop, engine, took)
+        crop = _read(picture, await asyncio.wrap_future(answer))
+        return _Decoded(crop, engine, time.perf_counter() - started)
 
     async def _embedded(self, decoded: _Decoded, *, query: bool) -> Embedding:
         crop, engine, took = decoded
         features, waited, embedding = await engine.batcher.embed(crop, query=query)
-        if not features.isfinite().all():
-            raise EmbeddingFailed(
-                "the features of the image are not finite; the checkpoint is damaged or untrained"
-            )
-        self.note("queue", waited)
-        self.note("embed", embedding)
-        seconds = {"decode": took, "queue": waited, "embed": embedding}
-        return Embedding(crop, features, engine, seconds)
+        seconds = {"decode": decoded.computed, "queue": waited + took - decoded.computed}
+        return Embedding(crop, _finite(features), engine, {**seconds, "embed": embedding})
 
-    async def _answer(
-        self,
-        decoded: Sequence[_Decoded],
-        modality: Modality | Literal["mixed"],
-        search: Search,
-        started: float,
-    ) -> Answer:
+    async def _answer(self, decoded: Sequence[_Decoded], work: _QueryWork) -> Answer:
         engine = decoded[0].engine
         if any(one.engine is not engine for one in decoded):
             raise ModelVersionConflict("the checkpoint was changed between two of the images")
         seen = await gathered(self._embedded(one, query=True) for one in decoded)
+        work.stages.end("queue", embed=max(one.seconds["embed"] for one in seen))
         features = torch.stack([one.features for one in seen])
         ranking = await self._searches.rank(
-            EmbeddedQuery(engine.embedder, features, modality, search)
+            EmbeddedQuery(engine.embedder, features, _modality(decoded), work.search)
         )
-        for stage, milliseconds in ranking.result.timings_ms.items():
-            self.note(stage, milliseconds / 1000)
-        slowest = {stage: max(one.seconds[stage] for one in seen) for stage in seen[0].seconds}
-        return Answer(
-            ranking=ranking,
-            modality=modality,
-            modality_source=seen[0].crop.modality_source,
-            polarity=next((one.crop.polarity for one in seen if one.crop.polarity), None),
-            model=engine.model,
-            timings_ms={
-                **{stage: 1000 * seconds for stage, seconds in slowest.items()},
-                **ranking.result.timings_ms,
-                "total": 1000 * (time.perf_counter() - started),
-            },
-        )
+        work.stages.end("queue", **ranking.seconds)
+        return _answer_of(ranking, decoded)
 
     async def _retain(self) -> None:
         """Delete items that are older than `retention_days`, while the clock can be believed."""
@@ -330,10 +424,33 @@ class Pipeline:
             await sleep(_RETAIN_EVERY)
 
 
-def _described(search: Search) -> dict[str, Any]:
-    """What the audit log says about a search, without the persons it is for."""
-    return {
-        "top_k": search.top_k,
-        "exhaustive": search.exhaustive,
-        **search.filters.described(),
-    }
+def _read(picture: Picture, crop: Crop) -> Crop:
+    """The crop of a picture, with where its modality is from."""
+    if picture.by_camera and crop.modality_source == "given":
+        return replace(crop, modality_source="camera")
+    return crop
+
+
+def _finite(features: Tensor) -> Tensor:
+    """The features. Raises EmbeddingFailed where they are no numbers to rank by."""
+    if not features.isfinite().all():
+        raise EmbeddingFailed(
+            "the features of the image are not finite; the checkpoint is damaged or untrained"
+        )
+    return features
+
+
+def _modality(decoded: Sequence[_Decoded]) -> Modality | Literal["mixed"]:
+    """What a query of these images is taken for."""
+    modalities = {one.crop.modality for one in decoded}
+    return modalities.pop() if len(modalities) == 1 else "mixed"
+
+
+def _answer_of(ranking: Ranking, decoded: Sequence[_Decoded]) -> Answer:
+    return Answer(
+        ranking=ranking,
+        modality=_modality(decoded),
+        modality_source=decoded[0].crop.modality_source,
+        polarity=next((one.crop.polarity for one in decoded if one.crop.polarity), None),
+        model=decoded[0].engine.model,
+    )

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,13 +52,15 @@ class Ranking(NamedTuple):
 
     similarities: the probability that a pair drawn at even odds shows one person; agreements: of
     each part, without γ and β, where asked to explain. None where the checkpoint is not calibrated
-    for this query and gallery modality. rerank: how the ranking was.
+    for this query and gallery modality. rerank: how the ranking was. seconds: of each stage, of all
+    queries that were ranked together.
     """
 
     result: SearchResult
     similarities: list[float | None]
     agreements: list[list[float] | None]
     rerank: Rerank
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,17 @@ class SearchBatcher:
     """Ranks `gallery`. Used on one event loop."""
 
     def __init__(self, gallery: Gallery) -> None:
+        self._gallery = gallery
         self._short, self._long = _Line(gallery, "search"), _Line(gallery, "exhaustive")
 
     async def rank(self, query: EmbeddedQuery) -> Ranking:
         """Rank the gallery for one person. Raises what `Gallery.search_all` does."""
         search = query.search
         return await (self._long if search.exhaustive else self._short).rank(query)
+
+    def rank_at_once(self, query: EmbeddedQuery) -> Ranking:
+        """The same in the calling thread, beside whatever is ranked."""
+        return _ranked(self._gallery, query.embedder, [query])[0]
 
     def close(self) -> None:
         """End the threads, once nothing is in progress."""
@@ -157,12 +165,14 @@ def _ranked_apart(
         return [one for query in batch for one in _ranked_apart(gallery, embedder, [query])]
 
 
+@torch.inference_mode()
 def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[EmbeddedQuery]) -> list[Ranking]:
     """Rank the queries of one embedder together.
 
     Calibration curves are fitted on queries of one image; a query of several images uses the same
     ones, a query of both modalities none.
     """
+    started = time.perf_counter()
     info = embedder.info
     x = torch.stack([fuse(s.features, normalise=info.config.normalise_test) for s in batch])
     gamma, beta = embedder.modulation(x)
@@ -178,11 +188,20 @@ def _ranked(gallery: Gallery, embedder: Embedder, batch: Sequence[EmbeddedQuery]
         Query(*parts)
         for parts in zip(x, modulations, (s.search for s in batch), scales, strict=True)
     ]
+    modulated = time.perf_counter() - started
     results = gallery.search_all(queries, model=info.fingerprint)
-    return [
+    rankings = [
         _ranking(info.calibration, *parts)
         for parts in zip(batch, queries, measured, results, strict=True)
     ]
+    took = time.perf_counter() - started
+    return [one._replace(seconds=_seconds(one.result, modulated, took)) for one in rankings]
+
+
+def _seconds(result: SearchResult, modulated: float, took: float) -> dict[str, float]:
+    """Of each stage of ranking: those that the search has measured, and `rank` for the rest."""
+    known = {"modulate": modulated, **{stage: ms / 1e3 for stage, ms in result.timings_ms.items()}}
+    return {**known, "rank": took - sum(known.values())}
 
 
 def _measured(
@@ -228,7 +247,7 @@ def _ranking(
     hits = result.hits
     nothing: list[Any] = [None] * len(hits)
     if calibration is None:
-        return Ranking(result, nothing, nothing, rerank)
+        return Ranking(result, nothing, nothing, rerank, {})
     of_pair: Any = {
         "query": embedded.modality,
         "gallery": [hit.item.modality for hit in hits],
@@ -241,7 +260,7 @@ def _ranking(
     similarities = calibration.similarities(
         measured, distances, modulated=query.modulation is not None, **of_pair
     )
-    return Ranking(result, similarities, agreements, rerank)
+    return Ranking(result, similarities, agreements, rerank, {})
 
 
 def fuse(features: Tensor, *, normalise: bool) -> Tensor:

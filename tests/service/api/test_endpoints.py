@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -100,6 +103,37 @@ def test_modality_is_detected_and_can_be_given(http: httpx.Client, infrared: lis
         http.delete(f"/gallery/{item['id']}")
 
 
+def test_a_lone_query_is_answered_as_those_that_come_together(
+    http: httpx.Client, enrolled: list[dict[str, Any]], infrared: list[Path]
+) -> None:
+    def newest() -> list[dict[str, Any]]:
+        return http.get("/admin/audit", params={"limit": 30}).json()["entries"]  # type: ignore[no-any-return]
+
+    before = newest()[0]["number"]
+    alone = [ask(http, file, top_k=4) for file in infrared[:4]]
+    with ThreadPoolExecutor(4) as clients:
+        together = list(clients.map(partial(ask, http, top_k=4), infrared[:4]))
+    for one, other in zip(alone, together, strict=True):
+        assert [r["item"]["id"] for r in one["results"]] == [
+            r["item"]["id"] for r in other["results"]
+        ]
+        assert [r["distance"] for r in one["results"]] == pytest.approx(
+            [r["distance"] for r in other["results"]], rel=1e-3
+        )
+    noted = [e["details"] for e in newest() if e["number"] > before and e["action"] == "query"]
+    assert noted == [{"images": 1, "modality": "ir", "top_k": 4, "exhaustive": False}] * 8
+
+
+def test_a_query_whose_client_has_gone_holds_up_no_other_one(
+    url: str, http: httpx.Client, enrolled: list[dict[str, Any]], infrared: list[Path]
+) -> None:
+    whole = ask(http, infrared[0], top_k=4)
+    for _ in range(5):
+        with httpx.Client(base_url=url, timeout=0.002) as impatient, suppress(httpx.HTTPError):
+            impatient.post("/query", files={"image": infrared[0].read_bytes()})
+        assert ask(http, infrared[0], top_k=4)["results"] == whole["results"]
+
+
 def test_box_is_cut_out_before_it_is_stored(http: httpx.Client, visible: list[Path]) -> None:
     item = enroll(http, visible[0], box="3,5,20,40")
     stored = Image.open(io.BytesIO(http.get(f"/gallery/{item['id']}/image").content))
@@ -150,8 +184,12 @@ def test_query_ranks_and_explains(
     assert answer["people"] == len({item["person_id"] for item in enrolled})
     assert answer["rerank"] == "none"
     assert set(answer["timings_ms"]) == {
-        "decode", "queue", "embed", "recall", "rescore", "rerank", "fetch", "total",
+        "receive", "decode", "queue", "embed", "modulate", "recall", "rescore", "rerank", "fetch",
+        "rank", "audit", "answer", "total",
     }  # fmt: skip
+    *stages, total = answer["timings_ms"].values()
+    assert sum(stages) == pytest.approx(total, abs=0.01)
+    assert min(stages) >= 0
     plain = ask(http, infrared[0])
     assert "timings_ms" not in plain
     assert "parts" not in plain["results"][0]

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +253,22 @@ def test_processes_end_with_the_one_that_started_them() -> None:
         lambda: not any(Path(f"/proc/{child}").exists() for child in children),
         "decoding processes outlive the service",
     )
+
+
+def test_a_picture_is_decoded_in_the_thread_that_asks_unless_it_would_wait(
+    decoders: Decoders,
+) -> None:
+    picture = Picture(textured(60, 120))
+    once = decoders.decode_at_once(picture, *SIZE, Share("a"))
+    assert once is not None
+    assert once.seconds > 0
+    usual = decoders.submit(picture, *SIZE, Share("a")).result()
+    assert once.image.tobytes() == usual.image.tobytes()
+    assert replace(once, image=usual.image, seconds=usual.seconds) == usual
+    dear = Picture(textured(2000, 2000))
+    waiting = [decoders.submit(dear, *SIZE, Share(str(owner))) for owner in range(4)]
+    assert decoders.decode_at_once(picture, *SIZE, Share("a")) is None
+    for answer in waiting:
+        answer.result()
+    with pytest.raises(ServiceError):
+        decoders.decode_at_once(Picture(textured(60, 120)[:200]), *SIZE, Share("a"))

@@ -68,3 +68,18 @@ def test_once_closed_nothing_is_given_or_taken() -> None:
     assert turns.get() is None
     with pytest.raises(RuntimeError):
         turns.put(share, "2")
+
+
+def test_a_job_of_its_own_thread_takes_a_place_only_where_it_need_not_wait() -> None:
+    turns: Turns[str] = Turns(1)
+    share, other = Share("a"), Share("b")
+    assert turns.take(share)
+    assert not turns.take(other)
+    turns.put(other, "waits")
+    turns.done(share, 0.5)
+    assert (share.running, share.used) == (0, 0.5)
+    assert not turns.take(share)  # the job that waits comes first
+    assert names(turns, 1) == ["waits"]
+    assert turns.take(other)
+    turns.close()
+    assert not turns.take(share)
