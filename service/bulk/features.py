@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from model.atomic_file import PRIVATE, write_whole
 from model.config import CMTConfig, Modality
 from model.pictures import ModalityChoice, Polarity
+from model.strict_json import read_json
 from service.gallery.times import microseconds
 from service.images.decode import ModalitySource
 
@@ -33,6 +34,8 @@ _NAME = re.compile(r"features-(\d{6,})\.parquet")
 _METADATA = b"cmt-features"
 _FORMAT: Literal[1] = 1
 _MOST = 256  # rows in a row group, which is read as a whole
+# What Arrow raises for a file that is not as it was written, or for times that Python cannot hold.
+_UNREADABLE = (OSError, ValueError, ArithmeticError, LookupError, NotImplementedError, TypeError)
 _BYTES_AT_ONCE = 32_000_000  # of its crops, at least where it has fewer rows
 
 
@@ -167,7 +170,7 @@ class FeatureFile:
         try:
             self._file = parquet.ParquetFile(path, page_checksum_verification=True)
             metadata: Mapping[bytes, bytes] = self._file.schema_arrow.metadata or {}
-        except (OSError, ValueError) as error:
+        except _UNREADABLE as error:
             raise BulkError(
                 f"{path} cannot be read as a whole Parquet file ({_reason(error)}); remove it and "
                 "run the same `cmt embed-bulk` again, which embeds what it held"
@@ -176,7 +179,7 @@ class FeatureFile:
         if _METADATA not in metadata:
             raise BulkError(foreign)
         try:
-            header = json.loads(metadata[_METADATA])
+            header = read_json(metadata[_METADATA].decode())
             if isinstance(header, dict) and header.get("format") != _FORMAT:
                 raise BulkError(
                     f"{path} was written by another release ({header.get('release')}); embed its "
@@ -211,7 +214,7 @@ class FeatureFile:
             features = numbers.reshape(table.num_rows, size)
             columns = {name: table[name].to_pylist() for name in _FACTS}
             crops, sums = table["crop"].to_pylist(), table["checksum"].to_pylist()
-        except (OSError, ValueError) as error:
+        except _UNREADABLE as error:
             start = sum(self.groups()[:at])
             where = f"{self.path.name}, row "
             reason = f"{self.path} is damaged ({_reason(error)}); remove it and embed again"
@@ -231,16 +234,19 @@ class FeatureFile:
         return rows
 
     def first_request(self, at: int) -> tuple[str, str]:
-        """Key and `request_sha256` of the first row of a row group. Raises OSError, ValueError."""
-        table = self._file.read_row_group(at, ["key", "request_sha256"])
-        return table["key"][0].as_py(), table["request_sha256"][0].as_py()
+        """Key and `request_sha256` of the first row of a row group; empty where it is damaged."""
+        try:
+            table = self._file.read_row_group(at, ["key", "request_sha256"])
+            return table["key"][0].as_py(), table["request_sha256"][0].as_py()
+        except _UNREADABLE:
+            return "", ""
 
     def states(self) -> Iterator[tuple[str, bytes]]:
         """Of each row, what it is of (`place_of`) and its state. Raises BulkError."""
         try:
             table = self._file.read(["path", "box", "state"])
             rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
-        except (OSError, ValueError) as error:
+        except _UNREADABLE as error:
             raise BulkError(
                 f"{self.path} is damaged ({_reason(error)}); remove it and run the same command "
                 "again, which embeds what it held"
@@ -288,7 +294,7 @@ class FeatureFolder:
         """All of its files. Raises BulkError where something is missing, and OSError."""
         record = self.folder / RECORD
         try:
-            listed = json.loads(record.read_bytes())["files"]
+            listed = read_json(record.read_text(encoding="utf-8"))["files"]
             rows = {str(name): int(count) for name, count in listed.items()}
         except (FileNotFoundError, NotADirectoryError) as error:
             if not self.folder.is_dir() or not self.names():

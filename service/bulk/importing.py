@@ -7,7 +7,6 @@ infrared, or inverted), it is embedded again here, so that the outcome is that o
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
@@ -26,6 +25,7 @@ from torch.nn.functional import cosine_similarity
 from model import load_checkpoint
 from model.config import MODALITIES, CMTConfig
 from model.device import chosen_device
+from model.strict_json import read_json
 from service.api.schemas import BatchItem
 from service.bulk.embedding import decoders_of
 from service.bulk.features import BulkError, DamagedRow, FeatureFile, Row
@@ -377,7 +377,7 @@ class Importer:
             "metadata": row.metadata,
         }
         try:
-            labels = {**written, "metadata": json.loads(row.metadata), "key": row.key}
+            labels = {**written, "metadata": read_json(row.metadata), "key": row.key}
             item = BatchItem.model_validate(labels)
         except ValidationError as error:
             return Refusal(path, LABELS, "; ".join(what_is_wrong(error)), written)
@@ -453,7 +453,7 @@ def _known(store: Store, files: Sequence[FeatureFile]) -> int:
         try:
             if store.enrolled_by(RequestKey(*file.first_request(at))) is not None:
                 known += size
-        except (OSError, ValueError, IdempotencyConflict):  # told row by row
+        except IdempotencyConflict:  # told when the row is added
             continue
     return known
 

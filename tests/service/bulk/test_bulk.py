@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pyarrow import concat_tables, parquet
+from pyarrow import array, concat_tables, int64, parquet
 
 from model import CheckpointInfo, load_checkpoint
 from model.cli import main
@@ -408,11 +408,11 @@ def test_rows_are_refused_one_by_one(
         "labels_invalid": {"person_id": "x" * 129},
         "labels_invalid ": {"metadata": "[1]"},
         "labels_invalid  ": {"metadata": '{"a": '},
+        "labels_invalid   ": {"metadata": '{"a":' * 2_000},
         "features_invalid": {"features": np.full(96, np.nan, np.float16)},
         "features_invalid ": {"features": np.full(96, 1, np.float16)},
         "row_damaged": {"sha256": "none"},
         "row_damaged ": {"bit_depth": 0},
-        "idempotency_conflict": {},
     }
 
     def change(rows: list[Row]) -> list[Row]:
@@ -421,18 +421,19 @@ def test_rows_are_refused_one_by_one(
             replace(row, path=f"{code.replace(' ', '+')}.jpg", **values)
             for row, (code, values) in zip(rows, changes.items(), strict=True)
         ]
-        return [*changed[:-1], replace(changed[-1], key="one"), replace(rows[0], key="one")]
+        one, other = (replace(row, key="one") for row in rows[:2])
+        return [*changed, replace(one, path="first.jpg"), replace(other, path="second.jpg")]
 
     rewritten(features / "features-000001.parquet", change)
     data = tmp_path / "data"
     load = ("import", features, "--checkpoint", tiny_checkpoint, "--data-dir", data)
     status, printed, _ = run(capsys, *load, "--report", report)
-    assert (status, printed.splitlines()[0]) == (1, "23 of 33 rows are imported.")
+    assert (status, printed.splitlines()[0]) == (1, "23 of 34 rows are imported.")
     with report.open() as file:
         failed = {Path(row["file"]).stem: row for row in csv.DictReader(file)}
     expected = {code.replace(" ", "+"): code.strip() for code in changes}
-    first = expected.pop("idempotency_conflict")
-    assert {name: row["code"] for name, row in failed.items()} == {**expected, "0001": first}
+    expected["second"] = "idempotency_conflict"
+    assert {name: row["code"] for name, row in failed.items()} == expected
     assert failed["labels_invalid"]["person_id"] == "x" * 129
 
 
@@ -555,6 +556,16 @@ def test_a_row_that_another_tool_changed_is_damaged(features: Path) -> None:
     assert [isinstance(row, DamagedRow) for row in read] == [
         one != other for one, other in zip(people, swapped, strict=True)
     ]
+
+
+def test_a_time_that_python_cannot_hold_is_damage(features: Path) -> None:
+    file = features / "features-000001.parquet"
+    table = parquet.read_table(file)
+    position = table.schema.names.index("captured_at")
+    field = table.schema.field(position)
+    times = array([2**63 - 1] * table.num_rows, int64()).cast(field.type)
+    parquet.write_table(table.set_column(position, field, times), file)
+    assert all(isinstance(row, DamagedRow) for row in FeatureFile(file).read_group(0))
 
 
 def rows_in(folder: Path) -> dict[str, Row]:
