@@ -126,8 +126,13 @@ class RayEngine:
                 "the GPUs; restart the service, and they are on the GPUs"
             )
             return 0.0
-        together = -(-self._count // int(free))  # on one GPU, which takes no part of a shard
-        return int(1e4 / together) / 1e4
+        return gpu_share(self._count, int(free))
+
+
+def gpu_share(shards: int, gpus: int) -> float:
+    """Of a GPU, for each of the shards: one lies on one GPU, with as few others as possible."""
+    together = -(-shards // gpus)
+    return int(1e4 / together) / 1e4
 
 
 def _end() -> None:

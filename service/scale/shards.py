@@ -68,7 +68,6 @@ class Shards:
         self._asked, self._known = -math.inf, [Sizes.none()]
         self._enrolling = threading.Lock()
         self._enrolled = 0  # since the shards were asked how much room they have
-        self._sizes()
 
     def __len__(self) -> int:
         return self.statistics().items

@@ -151,7 +151,7 @@ class SliceShard:
         Raises NotLoaded, what `Follower.follow` raises, and what `Shard.search` does.
         """
         follower = self._opened()
-        with _losses_reported():
+        with losses_reported():
             self._follow_to(position, follower)
             requests = [question.request() for question in questions]
             scored = follower.shard.search(requests)
@@ -160,19 +160,19 @@ class SliceShard:
     def follow(self, position: Position) -> None:
         """Follow the store at least to `position`. Raises NotLoaded, and as `search`."""
         follower = self._opened()
-        with _losses_reported():
+        with losses_reported():
             self._follow_to(position, follower)
 
     def ready(self) -> None:
         """Raise NotLoaded, or as `search`, where it cannot answer yet."""
         follower = self._opened()
-        with _losses_reported(), self._following:
+        with losses_reported(), self._following:
             self._catch_up(follower)
 
     def counts(self) -> Counts:
         """Of its share. Raises NotLoaded, and as `search`."""
         follower = self._opened()
-        with _losses_reported():
+        with losses_reported():
             with self._following:
                 self._catch_up(follower)
             if not self._full:
@@ -266,7 +266,7 @@ class SliceShard:
 
 
 @contextmanager
-def _losses_reported() -> Iterator[None]:
+def losses_reported() -> Iterator[None]:
     """Report a device that is lost meanwhile, for the process to end."""
     try:
         yield

