@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from model.benchmark import publish
 from model.benchmark_table import Headline, as_fast, rate, ratio_of
 from model.device import DEVICES
 from model.outputs import ResultsFile, picture_option
-from model.terminal import say
+from model.terminal import Console, say
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.bench.serving.rivals import Batching, Rival, is_installed
+from service.bench.serving.trace import rows
 from service.bench.serving.trials import Trials
 from service.embedding.embedder import Embedder, Runtime
 from service.kit.text import counted
@@ -76,6 +78,9 @@ def serve(
     query as in the paper. Each server and the load generator run in processes of their own, one at
     a time, all in turn.
 
+    Of a lone query, without re-ranking, all stages are told: from the client's clock and the
+    service's, so that nothing is left out, beside the time of the bare model on one image.
+
     Requests a second are given as they were, and corrected for the generator's share of this
     machine: requests / (seconds − CPU seconds of the generator / cores). Shares of the bare model
     are the corrected rate's; they mean something where all cores are busy.
@@ -104,7 +109,13 @@ def serve(
             )
         results = trials.results()
     publish("serve", settings, _COLUMNS, list(_rows(results)), results, json)
-    for line in _overhead(results):
+    for result in results:
+        if "stages, ms" in result:
+            table = Table("a lone query", "ms: median (middle half)", title="rerank=none")
+            for row in rows(result):
+                table.add_row(*row)
+            Console().print(table)
+    for line in _against(results):
         say(line)
     for missing in (kind for kind in against or Rival if not is_installed(kind)):
         say(f"{missing} is not installed and was left out; install the extra 'bench'")
@@ -153,11 +164,16 @@ def _rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
         )
 
 
-def _overhead(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for r in results:
-        if "ms over the bare model" in r:
-            stages = ", ".join(f"{name} {ms.median:.3g}" for name, ms in r["stages, ms"].items())
-            yield (
-                f"{r['route']}, one client: {r['ms over the bare model']} ms over the bare model; "
-                f"stages of single queries, ms: {stages}"
-            )
+def _against(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The service's queries beside those that only embed, by the corrected rates."""
+    loads = [r for r in results if "route" in r]
+    rates = {(r["side"], r["route"], r["clients"]): r[_RATE].median for r in loads}
+    for side, route in dict.fromkeys((r["side"], r["route"]) for r in loads):
+        shared = [
+            (clients, ours / rates[side, route, clients])
+            for (who, what, clients), ours in rates.items()
+            if (who, what) == ("ours", "POST /query") and (side, route, clients) in rates
+        ]
+        if side != "ours" and shared:
+            ratios = ", ".join(f"{ratio:.2f} with {clients}" for clients, ratio in shared)
+            yield f"POST /query, times the rate of {side}, {route}: {ratios} clients"

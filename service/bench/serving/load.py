@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -138,10 +138,15 @@ class _Run:
         await asyncio.sleep(_PAUSE)
 
 
-def request(path: str, image: bytes) -> bytes:
-    """A POST with the image as the form's part `image`, as HTTP/1.1 writes it."""
+def request(path: str, image: bytes, fields: Mapping[str, str] | None = None) -> bytes:
+    """A POST with the image as the form's part `image`, as HTTP/1.1 writes it, after `fields`."""
     body = b"".join(
         (
+            *(
+                f"--{_BOUNDARY}\r\nContent-Disposition: form-data; "
+                f'name="{name}"\r\n\r\n{text}\r\n'.encode()
+                for name, text in (fields or {}).items()
+            ),
             f"--{_BOUNDARY}\r\n".encode(),
             b'Content-Disposition: form-data; name="image"; filename="image"\r\n',
             b"Content-Type: application/octet-stream\r\n\r\n",

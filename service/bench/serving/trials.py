@@ -29,11 +29,12 @@ from service.bench.serving.rivals import (
     service,
     started,
 )
+from service.bench.serving.trace import summary, trace
 from service.client import Client
 from service.embedding.embedder import Embedder
 
 _BATCHES = {"cpu": (1, 8, 32), "cuda": (1, 8, 32, 128)}  # of the bare model
-_DEBUGGED = 20  # queries whose stages are asked for, a round
+_TRACED = 100  # lone queries whose stages are asked for, a round
 
 Key = tuple[str, str, int]  # side, route, clients
 
@@ -54,7 +55,7 @@ class Trials:
         batches = _BATCHES[torch.device(embedder.device).type]
         self._bare: dict[int, list[float]] = {batch: [] for batch in batches}  # images/s
         self._loads: dict[Key, list[Load]] = {}
-        self._stages: dict[str, list[float]] = {}  # ms
+        self._traced: list[dict[str, float]] = []  # ms of the stages of lone queries
 
     def fill(self, count: int) -> None:
         """Enroll the crops, as often as they are needed, each time with a little noise."""
@@ -92,7 +93,7 @@ class Trials:
                         key = server.side, route.name, count
                         self._loads.setdefault(key, []).append(load)
                     if server is ours and route.path == "/query":
-                        self._ask_for_stages(port)
+                        self._trace(port)
         shutil.rmtree(data_dir)
 
     def results(self) -> list[dict[str, Any]]:
@@ -115,7 +116,7 @@ class Trials:
             row |= _figures(loads, self._bare[best])
             if (side, route, clients) == ("ours", "POST /query", 1):
                 row["ms over the bare model"] = self._overhead(loads)
-                row["stages, ms"] = {name: Spread.of(ms) for name, ms in self._stages.items()}
+                row |= summary(self._traced, 1e3 / rates[1].median)
             rows.append({**row, **facts})
         return rows
 
@@ -132,15 +133,11 @@ class Trials:
                 calls += 1
             rates.append(batch * calls / taken)
 
-    def _ask_for_stages(self, port: int) -> None:
-        """Collect the service's own timings of single queries, and its precision."""
+    def _trace(self, port: int) -> None:
+        """Collect the stages of lone queries, and ask for the precision."""
         with Client(f"http://{HOST}:{port}") as client:
             self._precision = client.model().precision
-            for file in islice(cycle(self._queries), _DEBUGGED):
-                timings = client.query(file, debug=True).timings_ms
-                assert timings is not None
-                for stage, milliseconds in timings.model_dump().items():
-                    self._stages.setdefault(stage, []).append(milliseconds)
+        self._traced += trace(port, self._queries, _TRACED)
 
     def _overhead(self, loads: Sequence[Load]) -> Spread:
         """p50 of a query from one client, less the time of the network on one image."""

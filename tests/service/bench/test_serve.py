@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from model import CMT, load_checkpoint, save_checkpoint
+from model.benchmark import Spread
 from model.cli import main
 from service.bench.crops import BenchmarkDataError
 from service.bench.fusion import fusion, ways
@@ -26,6 +28,7 @@ from service.bench.serving.figures import corrected_rate, percentiles
 from service.bench.serving.load import LoadError, measure, request
 from service.bench.serving.rivals import Batching, Route, Server, ServerError, batching, started
 from service.bench.serving.several import Processes
+from service.bench.serving.trace import summary
 from service.embedding.embedder import Embedder
 from tests.paths import MINI
 
@@ -118,6 +121,17 @@ def test_a_request_says_how_long_it_is() -> None:
     assert f"Content-Length: {len(body)}".encode() in head
 
 
+def test_the_stages_of_a_query_add_up_to_what_its_client_has_waited() -> None:
+    queries = [
+        {"decode": 1.0, "embed": 2.0 + more, "outside the service": 0.5, "client": 3.5 + more}
+        for more in (0.0, 1.0, 2.0)
+    ]
+    found = summary(queries, bare=1.5)
+    assert found["neither decoding nor the bare model, ms"] == Spread(2.0, 1.0, 3.0)
+    assert found["stages, ms"]["client"].median == 4.5
+    assert found["in no stage, ms"] == 0
+
+
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     image = tmp_path / "a"
     image.write_bytes(b"a")
@@ -138,7 +152,10 @@ def test_batches_of_another_kind_are_a_side_of_their_own(tmp_path: Path) -> None
 
 
 def test_serve_measures_all_sides(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Beside other tests, the servers' threads would only wait for one another.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -179,7 +196,12 @@ def test_serve_measures_all_sides(
     assert query["ms over the bare model"]["median"] == pytest.approx(
         query["p50, ms"]["median"] - alone
     )
-    assert {"decode", "queue", "embed", "total"} <= set(query["stages, ms"])
+    assert {"decode", "queue", "embed", "audit", "client"} <= set(query["stages, ms"])
+    assert query["in no stage, ms"] < 0.01
+    assert query["bare model, ms"] == pytest.approx(alone)
+    shown = capsys.readouterr().out
+    assert "neither decoding nor the bare model" in shown
+    assert re.search(r"times the rate of LitServe, POST /embed: \d+\.\d+ with 1 clients", shown)
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
 
 
