@@ -7,9 +7,10 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
@@ -18,18 +19,33 @@ from model.benchmark_table import Headline, as_fast, rate
 from model.device import DEVICES
 from model.outputs import ResultsFile
 from service.bench.crops import BenchmarkDataError, decoded, image_files
-from service.bench.data import CHECKPOINT
+from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
+from service.bench.serving.alone import seconds_alone
+from service.bench.serving.load import HOST
+from service.bench.serving.several import Processes
 from service.client import Client
-from service.client.bulk import send
 from service.client.stream import Entry
 from service.embedding.embedder import Embedder, Runtime
 from service.gallery import Gallery, Item, NewItem
 from service.images.decode import Crop
+from service.kit.text import counted
 from service.server import running
 from service.settings import load_settings
 
 T = TypeVar("T")
+
+
+class Side(NamedTuple):
+    """What is measured: its name, how many images at once, and what it is compared with."""
+
+    name: str
+    images: int
+    reference: str
+
+
+Times = dict[Side, list[float]]
+"""Seconds of each round; what others are compared with comes before them."""
 
 QUICK = ("--count", "256", "--rounds", "2")
 _ALONE = "embedding alone"
@@ -47,6 +63,13 @@ def enroll(
     rounds: Annotated[int, typer.Option(min=1, help="How often all sides run, in turn.")] = 3,
     device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
+    replicas: Annotated[
+        str | None,
+        typer.Option(help="Instead: to so many replicas over --database-url, such as 1,2,3."),
+    ] = None,
+    database_url: Annotated[
+        str | None, typer.Option(help="An empty PostgreSQL database; the replicas' items stay.")
+    ] = None,
     json: ResultsFile = None,
 ) -> None:
     """Images a second from files to durable rows, against embedding the decoded images alone.
@@ -54,8 +77,14 @@ def enroll(
     Offline: files are read and decoded ahead, embedded and stored in batches. Through the service:
     what cmt enroll does, by HTTP, to a service in this process.
 
+    With --replicas, what cmt enroll does with several addresses, --count images for each of them,
+    against as many processes that embed the same number of decoded images at the same time and do
+    nothing else: the sum of their rates on the same cores.
+
     Example: cmt bench enroll --images synth-sysu/cam1 --count 1000
     """
+    if replicas and database_url is None:
+        raise typer.BadParameter("replicas share a PostgreSQL database; give --database-url")
     settings = {
         **named(checkpoint, network),
         "images": str(images),
@@ -64,48 +93,29 @@ def enroll(
         "rounds": rounds,
         "device": device,
         "runtime": runtime,
+        **({"replicas": replicas} if replicas else {}),
     }
-    with tempfile.TemporaryDirectory() as name, checkpoint_of(checkpoint, network) as path:
-        folder, embedder = Path(name), Embedder(path, device, runtime)
-        files = _copies(images, count, folder / "alone")
-        batches = _batches(decoded(files), batch)
-        serving = load_settings(
-            checkpoint=path,
-            data_dir=folder / "service",
-            port=0,
-            device=device,
-            runtime=runtime,
-        )
-        offline = Gallery.open(folder / "offline", embedder.info, device=embedder.device)
-        with running(serving) as url, Client(url) as client:
-
-            def sides(fresh: Path) -> dict[str, Callable[[], object]]:
-                """What runs in a round, on files that no earlier round has enrolled."""
-                copies = _copies(images, count, fresh)
-                return {
-                    _ALONE: lambda: [embedder.embed(crops) for crops in batches],
-                    "offline": lambda: enroll_files(copies, embedder, offline, batch),
-                    "through the service": lambda: _send(client, copies),
-                }
-
-            times: dict[str, list[float]] = {}
-            for round_ in range(rounds + 1):
-                for side, call in sides(folder / str(round_)).items():
-                    taken = seconds(call)
-                    if round_:  # the first one warms up
-                        times.setdefault(side, []).append(taken)
-            durable = len(offline), client.list(limit=1).total
-        offline.close()
-        embedder.close()
-    if durable != ((rounds + 1) * count,) * 2:
-        raise BenchmarkDataError(f"{durable} items are stored; this is a bug, please report it")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        checkpoint_of(checkpoint, network) as path,
+        closing(Embedder(path, device, runtime)) as embedder,
+    ):
+        if replicas:
+            servers = Processes(Path(folder), path, embedder, (images, images), database_url)
+            times = _by_replicas(
+                *(servers, Path(folder), path, embedder, images),
+                *(count, batch, rounds, numbers(replicas)),
+            )
+        else:
+            times = _in_one_process(Path(folder), path, embedder, images, count, batch, rounds)
+    by_name = {side.name: taken for side, taken in times.items()}
     results = [
         {
-            "side": side,
-            "images": count,
-            "images per second": Spread.of([count / t for t in taken]),
+            "side": side.name,
+            "images": side.images,
+            "images per second": Spread.of([side.images / t for t in taken]),
             "share of embedding alone": Spread.of(
-                [alone / t for alone, t in zip(times[_ALONE], taken, strict=True)]
+                [alone / t for alone, t in zip(by_name[side.reference], taken, strict=True)]
             ),
             "runtime": embedder.runtime,
         }
@@ -118,16 +128,92 @@ def enroll(
 def headlines(report: dict[str, Any]) -> Iterator[Headline]:
     """The rows of `cmt bench all`."""
     network = report["settings"].get("network", "the demo's network")
-    rates = {result["side"]: result["images per second"] for result in report["results"]}
+    alone: dict[str, Any] = {}
     for result in report["results"]:
-        if result["side"] != _ALONE:
-            yield Headline(
-                f"enrollment, {network}, {result['side']}",
-                rate(result["images per second"], "crops"),
-                _ALONE,
-                rate(rates[_ALONE], "crops"),
-                as_fast(result["share of embedding alone"]),
-            )
+        if result["side"].startswith(_ALONE):  # what the sides that follow are compared with
+            alone = result
+            continue
+        yield Headline(
+            f"enrollment, {network}, {result['side']}",
+            rate(result["images per second"], "crops"),
+            alone["side"],
+            rate(alone["images per second"], "crops"),
+            as_fast(result["share of embedding alone"]),
+        )
+
+
+def _in_one_process(
+    folder: Path,
+    checkpoint: Path,
+    embedder: Embedder,
+    images: Path,
+    count: int,
+    batch: int,
+    rounds: int,
+) -> Times:
+    """Offline, and to a service in this process. Raises BenchmarkDataError for what is lost."""
+    batches = _batches(decoded(_copies(images, count, folder / "alone")), batch)
+    serving = load_settings(
+        checkpoint=checkpoint,
+        data_dir=folder / "service",
+        port=0,
+        device=embedder.device,
+        runtime=embedder.runtime,
+    )
+    offline = Gallery.open(folder / "offline", embedder.info, device=embedder.device)
+    times: Times = {}
+    with closing(offline), running(serving) as url, Client(url) as client:
+
+        def sides(fresh: Path) -> dict[str, Callable[[], object]]:
+            """What runs in a round, on files that no earlier round has enrolled."""
+            copies = _copies(images, count, fresh)
+            return {
+                _ALONE: lambda: [embedder.embed(crops) for crops in batches],
+                "offline": lambda: enroll_files(copies, embedder, offline, batch),
+                "through the service": lambda: _send([client], copies),
+            }
+
+        for round_ in range(rounds + 1):
+            for name, call in sides(folder / str(round_)).items():
+                taken = seconds(call)
+                if round_:  # the first one warms up
+                    times.setdefault(Side(name, count, _ALONE), []).append(taken)
+        durable = len(offline), client.list(limit=1).total
+    if durable != ((rounds + 1) * count,) * 2:
+        raise BenchmarkDataError(f"{durable} items are stored; this is a bug, please report it")
+    return times
+
+
+def _by_replicas(
+    servers: Processes,
+    folder: Path,
+    checkpoint: Path,
+    embedder: Embedder,
+    images: Path,
+    count: int,
+    batch: int,
+    rounds: int,
+    replicas: Sequence[int],
+) -> Times:
+    """To so many replicas, each a process, and as many processes that embed alone."""
+    same = folder / "alone"
+    _copies(images, count, same)
+    times: Times = {}
+    for round_ in range(rounds):
+        for several in replicas:
+            alone = f"{_ALONE}, {counted(several, 'process', 'processes')} at the same time"
+            taken = seconds_alone(several, checkpoint, embedder, batch, same)
+            times.setdefault(Side(alone, several * count, alone), []).append(taken)
+            copies = _copies(images, several * count, folder / f"{round_}-{several}")
+            with ExitStack() as stack:
+                clients = [
+                    stack.enter_context(Client(f"http://{HOST}:{port}"))
+                    for _, port in stack.enter_context(servers.replicated(several))
+                ]
+                taken = seconds(lambda: _send(clients, copies))  # noqa: B023
+            side = f"cmt enroll to {counted(several, 'replica')}"
+            times.setdefault(Side(side, several * count, alone), []).append(taken)
+    return times
 
 
 def enroll_files(
@@ -152,10 +238,12 @@ def enroll_files(
     return items
 
 
-def _send(client: Client, files: Sequence[Path]) -> None:
-    failures = send(client, [Entry(file) for file in files])
-    if failures:
-        raise BenchmarkDataError(f"{failures[0].file} was not enrolled: {failures[0].reason}")
+def _send(services: Sequence[Client], files: Sequence[Path]) -> None:
+    """Enroll the files as `cmt enroll` does. Raises BenchmarkDataError where one is not."""
+    client, *others = services
+    for result in client.enroll_many((Entry(file) for file in files), others=others):
+        if result.item is None:
+            raise BenchmarkDataError(f"{result.entry.image} was not enrolled: {result.reason}")
 
 
 def _copies(images: Path, count: int, folder: Path) -> list[Path]:

@@ -1,12 +1,11 @@
-"""Enroll many files: folders and manifests, in requests of many images each."""
+"""What is enrolled in bulk: files in folders, and the entries of manifests."""
 
 from __future__ import annotations
 
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from model import image_files
 from model.csv_table import read_table
 from model.image_files import ImageFiles
 from service.api.schemas import BatchItem, GalleryItem
-from service.client.client import Client
 from service.client.json_lines import is_json_lines, read_json_lines
 from service.client.stream import Entry
 
@@ -38,33 +36,6 @@ class ManifestError(EnrollmentError):
     def __init__(self, manifest: Path, problems: Sequence[str]) -> None:
         super().__init__(f"{manifest}, of which nothing was sent: {'; '.join(problems)}")
         self.problems = problems
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A file that was not enrolled, and the sentence that says why."""
-
-    file: Path
-    reason: str
-
-
-def send(
-    client: Client,
-    entries: Sequence[Entry],
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[Failure]:
-    """Enroll `entries` in requests of many each → what failed, by file.
-
-    progress: called with how many more are done. After Ctrl-C, what was sent stays enrolled.
-    Raises Unreachable, and ServiceProblem where no other request would fare better: the key may not
-    enroll, the disk is full, the service stays busy.
-    """
-    failures = []
-    for result in client.enroll_many(entries):
-        if result.reason is not None and isinstance(result.entry.image, Path):
-            failures.append(Failure(result.entry.image, result.reason))
-        progress(1)
-    return sorted(failures, key=lambda failure: failure.file)
 
 
 def find_images(paths: Iterable[Path]) -> ImageFiles:

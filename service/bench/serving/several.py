@@ -57,8 +57,20 @@ class Processes:
             with self._sharded(count) as servers:
                 self._measure("shards", count, servers, clients, seconds)
         for count in replicas:
-            with self._replicated(count) as servers:
+            with self.replicated(count) as servers:
                 self._measure("replicas", count, servers, clients, seconds)
+
+    @contextmanager
+    def replicated(self, count: int) -> Iterator[list[tuple[Server, int]]]:
+        """Run so many replicas over the database → each with its port."""
+        with ExitStack() as all_of_them:
+            servers = []
+            for place in range(count):
+                settings = {"database_url": self._database_url}
+                server = self._server(self._folder / f"replica-{place}", settings)
+                port = all_of_them.enter_context(started(server, self._folder / f"log-{place}"))
+                servers.append((server, port))
+            yield servers
 
     def results(self) -> list[dict[str, Any]]:
         """A row for every load. Zero shards: the engine in the serving process itself."""
@@ -102,17 +114,6 @@ class Processes:
                 yield [(server, port)]
         finally:
             shutil.rmtree(data)
-
-    @contextmanager
-    def _replicated(self, count: int) -> Iterator[list[tuple[Server, int]]]:
-        with ExitStack() as all_of_them:
-            servers = []
-            for place in range(count):
-                settings = {"database_url": self._database_url}
-                server = self._server(self._folder / f"replica-{place}", settings)
-                port = all_of_them.enter_context(started(server, self._folder / f"log-{place}"))
-                servers.append((server, port))
-            yield servers
 
     def _server(self, data: Path, settings: Mapping[str, object]) -> Server:
         assert settings.keys() <= Settings.model_fields.keys()

@@ -19,11 +19,12 @@ from model import (
     modulated_distance,
     save_checkpoint,
 )
+from model.cli import main
 from service.bench.crops import BenchmarkDataError, CropFeatures, embedded
 from service.bench.data import Source, stronger
 from service.bench.embed import embed
 from service.bench.engine import Engine
-from service.bench.enroll import enroll
+from service.bench.enroll import enroll, headlines
 from service.bench.features import features
 from service.bench.population import CROPS_PER_PERSON, Population
 from service.bench.recall import recall
@@ -343,6 +344,33 @@ def test_enroll_stores_every_image_on_both_ways(tiny_checkpoint: Path, tmp_path:
         assert_ordered(result["images per second"])
         share = result["images per second"]["median"] / alone
         assert result["share of embedding alone"]["median"] == pytest.approx(share)
+
+
+def test_enroll_to_replicas_is_compared_with_as_many_processes_that_embed(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    postgres_url: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    enroll(
+        tiny_checkpoint, None, MINI / "cam1", count=5, batch=2, rounds=1, device="cpu",
+        runtime="torch", replicas="2", database_url=postgres_url, json=tmp_path / "r.json",
+    )  # fmt: skip
+    found = report(tmp_path / "r.json")
+    alone, ours = found["results"]
+    assert (alone["side"], alone["images"], ours["side"], ours["images"]) == (
+        *("embedding alone, 2 processes at the same time", 10),
+        *("cmt enroll to 2 replicas", 10),
+    )
+    rates = [result["images per second"]["median"] for result in (ours, alone)]
+    assert ours["share of embedding alone"]["median"] == pytest.approx(rates[0] / rates[1])
+    assert postgres_url not in json.dumps(found)
+    [row] = headlines(found)
+    assert row.rival == alone["side"]
+    assert main(["bench", "enroll", "--replicas", "2"]) == 2
+    assert "give --database-url" in capsys.readouterr().err
 
 
 def test_embed_agrees_with_the_plain_module(tmp_path: Path, tiny_checkpoint: Path) -> None:
