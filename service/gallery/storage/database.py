@@ -284,9 +284,10 @@ class Database:
             )
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
         state = getattr(cause, "sqlstate", None)
+        reason = (str(cause) or type(error).__name__).splitlines()[0]
         if state == _POSTGRES_READ_ONLY:
             return DatabaseUnavailable(
-                f"the database {self._where} takes no writes ({cause}): it is a standby, or was "
+                f"the database {self._where} takes no writes ({reason}): it is a standby, or was "
                 "set read-only; name the primary in CMT_DATABASE_URL, or let it be written again"
             )
         if code == _SQLITE_FULL or state == _POSTGRES_DISK_FULL:
@@ -303,7 +304,6 @@ class Database:
                 f"the disk under {self._where} reports errors ({cause}); check the disk and its "
                 "mount"
             )
-        reason = (str(cause) or type(error).__name__).splitlines()[0]
         return DatabaseUnavailable(
             f"the database {self._where} does not answer ({reason}); try again later"
         )
