@@ -14,6 +14,7 @@ from service.gallery.index.inner_products import Best, rounding_bound
 
 _MARGIN = 1.1  # the first rows computed score down to this many bounds below the last one wanted
 _GROW = 4  # this many times as many rows are computed while the proof fails
+_ROUNDED = 2.0**-40  # more than what float64 rounds of the terms of a distance
 
 
 class Nearest(NamedTuple):
@@ -55,7 +56,8 @@ def nearest_of(
     them. best: of `searched` rows, the best first. exact: their scores come from fp32, not bf16.
     first: what `rescore` gives for `first_rows`, where it was computed for several queries at once.
     A row that was not computed scored at most as much as the last one that was, so its D² is at
-    least c − score − bound. Where `best` is too short for the proof, all its rows are computed.
+    least c − score − bound; none that is not in `best` is near enough where it is complete. Where
+    `best` is too short for the proof, all its rows are computed.
     """
     if features.metric == "cosine":  # `best` has every row that can be among the nearest
         distances, parts = first or features.rescore(x, modulation, best.positions)
@@ -67,9 +69,10 @@ def nearest_of(
         kept = best.first(take)
         distances, parts = first or features.rescore(x, modulation, kept.positions)
         first = None
-        if len(kept.positions) == searched:
+        every = len(kept.positions)
+        if every == searched or (best.complete and every == len(best.positions)):
             return Nearest(kept, distances, parts, proven=True)
-        lost = c - float(kept.scores[-1]) - bound
+        lost = (1 - _ROUNDED) * c - float(kept.scores[-1]) - bound
         proven = int(np.count_nonzero(distances**2 < lost)) >= count
         if proven or take >= len(best.positions):
             return Nearest(kept, distances, parts, proven)

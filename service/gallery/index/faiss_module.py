@@ -5,6 +5,8 @@ A gallery on a GPU whose rows are all multiplied does without, as `make gpu-chec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -29,3 +31,14 @@ def halve_threads() -> None:
     """Let FAISS use half of the cores on the calling thread."""
     if version() is not None:
         faiss.omp_set_num_threads(max(1, faiss.omp_get_max_threads() // 2))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let FAISS and PyTorch, which share their threads, compute on the calling thread alone."""
+    usual = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(usual)

@@ -25,7 +25,10 @@ from model import (
     project,
 )
 from model.config import Metric
+from model.modulation import squares
+from service.gallery.index.byte_codes import ByteCodes
 from service.gallery.index.chunks import CHUNK_ROWS, Chunk, scale_for
+from service.gallery.index.faiss_module import one_thread
 from service.gallery.index.gpu_products import kernels_on
 from service.gallery.index.room import NoRoom, device_room, feature_bytes, host_room, with_less
 from service.kit.memory import is_out_of_memory
@@ -34,6 +37,7 @@ from service.kit.memory import is_out_of_memory
 BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
 # Rows that are collected from their chunks at once; for fewer, finding their chunks costs most.
 _GATHER_ROWS = 65_536
+_SCORED_ROWS = 64  # that are widened and scored at once
 _HOST = torch.device("cpu")
 _NORM_MARGIN = 1 + 2.0**-10
 _COSINE_DIGITS = 12
@@ -64,6 +68,7 @@ class Features:
         self.device = torch.device(device)
         self.chunks: tuple[Chunk, ...] = ()
         self.norms = Norms()
+        self.codes: ByteCodes | None = None  # of the first rows, once they are made
         self._spare: list[Chunk] = []  # empty, for rows that are going to be added
         self._placing = threading.Lock()
         self._count = 0
@@ -78,8 +83,9 @@ class Features:
 
     @property
     def bytes(self) -> int:
-        """Memory held, unused rows of the last chunk included."""
-        return sum(chunk.z.nbytes for chunk in (*self.chunks, *self._spare))
+        """Memory held, unused rows of the last chunk and codes included."""
+        codes = 0 if self.codes is None else self.codes.bytes
+        return codes + sum(chunk.z.nbytes for chunk in (*self.chunks, *self._spare))
 
     @property
     def device_bytes(self) -> int:
@@ -102,7 +108,8 @@ class Features:
         step = self._rows_at_once()
         blocks = (torch.split(rows, step) for rows in (y, s))
         for block, place in zip(*blocks, strict=True):
-            place.copy_(lift(block.view(-1, self.parts, self.dim))[:, self.parts * self.dim :])
+            place.copy_(squares(block.view(-1, self.parts, self.dim)))
+        step = max(1, _SERIAL_NUMBERS // self.dim)
         start = 0
         while start < len(y):
             chunk = self._open(float(s[start:].max()))
@@ -278,24 +285,46 @@ class Features:
         return measured[np.argsort(order)]
 
     @torch.inference_mode()
-    def distances(
-        self, x: Tensor, modulation: Modulation, positions: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float64]:
-        """Q queries (Q×P×D) to the rows at `positions`, which ascend: Euclidean, Q×N.
-
-        Good to 1e-6 of the largest; `rescore` gives what is shown. Rows are read once, and every
-        query is computed by itself, on the calling thread: a batch changes no digit.
-        """
+    def lifted_on_host(self, positions: npt.NDArray[np.int64]) -> Tensor:
+        """What `distances` needs of the rows at `positions`, which ascend: N×(P+1)D, fp32."""
         y = self._gather(positions, _HOST).view(-1, self.parts, self.dim)
         z = torch.empty(len(y), self.width)
         step = self._rows_at_once()
         for rows, place in zip(torch.split(y, step), torch.split(z, step), strict=True):
             place.copy_(lift(rows))
+        return z
+
+    @torch.inference_mode()
+    def distances(self, x: Tensor, modulation: Modulation, z: Tensor) -> npt.NDArray[np.float64]:
+        """Q queries (Q×P×D) to rows, as `lifted_on_host` gives them: Euclidean, Q×N.
+
+        Good to 1e-6 of the largest; `rescore` gives what is shown. Every query is computed by
+        itself, on the calling thread: a batch changes no digit.
+        """
         w, c = project(x, modulation)
         products = [np.einsum("nd,d->n", z.numpy(), one) for one in w.float().cpu().numpy()]
         squared = c.double().cpu().numpy()[:, None] - np.stack(products)
         distances: npt.NDArray[np.float64] = np.sqrt(np.maximum(squared, 0))
         return distances
+
+    def scores(self, w: Tensor, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """⟨w, z⟩ of rows on the host at `positions`, which ascend, as a scan computes it.
+
+        w: (P+1)·D float64, unscaled.
+        """
+        scores = np.empty(len(positions), np.float32)
+        queries: dict[float, Tensor] = {}
+        with one_thread():
+            for chunk, places in self._by_chunk(positions):
+                query = queries.get(chunk.scale)
+                if query is None:
+                    query = queries[chunk.scale] = chunk.projected(w[None], self.dim)[0]
+                local, z = positions[places] - chunk.first, chunk.z.numpy()
+                for start in range(0, len(local), _SCORED_ROWS):
+                    rows = torch.from_numpy(z[local[start : start + _SCORED_ROWS]])
+                    at = places.start + start
+                    scores[at : at + len(rows)] = (rows.float() @ query).numpy()
+        return scores
 
     @torch.inference_mode()
     def between(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -375,6 +404,14 @@ class Features:
             return BLOCK_ROWS[device.type]
         return max(1, _SERIAL_NUMBERS // self.width)
 
+    def _by_chunk(self, positions: npt.NDArray[np.int64]) -> Iterator[tuple[Chunk, slice]]:
+        """The chunks that hold rows at `positions`, which ascend, and where these are in it."""
+        chunks = self.chunks
+        edges = np.searchsorted(positions, [chunk.first for chunk in chunks]).tolist()
+        for chunk, start, end in zip(chunks, edges, [*edges[1:], len(positions)], strict=True):
+            if start < end:
+                yield chunk, slice(start, end)
+
     def _by_device(
         self, positions: npt.NDArray[np.int64]
     ) -> Iterator[tuple[torch.device, npt.NDArray[np.int64]]]:
@@ -406,9 +443,6 @@ class Features:
             copies: Tensor = kernels.gather(at, self.parts * self.dim).to(device)
             return copies
         rows = torch.empty(len(positions), self.width, dtype=torch.float16, device=device)
-        chunks = self.chunks
-        edges = np.searchsorted(positions, [chunk.first for chunk in chunks]).tolist()
-        for chunk, start, end in zip(chunks, edges, [*edges[1:], len(positions)], strict=True):
-            if start < end:
-                chunk.take(positions[start:end] - chunk.first, rows[start:end])
+        for chunk, places in self._by_chunk(positions):
+            chunk.take(positions[places] - chunk.first, rows[places])
         return rows[:, : self.parts * self.dim]

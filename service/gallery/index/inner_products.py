@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from model.precision import choose_precision
+from service.gallery.index.byte_codes import BLOCK, ByteCodes, Coded
 from service.gallery.index.chunks import Chunk, Mask
-from service.gallery.index.faiss_module import faiss
+from service.gallery.index.faiss_module import faiss, one_thread
 from service.gallery.index.features import BLOCK_ROWS, Features
 from service.gallery.index.gpu_products import best as on_gpu
 from service.gallery.index.room import with_less
@@ -35,14 +36,26 @@ from service.gallery.index.room import with_less
 _SCAN_QUERIES = 4
 _SERIAL_CHUNKS = 2  # for so few, waiting for threads takes longer than they save
 SLACK, _SLACK_BF16 = 64, 1024
+# Codes are read first where there are so many rows for each one that is wanted, which leaves few
+# to be scored (`cmt bench rescore`), and where masks let this share of them pass.
+_CODED_RATIO, _CODED_AMONG = 256, 0.5
+_POSSIBLE_MOST = 0.1  # where a larger share is left, all rows are scanned instead
+_UNCODED_MOST = 4096  # where more rows have no codes yet, all are scanned
+# Rows are taken in groups of so many at most: k groups with a row above a score have k such rows.
+# With fewer than `_GROUPS` groups for each row that is wanted, the best would often share one.
+_GROUP, _GROUPS = 32, 8
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
 
 
 class Best(NamedTuple):
-    """Positions with the largest inner products, best first, and their scores. M ≤ count rows."""
+    """Positions with the largest inner products, best first, and their scores, M rows.
+
+    complete: no other row that was searched can be among those that were asked for.
+    """
 
     positions: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
+    complete: bool = False
 
     def first(self, count: int) -> Best:
         """The first `count` of them."""
@@ -56,7 +69,7 @@ def scan(features: Features, w: Tensor, count: int, allowed: Sequence[Mask]) -> 
     w: Q×(P+1)D float64, unscaled, on the CPU. allowed: one mask per query over the first rows;
     rows beyond it do not exist for that query. Rows on a GPU are multiplied, see `gpu_products`.
     """
-    return _searched(features, w, count, allowed, _scan)
+    return [one.first(count) for one in _scanned(features, w, count, allowed, 0)]
 
 
 @torch.inference_mode()
@@ -77,10 +90,10 @@ def exhaustive(
     """Candidates for the `count` best by the faster way, and whether it was exact to fp32.
 
     They are a few more than `count`, so that rounding rarely keeps a caller from proving that the
-    best are among them. exact: not in bf16.
+    best are among them, or `complete`. exact: not in bf16.
     """
     if len(w) <= _SCAN_QUERIES:
-        return scan(features, w, count + SLACK, allowed), True
+        return _scanned(features, w, count, allowed, SLACK), True
     exact = exact or product_dtype(features.device, exact) != torch.bfloat16
     slack = SLACK if exact else _SLACK_BF16
     return multiply(features, w, count + slack, allowed, exact=exact), exact
@@ -154,6 +167,96 @@ def _searched(
     if len(parts) == 1:
         return parts[0]
     return [merged([part[query] for part in parts], count) for query in range(len(w))]
+
+
+def _scanned(
+    features: Features, w: Tensor, count: int, allowed: Sequence[Mask], slack: int
+) -> list[Best]:
+    """As `scan`; all rows that can be among the best, or `slack` more than `count`."""
+    found = _by_codes(features, w, count, allowed)
+    rest = [query for query in range(len(w)) if query not in found]
+    if rest:
+        masks = [allowed[query] for query in rest]
+        best = _searched(features, w[rest], count + slack, masks, _scan)
+        found.update(zip(rest, best, strict=True))
+    return [found[query] for query in range(len(w))]
+
+
+def _by_codes(
+    features: Features, w: Tensor, count: int, allowed: Sequence[Mask]
+) -> dict[int, Best]:
+    """All rows that can be among the `count` best of a query, by query; see `byte_codes`.
+
+    Queries are left out where there are no codes, or reading all of them would not pay.
+    """
+    codes, most = features.codes, max(map(len, allowed))
+    if codes is None or len(codes) < _CODED_RATIO * count:
+        return {}
+    coded = min(len(codes), *map(len, allowed))
+    if most - coded > _UNCODED_MOST:
+        return {}
+    # A query that is asked with several masks is multiplied once.
+    same: dict[bytes, list[int]] = {}
+    for query, row in enumerate(w.numpy()):
+        same.setdefault(row.tobytes(), []).append(query)
+    found = {}
+    for members in same.values():
+        masks = {id(allowed[query]): allowed[query] for query in members}
+        among = sum(int(np.count_nonzero(mask[:coded])) for mask in masks.values())
+        if among < _CODED_AMONG * coded:
+            continue
+        one = w[members[0]]
+        # Twice: the scores are rounded, and so were the lifted vectors that were coded.
+        query_coded = codes.coded(one, 2 * rounding_bound(features, one, exact=True))
+        best = {}
+        possible = _possible(codes, query_coded, count, [mask[:coded] for mask in masks.values()])
+        if sum(map(len, possible)) > _POSSIBLE_MOST * coded:
+            continue
+        for mask, rows in zip(masks.values(), possible, strict=True):
+            if len(mask) > coded:
+                rows = np.concatenate([rows, coded + np.flatnonzero(mask[coded:])])
+            scores = features.scores(one, rows)
+            order = np.argsort(-scores, kind="stable")
+            best[id(mask)] = Best(rows[order], scores[order], complete=True)
+        found.update({query: best[id(allowed[query])] for query in members})
+    return found
+
+
+def _possible(
+    codes: ByteCodes, query: Coded, count: int, masks: Sequence[Mask]
+) -> list[npt.NDArray[np.int64]]:
+    """The rows that can be among the `count` best of those that a mask lets pass, which ascend.
+
+    masks: over as many of the first rows as are coded.
+    """
+    coded = len(masks[0])
+    group = min(_GROUP, max(1, coded // (_GROUPS * count)))
+    upper = torch.empty(coded)
+    barred = [torch.from_numpy(~mask) for mask in masks]
+
+    @torch.inference_mode()  # which holds for one thread
+    def read(start: int) -> list[Tensor]:
+        rows = slice(start, min(coded, start + BLOCK))
+        bounds = codes.bounds(rows, query)
+        upper[rows] = bounds.upper
+        return [bounds.bests(of[rows], group) for of in barred]
+
+    starts = range(0, coded, BLOCK)
+    threads = _threads() if len(starts) > _SERIAL_CHUNKS else None
+    if threads is None:
+        with one_thread():
+            bests = list(map(read, starts))
+    else:
+        bests = list(threads.map(read, starts))
+    uppers = upper.numpy()
+    possible = []
+    for mask, of in zip(masks, zip(*bests, strict=True), strict=True):
+        every = torch.cat(of)
+        least = float(every.kthvalue(len(every) - count + 1).values) - 2 * query.slack
+        # Not `>=`, which would drop what is not a number.
+        rows = np.flatnonzero(~(uppers < least))
+        possible.append(rows[mask[rows]])
+    return possible
 
 
 def _scan(

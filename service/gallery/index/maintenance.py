@@ -10,16 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from service.gallery.index.byte_codes import code_bytes, levels
 from service.gallery.index.faiss_module import halve_threads
 from service.gallery.index.features import Features
 from service.gallery.index.figures import Figures, IndexChoice
-from service.gallery.index.recall_index import choose_kind
+from service.gallery.index.recall_index import MEMORY_SHARE, choose_kind
 from service.gallery.index.room import NoRoom, device_room, host_room
 from service.gallery.index.segment import (
     Rewriting,
     Segment,
     Stopped,
     build_index,
+    extend_codes,
     extend_index,
     move_up,
     next_run,
@@ -136,11 +138,13 @@ class Maintenance:
             features = self.segment.features
             if (run := features.run_on_host()) is not None:
                 move_up(features, run, self.changing, self._stop)
+        elif due == "code":
+            extend_codes(self.segment.features, len(self.segment.columns), self._stop)
         else:
             self._index(due)
 
     def _due(self) -> str | None:
-        """The next work: "compact", "move up", a kind of index to build or extend, or None."""
+        """The next work: "compact", "move up", a kind of index to build or extend, "code"; None."""
         segment = self.segment
         columns, index = segment.columns, segment.index
         dead = len(columns) - columns.alive_count
@@ -151,12 +155,22 @@ class Maintenance:
         if segment.features.run_on_host() is not None:
             return "move up"
         kind = self._wanted(segment)
-        if kind == "SQfp16":
-            return None
-        if index is None or index.kind != kind or self._outgrown(segment):
-            return kind
-        tail = len(columns) - len(index)
-        return kind if tail >= max(_TAIL_LEAST, _TAIL_SHARE * len(index)) else None
+        if kind != "SQfp16":
+            if index is None or index.kind != kind or self._outgrown(segment):
+                return kind
+            if len(columns) - len(index) >= max(_TAIL_LEAST, _TAIL_SHARE * len(index)):
+                return kind
+        return "code" if self._uncoded(segment) else None
+
+    def _uncoded(self, segment: Segment) -> bool:
+        """Whether rows are to be coded, for which there is memory."""
+        features = segment.features
+        coded = 0 if features.codes is None else len(features.codes)
+        tail = len(segment.columns) - coded
+        if tail < _TAIL_LEAST or features.metric == "cosine" or features.device.type != "cpu":
+            return False
+        fits = code_bytes(tail, features.width) <= MEMORY_SHARE * max(0, host_room())
+        return fits and levels(features.width) > 0
 
     def _wanted(self, segment: Segment) -> IndexKind:
         features, count = segment.features, len(segment.columns)

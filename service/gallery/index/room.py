@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from service.gallery.index.byte_codes import code_bytes
 from service.gallery.index.recall_index import IVF_FROM, index_bytes
 from service.kit.host_memory import available_memory, total_memory
 from service.kit.memory import is_out_of_memory
@@ -62,13 +63,15 @@ class Capacity:
 def capacity(width: int, device: str) -> Capacity:
     """What fits beside what is there already. width: of a lifted vector, (P+1)·D.
 
-    A gallery on a GPU has no FAISS index beside it, and one on the host has one from 200,000 on.
+    A gallery on a GPU has neither codes nor a FAISS index beside it; one on the host has codes, and
+    from 200,000 on an index.
     """
     features = feature_bytes(1, width)
     host = max(0, host_room())
     if torch.device(device).type == "cpu":
-        plain = host // (features + _COLUMN_BYTES)
-        indexed = host // (features + _COLUMN_BYTES + index_bytes("IVF-SQ8", 1, width))
+        each = features + _COLUMN_BYTES + code_bytes(1, width)
+        plain = host // each
+        indexed = host // (each + index_bytes("IVF-SQ8", 1, width))
         return Capacity(None, indexed if plain >= IVF_FROM else plain)
     there = max(0, device_room(torch.device(device)))
     return Capacity(there // features, host // (features + _COLUMN_BYTES))

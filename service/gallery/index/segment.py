@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from model import CMTConfig
 from service.gallery.feed import Stored
+from service.gallery.index.byte_codes import SAMPLE, ByteCodes
 from service.gallery.index.chunks import Chunk
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features
@@ -208,6 +209,19 @@ def build_index(segment: Segment, kind: IndexKind, stop: Stop) -> RecallIndex:
         index.train(features.lifted(np.sort(sample)))
     extend_index(index, features, count, stop)
     return index
+
+
+def extend_codes(features: Features, count: int, stop: Stop) -> None:
+    """Code the rows up to `count` that have no codes, while they are searched. Raises Stopped."""
+    codes = features.codes
+    if codes is None:
+        sample = np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64)
+        codes = ByteCodes(features.lifted(sample), features.dim)
+    for block in _blocks(np.arange(len(codes), count)):
+        if stop():
+            raise Stopped
+        codes.add(features.lifted(block))
+        features.codes = codes
 
 
 def extend_index(index: RecallIndex, features: Features, count: int, stop: Stop) -> None:
