@@ -366,7 +366,8 @@ class Features:
                 if cosine:
                     places[start:end] = modulated_cosine_distance(query, y.double(), given)[0]
                 else:
-                    places[start:end] = c - lift(y) @ w[0].float()
+                    # Each row by itself: equal ones get equal numbers, wherever they lie.
+                    places[start:end] = c - (lift(y) * w[0].float()).sum(1)
 
         for chunk in self.chunks:
             filled = min(chunk.count, len(scores) - chunk.first)  # more may be added meanwhile

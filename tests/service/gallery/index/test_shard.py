@@ -19,6 +19,7 @@ from model import CMTConfig, Modulation, part_distances
 from service.gallery.feed import Stored
 from service.gallery.index import maintenance as maintenance
 from service.gallery.index.columns import Columns
+from service.gallery.index.features import Features
 from service.gallery.index.recall_index import (
     IVF_FROM,
     KINDS,
@@ -442,3 +443,15 @@ def test_labels_keep_their_meaning_in_codes_of_another() -> None:
     assert new._persons.decode(new.persons) == ["b", "d"]
     assert (new.alive.tolist(), new.alive_count) == ([True, False], 1)
     assert new.mask(Filters(person_id=("b",))).tolist() == [True, False]
+
+
+def test_equal_rows_get_equal_numbers_wherever_they_lie() -> None:
+    generator = torch.Generator().manual_seed(5)
+    row = torch.randn(1, 3 * 16, generator=generator).half().numpy()
+    x = torch.randn(3, 16, generator=generator)
+    numbers: set[float] = set()
+    for count in range(1, 40):  # a product of a matrix treats its last rows in another way
+        features = Features(3, 16, "euclidean", "cpu")
+        features.add(np.repeat(row, count, axis=0))
+        numbers.update(features.score_all(x, Modulation.identity(1, 16)).tolist())
+    assert len(numbers) == 1
