@@ -209,16 +209,21 @@ class Calibration:
                 modality: reference_distances(x, modulation, rows, self.metric)
                 for modality, rows in self.references.items()
             }
+        if not self.references:
+            return {}
         applied = Modulation(*(parameter.double() for parameter in modulation))
+        every = squared_lifted_distance(x.double(), self._lifted, applied).sqrt()
+        counts = [len(rows) for rows in self.references.values()]
+        parts = torch.split(every, counts, dim=1)
         return {
-            modality: squared_lifted_distance(x.double(), z, applied).sqrt().numpy()
-            for modality, z in self._lifted.items()
+            modality: part.contiguous().numpy()
+            for modality, part in zip(self.references, parts, strict=True)
         }
 
     @cached_property
-    def _lifted(self) -> dict[Modality, Tensor]:
-        """The references, lifted once and not for every query."""
-        return {modality: lift(rows.double()) for modality, rows in self.references.items()}
+    def _lifted(self) -> Tensor:
+        """The references of all modalities, lifted once and not for every query."""
+        return lift(torch.cat([rows.double() for rows in self.references.values()]))
 
     def similarities(
         self,

@@ -167,7 +167,7 @@ def _spread(seen: Seen, request: SearchRequest, sample: Sample | None) -> Sample
     if seen.features.metric == "cosine":
         return told.taken(np.flatnonzero(np.isin(sample.positions, seen.spread)))
     modulation = Modulation(*(one.double() for one in request.modulation))
-    distances = seen.features.distances(request.x.double()[None], modulation, seen.spread)[0]
+    distances = seen.features.distances(request.x.double()[None], modulation, seen.lifted)[0]
     persons = seen.columns.persons[seen.spread]
     return _sampled(seen, Sample(seen.spread, persons, distances, whole=False))
 

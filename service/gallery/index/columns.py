@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,7 @@ class Columns:
         self._changes = 0
         self._view: tuple[int, Columns] | None = None  # of so many changes
         self._masks: dict[Filters, npt.NDArray[np.bool_]] | None = None  # of a view
+        self._facts: dict[Filters, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -272,6 +274,21 @@ class Columns:
                 self._masks.pop(oldest, None)
             self._masks[filters] = mask
         return mask
+
+    def facts(self, filters: Filters) -> dict[str, Any]:
+        """A place for what a reader computes of the rows that pass some filters; a view keeps it.
+
+        Nothing in it may refer to the view, which would then not go with its columns.
+        """
+        if self._masks is None:
+            return {}
+        facts = self._facts.get(filters)
+        if facts is None:
+            facts = {}
+            for oldest in list(self._facts)[: 1 - _KEPT_MASKS]:
+                self._facts.pop(oldest, None)
+            self._facts[filters] = facts
+        return facts
 
     def _passing(self, filters: Filters) -> npt.NDArray[np.bool_]:
         _, person, camera, modality, captured = self._table[:, : self._count]

@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,8 @@ from service.gallery.index.inner_products import Best, exhaustive, scan
 from service.gallery.index.recall import recall
 from service.gallery.index.segment import Segment
 from service.gallery.records import Filters
+
+T = TypeVar("T")
 
 # Where the bound on rounding says that an exhaustive search may have lost a row, it is repeated in
 # fp32 for this many times as many rows.
@@ -155,29 +156,65 @@ class _Query:
 
 @dataclass(frozen=True)
 class Seen:
-    """The rows that pass some filters at one moment, of which there are `searched`."""
+    """The rows that pass some filters at one moment.
+
+    facts: what was computed of them, kept until something changes: see `Columns.facts`. few: the
+    filters leave out no more than a modality, so that most searches see the same rows.
+    """
 
     segment: Segment
     columns: Columns
     allowed: Mask
-    searched: int
+    facts: dict[str, Any]
+    few: bool
+
+    @classmethod
+    def by(cls, segment: Segment, columns: Columns, filters: Filters) -> Seen:
+        """What a query with these filters may see. columns: a view of the segment's."""
+        few = filters == Filters(gallery_modality=filters.gallery_modality)
+        return cls(segment, columns, columns.mask(filters), columns.facts(filters), few)
+
+    @property
+    def searched(self) -> int:
+        """How many they are."""
+        return self._once("searched", lambda: int(np.count_nonzero(self.allowed)))
 
     @property
     def features(self) -> Features:
         """Of all rows, by position."""
         return self.segment.features
 
-    @cached_property
+    @property
     def positions(self) -> npt.NDArray[np.int64]:
         """Where they are."""
         return np.flatnonzero(self.allowed)
 
-    @cached_property
+    @property
     def spread(self) -> npt.NDArray[np.int64]:
         """`SAMPLE` of them, or all, evenly spread: the same for every query.
 
         By their numbers alone, so that a gallery in several shards takes the same.
         """
+        return self._once("spread", self._spread)
+
+    @property
+    def lifted(self) -> Tensor:
+        """`spread` as `Features.distances` needs it."""
+        if self.few:  # of these there are two or three, of others any number
+            return self._once("lifted", lambda: self.features.lifted_on_host(self.spread))
+        return self.features.lifted_on_host(self.spread)
+
+    @property
+    def persons(self) -> npt.NDArray[np.bool_]:
+        """Whether they show a person, by the person's code, up to the largest of theirs."""
+        return self._once("persons", self._persons)
+
+    @property
+    def unlabelled(self) -> int:
+        """How many show nobody known."""
+        return self._once("unlabelled", lambda: int(np.count_nonzero(self._codes() < 0)))
+
+    def _spread(self) -> npt.NDArray[np.int64]:
         if self.searched <= SAMPLE:
             return self.positions
         keys = scattered(self.columns.numbers[self.positions])
@@ -188,21 +225,20 @@ class Seen:
         first = near[np.argpartition(keys[near], SAMPLE - 1)[:SAMPLE]]
         return self.positions[np.sort(first)]
 
-    @cached_property
-    def persons(self) -> npt.NDArray[np.bool_]:
-        """Whether they show a person, by the person's code, up to the largest of theirs."""
-        shown = np.zeros(self._codes.max(initial=-1) + 2, np.bool_)
-        shown[self._codes] = True  # the last place is for −1
+    def _persons(self) -> npt.NDArray[np.bool_]:
+        codes = self._codes()
+        shown = np.zeros(codes.max(initial=-1) + 2, np.bool_)
+        shown[codes] = True  # the last place is for −1
         return shown[:-1]
 
-    @cached_property
-    def unlabelled(self) -> int:
-        """How many show nobody known."""
-        return int(np.count_nonzero(self._codes < 0))
-
-    @cached_property
     def _codes(self) -> npt.NDArray[np.int64]:
         return self.columns.persons[: len(self.allowed)][self.allowed]
+
+    def _once(self, name: str, compute: Callable[[], T]) -> T:
+        found: T | None = self.facts.get(name)
+        if found is None:
+            found = self.facts[name] = compute()
+        return found
 
 
 @dataclass(frozen=True)
@@ -396,10 +432,8 @@ class Searcher:
         """What each query may see, before anything is found; the same for equal filters."""
         segment = self._segment()
         columns = segment.columns.frozen()
-        seen = {}
-        for filters in {query.filters for query in queries}:
-            mask = columns.mask(filters)
-            seen[filters] = Seen(segment, columns, mask, int(np.count_nonzero(mask)))
+        wanted = {query.filters for query in queries}
+        seen = {filters: Seen.by(segment, columns, filters) for filters in wanted}
         return [seen[query.filters] for query in queries]
 
     def _computed(
@@ -468,7 +502,7 @@ def _sampled(queries: Sequence[_Query], found: Sequence[_Found]) -> list[Sample 
         modulation = Modulation(*map(torch.cat, parameters))
         persons = seen.columns.persons[seen.spread]
         for i, row in zip(
-            members, seen.segment.features.distances(x, modulation, seen.spread), strict=True
+            members, seen.features.distances(x, modulation, seen.lifted), strict=True
         ):
             samples[i] = Sample(seen.spread, persons, row, whole=False)
     return samples
