@@ -155,8 +155,8 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} holds other weights than its configuration needs; fetch it again"
         )
-    model.to_empty(device="cpu")
-    model.load_state_dict(tensors)  # copies into the network's fp32 parameters
+    # They take the places of the network's own, in fp32 however they are stored.
+    model.load_state_dict({n: t.to(expected[n].dtype) for n, t in tensors.items()}, assign=True)
     if info.calibration is not None:
         model.strength = info.calibration.facts.strength
     return model.to(device).eval(), info

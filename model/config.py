@@ -6,8 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Modality = Literal["rgb", "ir"]
-MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
+from model.modalities import MODALITIES, Modality
+
+__all__ = ["BACKBONE_STRIDE", "MODALITIES", "CMTConfig", "Metric", "Modality"]
+
 Metric = Literal["euclidean", "cosine"]
 
 # torchvision halves the resolution in the stem twice and in layer2 and layer3 once each;

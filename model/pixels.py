@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from model.config import CMTConfig
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the processes that decode load neither
     from torch import Tensor
+
+    from model.config import CMTConfig
 
 # ImageNet's channel means and deviations of values in [0, 1] (torchvision's convention).
 MEAN = (0.485, 0.456, 0.406)

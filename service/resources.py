@@ -72,10 +72,11 @@ def open_resources(
         # Triton keeps what it compiled; a container can load that from no other folder.
         compiled = settings.data_dir.absolute() / "cache" / "triton"
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled))
-        embedder = _embedder(settings, backend)
-        # Before the gallery, which leaves alone only the memory that others have taken by then.
+        # First, so that they start while the network is loaded, and before the gallery, which
+        # leaves alone only the memory that others have taken by then.
         decoders = stack.enter_context(closing(_decoders(settings, settings.decode_processes)))
         checker = stack.enter_context(closing(_decoders(settings, 1)))
+        embedder = _embedder(settings, backend)
         gallery = stack.enter_context(closing(_gallery(settings, embedder, stack)))
         stack.callback(tracing.close)
         admission = Admission(

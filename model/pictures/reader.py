@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from PIL import ExifTags, Image, ImageOps
 
-from model.config import Modality
+from model.modalities import Modality
 from model.pictures import bit_depth
 from model.pictures.content import is_blank
 from model.pictures.errors import PictureError, truncated

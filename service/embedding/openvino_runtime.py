@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -55,12 +56,19 @@ class OpenVINOBackend:
         if precision != "auto":
             settings["INFERENCE_PRECISION_HINT"] = _PRECISIONS[precision]
         graphs = {m: _of_pixels(self._graph(core, m)) for m in MODALITIES}
+        with ThreadPoolExecutor(cores, "compile") as threads:  # each takes one core
 
-        def compiled(**how: object) -> dict[Modality, openvino.CompiledModel]:
-            return {m: core.compile_model(g, "CPU", settings | how) for m, g in graphs.items()}
+            def compiled(**how: object) -> dict[Modality, Future[openvino.CompiledModel]]:
+                settled = settings | how
+                return {
+                    m: threads.submit(core.compile_model, graph, "CPU", settled)
+                    for m, graph in graphs.items()
+                }
 
-        self._whole = compiled(PERFORMANCE_HINT="LATENCY")
-        self._shared = compiled(NUM_STREAMS=self.streams) if self.streams > 1 else self._whole
+            whole = compiled(PERFORMANCE_HINT="LATENCY")
+            shared = compiled(NUM_STREAMS=self.streams) if self.streams > 1 else whole
+        self._whole = {m: future.result() for m, future in whole.items()}
+        self._shared = {m: future.result() for m, future in shared.items()}
         self._own = _Own()
 
     @property
