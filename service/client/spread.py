@@ -22,7 +22,13 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PATIENCE = 20  # times the retries of a single request: a stream makes a service busy by itself
-_REST = 10.0  # seconds until a service that did not answer is asked again, while others do
+# Seconds until a service that did not answer is asked again, while others do; twice as many each
+# time, up to so many.
+_REST, _LONGEST_REST = 10.0, 80.0
+# While others are left to ask, a service is waited for so many times as long as the longest answer
+# took, and so many seconds at least: one that is stopped would hold up the whole stream.
+_SLOWER, _LEAST_WAIT = 5.0, 15.0
+_CONNECT = 5.0
 _BUSY = frozenset({429, 503})
 _ELSEWHERE = _BUSY | {502, 504}  # as a proxy answers for a service that has ended
 
@@ -56,6 +62,8 @@ class Spread(Generic[S]):
         self._lock = threading.Lock()
         self._on_way = [0] * len(services)
         self._rests_until = [0.0] * len(services)
+        self._rests = [_REST] * len(services)
+        self._longest: float | None = None  # seconds that an answer took
         self._enrolled: tuple[int, Enrolled] | None = None  # by whom, and what
         self._one_gallery: set[int] = set()
 
@@ -87,24 +95,35 @@ class Spread(Generic[S]):
                 try:
                     response = yield from self._compared(place)
                     if response is None:
-                        patience = PATIENCE if self._alone else 1
-                        response = yield Step(self._services[place][1], call, patience)
+                        more_left = len(asked) < len(self._services)
+                        response = yield from self._sent(place, call, more_left=more_left)
                 except Unreachable as error:
                     silent.append(error)
                 else:
                     if self._alone or response.status_code not in _ELSEWHERE:
-                        self._rests_until[place] = 0.0
+                        self._rests_until[place], self._rests[place] = 0.0, _REST
                         return place, response
                     busy.append((place, response))
                 finally:
                     with self._lock:
                         self._on_way[place] -= 1
-                self._rests_until[place] = time.monotonic() + _REST
+                self._rests_until[place] = time.monotonic() + self._rests[place]
+                self._rests[place] = min(2 * self._rests[place], _LONGEST_REST)
             if not busy:
                 raise silent[0]
             if not any(answer.status_code in _BUSY for _, answer in busy):
                 break
         return busy[-1]
+
+    def _sent(self, place: int, call: Call, *, more_left: bool) -> Steps[S, httpx.Response]:
+        """The answer of one service. more_left: others can be asked if it takes too long."""
+        if more_left and self._longest is not None:
+            seconds = max(_LEAST_WAIT, _SLOWER * self._longest)
+            call = call._replace(timeout=httpx.Timeout(seconds, connect=_CONNECT))
+        began = time.monotonic()
+        response = yield Step(self._services[place][1], call, PATIENCE if self._alone else 1)
+        self._longest = max(self._longest or 0.0, time.monotonic() - began)
+        return response
 
     def _take(self, asked: Collection[int]) -> int | None:
         """The place of the service to ask next: one that does not rest, if possible."""
@@ -127,7 +146,8 @@ class Spread(Generic[S]):
             return None
         other, (known, item_id) = self._enrolled
         address, service = self._services[place]
-        response = yield Step(service, enroll_batch([known.image], [known.item]), 1)
+        again = enroll_batch([known.image], [known.item])
+        response = yield from self._sent(place, again, more_left=True)
         if response.status_code in _ELSEWHERE:
             return response
         [result] = parsed(response, BatchAnswer).results

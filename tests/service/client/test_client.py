@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import socket
 import time
 import unicodedata
 from collections.abc import AsyncIterator, Iterator
@@ -32,6 +33,7 @@ from service.client import (
     OtherGallery,
     ServiceProblem,
     Unreachable,
+    spread,
 )
 from service.client.requests import (
     LONGEST_WAIT,
@@ -476,6 +478,24 @@ def test_a_stream_goes_on_where_one_of_its_services_is_killed(
         assert asyncio.run(async_again()) == {200}
     with Client(url) as gone, Client(other.url) as too, pytest.raises(Unreachable):
         list(gone.enroll_many(entries(), others=[too]))
+
+
+def test_a_stream_goes_on_where_one_of_its_services_is_stopped(
+    serve: Serve, tmp_path: Path, visible: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "_LEAST_WAIT", 0.5)
+    never = httpx.Timeout(None)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as stopped,  # takes all, says nothing
+        serve(tmp_path / "data") as url,
+        Client(url) as client,
+        Client(f"http://127.0.0.1:{stopped.getsockname()[1]}", timeout=never) as other,
+    ):
+        entries = (Entry(visible[n % 8], BatchItem(person_id=f"{n}")) for n in range(24))
+        results = list(client.enroll_many(entries, per_request=2, others=[other]))
+        stopped.settimeout(0)
+        stopped.accept()[0].close()  # it was asked
+    assert [one.status for one in results] == [201] * 24
 
 
 def test_a_stream_is_not_divided_between_two_galleries(
