@@ -12,6 +12,7 @@ from torch import Tensor
 from model import CMTConfig, Modulation, project
 from service.bench.crops import BenchmarkDataError
 from service.gallery.feed import Stored
+from service.gallery.index.byte_codes import levels
 from service.gallery.index.exact_topk import first_rows, nearest_of
 from service.gallery.index.features import Features, Measured
 from service.gallery.index.gpu_index import obstacles
@@ -24,7 +25,7 @@ from service.gallery.index.recall_index import (
     RecallIndex,
     index_bytes,
 )
-from service.gallery.index.segment import Segment, build_index
+from service.gallery.index.segment import Segment, build_index, extend_codes
 from service.gallery.records import IndexKind
 
 _BLOCK = 16_384
@@ -60,6 +61,8 @@ class Engine:
         self._segment = Segment.empty(config, device)
         for start in range(0, self.count, _BLOCK):
             self._segment.add(_unlabelled(gallery[start : start + _BLOCK], start))
+        if device == "cpu" and levels(self.width):
+            extend_codes(self._features, self.count, lambda: False)
         self._all = np.ones(self.count, np.bool_)
 
     @property
@@ -90,6 +93,27 @@ class Engine:
             )
             for q, one in enumerate(best)
         ]
+
+    def exhaustive_without_codes(
+        self, x: Tensor, modulation: Modulation, top: int
+    ) -> list[Positions]:
+        """As `exhaustive`, of the fp16 features alone."""
+        codes, self._features.codes = self._features.codes, None
+        try:
+            return self.exhaustive(x, modulation, top)
+        finally:
+            self._features.codes = codes
+
+    def possible(self, x: Tensor, modulation: Modulation, top: int) -> float | None:
+        """The share of rows that the codes leave to be scored, of all queries.
+
+        None where they are not read first for so many queries.
+        """
+        w, _ = project(x.double(), Modulation(*(p.double() for p in modulation)))
+        best, _ = exhaustive(self._features, w, top, [self._all] * len(x), exact=False)
+        if not all(one.complete for one in best):
+            return None
+        return sum(len(one.positions) for one in best) / len(best) / self.count
 
     def scored(self, x: Tensor, modulation: Modulation, top: int) -> list[Positions]:
         """As `exhaustive`, but by the closed form alone, with the rounding error of its product."""

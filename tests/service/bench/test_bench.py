@@ -33,6 +33,7 @@ from service.bench.rescore import rescore
 from service.bench.scale import scale
 from service.bench.start import start
 from service.embedding.embedder import Embedder
+from service.gallery.index.byte_codes import levels
 from service.gallery.index.figures import Figures
 from tests.paths import MINI
 
@@ -207,6 +208,20 @@ def test_rescore_gives_the_papers_distances(
     assert all(r["error"] < 1e-4 for r in results)
     for result in results:
         assert_ordered(result["seconds"]["ratio"])
+
+
+@pytest.mark.skipif(not levels(7 * 16), reason="no fast exact product of int8 here")
+def test_rescore_says_what_codes_leave(
+    statistics: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rescore(
+        "6000", "1", dim=32, rounds=1, statistics=statistics, checkpoint=tiny_checkpoint,
+        device="cpu", json=tmp_path / "r.json",
+    )  # fmt: skip
+    *_, last = report(tmp_path / "r.json")["results"]
+    assert last["against"] == "fp16 features alone"
+    assert last["error"] == 0  # the same rows
+    assert 20 / 6000 <= last["rows left"] < 0.1
 
 
 def test_rerank_times_queries_with_it_and_without(
