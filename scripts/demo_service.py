@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from service.client import Client, Entry
-from service.client.bulk import read_manifest, send
+from service.client.bulk import read_manifest
 from service.server import running
 from service.settings import Settings
 
@@ -31,10 +31,6 @@ def timed(entry: Entry, number: int) -> Entry:
     return replace(entry, item=entry.item.model_copy(update={"captured_at": captured}))
 
 
-def ignore(_: int) -> None:
-    """Show no progress."""
-
-
 @contextmanager
 def demo_service() -> Iterator[tuple[str, Client]]:
     """Its address and a client; the example gallery is enrolled."""
@@ -45,6 +41,6 @@ def demo_service() -> Iterator[tuple[str, Client]]:
             entries = read_manifest(
                 EXAMPLES / "manifest.csv", [EXAMPLES / "gallery"], ignored=["role"]
             )
-            failures = send(client, [timed(entry, n) for n, entry in enumerate(entries)], ignore)
-            assert not failures, failures
+            for result in client.enroll_many(timed(entry, n) for n, entry in enumerate(entries)):
+                assert result.item is not None, result.reason
             yield url, client

@@ -241,9 +241,10 @@ def enroll_files(
 def _send(services: Sequence[Client], files: Sequence[Path]) -> None:
     """Enroll the files as `cmt enroll` does. Raises BenchmarkDataError where one is not."""
     client, *others = services
-    for result in client.enroll_many((Entry(file) for file in files), others=others):
+    results = client.enroll_many((Entry(file) for file in files), others=others)
+    for file, result in zip(files, results, strict=True):
         if result.item is None:
-            raise BenchmarkDataError(f"{result.entry.image} was not enrolled: {result.reason}")
+            raise BenchmarkDataError(f"{file} was not enrolled: {result.reason}")
 
 
 def _copies(images: Path, count: int, folder: Path) -> list[Path]:

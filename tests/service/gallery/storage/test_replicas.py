@@ -32,7 +32,7 @@ from service.errors import (
 from service.gallery import Filters, Gallery, NewItem
 from service.gallery.backup.restore import restore
 from service.gallery.follower import SYNC_SECONDS
-from service.gallery.storage import database, shared_rates
+from service.gallery.storage import database
 from service.gallery.storage import replicas as module
 from service.gallery.storage.replicas import POLL, Replicas
 from service.gallery.storage.store import Store
@@ -249,7 +249,7 @@ def test_a_replica_that_stops_while_it_counts_holds_up_no_other(
             goes_on.wait(60)
         return loads(text)
 
-    monkeypatch.setattr(shared_rates.json, "loads", stop)
+    monkeypatch.setattr("service.gallery.storage.shared_rates.json.loads", stop)
     with ThreadPoolExecutor(1) as thread:
         counting = thread.submit(one.count_request, "key:desk", "some", [(1, 3600)])
         try:
