@@ -8,11 +8,13 @@ SHA-256 over its other columns, each page of a file a CRC, and each file says in
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -162,14 +164,15 @@ class DamagedRow:
 
 
 class FeatureFile:
-    """One file of features, opened. Raises BulkError where it is none, or is damaged."""
+    """One file of features. Raises BulkError where it is none, or is damaged."""
 
     def __init__(self, path: Path) -> None:
-        parquet = arrow_parquet()
         self.path = path
         try:
-            self._file = parquet.ParquetFile(path, page_checksum_verification=True)
-            metadata: Mapping[bytes, bytes] = self._file.schema_arrow.metadata or {}
+            with self._opened() as file:
+                kinds, found = file.schema_arrow, file.metadata
+                self._groups = [found.row_group(at).num_rows for at in range(found.num_row_groups)]
+                metadata: Mapping[bytes, bytes] = kinds.metadata or {}
         except _UNREADABLE as error:
             raise BulkError(
                 f"{path} cannot be read as a whole Parquet file ({_reason(error)}); remove it and "
@@ -189,38 +192,55 @@ class FeatureFile:
         except (ValueError, ValidationError) as error:
             raise BulkError(foreign) from error
         wanted = schema(self.header.config.embedding_size)
-        if not self._file.schema_arrow.equals(wanted) or max(self.groups(), default=0) > _MOST:
+        if not kinds.equals(wanted) or max(self._groups, default=0) > _MOST:
             raise BulkError(
                 f"{path} has other columns or row groups than `cmt embed-bulk` writes; embed its "
                 "pictures again"
             )
 
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """The file for a moment: a folder may have more of them than a process may open.
+
+        Raises BulkError where the system refuses, which says nothing of what is in the file.
+        """
+        try:
+            with arrow_parquet().ParquetFile(self.path, page_checksum_verification=True) as file:
+                yield file
+        except OSError as error:
+            if error.errno in (None, errno.EIO, errno.EINVAL):
+                raise
+            raise BulkError(
+                f"{self.path} cannot be read ({os.strerror(error.errno)}); mend that and run the "
+                "same command again"
+            ) from error
+
     @property
     def count(self) -> int:
         """How many rows it has."""
-        return int(self._file.metadata.num_rows)
+        return sum(self._groups)
 
     def groups(self) -> list[int]:
         """How many rows each row group has."""
-        metadata = self._file.metadata
-        return [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
+        return self._groups
 
     def read_group(self, at: int) -> list[Row | DamagedRow]:
         """The rows of one row group, in order; those that are not as they were written as such."""
         try:
-            table = self._file.read_row_group(at)
+            with self._opened() as file:
+                table = file.read_row_group(at)
             size = self.header.config.embedding_size
             numbers = table["features"].combine_chunks().flatten().to_numpy()
             features = numbers.reshape(table.num_rows, size)
             columns = {name: table[name].to_pylist() for name in _FACTS}
             crops, sums = table["crop"].to_pylist(), table["checksum"].to_pylist()
         except _UNREADABLE as error:
-            start = sum(self.groups()[:at])
+            start = sum(self._groups[:at])
             where = f"{self.path.name}, row "
             reason = f"{self.path} is damaged ({_reason(error)}); remove it and embed again"
             return [
                 DamagedRow(f"{where}{start + place + 1}", reason)
-                for place in range(self.groups()[at])
+                for place in range(self._groups[at])
             ]
         rows: list[Row | DamagedRow] = []
         for place in range(table.num_rows):
@@ -236,7 +256,8 @@ class FeatureFile:
     def first_request(self, at: int) -> tuple[str, str]:
         """Key and `request_sha256` of the first row of a row group; empty where it is damaged."""
         try:
-            table = self._file.read_row_group(at, ["key", "request_sha256"])
+            with self._opened() as file:
+                table = file.read_row_group(at, ["key", "request_sha256"])
             return table["key"][0].as_py(), table["request_sha256"][0].as_py()
         except _UNREADABLE:
             return "", ""
@@ -244,7 +265,8 @@ class FeatureFile:
     def states(self) -> Iterator[tuple[str, bytes]]:
         """Of each row, what it is of (`place_of`) and its state. Raises BulkError."""
         try:
-            table = self._file.read(["path", "box", "state"])
+            with self._opened() as file:
+                table = file.read(["path", "box", "state"])
             rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
         except _UNREADABLE as error:
             raise BulkError(

@@ -29,7 +29,7 @@ from model import CheckpointInfo, load_checkpoint
 from model.cli import main
 from model.pictures import Box, read
 from service.bulk.embedding import writing
-from service.bulk.features import RECORD, DamagedRow, FeatureFile, Row, Writer
+from service.bulk.features import RECORD, BulkError, DamagedRow, FeatureFile, Row, Writer
 from service.bulk.importing import SAME
 from service.client import Client
 from service.gallery.filling import filling
@@ -556,6 +556,18 @@ def test_a_row_that_another_tool_changed_is_damaged(features: Path) -> None:
     assert [isinstance(row, DamagedRow) for row in read] == [
         one != other for one, other in zip(people, swapped, strict=True)
     ]
+
+
+def test_many_files_are_not_held_open(features: Path) -> None:
+    """A million crops are a thousand files, and a process may have as many open."""
+    names = sorted(features.glob("*.parquet"))
+    open_files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    files = [FeatureFile(name) for name in names]
+    assert sum(len(file.read_group(0)) for file in files) == 32
+    assert len(os.listdir("/proc/self/fd")) == open_files  # noqa: PTH208
+    names[0].unlink()
+    with pytest.raises(BulkError, match=r"cannot be read \(No such file"):
+        files[0].read_group(0)
 
 
 def test_a_time_that_python_cannot_hold_is_damage(features: Path) -> None:
