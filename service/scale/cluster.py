@@ -207,11 +207,11 @@ def _no_cluster(address: str, reason: str, instead: str) -> str:
 
 
 def _other_versions(told: str, instead: str) -> str:
-    versions = [version for _, version in re.findall(r"(Ray|Python): (\S+)", told)]
+    theirs, their_python, ours, our_python = re.findall(r"(?:Ray|Python): (\S+)", told)
     return (
-        "the cluster has Ray {} on Python {}, and this process Ray {} on Python {}; install the "
-        "same versions on all machines, or {}"
-    ).format(*versions, instead)
+        f"the cluster has Ray {theirs} on Python {their_python}, and this process Ray {ours} on "
+        f"Python {our_python}; install the same versions on all machines, or {instead}"
+    )
 
 
 def _is_ours(address: str) -> bool:

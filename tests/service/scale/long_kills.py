@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from model.machine import machine
 from service.errors import ShardsMissing
 from service.gallery import Options, Query
-from tests.service.processes import wait_for
+from tests.service.processes import ServiceProcess, wait_for
 from tests.service.scale.conftest import Nodes
 from tests.service.scale.crews import assert_equal, features, fill, new_items, queries
 from tests.service.scale.test_ray import on_ray, whole
@@ -102,3 +103,16 @@ def test_kills(tmp_path: Path, nodes: Nodes) -> None:
             },
         }
         Path(file).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def test_a_service_whose_node_has_died_ends(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    service = ServiceProcess(tmp_path / "data", tiny_checkpoint, engine="ray", shards=2)
+    with service:
+        lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in service.children()}
+        (raylet,) = (pid for pid, line in lines.items() if b"/raylet/raylet" in line)
+        os.kill(raylet, signal.SIGKILL)
+        assert service.ended(120) == 1
+    assert "the Ray node of this process has died" in service.text()
+    # Supervisors start it again, on the same folder.
+    with ServiceProcess(tmp_path / "data", tiny_checkpoint, engine="ray", shards=2):
+        pass
