@@ -32,7 +32,10 @@ _DAY = 86_400
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is not measured. Sizes in bytes, rates a second, prices in euros an hour."""
+    """What is not measured. Sizes in bytes, rates a second, prices in euros an hour.
+
+    disk_price: of a gigabyte and month. network: bytes a second that reach the serving process.
+    """
 
     gpu_memory: float
     gpu_bandwidth: float
@@ -42,6 +45,8 @@ class Assumed:
     host_price: float
     host_cores: int
     crop: float
+    disk_price: float
+    network: float
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,17 @@ def _inputs(rates: Measured, assumed: Assumed) -> str:
             "prices",
             f"€{assumed.gpu_price:.2f} an hour for a GPU with its host, €{assumed.host_price:.2f} "
             "for a host without",
-            "**assumed**; storage and traffic not counted",
+            "**assumed**",
+        ),
+        (
+            "disk",
+            f"€{assumed.disk_price:.2f} a gigabyte and month, one copy; a bucket is cheaper",
+            "**assumed**; traffic and backups not counted",
+        ),
+        (
+            "network of the serving process",
+            f"{8 * assumed.network / 1e9:.0f} Gbit a second",
+            "**assumed**",
         ),
     ]
     return _table(("input", "value", "from"), rows)
@@ -171,13 +186,14 @@ def _needs(network: Network, rates: Measured, assumed: Assumed) -> str:
         hosts = math.ceil((features + count * COLUMNS) / (0.9 * assumed.host_memory))
         # Codes of a byte a number, beside the features.
         indexed = math.ceil((1.5 * features + count * COLUMNS) / (0.9 * assumed.host_memory))
-        shipped = ANSWER_ROWS * network.bytes
+        shipped = gpus * ANSWER_ROWS * network.bytes
+        disk = count * (assumed.crop + DATABASE * 2 * network.parts * network.dim)
         columns.append(
             [
                 f"{features / 1e9:,.0f} GB",
                 f"{count * COLUMNS / 1e9:,.1f} GB",
-                f"{count * (assumed.crop + DATABASE * 2 * network.parts * network.dim) / 1e12:,.1f}"
-                " TB",
+                f"{disk / 1e12:,.1f} TB",
+                f"€{disk / 1e9 * assumed.disk_price:,.0f}",
                 f"{gpus:,}",
                 _time(features / gpus / gpu_rate),
                 f"€{gpus * assumed.gpu_price * _HOURS:,.0f}",
@@ -187,7 +203,8 @@ def _needs(network: Network, rates: Measured, assumed: Assumed) -> str:
                 f"{indexed:,}",
                 _time(rates.inverted * features / indexed / host_rate),
                 f"€{indexed * assumed.host_price * _HOURS:,.0f}",
-                f"{max(gpus, 1) * shipped / 1e6:,.1f} MB",
+                f"{shipped / 1e6:,.1f} MB",
+                f"{assumed.network / shipped:,.0f}",
                 f"{count / rates.embed[network.name] / _DAY:,.1f} days",
             ]
         )
@@ -195,6 +212,7 @@ def _needs(network: Network, rates: Measured, assumed: Assumed) -> str:
         "features in memory",
         "labels in memory",
         "disk: crops and features twice",
+        "its cost a month",
         "GPUs, exact search",
         "their latency floor",
         "their cost a month",
@@ -205,6 +223,7 @@ def _needs(network: Network, rates: Measured, assumed: Assumed) -> str:
         "their latency floor",
         "their cost a month",
         "what all GPUs answer to a query",
+        "queries a second that the network carries",
         "embedding all once, on two cores",
     )
     rows = [(name, *(column[i] for column in columns)) for i, name in enumerate(names)]
@@ -260,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> str:
         "host_memory": (256e9, "bytes of a host without GPU"),
         "host_price": (1.5, "euros an hour for a host without GPU"),
         "crop": (20e3, "bytes of a stored crop"),
+        "disk_price": (0.08, "euros for a gigabyte and month of disk"),
+        "network": (1.25e9, "bytes a second that reach the serving process"),
     }
     for name, (value, text) in options.items():
         parser.add_argument(
