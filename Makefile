@@ -37,6 +37,8 @@ help: ## list the targets
 demo: $(RUNNABLE) ## start the service with the demo gallery, query it, serve until Ctrl-C (ONCE=1: end)
 	$(BIN)/cmt demo $(if $(ONCE),--once)
 
+# Each of several processes would start a thread of NumPy's for every core, and they wait for turns.
+test: export OPENBLAS_NUM_THREADS = 1
 test: $(DEVELOPMENT) ## run the tests
 	@# Apart, at the same time: after a session with ONNX Runtime, OpenVINO and all else in one process, a poll() of
 	@# another test ended in a segmentation fault; each part alone passes.
