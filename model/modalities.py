@@ -1,4 +1,4 @@
-"""The two kinds of images. Loads nothing, for the processes that decode."""
+"""The kinds of images, and what may be said of one. Loads nothing, as commands must not."""
 
 from __future__ import annotations
 
@@ -6,3 +6,5 @@ from typing import Literal
 
 Modality = Literal["rgb", "ir"]
 MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
+ModalityChoice = Literal["auto", "rgb", "ir"]
+Polarity = Literal["white_hot", "black_hot"]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.paths import ROOT
 
-HEAVY = ("torch", "torchvision", "faiss", "openvino", "sqlalchemy", "alembic")
+HEAVY = ("torch", "torchvision", "numpy", "faiss", "openvino", "sqlalchemy", "alembic")
 COMMANDS = (
     "",
     "query",

@@ -1,13 +1,12 @@
 """Image bytes → the picture that the network is given: one reader for service and training."""
 
+from model.modalities import ModalityChoice, Polarity
 from model.pictures.errors import Kind, PictureError
 from model.pictures.reader import (
     POLICY,
     Box,
     Format,
     ImageLimits,
-    ModalityChoice,
-    Polarity,
     Reading,
     read,
 )

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from PIL import ExifTags, Image, ImageOps
 
-from model.modalities import Modality
+from model.modalities import Modality, ModalityChoice, Polarity
 from model.pictures import bit_depth
 from model.pictures.content import is_blank
 from model.pictures.errors import PictureError, truncated
@@ -22,8 +22,6 @@ from model.pictures.modality import as_infrared, chroma_step, is_visible
 from model.pictures.whole import check_file, loaded
 
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF"]
-ModalityChoice = Literal["auto", "rgb", "ir"]
-Polarity = Literal["white_hot", "black_hot"]
 T = TypeVar("T")
 
 # Of what a picture becomes below: raise it with every change of that, so that nothing which was

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from model.pictures import Polarity
+from model.modalities import Polarity
 from service.api.fields import (
     AnyLabel,
     Box,

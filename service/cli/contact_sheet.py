@@ -6,8 +6,6 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from service.api.schemas import QueryAnswer, Result
 from service.cli.answers import headline, part_bars, percent, verdict
 from service.client import Client
@@ -71,6 +69,8 @@ def matches(
 
 def render(title: str, lines: Sequence[str], rows: Sequence[Row]) -> str:
     """The page. lines: what stands below its title."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # most commands draw no sheet
+
     environment = Environment(
         loader=PackageLoader("service", "web"), autoescape=True, undefined=StrictUndefined
     )

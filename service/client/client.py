@@ -26,7 +26,7 @@ from typing import Any, Self, Unpack
 import httpx
 
 from model.atomic_file import whole_file
-from model.pictures import Polarity
+from model.modalities import Polarity
 from service.api.schemas import (
     AuditRecords,
     BatchAnswer,

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from model.image_files import read_file
 from model.labels import LabelError, normalized_label
-from model.pictures import Polarity
+from model.modalities import Polarity
 from service.api.schemas import (
     KEY_PATTERN,
     BatchItem,
