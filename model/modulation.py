@@ -101,7 +101,12 @@ def lift(y: Tensor, *, scale: float = 1.0) -> Tensor:
     for a caller who stores z in fp16.
     """
     y = _widen(y)
-    return torch.cat([y.flatten(1), y.square().sum(1) * scale], dim=1)
+    return torch.cat([y.flatten(1), squares(y) * scale], dim=1)
+
+
+def squares(y: Tensor) -> Tensor:
+    """s(y) = Σ_i y_i⊙y_i: N×P×D → N×D, in fp32 at least."""
+    return _widen(y).square().sum(1)
 
 
 def project(x: Tensor, modulation: Modulation, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:

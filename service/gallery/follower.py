@@ -354,10 +354,11 @@ class Follower:
             with self._memory():  # first: without any, reading them is in vain
                 self.shard.make_room()
             # The position advances with every block: if the next one fails, none is added twice.
-            for stored in view.stream(self.position.item):
-                with self._memory():
-                    self.shard.add(stored)
-                self.position = Position(stored.numbers[-1], newest.change)
+            with self.shard.filling():
+                for stored in view.stream(self.position.item):
+                    with self._memory():
+                        self.shard.add(stored)
+                    self.position = Position(stored.numbers[-1], newest.change)
 
     def _replace(self, stored: Stored) -> None:
         # First what takes no memory, so that a lack of it leaves no old label.

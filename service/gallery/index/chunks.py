@@ -82,7 +82,7 @@ class Chunk:
         # Whole rows are copied to a device at once, which needs no memory there.
         there = self.device.type != "cpu"
         z = torch.empty(len(y), self.z.shape[1], dtype=torch.float16) if there else self.z[rows]
-        z[:, : y.shape[1]] = y
+        z.numpy()[:, : y.shape[1]] = y.numpy()  # which stays on the calling thread
         z[:, y.shape[1] :] = s * self.scale
         if there:
             self.z[rows] = z

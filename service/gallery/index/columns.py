@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,23 +21,33 @@ _FIELDS = ("number", "person", "camera", "modality", "captured")
 _KEPT_MASKS = 8  # of one moment
 
 
+class _Numbered(dict[str | None, int]):
+    """Code by string; one that is asked for the first time gets the next, and joins `texts`."""
+
+    def __init__(self, texts: list[str | None]) -> None:
+        super().__init__((text, code) for code, text in enumerate(texts) if text is not None)
+        self._texts = texts
+
+    def __missing__(self, text: str | None) -> int:
+        if text is None:
+            return _NO_CODE
+        self._texts.append(text)
+        self[text] = code = len(self._texts) - 1
+        return code
+
+
 class Codes:
     """Strings as numbers: equal strings have equal codes, None has −1."""
 
     def __init__(self, texts: Sequence[str | None] = ()) -> None:
         """texts: string by code, None where a code is no longer in use."""
-        self._codes = {text: code for code, text in enumerate(texts) if text is not None}
         self._texts = list(texts)
+        self._codes = _Numbered(self._texts)
         self._keys: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     def encode(self, values: Sequence[str | None]) -> npt.NDArray[np.int64]:
         """N strings → N codes; new strings get new ones."""
-        for value in dict.fromkeys(values):
-            if value is not None and value not in self._codes:
-                self._texts.append(value)
-                self._codes[value] = len(self._texts) - 1
-        code: Callable[[str | None, int], int] = self._codes.get  # type: ignore[assignment]
-        return np.array([code(value, _NO_CODE) for value in values], np.int64)
+        return np.fromiter(map(self._codes.__getitem__, values), np.int64, len(values))
 
     def known(self, values: Sequence[str]) -> list[int]:
         """The codes of those strings that have one."""

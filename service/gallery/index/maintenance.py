@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,7 @@ class Maintenance:
         self._touched: set[int] | None = None  # changed during a compaction
         self._worker: threading.Thread | None = None
         self._closing = False
+        self._filling = False
         self._failed = False
         self._tries = 0  # for which there was no memory
         self._retry_at = 0.0
@@ -83,9 +85,22 @@ class Maintenance:
         if self._touched is not None:
             self._touched.update(numbers)
 
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Much is added in this context: begin no work before its end, which it would slow down."""
+        self._filling = True
+        try:
+            yield
+        finally:
+            self._filling = False
+            with self.changing:
+                self.wake()
+
     def wake(self) -> None:
         """Start the background thread if there is work for it."""
-        if self._worker is None and not self._closing and self._due() is not None:
+        if self._filling or self._closing:
+            return
+        if self._worker is None and self._due() is not None:
             self._worker = threading.Thread(
                 target=self._work, name="gallery maintenance", daemon=True
             )

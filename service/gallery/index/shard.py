@@ -7,7 +7,7 @@ lock: they see the rows that were there when they began. Those of one call run a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,10 @@ class Shard:
 
     def __len__(self) -> int:
         return self._maintenance.segment.columns.alive_count
+
+    def filling(self) -> AbstractContextManager[None]:
+        """Put the upkeep off while many items are added in this context."""
+        return self._maintenance.filling()
 
     def load(self, blocks: Iterable[Stored]) -> None:
         """Add many items; searches see each block as soon as it is added."""

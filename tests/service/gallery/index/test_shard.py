@@ -381,6 +381,16 @@ def test_senseless_queries_are_refused_with_a_sentence(name: str) -> None:
         shard.search([SearchRequest(x, modulation, count, count)])
 
 
+def test_an_index_is_built_once_much_has_been_added() -> None:
+    with shard_of("Flat") as shard:
+        with shard.filling():
+            shard.add(stored(features()))
+            shard.wait()
+            assert (shard.statistics().indexed, len(shard)) == (0, COUNT)
+        shard.wait()
+        assert (shard.statistics().indexed, shard.statistics().rebuilds) == (COUNT, 1)
+
+
 def test_a_compaction_forgets_labels_that_no_item_has() -> None:
     with shard_of(y=features(400)) as shard:
         for number in range(100):
