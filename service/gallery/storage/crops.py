@@ -121,12 +121,7 @@ class Crops:
         """
         storage = self._storage
         if storage is None:
-            with self._database.reading() as connection:
-                used = [
-                    connection.execute(select(table.c.name).limit(1)).first()
-                    for table in (objects, loose_objects)
-                ]
-            if any(used):
+            if self._has_objects():
                 raise CropsUnavailable(
                     "crops of this gallery are in an object storage; set CMT_CROPS_URL to the one "
                     "that it has, or move them into the database with it and `cmt crops move "
@@ -391,9 +386,7 @@ class Crops:
         mark = Placed(_MARK, len(owner), hashlib.sha256(owner.encode()).hexdigest())
         [found] = storage.get([mark])
         if isinstance(found, ObjectLost):
-            with self._database.reading() as connection:
-                used = connection.execute(select(objects.c.number).limit(1)).first() is not None
-            if found.missing and not used:
+            if found.missing and not self._has_objects():
                 storage.put([(_MARK, owner.encode())])
             else:
                 whose = (
@@ -404,6 +397,14 @@ class Crops:
                     "each gallery has a prefix of its own"
                 )
         self._mark = mark
+
+    def _has_objects(self) -> bool:
+        """Whether SQL names any object, also one that is to be deleted."""
+        with self._database.reading() as connection:
+            return any(
+                connection.execute(select(table.c.name).limit(1)).first()
+                for table in (objects, loose_objects)
+            )
 
     def _abandon(self, age: timedelta) -> None:
         """Give up names listed so long ago whose objects no item has taken.

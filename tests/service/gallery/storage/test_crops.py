@@ -530,6 +530,27 @@ def test_an_object_that_was_not_there_counts_as_deleted(credentials: None) -> No
         assert storage.delete(["name"]) == (["name"], None)
 
 
+def test_what_is_to_be_deleted_ties_a_gallery_to_its_place(
+    place: Place, bucket: Bucket, hasty: None
+) -> None:
+    """In another one it would count as deleted, since nothing of it is there."""
+    elsewhere = bucket._replace(url=bucket.url.replace("/gate", "/other"))
+    with closing(opened(place, bucket)) as gallery:
+        [item] = enrolled(gallery, 1)
+        bucket.server.pause()
+        try:
+            assert gallery.delete(item) == 1
+            gallery.close()
+        finally:
+            bucket.server.resume()
+    with pytest.raises(CropsUnavailable, match="none of this gallery's crops"):
+        opened(place, elsewhere)
+    with closing(opened(place, bucket)):
+        wait_for(lambda: not bucket.objects(), "what was erased stays in the bucket")
+    with closing(opened(place, elsewhere)) as gallery:
+        assert enrolled(gallery, 1)
+
+
 def test_a_place_that_becomes_another_gallerys_is_noticed(gallery: Gallery, bucket: Bucket) -> None:
     """As where two galleries begin in the same empty place at the same moment."""
     mark = {"Bucket": bucket.name, "Key": "gate/gallery"}
