@@ -81,22 +81,23 @@ class Coded(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Upper bounds of (⟨w, z⟩ − ⟨w, m⟩) / α for N rows, and what the lower ones are less."""
+    """Upper bounds of (⟨w, z⟩ − ⟨w, m⟩) / α for N rows; the lower ones are twice `error` less."""
 
     upper: Tensor
-    spread: Tensor
+    error: Tensor
 
-    def bests(self, barred: Tensor, group: int) -> Tensor:
+    def bests(self, barred: Tensor | None, group: int) -> Tensor:
         """The largest lower bound of each group of so many rows, but for those that are barred.
 
         Its rows are far from each other, as a person's images are often enrolled together.
         """
-        lower = (self.upper - self.spread).masked_fill_(barred, -torch.inf)
+        lower = torch.sub(self.upper, self.error, alpha=2)
+        if barred is not None:
+            lower.masked_fill_(barred, -torch.inf)
         groups = len(lower) // group
-        bests = lower[: groups * group].view(group, groups).amax(0)
-        return (
-            bests if groups * group == len(lower) else torch.cat([bests, lower[groups * group :]])
-        )
+        bests, rest = lower[: groups * group], lower[groups * group :]
+        largest = bests.view(group, groups).amax(0)
+        return torch.cat([largest, rest]) if len(rest) else largest
 
 
 class _Block(NamedTuple):
@@ -182,12 +183,12 @@ class ByteCodes:
             slack=rounding / alpha,
         )
 
-    def bounds(self, rows: slice, query: Coded) -> Bounds:
-        """Of the scores of rows of one block, rounded or not."""
+    def bounds(self, rows: slice, query: Coded, upper: Tensor) -> Bounds:
+        """Of the scores of rows of one block, rounded or not. upper: for the upper ones, N."""
         block = self.blocks[rows.start // BLOCK]
         within = slice(rows.start % BLOCK, rows.start % BLOCK + rows.stop - rows.start)
         a, n, rest, code = block.facts[:, within]
         products = torch._int_mm(block.q[within], query.p)[:, 0]
         error = (rest * query.of_rest).add_(code, alpha=query.of_code)
-        upper = (products * a).add_(n, alpha=query.mean).add_(error)
-        return Bounds(upper, error.mul_(2))
+        torch.add((products * a).add_(n, alpha=query.mean), error, out=upper)
+        return Bounds(upper, error)

@@ -14,10 +14,11 @@ lost, and ask for more rows where it cannot.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,10 @@ _UNCODED_MOST = 4096  # where more rows have no codes yet, all are scanned
 # With fewer than `_GROUPS` groups for each row that is wanted, the best would often share one.
 _GROUP, _GROUPS = 32, 8
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Best(NamedTuple):
@@ -232,22 +237,16 @@ def _possible(
     coded = len(masks[0])
     group = min(_GROUP, max(1, coded // (_GROUPS * count)))
     upper = torch.empty(coded)
-    barred = [torch.from_numpy(~mask) for mask in masks]
+    barred = [None if mask.all() else torch.from_numpy(~mask) for mask in masks]
 
     @torch.inference_mode()  # which holds for one thread
     def read(start: int) -> list[Tensor]:
         rows = slice(start, min(coded, start + BLOCK))
-        bounds = codes.bounds(rows, query)
-        upper[rows] = bounds.upper
-        return [bounds.bests(of[rows], group) for of in barred]
+        bounds = codes.bounds(rows, query, upper[rows])
+        return [bounds.bests(None if of is None else of[rows], group) for of in barred]
 
     starts = range(0, coded, BLOCK)
-    threads = _threads() if len(starts) > _SERIAL_CHUNKS else None
-    if threads is None:
-        with one_thread():
-            bests = list(map(read, starts))
-    else:
-        bests = list(threads.map(read, starts))
+    bests = _shared(read, starts, least=_SERIAL_CHUNKS + 1)
     uppers = upper.numpy()
     possible = []
     for mask, of in zip(masks, zip(*bests, strict=True), strict=True):
@@ -264,12 +263,13 @@ def _scan(
 ) -> list[Best]:
     groups = [(members, allowed[members[0]]) for members in sharing(allowed)]
     search = partial(_scan_chunk, w=w, count=count, groups=groups, dim=dim)
-    threads = _threads() if len(chunks) > _SERIAL_CHUNKS else None
-    if threads is None:
+    if len(chunks) > _SERIAL_CHUNKS:
+        found = _shared(search, chunks)
+    else:
         # FAISS would wake a thread for each core, and wait for it, also for a single query.
         most = max((len(members) for members, _ in groups), default=1)
         faiss.omp_set_num_threads(min(_cores(), most))  # of this thread only
-    found = list(map(search, chunks) if threads is None else threads.map(search, chunks))
+        found = list(map(search, chunks))
     return [merged([of[query] for of in found if query in of], count) for query in range(len(w))]
 
 
@@ -353,11 +353,35 @@ def sharing(allowed: Sequence[Mask]) -> Iterator[list[int]]:
     yield from groups.values()
 
 
+def _shared(work: Callable[[Item], Result], items: Sequence[Item], least: int = 2) -> list[Result]:
+    """`work` of every item, in their order: the threads of the pool and this one take one each.
+
+    FAISS shares out queries, not rows, and PyTorch would wait for all of its threads. Here nobody
+    waits for a thread that did not wake up in time. least: this thread does fewer items alone.
+    """
+    left = deque(enumerate(items))
+    results: dict[int, Result] = {}
+
+    def take() -> None:
+        while left:
+            try:
+                place, item = left.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            results[place] = work(item)
+
+    helping = min(_cores(), len(items)) - 1 if len(items) >= least else 0
+    others = [_threads().submit(take) for _ in range(helping)]
+    with one_thread():
+        take()
+    for other in others:
+        if not other.cancel():
+            other.result()
+    return [results[place] for place in range(len(items))]
+
+
 @cache
-def _threads() -> ThreadPoolExecutor | None:
-    """FAISS parallelises over queries, not rows: for one query, our threads take a chunk each."""
-    if _cores() == 1:
-        return None
+def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_cores(), "scan", initializer=partial(faiss.omp_set_num_threads, 1))
 
 
