@@ -626,9 +626,11 @@ class Gallery:
                 for attempt in range(_TRIES):
                     work.fill()
                     try:
-                        follower.store.versions.activate(follower.info.fingerprint, actor=actor)
+                        follower.store.versions.activate(
+                            follower.info.fingerprint, actor=actor, embed=work.embedded
+                        )
                         break
-                    except ModelVersionConflict:  # another process enrolled in between
+                    except ModelVersionConflict:  # others enrolled too many in between
                         if attempt == _TRIES - 1:
                             raise
             return self._use(follower)

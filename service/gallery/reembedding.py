@@ -114,7 +114,7 @@ class Reembedding:
         self._stopping = stopping
 
     def fill(self) -> None:
-        """Embed every item without features, also those enrolled meanwhile.
+        """Embed every item without features, also those enrolled meanwhile, but for the last few.
 
         Raises ReembeddingStopped, and GalleryDamaged for a crop that cannot be embedded.
         """
@@ -125,7 +125,7 @@ class Reembedding:
         for block in versions.missing(fingerprint, _BLOCK):
             if self._stopping():
                 raise ReembeddingStopped
-            numbers, rows = [crop.number for crop in block], self._embedded(block)
+            numbers, rows = [crop.number for crop in block], self.embedded(block)
             done += versions.add_features(fingerprint, numbers, rows)
             total = max(total, done)
             self._progress(Progress(done, total))
@@ -135,7 +135,7 @@ class Reembedding:
         crops, kept = self._store.versions.sample(self._info.fingerprint, _SAMPLE)
         if not crops:
             return
-        again = self._embedded(crops).astype(np.float32)
+        again = self.embedded(crops).astype(np.float32)
         norms = np.linalg.norm(again, axis=1) * np.linalg.norm(kept, axis=1)
         cosines = (again * kept).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny)
         worst = int(cosines.argmin())
@@ -146,7 +146,7 @@ class Reembedding:
                 "disk and start again"
             )
 
-    def _embedded(self, crops: Sequence[StoredCrop]) -> npt.NDArray[np.float16]:
+    def embedded(self, crops: Sequence[StoredCrop]) -> npt.NDArray[np.float16]:
         """Decode and embed stored crops → N×(P·D). Raises GalleryDamaged."""
         size = self._info.config.input_height, self._info.config.input_width
         pictures = []

@@ -8,13 +8,13 @@ every item has them. Finished work is in the tables, so that it continues from t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, Row, Select, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, exists, func, insert, select, text, update
 
 from service.errors import ModelVersionConflict, ModelVersionUnknown
 from service.gallery.feed import FEATURE_DTYPE
@@ -30,7 +30,12 @@ from service.gallery.times import microseconds, moment_of
 from service.kit.text import counted
 
 _INFRARED = (items.c.modality, items.c.polarity)
+_LAST = 64  # items that are embedded while everybody else waits to write
+_LAST_SECONDS = 25  # which that may take, less than they wait
 _DROPPED_AT_ONCE = 2_000  # rows of features per transaction, so that enrollments wait briefly
+
+EmbedStored = Callable[[Sequence[StoredCrop]], npt.NDArray[np.float16]]
+"""Stored crops → their features, N×(P·D)."""
 
 
 class Versions:
@@ -97,27 +102,24 @@ class Versions:
     def missing(self, fingerprint: str, block: int = 64) -> Iterator[Sequence[StoredCrop]]:
         """Items without features of this version, in order of enrollment, in blocks.
 
-        Each block is read when it is needed, so items enrolled meanwhile come too. An item that
-        gets no features does not come again until `missing` is called again.
+        Each block is read when it is needed, so items enrolled meanwhile come too; it ends with the
+        first that is not full, since others may go on to enroll for ever. An item that gets no
+        features does not come again until `missing` is called again.
         """
         self.state(fingerprint)  # raises for an unknown version
-        after = 0
-        while rows := self._missing_after(fingerprint, after, block):
-            after = rows[-1].number
-            images = self._crops.fetch([row.number for row in rows])
-            there = [row for row in rows if row.number in images]  # the rest is deleted since
-            if there:
-                yield [_stored(row, images[row.number]) for row in there]
+        after, rows = 0, None
+        while rows is None or len(rows) == block:
+            with self._database.reading() as connection:
+                rows = _missing_after(connection, fingerprint, after, block)
+            if rows:
+                after = rows[-1].number
+                if there := self._with_images(rows):
+                    yield there
 
-    def _missing_after(self, fingerprint: str, after: int, limit: int) -> Sequence[Row[Any]]:
-        query: Select[Any] = (
-            select(items.c.number, *_INFRARED)
-            .where(items.c.number > after, ~_embedded(fingerprint))
-            .order_by(items.c.number)
-            .limit(limit)
-        )
-        with self._database.reading() as connection:
-            return connection.execute(query).all()
+    def _with_images(self, rows: Sequence[Row[Any]]) -> Sequence[StoredCrop]:
+        """The crops of items, but for those that are deleted since."""
+        images = self._crops.fetch([row.number for row in rows])
+        return [_stored(row, images[row.number]) for row in rows if row.number in images]
 
     def add_features(
         self, fingerprint: str, numbers: Sequence[int], rows: npt.NDArray[np.float16]
@@ -127,31 +129,11 @@ class Versions:
         Items deleted meanwhile and those that have features already are left out. Raises
         ValueError for shapes that do not fit and numbers that are not finite.
         """
-        rows = checked(rows, len(numbers), None)
-        given = dict(zip(numbers, rows, strict=True))
+        given = _given(numbers, rows)
 
         def work(connection: Connection) -> int:
             _state(connection, fingerprint)
-            _refuse_other_size(connection, fingerprint, rows.shape[1])
-            newest = select(func.max(features.c.number)).where(features.c.model == fingerprint)
-            last = connection.execute(newest).scalar_one() or 0
-            wanted: list[int] = []
-            for part in blocks(sorted(given)):
-                query = select(items.c.number).where(
-                    items.c.number.in_(part), ~_embedded(fingerprint)
-                )
-                wanted += connection.execute(query.order_by(items.c.number)).scalars()
-            if wanted:
-                connection.execute(
-                    insert(features),
-                    [
-                        {"number": n, "model": fingerprint, "data": given[n].tobytes()}
-                        for n in wanted
-                    ],
-                )
-            if wanted and wanted[0] < last:  # caches may have read past these numbers
-                record_changes(connection, wanted, "features")
-            return len(wanted)
+            return _add_features(connection, fingerprint, given)
 
         return self._commits.run(work)
 
@@ -184,15 +166,20 @@ class Versions:
             _state(connection, fingerprint)
             return _count_missing(connection, fingerprint)
 
-    def activate(self, fingerprint: str, *, actor: str = "system") -> None:
+    def activate(
+        self, fingerprint: str, *, actor: str = "system", embed: EmbedStored | None = None
+    ) -> None:
         """Switch to this version in one transaction; the active one becomes retired.
 
-        Raises ModelVersionConflict where some item has no features of it yet.
+        embed: for the few items that others enrolled a moment ago; nobody enrolls meanwhile. Raises
+        ModelVersionConflict where some item has no features of it yet.
         """
 
         def work(connection: Connection) -> None:
             if _state(connection, fingerprint) == "active":
                 return
+            if embed is not None:
+                self._embed_last(connection, fingerprint, embed)
             missing = _count_missing(connection, fingerprint)
             if missing:
                 raise ModelVersionConflict(
@@ -208,6 +195,19 @@ class Versions:
             announce(connection)
 
         self._commits.run(work)
+
+    def _embed_last(self, connection: Connection, fingerprint: str, embed: EmbedStored) -> None:
+        """Give features to the last items without, unless they are too many to wait for."""
+        rows = _missing_after(connection, fingerprint, 0, _LAST + 1)
+        if not 0 < len(rows) <= _LAST:
+            return
+        if connection.dialect.name == "postgresql":  # which would take it for one that is stopped
+            pause = text("SELECT set_config('idle_in_transaction_session_timeout', :s, true)")
+            connection.execute(pause, {"s": f"{_LAST_SECONDS}s"})
+        crops = self._with_images(rows)
+        _add_features(
+            connection, fingerprint, _given([crop.number for crop in crops], embed(crops))
+        )
 
     def retire(self, fingerprint: str, *, actor: str = "system") -> None:
         """Retire a version that is not active. Raises ModelVersionConflict for the active one."""
@@ -241,6 +241,47 @@ class Versions:
 
         while self._commits.run(drop_some):
             pass
+
+
+def _given(
+    numbers: Sequence[int], rows: npt.NDArray[np.float16]
+) -> dict[int, npt.NDArray[np.float16]]:
+    return dict(zip(numbers, checked(rows, len(numbers), None), strict=True))
+
+
+def _add_features(
+    connection: Connection, fingerprint: str, given: Mapping[int, npt.NDArray[np.float16]]
+) -> int:
+    """Store features of items that are there and have none of this version → of how many."""
+    if not given:
+        return 0
+    _refuse_other_size(connection, fingerprint, len(next(iter(given.values()))))
+    newest = select(func.max(features.c.number)).where(features.c.model == fingerprint)
+    last = connection.execute(newest).scalar_one() or 0
+    wanted: list[int] = []
+    for part in blocks(sorted(given)):
+        query = select(items.c.number).where(items.c.number.in_(part), ~_embedded(fingerprint))
+        wanted += connection.execute(query.order_by(items.c.number)).scalars()
+    if wanted:
+        connection.execute(
+            insert(features),
+            [{"number": n, "model": fingerprint, "data": given[n].tobytes()} for n in wanted],
+        )
+    if wanted and wanted[0] < last:  # caches may have read past these numbers
+        record_changes(connection, wanted, "features")
+    return len(wanted)
+
+
+def _missing_after(
+    connection: Connection, fingerprint: str, after: int, limit: int
+) -> Sequence[Row[Any]]:
+    query: Select[Any] = (
+        select(items.c.number, *_INFRARED)
+        .where(items.c.number > after, ~_embedded(fingerprint))
+        .order_by(items.c.number)
+        .limit(limit)
+    )
+    return connection.execute(query).all()
 
 
 def _stored(row: Row[Any], image: StoredImage) -> StoredCrop:

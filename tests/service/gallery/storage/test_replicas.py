@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -187,6 +187,37 @@ def test_a_replica_follows_to_the_checkpoint_that_another_has_embedded_with(
     wait_for(lambda: one.statistics.items == 2, "it does not follow")
     one.drop_version(INFO.fingerprint)
     assert one.get(late.id) == late
+
+
+def test_a_gallery_goes_on_to_another_checkpoint_though_others_never_stop_to_enroll(
+    pair: tuple[Gallery, Gallery],
+) -> None:
+    one, two = pair
+    one.add([NewItem(crop(number)) for number in range(3)], features(3, 1))
+    sizes: list[int] = []
+
+    def enroll(number: int) -> bool:
+        try:
+            two.add([NewItem(crop(number))], features(1, number))
+        except ModelVersionConflict:  # too late: the other checkpoint is in use
+            return False
+        return True
+
+    with ThreadPoolExecutor(1) as other:
+        late: list[Future[bool]] = []
+
+        def embed(crops: Sequence[Crop]) -> Tensor:
+            sizes.append(len(crops))
+            late.append(other.submit(enroll, len(late) + 10))  # while these are embedded
+            wait([late[-1]], timeout=0.2)  # which cannot end while nobody may write
+            return features(1, 7).expand(len(crops), -1, -1)
+
+        one.reembed(OTHER, embed, decode=lambda *_: crop())
+        enrolled = 3 + sum(answer.result() for answer in late)
+    assert max(sizes) < 64
+    assert one.versions[-1].state == "active"
+    assert one.versions[-1].embedded == len(one) == enrolled
+    one.check()
 
 
 def test_no_window_lets_more_through_than_the_limit_whoever_counts(
