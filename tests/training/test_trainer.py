@@ -98,8 +98,9 @@ def test_steps_since_the_last_saved_state_are_repeated_alike(
     assert resumed.step == 4
     resumed.run()
     Trainer(recipe(), TrainingData(samples), options(tmp_path / "b", tmp_path / "cache")).run()
+    expected = weights_of(tmp_path / "b")
     for name, tensor in weights_of(tmp_path / "a").items():
-        assert torch.equal(tensor, weights_of(tmp_path / "b")[name]), name
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_what_a_timing_decided_belongs_to_the_run(
@@ -132,9 +133,11 @@ def test_what_a_timing_decided_belongs_to_the_run(
     assert not trainer("new").acceleration.channels_last
     assert not trainer("pieces", channels_last="off").acceleration.channels_last
     trainer("stated", channels_last="on", compile="off").run(save_every=100)
+    whole = weights_of(tmp_path / "whole")
     for folder in ("pieces", "early", "stated"):
-        for name, tensor in weights_of(tmp_path / "whole").items():
-            assert torch.equal(tensor, weights_of(tmp_path / folder)[name]), (folder, name)
+        found = weights_of(tmp_path / folder)
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, found[name]), (folder, name)
     (tmp_path / "pieces" / DECISION_FILE).write_text('{"options": "", "device": 3}')
     with pytest.raises(TrainingError, match="is damaged; remove it"):
         trainer("pieces")
