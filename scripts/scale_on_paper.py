@@ -77,6 +77,11 @@ class Network:
         """Of one crop in memory, its labels left out."""
         return 2 * (self.parts + 1) * self.dim
 
+    @property
+    def codes(self) -> int:
+        """Bytes of its codes, which lie beside it on a host without GPU."""
+        return (self.parts + 1) * self.dim + 16
+
 
 def measured() -> Measured:
     """Read the rates from benchmarks/results."""
@@ -183,9 +188,10 @@ def _needs(network: Network, rates: Measured, assumed: Assumed) -> str:
         features = count * network.bytes
         # A tenth stays free: for a search's scratch memory, and for what is deleted or copied.
         gpus = math.ceil(features / (0.9 * assumed.gpu_memory))
-        hosts = math.ceil((features + count * COLUMNS) / (0.9 * assumed.host_memory))
-        # Codes of a byte a number, beside the features.
-        indexed = math.ceil((1.5 * features + count * COLUMNS) / (0.9 * assumed.host_memory))
+        coded = features + count * (network.codes + COLUMNS)
+        hosts = math.ceil(coded / (0.9 * assumed.host_memory))
+        # An index of a byte a number, beside features and codes.
+        indexed = math.ceil((coded + 0.5 * features) / (0.9 * assumed.host_memory))
         shipped = gpus * ANSWER_ROWS * network.bytes
         disk = count * (assumed.crop + DATABASE * 2 * network.parts * network.dim)
         columns.append(

@@ -6,6 +6,7 @@ import numpy as np
 
 from scripts.scale_on_paper import COLUMNS, MEASURED_ROWS, Network, main, measured
 from service.gallery.feed import Stored
+from service.gallery.index.byte_codes import code_bytes
 from service.gallery.index.columns import Columns
 from service.gallery.index.features import Features
 from tests.paths import ROOT
@@ -26,7 +27,9 @@ def test_the_documentation_holds_what_is_printed() -> None:
 
 def test_a_crop_takes_as_many_bytes_as_the_gallery_says() -> None:
     features = Features(6, 128, "euclidean", "cpu")
-    assert Network("compact", 6, 128).bytes == 2 * features.width
+    network = Network("compact", 6, 128)
+    assert network.bytes == 2 * features.width
+    assert network.codes == code_bytes(1, features.width)
     columns = Columns()
     count = 2048
     columns.add(
