@@ -68,8 +68,8 @@ def move(
         finally:
             inside, outside = place.counts()
             say(
-                f"Moved {counted(moved, 'crop')}: {inside} are in the database now, and "
-                f"{outside} in the bucket."
+                f"Moved {counted(moved, 'crop')}: {inside:,} are in the database now, and "
+                f"{outside:,} in the bucket."
             )
     if wish.wanted:
         say("Run the same command again to go on.", err=True)

@@ -191,6 +191,6 @@ def _here(
 def _print_tally(
     files: int, embedded: int, before: int, failures: list[Failure], report: Path | None
 ) -> None:
-    of_them = f", {before} of them before" if before else ""
-    say(f"{embedded} of {counted(files, 'file is', 'files are')} embedded{of_them}.")
+    of_them = f", {before:,} of them before" if before else ""
+    say(f"{embedded:,} of {counted(files, 'file is', 'files are')} embedded{of_them}.")
     print_failures(failures, report)

@@ -112,12 +112,12 @@ def import_features(
                     Failure(Path(one.path), one.code, one.reason, one.labels)
                     for one in tally.refused
                 ]
-                before = f", {tally.before} of them before" if tally.before else ""
+                before = f", {tally.before:,} of them before" if tally.before else ""
                 rows = counted(total, "row is", "rows are")
-                say(f"{tally.imported} of {rows} imported{before}.")
+                say(f"{tally.imported:,} of {rows} imported{before}.")
                 if tally.embedded_again:
                     say(
-                        f"{tally.embedded_again} of them were embedded again, since the gallery's "
+                        f"{tally.embedded_again:,} of them were embedded again, since the gallery's "
                         "cameras have them read otherwise."
                     )
                 print_failures(failures, report)
