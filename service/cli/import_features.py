@@ -117,8 +117,8 @@ def import_features(
                 say(f"{tally.imported:,} of {rows} imported{before}.")
                 if tally.embedded_again:
                     say(
-                        f"{tally.embedded_again:,} of them were embedded again, since the gallery's "
-                        "cameras have them read otherwise."
+                        f"{tally.embedded_again:,} of them were embedded again, since the "
+                        "gallery's cameras have them read otherwise."
                     )
                 print_failures(failures, report)
                 if target is not None:
