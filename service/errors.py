@@ -377,6 +377,15 @@ class KeysUnreadable(ServiceError):
     status, code, title = 503, "keys_unreadable", "Keys not readable"
 
 
+# 504
+
+
+class RequestTimedOut(ServiceError):
+    """A request that could not be answered in the time that its sender gave it."""
+
+    status, code, title = 504, "request_timed_out", "Not answered in time"
+
+
 # 507
 
 

@@ -104,6 +104,8 @@ class Settings(BaseSettings):
     """How long a connection may take to send the headers of a request."""
     body_timeout: float = Field(default=60, gt=0)
     """How long a body may take to arrive."""
+    request_timeout: float | None = Field(default=None, gt=0)
+    """How long an upload may take that does not say so itself (`X-Request-Timeout`)."""
     keep_alive_timeout: int = Field(default=130, ge=1)
     """How long a connection may be idle between two requests: longer than a proxy keeps it."""
     rate_limit: str | None = None

@@ -33,6 +33,7 @@ from service.api.schemas import (
 from service.api.uploads import (
     IMAGE_ERRORS,
     UPLOAD_ERRORS,
+    RequestTimeout,
     check_image_count,
     invalid_field,
     read_upload,
@@ -112,13 +113,14 @@ async def enroll(
     state: ResourcesDep,
     actor: ActorDep,
     idempotency_key: IdempotencyKey = None,
+    request_timeout: RequestTimeout = None,
 ) -> Response:
     """Enroll one crop. A 201 means durable: the next query can return the item.
 
     A repeat with the same Idempotency-Key and content gives the stored item with 200; with other
     content 409. A key lives as long as its item.
     """
-    async with read_upload(request, max_images=1) as upload:
+    async with read_upload(request, max_images=1, within=request_timeout) as upload:
         form = upload.parse(EnrollForm)
         check_image_count(upload.images, most=1)
         [image] = upload.whole()
@@ -145,14 +147,23 @@ async def enroll(
         errors.CropsUnavailable,
     ),
 )
-async def enroll_batch(request: Request, state: ResourcesDep, actor: ActorDep) -> Response:
+async def enroll_batch(
+    request: Request,
+    state: ResourcesDep,
+    actor: ActorDep,
+    request_timeout: RequestTimeout = None,
+) -> Response:
     """Enroll up to 256 crops in one transaction, each with a result of its own, in order.
 
     A bad image fails alone. Once this is answered, all items with 201 or 200 are durable.
     """
     most = state.settings.max_batch_bytes
     async with read_upload(
-        request, BATCH_IMAGES, max_bytes=most, max_field_bytes=_ITEMS_BYTES
+        request,
+        BATCH_IMAGES,
+        max_bytes=most,
+        max_field_bytes=_ITEMS_BYTES,
+        within=request_timeout,
     ) as upload:
         form = upload.parse(BatchForm)
         check_image_count(upload.images, most=BATCH_IMAGES)

@@ -19,6 +19,7 @@ from service.api.schemas import (
 from service.api.uploads import (
     IMAGE_ERRORS,
     UPLOAD_ERRORS,
+    RequestTimeout,
     check_image_count,
     invalid_field,
     read_upload,
@@ -49,7 +50,12 @@ router = APIRouter(tags=["query"])
         errors.IndexOutOfStep,
     ),
 )
-async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Response:
+async def query(
+    request: Request,
+    state: ResourcesDep,
+    actor: ActorDep,
+    request_timeout: RequestTimeout = None,
+) -> Response:
     """Rank the gallery for one person, best first.
 
     The query's γ and β modulate every gallery item. By default a shortlist is recalled in the
@@ -57,7 +63,7 @@ async def query(request: Request, state: ResourcesDep, actor: ActorDep) -> Respo
     fused: the mean of their complete representations, modulating once. An empty gallery answers
     with no results.
     """
-    async with read_upload(request, max_images=QUERY_IMAGES) as upload:
+    async with read_upload(request, QUERY_IMAGES, within=request_timeout) as upload:
         stages = Stages(request.state.started)
         stages.end("receive")
         form = upload.parse(QueryForm)

@@ -7,10 +7,10 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import anyio
-from fastapi import Request
+from fastapi import Header, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from python_multipart.multipart import parse_options_header
@@ -40,6 +40,7 @@ from service.errors import (
     MemoryExhausted,
     Overloaded,
     ParametersInvalid,
+    RequestTimedOut,
     RuntimeUnavailable,
 )
 
@@ -58,6 +59,7 @@ UPLOAD_ERRORS = (
     ContentTypeUnsupported,
     ParametersInvalid,
     Overloaded,
+    RequestTimedOut,
     EmbeddingFailed,
     MemoryExhausted,
     RuntimeUnavailable,
@@ -77,6 +79,18 @@ IMAGE_ERRORS = (
     ImageUndecodable,
     BoxOutside,
 )
+
+
+RequestTimeout = Annotated[
+    float | None,
+    Header(
+        alias="X-Request-Timeout",
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that this may take. What cannot be answered by then is refused at "
+        "once with 429, or given up with 504.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,7 @@ async def read_upload(
     max_images: int,
     max_bytes: int | None = None,
     max_field_bytes: int = MAX_FIELD_BYTES,
+    within: float | None = None,
 ) -> AsyncIterator[Upload]:
     """Read a multipart body with 1 to `max_images` parts named `image`, bounded in size and time.
 
@@ -117,34 +132,55 @@ async def read_upload(
     bytes: the upload has a place there while the caller works on it. The caller's work is cancelled
     once the client is gone.
 
-    max_bytes: of all images, if that is less than the sum of their limits. Raises FormMalformed,
-    BodyTimeout, BodyTooLarge, ContentTypeUnsupported, Overloaded, ClientGone, and
+    max_bytes: of all images, if that is less than the sum of their limits. within: seconds until
+    the answer, also of the caller's work; None leaves it to the settings. Raises FormMalformed,
+    BodyTimeout, BodyTooLarge, ContentTypeUnsupported, Overloaded, RequestTimedOut, ClientGone, and
     RequestValidationError for a part of the wrong kind.
     """
     state = resources(request)
+    within = within or state.settings.request_timeout
     limit = state.settings.max_image_bytes
     most = min(max_images * limit, max_bytes or max_images * limit) + FORM_OVERHEAD_BYTES
     if max_field_bytes > MAX_FIELD_BYTES:
         most += max_field_bytes
     started = time.perf_counter()
-    with state.admission.receive() as body:
-        if not is_utf8_of(request, b"multipart/form-data"):
-            raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
-        with in_time(request):
-            parts = await read_form(
-                request.headers["content-type"],
-                bounded(request, most, body.grow),
-                max_files=max_images + 1,  # one too many is told as such, not as a malformed form
-                max_file_bytes=limit,
-                max_fields=MAX_FIELDS,
-                max_field_bytes=max_field_bytes,
-            )
-        upload = _sort(parts, limit)
-        del parts
-        body.arrive()
-        state.pipeline.note("receive", time.perf_counter() - started)
-        async with _while_connected(request):
-            yield upload
+    with state.admission.receive(within) as body:
+        async with _in_time_to_answer(within):
+            if not is_utf8_of(request, b"multipart/form-data"):
+                raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
+            with in_time(request):
+                parts = await read_form(
+                    request.headers["content-type"],
+                    bounded(request, most, body.grow),
+                    # One too many is told as such, not as a malformed form.
+                    max_files=max_images + 1,
+                    max_file_bytes=limit,
+                    max_fields=MAX_FIELDS,
+                    max_field_bytes=max_field_bytes,
+                )
+            upload = _sort(parts, limit)
+            del parts
+            body.arrive()
+            state.pipeline.note("receive", time.perf_counter() - started)
+            async with _while_connected(request):
+                yield upload
+
+
+@asynccontextmanager
+async def _in_time_to_answer(within: float | None) -> AsyncIterator[None]:
+    """Give the block up after so many seconds, or never. Raises RequestTimedOut."""
+    try:
+        async with asyncio.timeout(within) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise RequestTimedOut(
+            f"the request was not answered in the {within:g} seconds that it may take, and is "
+            "given up; what it enrolls may be stored all the same: send it again with the same "
+            "Idempotency-Key",
+            headers={"Connection": "close"},
+        ) from error
 
 
 @asynccontextmanager

@@ -1,11 +1,19 @@
-"""Bounds on the uploads in the service at the same time, and on the bytes of their bodies."""
+"""Bounds on the uploads in the service at the same time, and on the bytes of their bodies.
+
+How many may wait follows from how fast they are answered, too: who says how long he waits is
+refused at once where those before him will take longer.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from service.errors import Overloaded
+
+_RECENT = 0.1  # what the last answer counts for in the pace
 
 
 class Admission:
@@ -18,11 +26,18 @@ class Admission:
     def __init__(self, *, receiving: int, working: int, bytes: int) -> None:
         self._receiving, self._working, self._bytes = receiving, working, bytes
         self.receiving = self.working = self.bytes = 0
+        self.pace = 0.0
+        """Seconds from one answer to the next while uploads are worked on, of late."""
+        self._answered = 0.0
 
     @contextmanager
-    def receive(self) -> Iterator[Body]:
-        """Admit one upload, whose body is read in this context. Raises Overloaded."""
+    def receive(self, within: float | None = None) -> Iterator[Body]:
+        """Admit one upload, whose body is read in this context. Raises Overloaded.
+
+        within: seconds that its sender waits for the answer.
+        """
         self._refuse_where(self.receiving >= self._receiving or self.working >= self._working)
+        self._refuse_late(within)
         self.receiving += 1
         body = Body(self)
         try:
@@ -33,10 +48,28 @@ class Admission:
                 self.receiving -= 1
             else:
                 self.working -= 1
+                self._note_answer(body.arrived_at)
 
     def _refuse_where(self, full: bool) -> None:
         if full:
             raise _overloaded("the service has as many uploads as it can queue")
+
+    def _refuse_late(self, within: float | None) -> None:
+        """Raise Overloaded where the uploads before will take longer; a first one may try."""
+        late = 0.0 if within is None else self.working * self.pace - within
+        if late > 0:
+            seconds = math.ceil(late)
+            raise Overloaded(
+                f"the uploads before this one take longer than the {within:g} seconds that it may; "
+                f"try again in {seconds} s, or wait longer",
+                headers={"Retry-After": str(seconds)},
+            )
+
+    def _note_answer(self, arrived: float) -> None:
+        now = time.monotonic()
+        took = now - max(arrived, self._answered)  # the time before belongs to other uploads
+        self._answered = now
+        self.pace = took if not self.pace else self.pace + _RECENT * (took - self.pace)
 
     def _take(self, count: int) -> None:
         if self.bytes + count > self._bytes:
@@ -56,6 +89,7 @@ class Body:
         self._admission = admission
         self.held = 0
         self.arrived = False
+        self.arrived_at = 0.0
 
     def grow(self, count: int) -> None:
         """Count `count` more bytes that have arrived. Raises Overloaded."""
@@ -65,7 +99,7 @@ class Body:
     def arrive(self) -> None:
         """Mark the body as complete. Raises Overloaded where too many others are worked on."""
         self._admission._arrive()
-        self.arrived = True
+        self.arrived, self.arrived_at = True, time.monotonic()
 
 
 def _overloaded(reason: str) -> Overloaded:

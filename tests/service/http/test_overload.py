@@ -77,6 +77,43 @@ def test_who_finds_no_place_is_refused_while_the_others_are_worked_on(
         assert upload(http, 0, images).status_code == 201
 
 
+def test_what_takes_longer_than_it_may_is_refused_at_once_or_given_up(
+    network: HeldNetwork, serve: Serve, tmp_path: Path, visible: list[Path]
+) -> None:
+    image = visible[0].read_bytes()
+
+    def send(path: str, seconds: str) -> httpx.Response:
+        headers = {"X-Request-Timeout": seconds}
+        return http.post(path, files={"image": image}, headers=headers)
+
+    with (
+        serve(tmp_path) as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=120) as http,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        with network.held():
+            for path in ("/query", "/gallery", "/gallery/batch"):
+                late = send(path, "1.5")
+                assert (late.status_code, late.json()["code"]) == (504, "request_timed_out")
+                assert "1.5 seconds" in late.json()["detail"]
+            waiting = threads.submit(upload, http, 1, [image])
+            wait_for(lambda: gauge(http, "cmt_uploads_pending") == 1, "it is not let in")
+            refused = send("/query", "0.1")  # the ones before took more than a second each
+            assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert not waiting.done()
+        assert waiting.result().status_code == 200
+        wait_until_idle(http)
+        assert send("/gallery", "60").status_code == 201
+        assert send("/query", "0").json()["code"] == "parameters_invalid"
+    with (
+        serve(tmp_path, request_timeout=1) as url,
+        network.held(),
+        httpx.Client(base_url=url, trust_env=False, timeout=120) as http,
+    ):
+        assert http.post("/query", files={"image": image}).status_code == 504
+
+
 class Storm:
     """Clients that come together, each with one upload at a time, until each was accepted so often.
 
