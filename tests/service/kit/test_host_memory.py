@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.kit.host_memory import UNKNOWN, available_memory
+from service.kit.host_memory import UNKNOWN, available_memory, total_memory
 
 _MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"}
 
@@ -60,3 +60,11 @@ def test_the_tightest_limit_counts(
 def test_where_nothing_says_it_there_is_no_limit(tmp_path: Path) -> None:
     assert available_memory(tmp_path) == UNKNOWN
     assert 0 < available_memory() < UNKNOWN
+
+
+def test_all_memory_is_what_the_tightest_limit_lets_be_used(tmp_path: Path) -> None:
+    assert total_memory(tmp_path) == 0
+    root = host(tmp_path, _MACHINE | {"proc/self/cgroup": "0::/a\n"} | group("max", 0, 0))
+    assert total_memory(root) == 9000 * 1024
+    host(tmp_path, group("70000", 69_000, 0, "/a"))
+    assert total_memory(root) == 70_000
