@@ -28,14 +28,17 @@ from service.http.middleware import (
 from service.kit.device_loss import report_loss
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
+from service.pipeline.decoding import Decoding
 from service.resources import State, open_resources
 from service.settings import Settings
 
 
-def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, *, backend: Backend | None = None, started: Decoding | None = None
+) -> FastAPI:
     """The application for `settings`; nothing is opened before its lifespan starts.
 
-    backend: what embeds, None for a network in this process.
+    backend: what embeds, None for a network in this process. started: see `open_resources`.
     """
 
     metrics, tracing, drain = Metrics(), Tracing(settings.otlp_endpoint), DrainState()
@@ -50,7 +53,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        resources = open_resources(settings, metrics, tracing, backend)
+        resources = open_resources(settings, metrics, tracing, backend, started)
         try:
             opened = await to_thread.run_sync(resources.__enter__)
         except Exception as error:

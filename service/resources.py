@@ -22,13 +22,12 @@ from service.gallery import Gallery
 from service.gallery.index.figures import Figures, FiguresError, IndexChoice
 from service.gallery.index.gpu_index import IndexKindError, check_kind
 from service.http.admission import Admission
-from service.images import Decoders
-from service.images.decode import ImageLimits
 from service.kit.concurrency import in_thread
 from service.observability.gpu import watch_gpu
 from service.observability.logs import dropped_lines
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
+from service.pipeline.decoding import Decoding, decoding
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.reembedding_job import ReembeddingJob
 from service.scale.engine import RayEngine
@@ -61,11 +60,16 @@ class State(TypedDict):
 
 @contextmanager
 def open_resources(
-    settings: Settings, metrics: Metrics, tracing: Tracing, backend: Backend | None = None
+    settings: Settings,
+    metrics: Metrics,
+    tracing: Tracing,
+    backend: Backend | None = None,
+    started: Decoding | None = None,
 ) -> Iterator[Resources]:
     """Load the checkpoint, open the gallery and start the processes that decode.
 
-    backend: what embeds, None for a network in this process.
+    backend: what embeds, None for a network in this process. started: processes that decode, which
+    the caller ends; None starts some here.
     Raises CheckpointError and ServiceError (a locked or unwritable data folder), each one sentence.
     """
     with ExitStack() as stack:
@@ -74,8 +78,7 @@ def open_resources(
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled))
         # First, so that they start while the network is loaded, and before the gallery, which
         # leaves alone only the memory that others have taken by then.
-        decoders = stack.enter_context(closing(_decoders(settings, settings.decode_processes)))
-        checker = stack.enter_context(closing(_decoders(settings, 1)))
+        decoders = started or stack.enter_context(decoding(settings))
         embedder = _embedder(settings, backend)
         gallery = stack.enter_context(closing(_gallery(settings, embedder, stack)))
         stack.callback(tracing.close)
@@ -84,7 +87,7 @@ def open_resources(
             working=settings.max_pending,
             bytes=settings.max_pending_bytes,
         )
-        pipeline = Pipeline(embedder, gallery, decoders, checker, settings, metrics, tracing)
+        pipeline = Pipeline(embedder, gallery, *decoders, settings, metrics, tracing)
         stack.callback(pipeline.close)
         reembedder = ReembeddingJob(pipeline, settings)
         stack.callback(reembedder.close)
@@ -184,15 +187,6 @@ def _index(settings: Settings, device: str) -> IndexChoice:
         return figures
     log.warning("index_figures are of the GPU %s and this is %s: measure here", figures.gpu, here)
     return None
-
-
-def _decoders(settings: Settings, processes: int) -> Decoders:
-    return Decoders(
-        processes,
-        ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
-        seconds=settings.decode_timeout,
-        keep_metadata=settings.keep_image_metadata,
-    )
 
 
 def _watch(metrics: Metrics, gallery: Gallery, admission: Admission, pipeline: Pipeline) -> None:

@@ -25,6 +25,7 @@ from service.http.connection_timeouts import Lingering, timed_protocol
 from service.http.middleware import DrainState
 from service.kit.device_loss import LOST, on_device_loss, report_loss
 from service.kit.heap import give_back_large_blocks
+from service.pipeline.decoding import Decoding
 from service.settings import Settings
 
 # How long a thread may keep the interpreter while others wait for it. The event loop, searches and
@@ -74,8 +75,10 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, started: Decoding | None = None) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP; requests in flight finish first.
+
+    started: processes that decode, which the caller ends; None starts some.
 
     A SIGHUP that the caller ignores, as nohup does, stays ignored. Where the GPU is lost the
     process ends with status 1, so that whatever supervises it starts it again.
@@ -85,7 +88,7 @@ def run(settings: Settings) -> None:
     give_back_large_blocks()
     os.umask(0o077)  # whatever a library writes into the data folder is its owner's alone
     bound = bind(settings.host, settings.port)
-    app, server = _make(settings)
+    app, server = _make(settings, started)
     sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn raises the signal that ended it again: a handler that does nothing lets an orderly end
     # have exit status 0.
@@ -133,8 +136,8 @@ def running(settings: Settings) -> Iterator[str]:
         thread.join()
 
 
-def _make(settings: Settings) -> tuple[FastAPI, _Server]:
-    app = create_app(settings)
+def _make(settings: Settings, started: Decoding | None = None) -> tuple[FastAPI, _Server]:
+    app = create_app(settings, started=started)
     lingering: Lingering = {}
     config = uvicorn.Config(
         app,

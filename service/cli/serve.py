@@ -50,6 +50,7 @@ def serve(
     """
     with without_collections():
         from service.observability.logs import configure_logs
+        from service.pipeline.decoding import decoding
         from service.settings import load_settings
 
     settings = load_settings(
@@ -65,7 +66,8 @@ def serve(
         api_keys_file=api_keys_file,
     )
     configure_logs(settings.log_format, settings.log_level)
-    with without_collections():
-        from service.server import run  # loads torch, once the settings are known to be right
+    with decoding(settings) as started:  # they start while this process loads torch
+        with without_collections():
+            from service.server import run
 
-    run(settings)
+        run(settings, started)
