@@ -51,6 +51,8 @@ def levels(width: int) -> int:
     """
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return 0
+    if not hasattr(torch, "_int_mm"):  # not documented: another PyTorch may lack it
+        return 0
     signs = torch.ones(4, width, dtype=torch.int8)
     signs[1] = -1
     signs[2, ::2] = -1
