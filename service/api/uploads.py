@@ -145,26 +145,30 @@ async def read_upload(
     if max_field_bytes > MAX_FIELD_BYTES:
         most += max_field_bytes
     started = time.perf_counter()
-    with state.admission.receive(within) as body:
-        async with _in_time_to_answer(within):
-            if not is_utf8_of(request, b"multipart/form-data"):
-                raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
-            with in_time(request):
-                parts = await read_form(
-                    request.headers["content-type"],
-                    bounded(request, most, body.grow),
-                    # One too many is told as such, not as a malformed form.
-                    max_files=max_images + 1,
-                    max_file_bytes=limit,
-                    max_fields=MAX_FIELDS,
-                    max_field_bytes=max_field_bytes,
-                )
-            upload = _sort(parts, limit)
-            del parts
-            body.arrive()
-            state.pipeline.note("receive", time.perf_counter() - started)
-            async with _while_connected(request):
-                yield upload
+    try:
+        with state.admission.receive(within) as body:
+            async with _in_time_to_answer(within):
+                if not is_utf8_of(request, b"multipart/form-data"):
+                    raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
+                with in_time(request):
+                    parts = await read_form(
+                        request.headers["content-type"],
+                        bounded(request, most, body.grow),
+                        # One too many is told as such, not as a malformed form.
+                        max_files=max_images + 1,
+                        max_file_bytes=limit,
+                        max_fields=MAX_FIELDS,
+                        max_field_bytes=max_field_bytes,
+                    )
+                upload = _sort(parts, limit)
+                del parts
+                body.arrive()
+                state.pipeline.note("receive", time.perf_counter() - started)
+                async with _while_connected(request):
+                    yield upload
+    except Overloaded:
+        await asyncio.sleep(state.admission.before_refusal(time.monotonic()))
+        raise
 
 
 @asynccontextmanager

@@ -2,6 +2,9 @@
 
 How many may wait follows from how fast they are answered, too: who says how long he waits is
 refused at once where those before him will take longer.
+
+Refusing takes time as well, of the event loop that the accepted uploads share. A crowd that comes
+again as soon as it is refused would take all of it: beyond a burst, refusals are given one by one.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from contextlib import contextmanager
 from service.errors import Overloaded
 
 _RECENT = 0.1  # what the last answer counts for in the pace
+# A refusal takes about a millisecond. So many are given at once, then one in so many seconds, and
+# nobody waits longer for his.
+_BURST, _APART, _LONGEST = 100, 0.005, 2.0
 
 
 class Admission:
@@ -29,6 +35,13 @@ class Admission:
         self.pace = 0.0
         """Seconds from one answer to the next while uploads are worked on, of late."""
         self._answered = 0.0
+        self._refused = -math.inf
+
+    def before_refusal(self, now: float) -> float:
+        """Seconds that a refusal at this moment has to wait, so that the accepted get on."""
+        self._refused = max(self._refused, now - _BURST * _APART) + _APART
+        self._refused = min(self._refused, now + _LONGEST)
+        return max(0.0, self._refused - now)
 
     @contextmanager
     def receive(self, within: float | None = None) -> Iterator[Body]:

@@ -17,6 +17,7 @@ import pytest
 
 from service.auth.keys import KeyFile
 from service.client import Client
+from service.http.admission import Admission
 from tests.service.conftest import Serve
 from tests.service.held_network import HeldNetwork
 from tests.service.processes import (
@@ -112,6 +113,22 @@ def test_what_takes_longer_than_it_may_is_refused_at_once_or_given_up(
         httpx.Client(base_url=url, trust_env=False, timeout=120) as http,
     ):
         assert http.post("/query", files={"image": image}).status_code == 504
+
+
+def test_beyond_a_burst_refusals_are_given_one_by_one() -> None:
+    admission = Admission(receiving=1, working=1, bytes=1)
+    waits = [admission.before_refusal(1000.0) for _ in range(1000)]
+    at_once = waits.count(0)
+    assert waits[:at_once] == [0] * at_once  # a few are refused at once
+    assert 20 < at_once < 500
+    longest = max(waits)
+    queued = waits[at_once : waits.index(longest)]
+    apart = queued[1] - queued[0]
+    assert queued == pytest.approx([apart * (n + 1) for n in range(len(queued))])
+    assert waits[-1] == longest <= 3  # nobody waits for ever to be told to go away
+    # Who comes later finds those before him gone: one place in the line for each `apart`.
+    assert admission.before_refusal(1000 + apart) == pytest.approx(longest)
+    assert admission.before_refusal(1000 + 2 * longest) == 0
 
 
 class Storm:
