@@ -12,13 +12,13 @@ import typer
 from rich.table import Table
 
 from model.benchmark import publish
-from model.benchmark_table import Headline, as_fast, rate, ratio_of
+from model.benchmark_table import Headline, as_fast, duration, inverse, rate, ratio_of
 from model.device import DEVICES
 from model.outputs import ResultsFile, picture_option
 from model.terminal import Console, say
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
-from service.bench.serving.rivals import Batching, Rival, is_installed
+from service.bench.serving.rivals import TENFOLD, Batching, Rival, is_installed
 from service.bench.serving.trace import rows
 from service.bench.serving.trials import Trials
 from service.embedding.embedder import Embedder, Runtime
@@ -26,6 +26,7 @@ from service.kit.text import counted
 
 QUICK = ("--seconds", "2", "--rounds", "1")
 _RATE = "requests per second, corrected"
+_P99, _LEFT = "p99, times that at saturation", "rate, times that at saturation"
 
 
 def serve(
@@ -54,13 +55,13 @@ def serve(
         ),
     ] = None,
     overload: Annotated[
-        int | None,
+        int,
         typer.Option(
-            min=1,
+            min=0,
             help="Queries also with so many places (max_pending): by as many clients, and by ten "
-            "times as many, most of whom are refused.",
+            "times as many, most of whom are refused. 0: not at all.",
         ),
-    ] = None,
+    ] = 64,
     device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "auto",
     runtime: Annotated[Runtime, typer.Option(help="auto, torch or openvino.")] = "auto",
     plot: Annotated[
@@ -81,6 +82,9 @@ def serve(
     Of a lone query, without re-ranking, all stages are told: from the client's clock and the
     service's, so that nothing is left out, beside the time of the bare model on one image.
 
+    Ten times the load: the service's queries by as many clients as it has places, which saturate
+    it, and by ten times as many, who come again 50 ms after they were refused.
+
     Requests a second are given as they were, and corrected for the generator's share of this
     machine: requests / (seconds − CPU seconds of the generator / cores). Shares of the bare model
     are the corrected rate's; they mean something where all cores are busy.
@@ -93,8 +97,7 @@ def serve(
         **{"clients": clients, "seconds": seconds, "rounds": rounds},
         **({"against": " --against ".join(against)} if against else {}),
         **({"batching": " --batching ".join(map(str, batching))} if batching else {}),
-        **({} if overload is None else {"overload": overload}),
-        **{"device": device, "runtime": runtime},
+        **{"overload": overload, "device": device, "runtime": runtime},
     }
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -105,7 +108,7 @@ def serve(
         trials.fill(gallery)
         for _ in range(rounds):
             trials.round(
-                numbers(clients), seconds, list(against or Rival), batching or (), overload
+                numbers(clients), seconds, list(against or Rival), batching or (), overload or None
             )
         results = trials.results()
     publish("serve", settings, _COLUMNS, list(_rows(results)), results, json)
@@ -115,7 +118,7 @@ def serve(
             for row in rows(result):
                 table.add_row(*row)
             Console().print(table)
-    for line in _against(results):
+    for line in (*_against(results), *_overloaded(results)):
         say(line)
     for missing in (kind for kind in against or Rival if not is_installed(kind)):
         say(f"{missing} is not installed and was left out; install the extra 'bench'")
@@ -147,6 +150,24 @@ def headlines(report: dict[str, Any]) -> Iterator[Headline]:
                     rate(theirs[_RATE], "requests"),
                     as_fast(ratio_of(ours[_RATE], theirs[_RATE])),
                 )
+    for many in (result for result in served if _P99 in result):
+        few = next(
+            one
+            for one in served
+            if one["side"] == many["side"] and one["clients"] * TENFOLD == many["clients"]
+        )
+        p99s = (_in_seconds(one["p99, ms"]) for one in (many, few))
+        yield Headline(
+            f"{many['route']}, {network}, p99 at ten times the load",
+            duration(next(p99s)),
+            f"at saturation, {counted(few['clients'], 'client')}",
+            duration(next(p99s)),
+            as_fast(inverse(many[_P99])),
+        )
+
+
+def _in_seconds(spread: dict[str, float]) -> dict[str, float]:
+    return {key: value / 1e3 for key, value in spread.items()}
 
 
 def _rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
@@ -177,3 +198,13 @@ def _against(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         if side != "ours" and shared:
             ratios = ", ".join(f"{ratio:.2f} with {clients}" for clients, ratio in shared)
             yield f"POST /query, times the rate of {side}, {route}: {ratios} clients"
+
+
+def _overloaded(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What ten times the load leaves of the service."""
+    for r in results:
+        if _P99 in r:
+            yield (
+                f"{r['route']} at ten times the load ({counted(r['clients'], 'client')}): p99 "
+                f"{r[_P99].median:.2f} times that at saturation, {r[_LEFT].median:.0%} of its rate"
+            )

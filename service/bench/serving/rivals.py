@@ -21,6 +21,8 @@ import httpx
 from service.bench.serving.load import HOST
 from service.embedding.embedder import Embedder
 
+OVERLOADED = "ours, max_pending "
+TENFOLD = 10  # times as many clients as saturate the service
 _START = 600.0  # seconds; a large network takes a while to be converted
 _END = 30.0
 
@@ -111,10 +113,10 @@ def overload(ours: Server, places: int) -> Server:
     """
     return replace(
         ours,
-        side=f"ours, max_pending {places}",
+        side=f"{OVERLOADED}{places}",
         routes=ours.routes[:1],
         settings={"max_pending": places},
-        clients=(places, 10 * places),
+        clients=(places, TENFOLD * places),
     )
 
 

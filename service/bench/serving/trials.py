@@ -20,6 +20,8 @@ from service.bench.serving.figures import CORRECTION, cores, corrected_rate, per
 from service.bench.serving.filling import fill
 from service.bench.serving.load import HOST, Load, measure
 from service.bench.serving.rivals import (
+    OVERLOADED,
+    TENFOLD,
     Batching,
     Rival,
     batching,
@@ -117,6 +119,9 @@ class Trials:
             if (side, route, clients) == ("ours", "POST /query", 1):
                 row["ms over the bare model"] = self._overhead(loads)
                 row |= summary(self._traced, 1e3 / rates[1].median)
+            saturating = self._loads.get((side, route, clients // TENFOLD))
+            if side.startswith(OVERLOADED) and saturating is not None:
+                row |= _beside_saturation(loads, saturating)
             rows.append({**row, **facts})
         return rows
 
@@ -170,6 +175,17 @@ def _figures(loads: Sequence[Load], bare: Sequence[float]) -> dict[str, Any]:
         **{f"{q}, ms": Spread.of([1e3 * each[q] for each in quantiles]) for q in quantiles[0]},
         "errors": errors,
         "CPU seconds of the load generator": Spread.of([load.cpu_seconds for load in loads]),
+    }
+
+
+def _beside_saturation(loads: Sequence[Load], saturating: Sequence[Load]) -> dict[str, Spread]:
+    """What of the service is left, round by round, where ten times as many clients come."""
+    rounds = list(zip(loads, saturating, strict=True))
+    p99 = [percentiles(a.latencies)["p99"] / percentiles(b.latencies)["p99"] for a, b in rounds]
+    rate = [len(a.latencies) * b.seconds / len(b.latencies) / a.seconds for a, b in rounds]
+    return {
+        "p99, times that at saturation": Spread.of(p99),
+        "rate, times that at saturation": Spread.of(rate),
     }
 
 

@@ -23,7 +23,7 @@ from service.bench.crops import BenchmarkDataError
 from service.bench.fusion import fusion, ways
 from service.bench.plots import draw_processes
 from service.bench.ranking import ranked
-from service.bench.serve import serve
+from service.bench.serve import headlines, serve
 from service.bench.serving.figures import corrected_rate, percentiles
 from service.bench.serving.load import LoadError, measure, request
 from service.bench.serving.rivals import Batching, Route, Server, ServerError, batching, started
@@ -172,6 +172,16 @@ def test_serve_measures_all_sides(
     crowds = [r for r in written["results"] if r["side"] == "ours, max_pending 1"]
     assert [(r["route"], r["clients"]) for r in crowds] == [("POST /query", 1), ("POST /query", 10)]
     assert (crowds[0]["errors"], set(crowds[1]["errors"])) == ({}, {"429"})
+    assert "p99, times that at saturation" not in crowds[0]
+    few, many = (r["p99, ms"]["median"] for r in crowds)
+    assert crowds[1]["p99, times that at saturation"]["median"] == pytest.approx(many / few)
+    few, many = (r["requests per second"]["median"] for r in crowds)
+    assert crowds[1]["rate, times that at saturation"]["median"] == pytest.approx(many / few)
+    [row] = [row for row in headlines(written) if "ten times the load" in row.what]
+    assert row.rival == "at saturation, 1 client"
+    assert float(row.times.split()[0]) == pytest.approx(
+        1 / crowds[1]["p99, times that at saturation"]["median"], rel=0.01
+    )
     others = [r for r in written["results"] if r not in [*bare, *crowds]]
     loads = {(r["side"], r["route"]): r for r in others}
     assert list(loads) == [
@@ -201,6 +211,7 @@ def test_serve_measures_all_sides(
     assert query["bare model, ms"] == pytest.approx(alone)
     shown = capsys.readouterr().out
     assert "neither decoding nor the bare model" in shown
+    assert re.search(r"ten times the load \(10 clients\): p99 \d+\.\d\d times", shown)
     assert re.search(r"times the rate of LitServe, POST /embed: \d+\.\d+ with 1 clients", shown)
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
 
