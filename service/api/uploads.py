@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import anyio
 from fastapi import Header, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import ValidationError, WithJsonSchema
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
@@ -81,16 +81,20 @@ IMAGE_ERRORS = (
 )
 
 
+_LONGEST_TIMEOUT = 86_400
+
 RequestTimeout = Annotated[
     float | None,
     Header(
         alias="X-Request-Timeout",
         gt=0,
+        le=_LONGEST_TIMEOUT,
         allow_inf_nan=False,
-        # Of any operation with an upload, as `docs/operations.md` says: what is sent with a tiny
-        # one is answered with 504, which fuzzers of the document would take for a defect.
-        include_in_schema=False,
+        description="Seconds that this may take. What cannot be answered by then is refused at "
+        "once with 429, or given up with 504.",
     ),
+    # A header is a number or not there at all, never null.
+    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": _LONGEST_TIMEOUT}),
 ]
 
 

@@ -106,7 +106,9 @@ def test_what_takes_longer_than_it_may_is_refused_at_once_or_given_up(
         assert waiting.result().status_code == 200
         wait_until_idle(http)
         assert send("/gallery", "60").status_code == 201
-        assert send("/query", "0").json()["code"] == "parameters_invalid"
+        for text in ("0", "-1", "", "nan", "inf", "1e400", "null", "soon", "86401"):
+            bad = send("/query", text)
+            assert (bad.status_code, bad.json()["code"]) == (422, "parameters_invalid"), text
     with (
         serve(tmp_path, request_timeout=1) as url,
         network.held(),
