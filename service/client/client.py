@@ -71,6 +71,10 @@ class Client:
     InvalidValue and LabelError are ValueErrors for ids and texts that are not sent at all.
 
     An image is a path or bytes. Keyword arguments of the verbs are the fields of the API.
+
+    retries: of what is refused for now. timeout: how long to wait for a byte, connecting and
+    between two. request_timeout: seconds within which the service is to answer an upload, each time
+    that it is sent; it refuses at once (429) what it cannot, and gives up (504) what comes late.
     """
 
     def __init__(
@@ -80,12 +84,13 @@ class Client:
         api_key: str | None = None,
         retries: int = 5,
         timeout: httpx.Timeout = TIMEOUT,
+        request_timeout: float | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._retries = retries
         self._http = httpx.Client(
             base_url=url,
-            headers=calls.authorization(api_key),
+            headers=calls.authorization(api_key) | calls.time_limit(request_timeout),
             timeout=timeout,
             transport=transport,
             # A proxy from the environment is for other machines, not for this one.
@@ -322,12 +327,13 @@ class AsyncClient:
         api_key: str | None = None,
         retries: int = 5,
         timeout: httpx.Timeout = TIMEOUT,
+        request_timeout: float | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._retries = retries
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers=calls.authorization(api_key),
+            headers=calls.authorization(api_key) | calls.time_limit(request_timeout),
             timeout=timeout,
             transport=transport,
             # A proxy from the environment is for other machines, not for this one.

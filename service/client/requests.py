@@ -367,3 +367,10 @@ def authorization(api_key: str | None) -> dict[str, str]:
             "it again as `cmt keys create` printed it"
         )
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+def time_limit(seconds: float | None) -> dict[str, str]:
+    """Headers that say how long an upload may take. Raises InvalidValue for no time at all."""
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise InvalidValue(f"no request is answered in {seconds:g} seconds; give it more, or None")
+    return {} if seconds is None else {"X-Request-Timeout": str(seconds)}

@@ -260,7 +260,34 @@ def test_texts_that_no_request_can_carry_are_refused(tmp_path: Path) -> None:
     for key in ("", "cmt_x\n", "ключ"):
         with pytest.raises(InvalidValue, match="the API key"):
             Client("http://service", api_key=key)
+    for seconds in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(InvalidValue, match="no request is answered in"):
+            Client("http://service", request_timeout=seconds)
     assert seen == []
+
+
+def test_a_time_limit_goes_with_every_upload() -> None:
+    seen: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("X-Request-Timeout"))
+        return httpx.Response(504)
+
+    async def scenario() -> None:
+        transport = httpx.MockTransport(answer)
+        async with AsyncClient(
+            "http://service", request_timeout=2.5, transport=transport
+        ) as client:
+            with pytest.raises(ServiceProblem):
+                await client.query(b"image")
+
+    asyncio.run(scenario())
+    with (
+        Client("http://service", transport=httpx.MockTransport(answer)) as client,
+        pytest.raises(ServiceProblem),
+    ):
+        client.query(b"image")
+    assert seen == ["2.5", None]
 
 
 def busy_until(free_at: float, header: dict[str, str]) -> httpx.MockTransport:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from service.auth.keys import KeyFile
-from service.client import Client
+from service.client import Client, ServiceProblem
 from service.http.admission import Admission
 from tests.service.conftest import Serve
 from tests.service.held_network import HeldNetwork
@@ -97,6 +97,12 @@ def test_what_takes_longer_than_it_may_is_refused_at_once_or_given_up(
                 late = send(path, "1.5")
                 assert (late.status_code, late.json()["code"]) == (504, "request_timed_out")
                 assert "1.5 seconds" in late.json()["detail"]
+            with (
+                Client(url, request_timeout=1) as client,
+                pytest.raises(ServiceProblem, match="1 seconds") as raised,
+            ):
+                client.query(image)
+            assert raised.value.code == "request_timed_out"
             waiting = threads.submit(upload, http, 1, [image])
             wait_for(lambda: gauge(http, "cmt_uploads_pending") == 1, "it is not let in")
             refused = send("/query", "0.1")  # the ones before took more than a second each
