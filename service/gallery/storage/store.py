@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
 
 from model.labels import LabelError, normalized_label
 from service.errors import IdempotencyConflict, ItemNotFound, ServiceError
@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 LabelField = Literal["person_id", "camera_id"]
 
+# Built once: building it takes as long as reading twenty rows.
+_BY_NUMBER = select(items).where(items.c.number.in_(bindparam("numbers", expanding=True)))
 _CACHED = {"person_id", "camera_id", "captured_at"}  # what `Stored` has of an item
 
 
@@ -251,7 +253,7 @@ class Store:
         found: dict[int, Item] = {}
         with self.database.reading() as connection:
             for block in blocks(numbers):
-                rows = connection.execute(select(items).where(items.c.number.in_(block)))
+                rows = connection.execute(_BY_NUMBER, {"numbers": block})
                 found.update((row[0], item_of(row)) for row in rows)
         return found
 
