@@ -23,6 +23,7 @@ from anyio import create_task_group, sleep
 from anyio.abc import TaskGroup
 from torch import Tensor
 
+from model.config import MODALITIES
 from model.pictures import Polarity
 from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
@@ -139,6 +140,7 @@ class Pipeline:
         self.retention_waits = False  # what is too old stays for now
         self._searches = SearchBatcher(gallery)
         self._alone, self._alone_busy = ThreadPoolExecutor(1, "alone"), False
+        self._warm = False  # what a lone query needs is set up
         self._storing = ThreadPoolExecutor(_STORE_THREADS, "store")
         self._with_crops = self._storing
         if settings.crops_url is not None:
@@ -238,7 +240,26 @@ class Pipeline:
 
     async def _check(self, picture: Picture) -> Embedding:
         decode = partial(self._checker.submit, share=Share("self-check"))
-        return await self._decoded_and_embedded(picture, decode, query=True)
+        embedding = await self._decoded_and_embedded(picture, decode, query=True)
+        if not self._warm:
+            self._warm = True
+            try:
+                await in_thread(self._alone, partial(self._warm_up, picture))
+            except Exception:  # queries will tell, and some may be answered
+                log.warning("the built-in image cannot be searched for", exc_info=True)
+        return embedding
+
+    def _warm_up(self, picture: Picture) -> None:
+        """Go the way of a lone query once: who asks first need not wait for what it sets up."""
+        engine = self.engine
+        config = engine.embedder.info.config
+        crop = self._decoders.decode(picture, config.input_height, config.input_width)
+        for modality in MODALITIES:
+            embedded = engine.batcher.embed_at_once(replace(crop, modality=modality))
+            features = _finite(embedded.features)[None]
+            self._searches.rank_at_once(
+                EmbeddedQuery(engine.embedder, features, modality, Search())
+            )
 
     async def _decoded_and_embedded(
         self, picture: Picture, decode: _Decode, *, query: bool

@@ -336,6 +336,19 @@ def test_recall_and_rescoring_both_run_on_a_default_query(
 
     asyncio.run(scenario())
 
+    async def started_again() -> None:
+        again = create_app(
+            load_settings(checkpoint=tiny_checkpoint, data_dir=tmp_path, runtime="torch", port=0)
+        )
+        async with again.router.lifespan_context(again) as state:
+            assert state is not None
+            gallery = dict(state)["resources"].gallery
+            # Before anybody asks, a picture of each modality was searched for, which is no query.
+            assert gallery.counters.recall_calls == gallery.counters.rescore_calls == 2
+            assert [entry.action for entry in gallery.audit(10).entries] == ["query"]
+
+    asyncio.run(started_again())
+
 
 def shown(answer: httpx.Response) -> Image.Image:
     """The picture of an answer."""
