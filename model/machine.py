@@ -12,7 +12,7 @@ import torch
 
 _PACKAGES = (
     *("cmt-reid", "torch", "faiss-cpu", "faiss-gpu-cuvs", "openvino", "numpy", "pillow"),
-    *("onnx", "onnxruntime"),
+    *("onnx", "onnxruntime", "nncf"),
 )
 
 

@@ -63,7 +63,8 @@ class Settings(BaseSettings):
 
     device: str = "auto"
     """auto, cpu, cuda, or cuda:1 of several GPUs: a process uses one."""
-    runtime: Literal["auto", "torch", "openvino"] = "auto"
+    runtime: Literal["auto", "torch", "openvino", "int8"] = "auto"
+    """int8: of OpenVINO, where `cmt export --format int8` wrote it beside the checkpoint."""
     candidates: int = Field(default=256, ge=1, le=100_000)
     """Shortlist size of the recall stage where a query does not set it."""
     rerank: Literal["none", "k_reciprocal"] | None = None
@@ -174,7 +175,7 @@ class Settings(BaseSettings):
             )
         if self.crops_url is not None and find_spec("boto3") is None:
             raise ValueError("crops_url is set and boto3 is not installed; install the extra s3")
-        if self.device.startswith("cuda") and self.runtime == "openvino":
+        if self.device.startswith("cuda") and self.runtime in ("openvino", "int8"):
             raise ValueError("OpenVINO runs on the CPU here; use device cpu or runtime torch")
         if self.shards > 1 and self.engine != "ray":
             raise ValueError("only the engine ray has several shards; give --engine ray")

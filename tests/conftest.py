@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from model import CMT, CMTConfig, save_checkpoint
+from model.cli import main
 from tests.faked_device import FakedDevice, faked_device
+from tests.paths import MINI
 
 # Without a GPU, Triton's interpreter runs its kernels, if it is told so before it is imported.
 if not torch.cuda.is_available():
@@ -60,6 +63,24 @@ def tiny_checkpoint(tiny_model: CMT, tmp_path_factory: pytest.TempPathFactory) -
     """The path of `tiny_model` saved as a checkpoint."""
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     save_checkpoint(path, tiny_model, training={"dataset": "none", "identities": [1, 2]})
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_int8(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `tiny_checkpoint` with its int8 form beside it.
+
+    Compared on held-out people, by limits that random weights, which rank by chance, can meet.
+    """
+    path = Path(shutil.copy(tiny_checkpoint, tmp_path_factory.mktemp("int8")))
+    people = path.with_name("people.txt")
+    known = (MINI / "exp" / "val_id.txt").read_text().strip().split(",")
+    people.write_text(",".join(person for person in known if int(person) != 218))  # in examples/
+    of = ("--dataset", "sysu", "--root", str(MINI), "--ids", str(people))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.export.int8.MOST_RANK_1", 1)
+        patch.setattr("training.export.int8.MOST_MAP", 1)
+        assert main(["export", "--checkpoint", str(path), "--format", "int8", *of]) == 0
     return path
 
 

@@ -48,7 +48,7 @@ NOT_RUN = {
     "docs/benchmarks.md": 12,
     "docs/calibration.md": 2,
     "docs/deploy.md": 14,
-    "docs/export.md": 3,
+    "docs/export.md": 4,
     "docs/gallery.md": 1,
     "docs/guides/bulk.md": 3,
     "docs/guides/calibrate.md": 1,

@@ -84,7 +84,7 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
     [
         ("model", ["cpu"]),
         ("service", ["cpu", "bench", "bulk", "otel", "s3", "scale"]),
-        ("training", ["train"]),
+        ("training", ["train", "int8"]),
     ],
 )
 def test_every_import_is_required_where_it_is_used(package: str, extras: list[str]) -> None:

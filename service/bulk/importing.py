@@ -25,12 +25,13 @@ from torch.nn.functional import cosine_similarity
 from model import load_checkpoint
 from model.config import MODALITIES, CMTConfig
 from model.device import chosen_device
+from model.int8 import LEAST_COSINE
 from model.strict_json import read_json
 from service.api.schemas import BatchItem
 from service.bulk.embedding import decoders_of
 from service.bulk.features import BulkError, DamagedRow, FeatureFile, Row
 from service.client.bulk import what_is_wrong
-from service.embedding.embedder import AGREEMENT, Embedder
+from service.embedding.embedder import Embedder
 from service.errors import (
     EmbeddingFailed,
     GalleryLocked,
@@ -52,10 +53,10 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# A runtime is used where its features have a cosine above AGREEMENT to those of fp32, so those of
-# two runtimes have at least the cosine of twice that angle. Another picture's features, or those of
-# another checkpoint, are far below that.
-SAME = 2 * AGREEMENT**2 - 1
+# A runtime is used where its features have at least a cosine of LEAST_COSINE to those of fp32 (that
+# is int8's, bf16's is more), so those of two runtimes have at least the cosine of twice that angle.
+# Another picture's features, or those of another checkpoint, are far below that.
+SAME = 2 * LEAST_COSINE**2 - 1
 _UNIT = 0.01  # how far a length may be from 1, after bf16 and fp16
 _TRIES = 8  # until an item that others enroll and delete at the same moment is given up
 _SHA256 = re.compile(r"[0-9a-f]{64}")

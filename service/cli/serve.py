@@ -27,7 +27,7 @@ def serve(
         str | None, Option(help=f"Where the network and search run: {DEVICES}.")
     ] = None,
     runtime: Annotated[
-        Literal["auto", "torch", "openvino"] | None, Option(help="What runs the network.")
+        Literal["auto", "torch", "openvino", "int8"] | None, Option(help="What runs the network.")
     ] = None,
     engine: Annotated[
         Literal["embedded", "ray"] | None,

@@ -1,8 +1,10 @@
 """Crops → features, and a query's γ, β: the network in the runtime that is fastest here.
 
 Runtimes: torch on a GPU or a CPU, OpenVINO on a CPU. "auto" takes OpenVINO on a CPU if it is
-installed and measures no slower than torch. bf16, OpenVINO's or a GPU's, is used only where it
-agrees with torch's fp32 on a CPU on test pictures; trained weights do, some random ones do not.
+installed and measures no slower than torch, and the checkpoint's int8 form (`model.int8`) where one
+was checked on people whom the network does not know and measures faster. bf16, OpenVINO's or a
+GPU's, and int8 are used only where they agree with torch's fp32 on a CPU on test pictures; trained
+weights do, some random ones do not.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from torch.nn import functional
 
 from model import CMT, Modality, Modulation, load_checkpoint, modulation_of
 from model.device import DeviceError, chosen_device
+from model.int8 import LEAST_COSINE, Int8, Int8Error, int8_folder, read_int8
 from model.pixels import pixels_of
 from model.precision import Precision, PrecisionName, choose_precision
+from model.test_pictures import smooth_pictures
 from service.embedding.torch_runtime import GpuBackend, TorchBackend
 from service.errors import MemoryExhausted, RuntimeUnavailable
 from service.images.decode import Crop
@@ -29,9 +33,10 @@ from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-Runtime = Literal["auto", "torch", "openvino"]
+Runtime = Literal["auto", "torch", "openvino", "int8"]
 
-# What bf16 must reach against fp32 to be used: see Embedder._agreement.
+# What bf16 must reach against fp32 to be used, and int8 with a cosine of its own, LEAST_COSINE: see
+# Embedder._agreement.
 AGREEMENT = 0.998
 ERROR_SHARE = 0.1
 _TOO_COARSE = "bf16 is too coarse for these weights"
@@ -59,9 +64,9 @@ class Backend(Protocol):
 class Embedder:
     """One checkpoint on one device. Thread-safe.
 
-    info: the checkpoint's metadata. device: "cpu", "cuda" or "cuda:1". runtime: "torch" or
-    "openvino". precision: the number type and why it was chosen. backend: the network alone;
-    `embed` gives it at most 32 crops at once on a CPU, and 1024 on a GPU.
+    info: the checkpoint's metadata. device: "cpu", "cuda" or "cuda:1". runtime: "torch",
+    "openvino" or "int8". precision: the number type and why it was chosen. backend: the network
+    alone; `embed` gives it at most 32 crops at once on a CPU, and 1024 on a GPU.
     Raises CheckpointError (the file), RuntimeUnavailable (device or runtime) or MemoryExhausted,
     one sentence.
     """
@@ -117,11 +122,29 @@ class Embedder:
     ) -> tuple[str, str, Backend]:
         chosen = choose_precision(self.device, precision)
         if self.device != "cpu":
-            if runtime == "openvino":
+            if runtime in ("openvino", "int8"):
                 raise RuntimeUnavailable(
                     "OpenVINO runs on the CPU here; use device cpu or runtime torch"
                 )
             return "torch", *self._on_gpu(chosen, precision)
+        if runtime == "int8":
+            try:
+                form = read_int8(self._checkpoint, self.info.fingerprint)
+            except Int8Error as error:
+                raise RuntimeUnavailable(str(error)) from error
+            return "int8", *self._int8(form)
+        usual = self._unquantised(chosen, runtime, precision, cache_dir)
+        if runtime != "auto" or precision != "auto":
+            return usual
+        return self._faster_int8(usual[-1]) or usual
+
+    def _unquantised(
+        self,
+        chosen: Precision,
+        runtime: Runtime,
+        precision: PrecisionName,
+        cache_dir: Path | None,
+    ) -> tuple[str, str, Backend]:
         eager = TorchBackend(self._model, self.device, chosen)
         if runtime == "torch":
             return "torch", chosen.reason, eager
@@ -138,7 +161,7 @@ class Embedder:
             pictures = _test_pictures(self._model)
             slower = _seconds(converted, pictures) / _seconds(eager, pictures)
         except Exception as error:  # too little memory, no compiler's temporary files, python -OO
-            why = " ".join((str(error) or type(error).__name__).split())[:_SHOWN]
+            why = _why(error)
             if runtime == "openvino":
                 raise RuntimeUnavailable(
                     f"OpenVINO cannot run this network here ({why}); give it memory and disk, or "
@@ -149,6 +172,53 @@ class Embedder:
         if slower > 1:
             return "torch", f"{chosen.reason}; OpenVINO measured {slower:.2f}× slower", eager
         return "openvino", f"{reason}; {1 / slower:.1f}× as fast as torch here", converted
+
+    def _int8(self, form: Int8) -> tuple[str, Backend]:
+        """Raises RuntimeUnavailable where OpenVINO cannot run it, or it is too coarse here."""
+        if find_spec("openvino") is None:
+            raise RuntimeUnavailable(
+                "OpenVINO, which runs int8, is not installed; install the extra 'cpu' or use "
+                "runtime torch"
+            )
+        from service.embedding.openvino_runtime import OpenVINOBackend
+
+        try:
+            # Left to itself OpenVINO takes bf16 for the rest, which is no faster, and which some
+            # CPUs cannot compile.
+            backend = OpenVINOBackend(
+                self._model, self.info.fingerprint, precision="float32", quantised=form.graphs
+            )
+            agrees, measured = self._agreement(backend, LEAST_COSINE)
+        except Exception as error:
+            raise RuntimeUnavailable(
+                f"OpenVINO cannot run the int8 form here ({_why(error)}); use another runtime"
+            ) from error
+        if not agrees:
+            raise RuntimeUnavailable(
+                f"int8 is too coarse for these weights on this machine ({measured}); use another "
+                "runtime"
+            )
+        return f"int8, the rest f32: {measured}", backend
+
+    def _faster_int8(self, usual: Backend) -> tuple[str, str, Backend] | None:
+        """The int8 form, where a checked one is there and measures faster than `usual`."""
+        if not int8_folder(self._checkpoint).exists():
+            return None
+        try:
+            form = read_int8(self._checkpoint, self.info.fingerprint)
+            if not form.held_out:
+                log.info("int8 was not checked on held-out people: only runtime int8 takes it")
+                return None
+            reason, backend = self._int8(form)
+        except (Int8Error, RuntimeUnavailable) as error:
+            log.warning("%s", error)
+            return None
+        pictures = _test_pictures(self._model)
+        faster = _seconds(usual, pictures) / _seconds(backend, pictures)
+        if faster <= 1:
+            log.info("int8 is not used: it measured %.1f× as fast as without", faster)
+            return None
+        return "int8", f"{reason}; {faster:.1f}× as fast as without here", backend
 
     def _on_gpu(self, chosen: Precision, asked: PrecisionName) -> tuple[str, Backend]:
         backend = GpuBackend(self._model, self.device, chosen)
@@ -178,8 +248,8 @@ class Embedder:
         )
         return backend, f"f32: {_TOO_COARSE}, {measured}"
 
-    def _agreement(self, backend: Backend) -> tuple[bool, str]:
-        """Whether it agrees with torch in fp32 on a CPU, and how well.
+    def _agreement(self, backend: Backend, least: float | None = None) -> tuple[bool, str]:
+        """Whether it agrees with torch in fp32 on a CPU, and how well. least: cosine, AGREEMENT.
 
         By the lowest cosine, and the error over the distance between pictures. Untrained weights
         give all pictures nearly one feature: there the cosine is high and means nothing, while the
@@ -198,7 +268,11 @@ class Embedder:
             errors.append(float((given - true).norm(dim=1).max() / torch.pdist(true).median()))
         cosine, error = min(cosines), max(errors)
         measured = f"cosine {cosine:.4f}, error {error:.1%} of the distance between pictures"
-        return cosine > AGREEMENT and error < ERROR_SHARE, measured
+        return cosine > (least or AGREEMENT) and error < ERROR_SHARE, measured
+
+
+def _why(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:_SHOWN]
 
 
 def _device(device: str) -> str:
@@ -209,12 +283,7 @@ def _device(device: str) -> str:
 
 
 def _test_pictures(model: CMT) -> Tensor:
-    """Four smooth pictures at the network's input size, 4×H×W×3, the same every time."""
-    config = model.config
-    coarse = torch.randn(4, 3, 12, 6, generator=torch.Generator().manual_seed(0))
-    size = (config.input_height, config.input_width)
-    smooth = functional.interpolate(coarse, size=size, mode="bilinear").permute(0, 2, 3, 1)
-    return (128 + 64 * smooth).clamp(0, 255).byte().contiguous()
+    return smooth_pictures(model.config, 4, seed=0)
 
 
 def _seconds(backend: Backend, pictures: Tensor) -> float:

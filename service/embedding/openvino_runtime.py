@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,11 +42,22 @@ class OpenVINOBackend:
     streams: how many calls of `beside` compute at once. precision: "float32", "bfloat16", or
     "auto": OpenVINO takes bf16 where the CPU has units for it. cache: a folder for converted
     graphs, or None; what is damaged there is converted again, and where nothing can be stored the
-    log says so. Raises whatever OpenVINO raises where it cannot convert or compile.
+    log says so. quantised: the .xml files of the int8 form, to compute in the place of the
+    checkpoint's own network; what is not quantised in them is in `precision`.
+    Raises whatever OpenVINO raises where it cannot convert or compile.
     """
 
-    def __init__(self, model: CMT, fingerprint: str, *, precision: str, cache: Path | None) -> None:
+    def __init__(
+        self,
+        model: CMT,
+        fingerprint: str,
+        *,
+        precision: str,
+        cache: Path | None = None,
+        quantised: Mapping[Modality, Path] | None = None,
+    ) -> None:
         self._model, self._fingerprint, self._cache = model, fingerprint, cache
+        self.quantised = quantised is not None
         cores = allowed_cores()
         self.streams = min(cores, _MOST_STREAMS)
         core = openvino.Core()
@@ -55,7 +66,10 @@ class OpenVINOBackend:
             settings["INFERENCE_NUM_THREADS"] = cores
         if precision != "auto":
             settings["INFERENCE_PRECISION_HINT"] = _PRECISIONS[precision]
-        graphs = {m: _of_pixels(self._graph(core, m)) for m in MODALITIES}
+        graphs = {
+            m: _of_pixels(core.read_model(quantised[m]) if quantised else self._graph(core, m))
+            for m in MODALITIES
+        }
         with ThreadPoolExecutor(cores, "compile") as threads:  # each takes one core
 
             def compiled(**how: object) -> dict[Modality, Future[openvino.CompiledModel]]:

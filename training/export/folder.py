@@ -33,18 +33,23 @@ class ExportError(ValueError):
     """An export that is not written; the message says why and what to do."""
 
 
-def check_output(output: Path, fingerprint: str, *, overwrite: bool) -> None:
-    """ExportError where `output` holds something that an export must not replace."""
+def check_output(
+    output: Path, fingerprint: str, *, overwrite: bool, description_file: str = DESCRIPTION_FILE
+) -> None:
+    """ExportError where `output` holds something that an export must not replace.
+
+    description_file: what an export of this kind is known by.
+    """
     if not output.exists():
         return
     if not output.is_dir():
         raise ExportError(f"{output} is a file; give a folder that is empty or not there yet")
     if not any(output.iterdir()):
         return
-    description = output / DESCRIPTION_FILE
+    description = output / description_file
     try:
         content = read_json(description.read_text(encoding="utf-8"))
-        names = {DESCRIPTION_FILE, *(f for g in content["graphs"] for f in g["files"])}
+        names = {description_file, *(f for g in content["graphs"] for f in g["files"])}
         there = str(content["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(

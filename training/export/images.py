@@ -27,10 +27,22 @@ MOST = 48  # of a modality: enough to tell a wrong graph, and seconds for a larg
 def parity_images(folder: Path | None, config: CMTConfig) -> dict[Modality, Tensor]:
     """Up to `MOST` images of each modality, preprocessed: N×3×H×W, spread evenly over the folder.
 
+    folder: see `chosen_images`. Raises what that raises, and DatasetError for an image that cannot
+    be decoded.
+    """
+    return {
+        modality: preprocessed(samples, config)
+        for modality, samples in chosen_images(folder, MOST).items()
+    }
+
+
+def chosen_images(folder: Path | None, most: int) -> dict[Modality, list[Sample]]:
+    """Up to `most` images of each modality, spread evenly over a folder.
+
     folder: crops with a `manifest.csv` as in `examples/` (columns file and modality), or in
         the `folder` layout (`rgb/<person>/…`, `ir/<person>/…`). None: `examples/` itself.
-    Raises DatasetError where there is no folder, it is in neither form, it has too few images of a
-    modality, or one cannot be decoded.
+    Raises DatasetError where there is no folder, it is in neither form, or it has too few images
+    of a modality.
     """
     if folder is None:
         folder = EXAMPLES
@@ -43,9 +55,14 @@ def parity_images(folder: Path | None, config: CMTConfig) -> dict[Modality, Tens
         samples = _listed(folder / MANIFEST)
     else:
         samples = LAYOUTS[DatasetName.FOLDER].test(folder)  # everyone
-    chosen = {modality: _spread(samples, modality, folder) for modality in MODALITIES}
+    return {modality: _spread(samples, modality, folder, most) for modality in MODALITIES}
+
+
+def preprocessed(samples: Sequence[Sample], config: CMTConfig) -> Tensor:
+    """N×3×H×W, as the network takes them. Raises DatasetError for what cannot be decoded."""
     with tempfile.TemporaryDirectory() as cache:
-        return {modality: _preprocessed(of, config, Path(cache)) for modality, of in chosen.items()}
+        pixels = cached_images(samples, config.input_height, config.input_width, Path(cache))
+        return normalise(torch.from_numpy(np.array(pixels)))
 
 
 def _listed(manifest: Path) -> list[Sample]:
@@ -69,7 +86,7 @@ def _listed(manifest: Path) -> list[Sample]:
     return samples
 
 
-def _spread(samples: Sequence[Sample], modality: Modality, folder: Path) -> list[Sample]:
+def _spread(samples: Sequence[Sample], modality: Modality, folder: Path, most: int) -> list[Sample]:
     found = [sample for sample in samples if sample.modality == modality]
     if len(found) < LEAST:
         word = "visible" if modality == "rgb" else "infrared"
@@ -77,10 +94,5 @@ def _spread(samples: Sequence[Sample], modality: Modality, folder: Path) -> list
             f"Expected at least {LEAST} {word} images in {folder} to check the export on, but "
             f"there are {len(found)}; add some, or give another folder with --images."
         )
-    places = np.linspace(0, len(found) - 1, min(MOST, len(found))).round().astype(int)
+    places = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
     return [found[place] for place in places]
-
-
-def _preprocessed(samples: Sequence[Sample], config: CMTConfig, cache: Path) -> Tensor:
-    pixels = cached_images(samples, config.input_height, config.input_width, cache)
-    return normalise(torch.from_numpy(np.array(pixels)))

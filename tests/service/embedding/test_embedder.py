@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,17 @@ from PIL import Image
 from torch.nn import functional
 
 from model import CMT, CheckpointError, Modality, preprocess
+from model.int8 import LEAST_COSINE, int8_folder
 from service.embedding import embedder as embedding
 from service.embedding.batcher import Embedded
 from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
+from service.embedding.openvino_runtime import OpenVINOBackend
 from service.errors import MemoryExhausted, RuntimeUnavailable
 from service.images.decode import Crop, decode
 from service.settings import load_settings
 from tests.faked_device import FakedDevice
+from tests.paths import MINI
 
 
 def crops(count: int, modality: str = "auto") -> list[Crop]:
@@ -204,6 +208,86 @@ def test_auto_measures_and_says_why(
     assert "as fast as torch" in embedder.precision or "slower" in embedder.precision
     batch = crops(4)
     torch.testing.assert_close(embedder.embed(batch), eager.embed(batch), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def quantised(tiny_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny checkpoint with its int8 form.
+
+    Random weights give all pictures nearly one feature, beside which int8's error is not small.
+    """
+    monkeypatch.setattr(embedding, "ERROR_SHARE", torch.inf)
+    copied = Path(shutil.copy(tiny_int8, tmp_path))
+    shutil.copytree(int8_folder(tiny_int8), int8_folder(copied))
+    return copied
+
+
+def test_int8_embeds_as_fp32_does(eager: Embedder, quantised: Path) -> None:
+    embedder = Embedder(quantised, device="cpu", runtime="int8")
+    assert embedder.runtime == "int8"
+    assert embedder.precision.startswith("int8, the rest f32: cosine 0.99")
+    # Crops, of which it was made: what is none, and sharp, may lie outside its ranges.
+    files = [f for cam in ("cam1", "cam3") for f in sorted((MINI / cam).glob("*/*.jpg"))[:4]]
+    seen = [decode(file.read_bytes(), modality="auto") for file in files]
+    assert {crop.modality for crop in seen} == {"rgb", "ir"}
+    for batch in (seen[:1], seen):
+        ours, theirs = embedder.embed(batch).flatten(1), eager.embed(batch).flatten(1)
+        assert float(functional.cosine_similarity(ours, theirs).min()) >= LEAST_COSINE
+        assert not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # it is another network
+
+
+def test_auto_takes_int8_where_it_is_checked_and_faster(
+    quantised: Path, monkeypatch: pytest.MonkeyPatch, graphs: Path
+) -> None:
+    """The clock is a stand-in: which is faster on this machine is not for a test to know."""
+    faster = True
+
+    def seconds(backend: object, _: torch.Tensor) -> float:
+        int8 = isinstance(backend, OpenVINOBackend) and backend.quantised
+        return (0.5 if faster else 2.0) if int8 else 1.0
+
+    def auto() -> Embedder:
+        return Embedder(quantised, device="cpu", cache_dir=graphs)
+
+    monkeypatch.setattr(embedding, "_seconds", seconds)
+    chosen = auto()
+    assert chosen.runtime == "int8"
+    assert "2.0× as fast as without here" in chosen.precision
+    faster = False
+    assert auto().runtime == "openvino"
+    faster = True
+    given = Embedder(quantised, device="cpu", precision="float32", cache_dir=graphs)
+    assert given.runtime == "openvino"  # somebody asked for a number type
+    monkeypatch.setattr(embedding, "ERROR_SHARE", 0)
+    assert auto().runtime != "int8"
+    monkeypatch.setattr(embedding, "ERROR_SHARE", torch.inf)
+    record = int8_folder(quantised) / "int8.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"held_out": None}))
+    assert auto().runtime == "openvino"
+    assert Embedder(quantised, device="cpu", runtime="int8").runtime == "int8"
+
+
+def test_int8_that_may_not_be_used_is_a_sentence(
+    quantised: Path,
+    graphs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refused() -> str:
+        with pytest.raises(RuntimeUnavailable) as caught:
+            Embedder(quantised, device="cpu", runtime="int8")
+        return str(caught.value)
+
+    monkeypatch.setattr(embedding, "ERROR_SHARE", 0)
+    assert "int8 is too coarse for these weights on this machine" in refused()
+    monkeypatch.setattr(embedding, "ERROR_SHARE", torch.inf)
+    weights = int8_folder(quantised) / "embedding-ir.bin"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "is damaged; write it with cmt export --format int8" in refused()
+    assert Embedder(quantised, device="cpu", cache_dir=graphs).runtime != "int8"
+    assert "is damaged" in caplog.text
+    shutil.rmtree(int8_folder(quantised))
+    assert "there is no int8 form of the checkpoint in" in refused()
 
 
 def test_bad_settings_are_sentences(tiny_checkpoint: Path, tmp_path: Path) -> None:
