@@ -22,6 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from model.pixels import resize
+from model.terminal import say
 from service.bench.crops import decoded, image_files
 from service.embedding.embedder import Embedder
 from service.images.decode import Crop
@@ -90,10 +91,10 @@ def main(checkpoint: str, device: str, runtime: str, batch: str, folder: str) ->
             list(threads.map(embed, chosen))
 
     embed_all(batches[:streams])
-    print("decoded", flush=True)
+    say("decoded")
     sys.stdin.readline()
     embed_all(batches)
-    print("embedded", flush=True)
+    say("embedded")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from service.bulk.importing import SAME
 from service.client import Client
 from service.gallery.filling import filling
 from service.gallery.index import room
+from service.gallery.index.byte_codes import code_bytes
 from service.gallery.index.room import feature_bytes
 from tests.paths import MINI
 from tests.service.conftest import Serve
@@ -180,8 +181,9 @@ def test_a_gallery_that_would_not_fit_is_refused_before_the_import(
     data = tmp_path / "data"
     load = ["import", features, "--checkpoint", tiny_checkpoint, "--sample", 0]
     here = [*load, "--data-dir", data]
-    width = info_of(tiny_checkpoint).config
-    each = feature_bytes(1, (width.parts + 1) * width.dim) + room._COLUMN_BYTES
+    config = info_of(tiny_checkpoint).config
+    width = (config.parts + 1) * config.dim
+    each = feature_bytes(1, width) + code_bytes(1, width) + room._COLUMN_BYTES
 
     def free(items: int) -> None:
         monkeypatch.setattr(room, "available_memory", lambda: room._HOST_RESERVE + items * each)

@@ -283,8 +283,9 @@ def test_crops_move_into_a_bucket_and_back_and_are_backed_up_from_there(
         assert (status, "stop that one" in told) == (1, True), told
     assert "--crops-url" in run(capsys, "crops", "move", "--data-dir", data)[2]
     move = ["crops", "move", "--data-dir", data, *place, "--inline-bytes", 0]
-    assert run(capsys, *move)[:2] == (0, "Moved 3 crops.\n")
-    assert run(capsys, *move)[:2] == (0, "Moved 0 crops.\n")
+    where = "0 are in the database now, and 3 in the bucket."
+    assert run(capsys, *move)[:2] == (0, f"Moved 3 crops: {where}\n")
+    assert run(capsys, *move)[:2] == (0, f"Moved 0 crops: {where}\n")
     assert len(bucket.objects()) == 3
     status, _, told = run(capsys, "backup", tmp_path / "b.zip", "--data-dir", data)
     assert (status, "set it to the one" in told) == (1, True)

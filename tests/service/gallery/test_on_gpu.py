@@ -202,7 +202,7 @@ def test_a_gallery_larger_than_all_memory_opens_with_what_fits(
     full.budget //= 4
     gallery = Gallery.open(tmp_path, INFO, device="cuda")
     try:
-        with pytest.raises(MemoryExhausted, match="which are stored and which no query finds"):
+        with pytest.raises(MemoryExhausted, match="more are stored, which no query finds"):
             gallery.check()
         with pytest.raises(GalleryFull):
             add(gallery, 0, 1)
