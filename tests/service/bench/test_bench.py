@@ -405,6 +405,8 @@ def test_embed_times_a_mirrored_crop_with_both_views_and_with_one(
     save_checkpoint(tmp_path / "mirrored.safetensors", mirrored)
     file = tmp_path / "mirrored.safetensors"
     embed(file, None, MINI / "cam1", "2", 1, "cpu", "torch", tmp_path / "r.json")
-    results = report(tmp_path / "r.json")["results"]
+    *results, cost = report(tmp_path / "r.json")["results"]
     assert [(r["batch"], r["views"]) for r in results] == [(2, 2), (2, 1)]
     assert all(r["lowest cosine"] > 0.998 for r in results)
+    assert (cost["views"], cost["runtime"]) == ("2 to 1", "torch")
+    assert cost["times as long"]["median"] > 0
