@@ -56,8 +56,16 @@ def best(
 
 
 def kernels_on(device: torch.device) -> ModuleType | None:
-    """The kernels, or None where Triton is missing or cannot build them: it calls a C compiler."""
-    return None if device.type == "cpu" else _kernels(device.index or 0)
+    """The kernels, or None where Triton is missing or cannot build them: it calls a C compiler.
+
+    None, too, as long as the device has no memory to try them with.
+    """
+    try:
+        return None if device.type == "cpu" else _kernels(device.index or 0)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return None
+        raise
 
 
 @cache
