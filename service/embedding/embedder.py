@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from model import CMT, Modality, Modulation, load_checkpoint, modulation_of
+from model.blotches import smooth_pictures
 from model.device import DeviceError, chosen_device
 from model.int8 import LEAST_COSINE, Int8, Int8Error, int8_folder, read_int8
 from model.pixels import pixels_of
 from model.precision import Precision, PrecisionName, choose_precision
-from model.test_pictures import smooth_pictures
 from service.embedding.torch_runtime import GpuBackend, TorchBackend
 from service.errors import MemoryExhausted, RuntimeUnavailable
 from service.images.decode import Crop
