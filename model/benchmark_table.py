@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -180,7 +181,7 @@ def _run(folder: Path, *, quick: bool) -> list[str]:
     benchmarks = _benchmarks()
     for number, (name, (_, module)) in enumerate(benchmarks.items(), 1):
         options: Sequence[str] = module.QUICK if quick else ()
-        say(f"{number} of {len(benchmarks)}: cmt bench {' '.join([name, *options])}", err=True)
+        say(f"{number} of {len(benchmarks)}: cmt bench {shlex.join([name, *options])}", err=True)
         begun = time.monotonic()
         command = [*_CMT, "bench", name, *options, "--json", str(folder / f"{name}.json")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
