@@ -150,14 +150,19 @@ def part_distances(
     gamma, beta = (parameter.to(x.dtype)[:, None, None] for parameter in modulation)
     offset = beta - x[:, None]  # Q×1×P×D
     block = block or max(1, _BLOCK_NUMBERS // max(1, x.numel()))
-    return torch.cat(
-        [
-            # Via fp32: converting fp16 to float64 directly takes three times as long.
-            torch.addcmul(offset, _widen(rows)[None].to(x.dtype), gamma).square().sum(-1)
-            for rows in torch.split(y, block)
-        ],
-        dim=1,
-    )
+    found = x.new_empty(len(x), len(y), y.shape[1])
+    # One memory for all blocks: a new one for each takes as long as what is computed there.
+    widened = x.new_empty(min(block, len(y)), *y.shape[1:])
+    apart = None if len(x) == 1 else x.new_empty(len(x), *widened.shape)
+    for start in range(0, len(y), block):
+        rows = y[start : start + block]
+        here = widened[None, : len(rows)]
+        there = here if apart is None else apart[:, : len(rows)]
+        # Via fp32: converting fp16 to float64 directly takes three times as long.
+        here[0].copy_(_widen(rows))
+        torch.addcmul(offset, here, gamma, out=there)
+        torch.sum(there.square_(), -1, out=found[:, start : start + block])
+    return found
 
 
 def modulated_cosine_distance(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:

@@ -282,7 +282,8 @@ class Features:
             else:
                 found.append(part_distances(query, y, given, block=step)[0])
         measured: npt.NDArray[np.float64] = torch.cat(found).cpu().numpy()
-        return measured[np.argsort(order)]
+        measured[order] = measured.copy()
+        return measured
 
     @torch.inference_mode()
     def lifted_on_host(self, positions: npt.NDArray[np.int64]) -> Tensor:
@@ -417,6 +418,10 @@ class Features:
         self, positions: npt.NDArray[np.int64]
     ) -> Iterator[tuple[torch.device, npt.NDArray[np.int64]]]:
         """Where rows lie, and their places in `positions`."""
+        if self.device.type == "cpu":
+            if len(positions):
+                yield self.device, np.arange(len(positions))
+            return
         chunks = self.chunks
         firsts = [chunk.first for chunk in chunks]
         on_host = np.array([chunk.device.type == "cpu" for chunk in chunks], np.bool_)
