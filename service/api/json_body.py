@@ -32,7 +32,7 @@ def json_of(model: type[M]) -> Callable[[Request], Awaitable[M]]:
     """
 
     async def read(request: Request) -> M:
-        with in_time(request):
+        async with in_time(request):
             body = b"".join([chunk async for chunk in bounded(request, MAX_BYTES)])
         if body and not is_utf8_of(request, b"application/json"):
             raise ContentTypeUnsupported("send the body as application/json, in UTF-8")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
 
 from service import errors
-from service.api.deps import NO_QUERY, ActorDep, ResourcesDep, json_response
+from service.api.deps import NO_QUERY, ActorDep, ResourcesDep
 from service.api.labels import meant
 from service.api.openapi import documented, form_body, images_part
 from service.api.schemas import (
@@ -19,6 +20,7 @@ from service.api.schemas import (
 from service.api.uploads import (
     IMAGE_ERRORS,
     UPLOAD_ERRORS,
+    LeanRoute,
     RequestTimeout,
     check_image_count,
     invalid_field,
@@ -32,7 +34,7 @@ from service.pipeline.reading import picture_of
 from service.pipeline.search_batcher import Search
 from service.resources import Resources
 
-router = APIRouter(tags=["query"])
+router = APIRouter(tags=["query"], route_class=LeanRoute)
 
 
 @router.post(
@@ -81,7 +83,10 @@ async def query(
             actor,
             stages,
         )
-    return json_response(_answer(state, answer, form, len(upload.images), stages))
+    body = _answer(state, answer, form, len(upload.images), stages)
+    # As `QueryAnswer` says, without making one: models of a thousand results would take most of
+    # the time.
+    return Response(to_json(body, inf_nan_mode="null"), media_type="application/json")
 
 
 async def _search(state: Resources, form: QueryForm) -> Search:
@@ -113,8 +118,7 @@ async def _search(state: Resources, form: QueryForm) -> Search:
 
 def _answer(
     state: Resources, answer: Answer, form: QueryForm, images: int, stages: Stages
-) -> QueryAnswer:
-    # Validated in one go: a model for each of a thousand results would take most of the time.
+) -> dict[str, Any]:
     ranking = answer.ranking
     result = ranking.result
     body: dict[str, Any] = {
@@ -145,7 +149,7 @@ def _answer(
         body["timings_ms"] = {stage: 1e3 * passed for stage, passed in seconds.items()}
         if spilled := state.gallery.spilled:
             body["items_on_host"] = spilled
-    return QueryAnswer.model_validate(body)
+    return body
 
 
 def _match(state: Resources, result: SearchResult) -> Match | None:

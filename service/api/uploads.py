@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Sequence,
+)
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
-import anyio
-from fastapi import Header, Request
+from fastapi import Header, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError, WithJsonSchema
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError, WithJsonSchema
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
-from service.api.deps import resources
+from service.api.deps import actor, no_query_parameters, resources, unambiguous
 from service.api.multipart import Part, read_form
 from service.api.schemas import FormModel, form_errors
+from service.auth.authorization import authorise, bearer
 from service.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -82,11 +89,12 @@ IMAGE_ERRORS = (
 
 
 _LONGEST_TIMEOUT = 86_400
+_TIMEOUT_HEADER = "X-Request-Timeout"
 
 RequestTimeout = Annotated[
     float | None,
     Header(
-        alias="X-Request-Timeout",
+        alias=_TIMEOUT_HEADER,
         gt=0,
         le=_LONGEST_TIMEOUT,
         allow_inf_nan=False,
@@ -96,6 +104,42 @@ RequestTimeout = Annotated[
     # A header is a number or not there at all, never null.
     WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": _LONGEST_TIMEOUT}),
 ]
+
+
+_timeouts: TypeAdapter[float | None] = TypeAdapter(RequestTimeout)
+
+
+def _timeout_of(request: Request) -> float | None:
+    """The header X-Request-Timeout. Raises RequestValidationError."""
+    given = request.headers.get(_TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        return _timeouts.validate_python(given)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        place = ("header", _TIMEOUT_HEADER)
+        raise RequestValidationError([{**one, "loc": place} for one in errors]) from error
+
+
+class LeanRoute(APIRoute):
+    """A route whose endpoint takes request, resources, actor and X-Request-Timeout, nothing else.
+
+    It is entered after the same checks as every route, which are called here: FastAPI would solve
+    them as dependencies, in a third of a millisecond of the event loop for each request.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handle(request: Request) -> Response:
+            await authorise(request, await bearer(request))
+            await unambiguous(request)
+            await no_query_parameters(request)
+            called = self.endpoint(
+                request, resources(request), await actor(request), _timeout_of(request)
+            )
+            return cast(Response, await called)
+
+        return handle
 
 
 @dataclass(frozen=True)
@@ -154,7 +198,7 @@ async def read_upload(
             async with _in_time_to_answer(within):
                 if not is_utf8_of(request, b"multipart/form-data"):
                     raise ContentTypeUnsupported("send the form as multipart/form-data, in UTF-8")
-                with in_time(request):
+                async with in_time(request):
                     parts = await read_form(
                         request.headers["content-type"],
                         bounded(request, most, body.grow),
@@ -226,13 +270,15 @@ def is_utf8_of(request: Request, media_type: bytes) -> bool:
     return declared == media_type and charset in (b"utf-8", b"utf8")
 
 
-@contextmanager
-def in_time(request: Request) -> Iterator[None]:
+@asynccontextmanager
+async def in_time(request: Request) -> AsyncIterator[None]:
     """Bound the time to read a body. Raises BodyTimeout or ClientGone where it is incomplete."""
     try:
-        with anyio.fail_after(resources(request).settings.body_timeout):
+        async with asyncio.timeout(resources(request).settings.body_timeout) as limit:
             yield
     except TimeoutError as error:
+        if not limit.expired():
+            raise
         raise BodyTimeout(
             "the body did not arrive in time; send it faster or smaller",
             headers={"Connection": "close"},

@@ -46,14 +46,14 @@ ROUTE_SCOPES: Mapping[tuple[str, str], Scope | None] = {
 }
 
 
-_bearer = HTTPBearer(
+bearer = HTTPBearer(
     auto_error=False, description="A key made by `cmt keys create`, where the service has keys."
 )
 
 
 async def authorise(
     request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> None:
     """Let the request through, or raise Unauthorized, ScopeMissing, OriginRefused or RateLimited.
 

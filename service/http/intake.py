@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -43,6 +44,7 @@ class Intake:
     def __init__(self, app: ASGIApp, trusted: Sequence[str], root_path: str) -> None:
         self.app, self._root_path = app, root_path
         self._trusted = [ipaddress.ip_network(network) for network in trusted]
+        self._believes = lru_cache(maxsize=1024)(self._is_proxy)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,8 +75,7 @@ class Intake:
 
     def _believe(self, scope: Scope) -> str:
         """Take over client and scheme from a trusted proxy → the prefix that it states, or ''."""
-        peer = address_in((scope.get("client") or ("", 0))[0])
-        if peer is None or not self._trusts(peer):
+        if not self._believes((scope.get("client") or ("", 0))[0]):
             return ""
         headers = Headers(scope=scope)
         client = self._client(headers.getlist("x-forwarded-for"))
@@ -102,22 +103,34 @@ class Intake:
                 break
         return client
 
+    def _is_proxy(self, peer: str) -> bool:
+        address = address_in(peer)
+        return address is not None and self._trusts(address)
+
     def _trusts(self, address: Address) -> bool:
         return any(address in network for network in self._trusted)
 
 
+def _values(scope: Scope, name: bytes) -> list[bytes]:
+    """All values of a header. Every request is asked for a few: `Headers` would take longer."""
+    return [value for key, value in scope["headers"] if key == name]
+
+
 def _check_framing(scope: Scope) -> None:
-    headers = Headers(scope=scope)
-    if "transfer-encoding" in headers and (
-        "content-length" in headers or scope["http_version"] == "1.0"
+    if _values(scope, b"transfer-encoding") and (
+        scope["http_version"] == "1.0" or _values(scope, b"content-length")
     ):
         raise RequestMalformed(
             "the length of the body is stated in two ways; send Content-Length or, in HTTP/1.1, "
             "Transfer-Encoding",
             headers={"Connection": "close"},
         )
-    if any(not _HOST.fullmatch(host) for host in headers.getlist("host")):
+    if not all(map(_is_host, _values(scope, b"host"))):
         raise _bad_host()
+
+
+def _is_host(text: bytes) -> bool:
+    return _HOST.fullmatch(text.decode("latin-1")) is not None
 
 
 def _take_target_apart(scope: Scope) -> None:
@@ -125,8 +138,7 @@ def _take_target_apart(scope: Scope) -> None:
     absolute = _ABSOLUTE.fullmatch(scope["raw_path"])
     if absolute is None:
         return
-    host = absolute[1].decode("latin-1")
-    if not host or not _HOST.fullmatch(host):
+    if not absolute[1] or not _is_host(absolute[1]):
         raise _bad_host()
     scope["raw_path"] = absolute[2] or b"/"
     scope["path"] = unquote(scope["raw_path"].decode("latin-1"))
@@ -152,10 +164,9 @@ def _telling_early_answers(scope: Scope, receive: Receive, send: Send) -> tuple[
     Otherwise a client would send all the rest to a connection that drops it, and one that waits
     for `100 Continue` might send its next request where the body is expected.
     """
-    headers = Headers(scope=scope)
-    length = headers.get("content-length", "0")
-    left = float("inf") if "transfer-encoding" in headers else int(length)
-    waits = headers.get("expect", "").lower() == "100-continue"
+    chunked = _values(scope, b"transfer-encoding")
+    left = float("inf") if chunked else int(next(iter(_values(scope, b"content-length")), 0))
+    waits = [value.lower() for value in _values(scope, b"expect")[:1]] == [b"100-continue"]
 
     async def counted() -> Message:
         nonlocal left, waits

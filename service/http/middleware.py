@@ -10,10 +10,11 @@ import asyncio
 import logging
 import re
 import time
+from typing import Final
 from uuid import uuid4
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,7 +24,7 @@ from service.errors import OriginRefused, ShuttingDown
 from service.http import exception_handlers as problems
 from service.kit.device_loss import report_loss
 from service.kit.urls import route_path
-from service.observability.logs import get_logger
+from service.observability.logs import get_logger, log_often
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
 
@@ -59,7 +60,7 @@ class RequestLogMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
             await send(message)
 
         started = time.perf_counter()
@@ -80,9 +81,11 @@ class RequestLogMiddleware:
                     answer = problems.unexpected(Request(scope), error)
                     await answer(scope, receive, observed)
             finally:
-                self._note(scope, status, time.perf_counter() - started, span)
+                self._note(scope, request_id, status, time.perf_counter() - started, span)
 
-    def _note(self, scope: Scope, status: int, seconds: float, span: object) -> None:
+    def _note(
+        self, scope: Scope, request_id: str, status: int, seconds: float, span: object
+    ) -> None:
         route = getattr(scope.get("route"), "path_format", "none")
         method = scope["method"] if scope["method"] in _METHODS else "any"
         counted = method if route != "none" else "any"
@@ -90,15 +93,16 @@ class RequestLogMiddleware:
         status = status or 499
         self._metrics.requests.labels(counted, route, status).inc()
         self._metrics.request_seconds.labels(counted, route).observe(seconds)
-        client = scope.get("client") or ("unknown", 0)
-        log.log(
+        log_often(
+            __name__,
             logging.DEBUG if route in _PROBES else logging.INFO,
             "request",
+            request_id=request_id,
             method=method,
             route=route,
             status=status,
             ms=round(1000 * seconds, 1),
-            client=client[0],
+            client=(scope.get("client") or ("unknown", 0))[0],
             actor=scope.get("state", {}).get("actor"),
         )
         if span is not None:
@@ -117,6 +121,12 @@ class SecurityHeaders:
         "frame-ancestors 'none'"
     )
     DATA = "default-src 'none'; frame-ancestors 'none'; sandbox"
+    EVERY: Final = (
+        (b"x-content-type-options", b"nosniff"),
+        # Pages of `cors_origins` read by CORS, which this does not concern.
+        (b"cross-origin-resource-policy", b"same-origin"),
+        (b"referrer-policy", b"no-referrer"),
+    )
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -124,14 +134,13 @@ class SecurityHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                page = headers.get("content-type", "").startswith("text/html")
-                headers["Content-Security-Policy"] = self.PAGE if page else self.DATA
-                headers["X-Content-Type-Options"] = "nosniff"
-                # Pages of `cors_origins` read by CORS, which this does not concern.
-                headers["Cross-Origin-Resource-Policy"] = "same-origin"
-                headers["Referrer-Policy"] = "no-referrer"
-                headers.setdefault("Cache-Control", "no-store")
+                headers = message.setdefault("headers", [])
+                given = dict(headers)
+                page = given.get(b"content-type", b"").startswith(b"text/html")
+                policy = self.PAGE if page else self.DATA
+                headers += [(b"content-security-policy", policy.encode()), *self.EVERY]
+                if b"cache-control" not in given:
+                    headers.append((b"cache-control", b"no-store"))
             await send(message)
 
         wrapped = scope["type"] == "http"

@@ -16,6 +16,9 @@ from typing import TextIO
 _LINES = 10_000
 _FLUSH_SECONDS = 1.0
 
+LATER = "later"
+"""Attribute of a record that may be formatted in the thread that writes it."""
+
 
 class QueueHandler(logging.Handler):
     """Writes lines from a thread of its own; drops and counts those that find the queue full.
@@ -27,17 +30,15 @@ class QueueHandler(logging.Handler):
         super().__init__()
         self.dropped = 0
         self._stream, self._limit = stream, lines
-        self._lines: deque[str] = deque()
+        self._lines: deque[str | logging.LogRecord] = deque()
         self._change = threading.Condition()
         self._writing = False
         self._told = 0
         self._writer: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            line = self.format(record)
-        except Exception:
-            self.handleError(record)
+        line = record if hasattr(record, LATER) else self._formatted(record)
+        if line is None:
             return
         with self._change:
             if len(self._lines) >= self._limit:
@@ -47,6 +48,13 @@ class QueueHandler(logging.Handler):
             if self._writer is None or not self._writer.is_alive():  # not alive: after a fork
                 self._start()
             self._change.notify_all()
+
+    def _formatted(self, record: logging.LogRecord) -> str | None:
+        try:
+            return self.format(record)
+        except Exception:
+            self.handleError(record)
+            return None
 
     def flush(self) -> None:
         """Wait until all lines are written, a second at most."""
@@ -67,11 +75,12 @@ class QueueHandler(logging.Handler):
         while True:
             with self._change:
                 self._change.wait_for(lambda: bool(self._lines))
-                line, self._writing = self._lines.popleft(), True
+                found, self._writing = self._lines.popleft(), True
                 lost, self._told = self.dropped - self._told, self.dropped
             if lost:
                 self._write(self._loss(lost))
-            written = self._write(line)
+            line = found if isinstance(found, str) else self._formatted(found)
+            written = line is not None and self._write(line)
             with self._change:
                 self.dropped += not written
                 self._writing = False

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from datetime import UTC, datetime
 from typing import Literal, TextIO
 
 import structlog
 from structlog.types import EventDict, Processor
 
 from model.terminal import printable
-from service.observability.log_queue import QueueHandler
+from service.observability.log_queue import LATER, QueueHandler
 
 Format = Literal["auto", "json", "console"]
 
@@ -26,7 +27,6 @@ _EVERY: list[Processor] = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_log_level,
     structlog.stdlib.add_logger_name,
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
 ]
 # Always through `logging`: a program that embeds the service decides where its lines go.
 structlog.configure(
@@ -40,6 +40,20 @@ structlog.configure(
 )
 
 get_logger = structlog.stdlib.get_logger
+
+
+def log_often(name: str, level: int, event: str, **values: object) -> None:
+    """Log what every request logs: as a logger of structlog does, in a fraction of the time.
+
+    The line is put together in the thread that writes it. values: nothing that changes later.
+    """
+    logger = logging.getLogger(name)
+    if not logger.isEnabledFor(level):
+        return
+    word = logging.getLevelName(level).lower()
+    line = {**values, "event": event, "level": word, "logger": name}
+    of_structlog = {"_logger": logger, "_name": word, LATER: True}
+    logger.handle(logger.makeRecord(name, level, "", 0, line, (), None, None, of_structlog))
 
 
 def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> None:
@@ -71,7 +85,11 @@ def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> 
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=_EVERY,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+            processors=[
+                _stamped,
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *last,
+            ],
         )
     )
     root = logging.getLogger()
@@ -79,6 +97,13 @@ def configure_logs(format: Format, level: str, stream: TextIO | None = None) -> 
     root.setLevel(level.upper())
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _stamped(logger: object, method: str, event: EventDict) -> EventDict:
+    """With the time when the line was logged, which may be written later."""
+    moment = datetime.fromtimestamp(event["_record"].created, UTC)
+    event["timestamp"] = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return event
 
 
 def _printable(logger: object, method: str, event: EventDict) -> EventDict:

@@ -6,6 +6,7 @@ Labels are routes, stages, status and codes: never a person, a camera, an id or 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -47,6 +48,8 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        # A dozen for each query; looking a label up takes longer than counting.
+        self._stage = lru_cache(maxsize=64)(self._stages.labels)
         self._batch_size = Histogram(
             "cmt_embed_batch_size",
             "Images embedded at once.",
@@ -65,7 +68,7 @@ class Metrics:
 
     def stage(self, name: str, seconds: float) -> None:
         """Record how long one request was in a stage."""
-        self._stages.labels(name).observe(seconds)
+        self._stage(name).observe(seconds)
 
     def batch(self, size: int) -> None:
         """Record how many images were embedded at once."""

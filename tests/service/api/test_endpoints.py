@@ -21,6 +21,7 @@ from PIL import Image
 from starlette.types import Receive, Scope, Send
 
 from service.api import admin, backup, cameras, gallery, operate, page, query
+from service.api.schemas import QueryAnswer
 from service.app import create_app
 from service.auth.authorization import ROUTE_SCOPES
 from service.http.exception_handlers import catalogue
@@ -199,6 +200,20 @@ def test_query_ranks_and_explains(
     assert [r["item"]["id"] for r in exhaustive["results"]] == [
         r["item"]["id"] for r in plain["results"]
     ]
+
+
+def test_a_query_and_the_gallery_say_the_same_of_an_item(
+    http: httpx.Client, visible: list[Path]
+) -> None:
+    labels = {"person_id": "Zoë", "metadata": '{"lane": [2.5, null, "ä"]}'}
+    for moment in ("2024-03-01T12:00:00.25+02:00", ""):
+        item = enroll(http, visible[0], captured_at=moment, **labels)
+        answer = ask(http, visible[0], person_id="Zoë", modulation="false", rerank="none")
+        [result] = answer["results"]
+        assert result["item"] == item == http.get(f"/gallery/{item['id']}").json()
+        told = QueryAnswer.model_validate(answer).model_dump(mode="json", exclude_unset=True)
+        assert told == answer
+        assert http.delete(f"/gallery/{item['id']}").status_code == 204
 
 
 def test_an_enrolled_image_finds_itself_unmodulated(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import logging
 import os
 import signal
@@ -11,12 +12,14 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 
 from service.observability.log_queue import QueueHandler
+from service.observability.logs import configure_logs, get_logger, log_often
 from tests.service.processes import CMT, ENDING_SECONDS, STARTING_SECONDS, wait_for
 
 
@@ -64,6 +67,23 @@ def test_what_a_full_pipe_does_not_take_is_dropped_and_told(full_pipe: tuple[int
         handler.flush()
         told = b"7 lines of the log were dropped: standard error was not read"
         assert read.lstrip(b"x").splitlines() == [b"first", told, b"line 0", b"line 1", b"line 2"]
+
+
+def test_a_line_of_a_request_is_written_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    root, stream = logging.getLogger(), io.StringIO()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    configure_logs("json", "info", stream)
+    get_logger("often").info("request", status=200)
+    log_often("often", logging.INFO, "request", status=200)
+    log_often("often", logging.DEBUG, "request", status=200)
+    root.handlers[0].flush()
+    first, second = [json.loads(line) for line in stream.getvalue().splitlines()]
+    for line in (first, second):
+        age = datetime.now(UTC) - datetime.fromisoformat(line.pop("timestamp"))
+        assert timedelta() <= age < timedelta(minutes=1)
+    assert first == second
+    assert first == {"event": "request", "status": 200, "level": "info", "logger": "often"}
 
 
 def test_what_a_closed_stream_loses_is_counted(tmp_path: Path) -> None:
