@@ -180,19 +180,6 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **given)
 
 
-def stored_fingerprint(path: Path) -> str | None:
-    """The fingerprint that a file says it has, without reading its weights; None if it says none.
-
-    `load_checkpoint` checks whether that is true.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return None
-    return metadata.get("fingerprint")
-
-
 def _checked(path: Path) -> tuple[dict[str, str], dict[str, Tensor], CheckpointInfo]:
     """A file's metadata, tensors and info. Raises CheckpointError where it is damaged."""
     metadata, tensors = _read(path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.cmt import CMT
-from model.config import MODALITIES, Modality
+from model.modalities import MODALITIES, Modality, embedding_name
 
 if TYPE_CHECKING:
     import openvino
@@ -34,11 +34,6 @@ class Graph:
     input: str
     example: Tensor
     outputs: dict[str, tuple[int, ...]]
-
-
-def embedding_name(modality: Modality) -> str:
-    """The name of the graph that embeds images of `modality`."""
-    return f"embedding-{modality}"
 
 
 def embedding_graph(model: CMT, modality: Modality) -> Graph:

@@ -10,8 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.config import MODALITIES, Modality
-from model.graphs import embedding_name
+from model.modalities import MODALITIES, Modality, embedding_name
 from model.strict_json import read_json
 
 DESCRIPTION_FILE = "int8.json"

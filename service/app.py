@@ -28,13 +28,13 @@ from service.http.middleware import (
 from service.kit.device_loss import report_loss
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
-from service.pipeline.decoding import Decoding
+from service.pipeline.begun import Begun
 from service.resources import State, open_resources
 from service.settings import Settings
 
 
 def create_app(
-    settings: Settings, *, backend: Backend | None = None, started: Decoding | None = None
+    settings: Settings, *, backend: Backend | None = None, started: Begun | None = None
 ) -> FastAPI:
     """The application for `settings`; nothing is opened before its lifespan starts.
 

@@ -17,6 +17,7 @@ from model.cores import allowed_cores
 from service.auth.keys import Keyring
 from service.auth.rate_limit import Limit, Rates
 from service.embedding.embedder import Backend, Embedder
+from service.embedding.verdict import Ahead
 from service.errors import RuntimeUnavailable
 from service.gallery import Gallery
 from service.gallery.index.figures import Figures, FiguresError, IndexChoice
@@ -27,7 +28,7 @@ from service.observability.gpu import watch_gpu
 from service.observability.logs import dropped_lines
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
-from service.pipeline.decoding import Decoding, decoding
+from service.pipeline.begun import Begun, begun
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.reembedding_job import ReembeddingJob
 from service.scale.engine import RayEngine
@@ -64,12 +65,12 @@ def open_resources(
     metrics: Metrics,
     tracing: Tracing,
     backend: Backend | None = None,
-    started: Decoding | None = None,
+    started: Begun | None = None,
 ) -> Iterator[Resources]:
     """Load the checkpoint, open the gallery and start the processes that decode.
 
-    backend: what embeds, None for a network in this process. started: processes that decode, which
-    the caller ends; None starts some here.
+    backend: what embeds, None for a network in this process. started: what the caller has begun
+    already, and ends; None begins it here.
     Raises CheckpointError and ServiceError (a locked or unwritable data folder), each one sentence.
     """
     with ExitStack() as stack:
@@ -78,8 +79,8 @@ def open_resources(
         os.environ.setdefault("TRITON_CACHE_DIR", str(compiled))
         # First, so that they start while the network is loaded, and before the gallery, which
         # leaves alone only the memory that others have taken by then.
-        decoders = started or stack.enter_context(decoding(settings))
-        embedder = _embedder(settings, backend)
+        started = started or stack.enter_context(begun(settings, network=backend is None))
+        embedder = _embedder(settings, backend, started.network)
         gallery = stack.enter_context(closing(_gallery(settings, embedder, stack)))
         stack.callback(tracing.close)
         admission = Admission(
@@ -87,7 +88,9 @@ def open_resources(
             working=settings.max_pending,
             bytes=settings.max_pending_bytes,
         )
-        pipeline = Pipeline(embedder, gallery, *decoders, settings, metrics, tracing)
+        pipeline = Pipeline(
+            embedder, gallery, started.requests, started.checks, settings, metrics, tracing
+        )
         stack.callback(pipeline.close)
         reembedder = ReembeddingJob(pipeline, settings)
         stack.callback(reembedder.close)
@@ -127,7 +130,7 @@ def _rates(settings: Settings, gallery: Gallery, stack: ExitStack) -> Rates:
     return Rates(settings.rate_limit, shared)
 
 
-def _embedder(settings: Settings, backend: Backend | None) -> Embedder:
+def _embedder(settings: Settings, backend: Backend | None, network: Ahead | None) -> Embedder:
     if backend is not None:  # the network here computes γ and β only
         embedder = Embedder(settings.checkpoint, "cpu", "torch")
         embedder.backend, embedder.runtime = backend, "ray"
@@ -137,6 +140,7 @@ def _embedder(settings: Settings, backend: Backend | None) -> Embedder:
         device=settings.device,
         runtime=settings.runtime,
         cache_dir=settings.data_dir / "cache",
+        known=None if network is None else network.take,
     )
 
 

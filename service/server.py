@@ -25,7 +25,7 @@ from service.http.connection_timeouts import Lingering, timed_protocol
 from service.http.middleware import DrainState
 from service.kit.device_loss import LOST, on_device_loss, report_loss
 from service.kit.heap import give_back_large_blocks
-from service.pipeline.decoding import Decoding
+from service.pipeline.begun import Begun
 from service.settings import Settings
 
 # How long a thread may keep the interpreter while others wait for it. The event loop, searches and
@@ -75,10 +75,10 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(settings: Settings, started: Decoding | None = None) -> None:
+def run(settings: Settings, started: Begun | None = None) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP; requests in flight finish first.
 
-    started: processes that decode, which the caller ends; None starts some.
+    started: what the caller has begun already, and ends; None begins it here.
 
     A SIGHUP that the caller ignores, as nohup does, stays ignored. Where the GPU is lost the
     process ends with status 1, so that whatever supervises it starts it again.
@@ -136,7 +136,7 @@ def running(settings: Settings) -> Iterator[str]:
         thread.join()
 
 
-def _make(settings: Settings, started: Decoding | None = None) -> tuple[FastAPI, _Server]:
+def _make(settings: Settings, started: Begun | None = None) -> tuple[FastAPI, _Server]:
     app = create_app(settings, started=started)
     lingering: Lingering = {}
     config = uvicorn.Config(

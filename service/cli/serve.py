@@ -50,7 +50,7 @@ def serve(
     """
     with without_collections():
         from service.observability.logs import configure_logs
-        from service.pipeline.decoding import decoding
+        from service.pipeline.begun import begun
         from service.settings import load_settings
 
     settings = load_settings(
@@ -66,7 +66,7 @@ def serve(
         api_keys_file=api_keys_file,
     )
     configure_logs(settings.log_format, settings.log_level)
-    with decoding(settings) as started:  # they start while this process loads torch
+    with begun(settings) as started:  # goes on while this process loads torch
         with without_collections():
             from service.server import run
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +27,12 @@ from model.int8 import LEAST_COSINE, Int8, Int8Error, int8_folder, read_int8
 from model.pixels import pixels_of
 from model.precision import Precision, PrecisionName, choose_precision
 from service.embedding.torch_runtime import GpuBackend, TorchBackend
+from service.embedding.verdict import Known, Runtime, Verdict, keep_verdict, known_network
 from service.errors import MemoryExhausted, RuntimeUnavailable
 from service.images.decode import Crop
 from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
-
-Runtime = Literal["auto", "torch", "openvino", "int8"]
 
 # What bf16 must reach against fp32 to be used, and int8 with a cosine of its own, LEAST_COSINE: see
 # Embedder._agreement.
@@ -66,7 +65,9 @@ class Embedder:
 
     info: the checkpoint's metadata. device: "cpu", "cuda" or "cuda:1". runtime: "torch",
     "openvino" or "int8". precision: the number type and why it was chosen. backend: the network
-    alone; `embed` gives it at most 32 crops at once on a CPU, and 1024 on a GPU.
+    alone; `embed` gives it at most 32 crops at once on a CPU, and 1024 on a GPU. cache_dir: where
+    converted graphs are kept, and what was chosen. known: gives what was chosen before, instead of
+    looking there.
     Raises CheckpointError (the file), RuntimeUnavailable (device or runtime) or MemoryExhausted,
     one sentence.
     """
@@ -79,12 +80,18 @@ class Embedder:
         cache_dir: Path | None = None,
         *,
         precision: PrecisionName = "auto",
+        known: Callable[[], Known | None] | None = None,
     ) -> None:
         self.device = _device(device)
         self._checkpoint, self._longest = checkpoint, _LONGEST[torch.device(self.device).type]
         try:
             self._model, self.info = load_checkpoint(checkpoint, self.device)
-            self.runtime, self.precision, self.backend = self._choose(runtime, precision, cache_dir)
+            probed = self.device == "cpu" and runtime != "torch" and precision == "auto"
+            self.runtime, self.precision, self.backend = (
+                self._once_chosen(runtime, cache_dir, known)
+                if probed and cache_dir is not None
+                else self._choose(runtime, precision, cache_dir)
+            )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -116,6 +123,23 @@ class Embedder:
     def close(self) -> None:
         """Release the network and its memory."""
         del self.backend, self._model
+
+    def _once_chosen(
+        self, runtime: Runtime, cache: Path, known: Callable[[], Known | None] | None
+    ) -> tuple[str, str, Backend]:
+        """As an earlier start has chosen; else choose, and keep it for the next one."""
+        found = known_network(self._checkpoint, runtime, cache) if known is None else known()
+        if found is not None and found.fingerprint == self.info.fingerprint:
+            from service.embedding.openvino_runtime import OpenVINOBackend
+
+            verdict = found.verdict
+            backend = OpenVINOBackend(found.graphs, quantised=verdict.runtime == "int8")
+            return verdict.runtime, f"{verdict.reason}, measured at an earlier start", backend
+        name, reason, chosen = self._choose(runtime, "auto", cache)
+        if (graphs := getattr(chosen, "graphs", None)) is not None:  # OpenVINO's
+            verdict = Verdict(name, graphs.precision, graphs.number_type, reason)
+            keep_verdict(verdict, self._checkpoint, self.info.fingerprint, runtime, cache)
+        return name, reason, chosen
 
     def _choose(
         self, runtime: Runtime, precision: PrecisionName, cache_dir: Path | None
@@ -180,14 +204,14 @@ class Embedder:
                 "OpenVINO, which runs int8, is not installed; install the extra 'cpu' or use "
                 "runtime torch"
             )
+        from service.embedding.openvino_graphs import compiled, read_graphs
         from service.embedding.openvino_runtime import OpenVINOBackend
 
         try:
             # Left to itself OpenVINO takes bf16 for the rest, which is no faster, and which some
             # CPUs cannot compile.
-            backend = OpenVINOBackend(
-                self._model, self.info.fingerprint, precision="float32", quantised=form.graphs
-            )
+            graphs = compiled(read_graphs(form.graphs), "float32")
+            backend = OpenVINOBackend(graphs, quantised=True)
             agrees, measured = self._agreement(backend, LEAST_COSINE)
         except Exception as error:
             raise RuntimeUnavailable(
@@ -231,11 +255,14 @@ class Embedder:
         return exact.reason, GpuBackend(self._model, self.device, exact)
 
     def _openvino(self, precision: PrecisionName, cache_dir: Path | None) -> tuple[Backend, str]:
-        from service.embedding.openvino_runtime import OpenVINOBackend  # an optional dependency
+        from service.embedding.openvino_graphs import compiled  # an optional dependency
+        from service.embedding.openvino_runtime import OpenVINOBackend, converted
 
-        backend = OpenVINOBackend(
-            self._model, self.info.fingerprint, precision=precision, cache=cache_dir
-        )
+        def made(asked: PrecisionName) -> OpenVINOBackend:
+            graphs = converted(self._model, self.info.fingerprint, cache_dir)
+            return OpenVINOBackend(compiled(graphs, asked))
+
+        backend = made(precision)
         if precision != "auto":
             return backend, f"{backend.precision}: set by configuration"
         if backend.precision == "f32":
@@ -243,10 +270,7 @@ class Embedder:
         agrees, measured = self._agreement(backend)
         if agrees:
             return backend, f"{backend.precision}: OpenVINO's choice on this CPU, {measured}"
-        backend = OpenVINOBackend(
-            self._model, self.info.fingerprint, precision="float32", cache=cache_dir
-        )
-        return backend, f"f32: {_TOO_COARSE}, {measured}"
+        return made("float32"), f"f32: {_TOO_COARSE}, {measured}"
 
     def _agreement(self, backend: Backend, least: float | None = None) -> tuple[bool, str]:
         """Whether it agrees with torch in fp32 on a CPU, and how well. least: cosine, AGREEMENT.

@@ -11,7 +11,7 @@ from typing import Literal
 from anyio import sleep, to_thread
 
 from model import CheckpointError
-from model.checkpoint import stored_fingerprint
+from model.stored_fingerprint import stored_fingerprint
 from service.embedding.embedder import Embedder
 from service.errors import CheckpointUnusable, ModelVersionConflict, ServiceError
 from service.gallery import Act, Progress, ReembeddingStopped

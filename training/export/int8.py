@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from model import CMT, CheckpointInfo, Modality
 from model.blotches import smooth_pictures
-from model.config import MODALITIES
-from model.graphs import embedding_graph, embedding_name, to_openvino
+from model.graphs import embedding_graph, to_openvino
 from model.int8 import DESCRIPTION_FILE, FORMAT, LEAST_COSINE, VERSION, digests
 from model.machine import machine
+from model.modalities import MODALITIES, embedding_name
 from model.pixels import normalise
 from training.datasets import Sample
 from training.evaluation.embedding import Embedded

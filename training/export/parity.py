@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from model import CMT, Modality, Modulation
-from model.config import MODALITIES
-from model.graphs import MODULATION, embedding_name
+from model.graphs import MODULATION
+from model.modalities import MODALITIES, embedding_name
 from training.export.formats import GraphRunner
 
 # The runtimes add the same fp32 numbers in another order: a millionth of the largest entry for the
