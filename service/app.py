@@ -25,6 +25,7 @@ from service.http.middleware import (
     RequestLogMiddleware,
     SecurityHeaders,
 )
+from service.http.overload import OverloadMiddleware
 from service.kit.device_loss import report_loss
 from service.observability.metrics import Metrics
 from service.observability.tracing import Tracing
@@ -92,6 +93,7 @@ def create_app(
         app.include_router(module.router)
     problems.install(app)
     app.openapi = partial(openapi_document, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]
+    app.add_middleware(OverloadMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CrossOrigin,

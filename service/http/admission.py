@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from service.errors import Overloaded
 
+_FULL = "the service has as many uploads as it can queue"
 _RECENT = 0.1  # what the last answer counts for in the pace
 # A refusal takes about a millisecond. So many are given at once, then one in so many seconds, and
 # nobody waits longer for his.
@@ -49,7 +50,8 @@ class Admission:
 
         within: seconds that its sender waits for the answer.
         """
-        self._refuse_where(self.receiving >= self._receiving or self.working >= self._working)
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         self._refuse_late(within)
         self.receiving += 1
         body = Body(self)
@@ -63,9 +65,11 @@ class Admission:
                 self.working -= 1
                 self._note_answer(body.arrived_at)
 
-    def _refuse_where(self, full: bool) -> None:
-        if full:
-            raise _overloaded("the service has as many uploads as it can queue")
+    def refusal(self) -> Overloaded | None:
+        """Why no upload is admitted now; None where one is."""
+        if self.receiving < self._receiving and self.working < self._working:
+            return None
+        return _overloaded(_FULL)
 
     def _refuse_late(self, within: float | None) -> None:
         """Raise Overloaded where the uploads before will take longer; a first one may try."""
@@ -90,7 +94,8 @@ class Admission:
         self.bytes += count
 
     def _arrive(self) -> None:
-        self._refuse_where(self.working >= self._working)
+        if self.working >= self._working:
+            raise _overloaded(_FULL)
         self.receiving -= 1
         self.working += 1
 

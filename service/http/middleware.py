@@ -1,7 +1,7 @@
 """The middleware of every request.
 
 Outermost first: `RequestLogMiddleware`, `SecurityHeaders`, `service.http.intake`,
-`DrainMiddleware`, and `CrossOrigin` where other origins are allowed.
+`DrainMiddleware`, `CrossOrigin` where other origins are allowed, and `service.http.overload`.
 """
 
 from __future__ import annotations

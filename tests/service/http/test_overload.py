@@ -44,6 +44,9 @@ def network(monkeypatch: pytest.MonkeyPatch) -> HeldNetwork:
 def assert_overloaded(answer: httpx.Response) -> None:
     assert (answer.status_code, answer.json()["code"]) == (429, "overloaded")
     assert answer.headers["retry-after"] == "1"
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["instance"] == answer.request.url.path
+    assert {"x-request-id", "content-security-policy", "cache-control"} <= answer.headers.keys()
 
 
 def upload(http: httpx.Client, number: int, images: Sequence[bytes]) -> httpx.Response:
@@ -68,6 +71,10 @@ def test_who_finds_no_place_is_refused_while_the_others_are_worked_on(
             for number in range(CLIENTS):
                 assert_overloaded(upload(http, number, images))
             assert gauge(http, "cmt_uploads_pending") == PLACES
+            for route in ("/query", "/gallery"):
+                labels = f'method="POST",route="{route}",status="429"'
+                refused = gauge(http, f"cmt_http_requests_total{{{labels}}}")
+                assert refused == CLIENTS / 2
             assert http.get("/gallery").json()["total"] == 0
             assert not any(one.done() for one in accepted)
         answers = [one.result() for one in accepted]
