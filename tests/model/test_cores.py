@@ -1,6 +1,8 @@
 """Cores that this process may use: by affinity and by control groups of both versions."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,10 +68,31 @@ def test_threads_are_limited_only_by_a_quota(monkeypatch: pytest.MonkeyPatch) ->
     environment: dict[str, str] = {}
     monkeypatch.setattr("model.cores.allowed_cores", lambda: HERE)
     limit_threads(environment)
-    assert environment == {}
+    assert "OMP_NUM_THREADS" not in environment
     monkeypatch.setattr("model.cores.allowed_cores", lambda: HERE - 1)
     limit_threads(environment)
-    assert environment == {"OMP_NUM_THREADS": str(HERE - 1)}
+    assert environment["OMP_NUM_THREADS"] == str(HERE - 1)
     environment["OMP_NUM_THREADS"] = "7"
     limit_threads(environment)
-    assert environment == {"OMP_NUM_THREADS": "7"}
+    assert environment["OMP_NUM_THREADS"] == "7"
+
+
+def test_idle_threads_leave_the_cores_to_others_soon() -> None:
+    """GNU's OpenMP, when it is loaded, says by what it goes on."""
+    code = (
+        "from model.cores import limit_threads; limit_threads(); "
+        "import torch; torch.arange(100_000).float().exp()"
+    )
+    unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+
+    def spins(**given: str) -> str:
+        asked = {**inherited, "OMP_DISPLAY_ENV": "verbose", **given}
+        run = [sys.executable, "-c", code]
+        shown = subprocess.run(run, env=asked, capture_output=True, text=True, check=True).stderr
+        (line,) = {line.strip() for line in shown.splitlines() if "GOMP_SPINCOUNT" in line}
+        return line
+
+    assert "'10000'" in spins()
+    assert "'77'" in spins(GOMP_SPINCOUNT="77")
+    assert "'0'" in spins(OMP_WAIT_POLICY="passive")
