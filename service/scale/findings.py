@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model import CMTConfig, Modulation
-from service.gallery.index.features import Features
+from model import CMTConfig, Modulation, project
+from service.gallery.index.features import Features, lifted_distances
 from service.gallery.index.searcher import (
     SAMPLE,
     WHOLE,
@@ -167,7 +167,8 @@ def _spread(seen: Seen, request: SearchRequest, sample: Sample | None) -> Sample
     if seen.features.metric == "cosine":
         return told.taken(np.flatnonzero(np.isin(sample.positions, seen.spread)))
     modulation = Modulation(*(one.double() for one in request.modulation))
-    distances = seen.features.distances(request.x.double()[None], modulation, seen.lifted)[0]
+    w, c = project(request.x.double()[None], modulation)
+    distances = lifted_distances(w[0], float(c[0]), seen.lifted)
     persons = seen.columns.persons[seen.spread]
     return _sampled(seen, Sample(seen.spread, persons, distances, whole=False))
 

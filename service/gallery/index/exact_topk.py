@@ -31,9 +31,14 @@ class Nearest(NamedTuple):
 
 def first_rows(features: Features, w: Tensor, best: Best, count: int, *, exact: bool) -> Best:
     """The rows to compute first: enough for the proof if the `count`-th score is close."""
-    if features.metric == "cosine" or count >= len(best.scores):
+    if features.metric == "cosine":
         return best
-    bound = rounding_bound(features, w, exact=exact)
+    return _first(best, count, rounding_bound(features, w, exact=exact))
+
+
+def _first(best: Best, count: int, bound: float) -> Best:
+    if count >= len(best.scores):
+        return best
     near = best.scores >= best.scores[count - 1] - _MARGIN * bound
     return best.first(max(count, int(np.count_nonzero(near))) + 1)
 
@@ -64,7 +69,7 @@ def nearest_of(
         return Nearest(best, distances, parts, proven=True)
     w, c = projected
     bound = rounding_bound(features, w, exact=exact)
-    take = len(first_rows(features, w, best, count, exact=exact).positions)
+    take = len(_first(best, count, bound).positions)
     while True:
         kept = best.first(take)
         distances, parts = first or features.rescore(x, modulation, kept.positions)

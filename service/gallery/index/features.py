@@ -112,7 +112,8 @@ class Features:
         step = max(1, _SERIAL_NUMBERS // self.dim)
         start = 0
         while start < len(y):
-            chunk = self._open(float(s[start:].max()))
+            # By NumPy, which stays on this thread: what reads the next rows needs the other cores.
+            chunk = self._open(float(s[start:].numpy().max()))
             end = min(len(y), start + chunk.room)
             for at in range(start, end, step):
                 rows_of = slice(at, min(at + step, end))
@@ -287,26 +288,13 @@ class Features:
 
     @torch.inference_mode()
     def lifted_on_host(self, positions: npt.NDArray[np.int64]) -> Tensor:
-        """What `distances` needs of the rows at `positions`, which ascend: N×(P+1)D, fp32."""
+        """For `lifted_distances`: the rows at `positions`, which ascend, N×(P+1)D in fp32."""
         y = self._gather(positions, _HOST).view(-1, self.parts, self.dim)
         z = torch.empty(len(y), self.width)
         step = self._rows_at_once()
         for rows, place in zip(torch.split(y, step), torch.split(z, step), strict=True):
             place.copy_(lift(rows))
         return z
-
-    @torch.inference_mode()
-    def distances(self, x: Tensor, modulation: Modulation, z: Tensor) -> npt.NDArray[np.float64]:
-        """Q queries (Q×P×D) to rows, as `lifted_on_host` gives them: Euclidean, Q×N.
-
-        Good to 1e-6 of the largest; `rescore` gives what is shown. Every query is computed by
-        itself, on the calling thread: a batch changes no digit.
-        """
-        w, c = project(x, modulation)
-        products = [np.einsum("nd,d->n", z.numpy(), one) for one in w.float().cpu().numpy()]
-        squared = c.double().cpu().numpy()[:, None] - np.stack(products)
-        distances: npt.NDArray[np.float64] = np.sqrt(np.maximum(squared, 0))
-        return distances
 
     def scores(self, w: Tensor, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """⟨w, z⟩ of rows on the host at `positions`, which ascend, as a scan computes it.
@@ -452,3 +440,15 @@ class Features:
         for chunk, places in self._by_chunk(positions):
             chunk.take(positions[places] - chunk.first, rows[places])
         return rows[:, : self.parts * self.dim]
+
+
+def lifted_distances(w: Tensor, c: float, z: Tensor) -> npt.NDArray[np.float64]:
+    """Euclidean distances of one query to N rows, as `Features.lifted_on_host` gives them.
+
+    w, c: as `model.project` gives them, in float64. Good to 1e-6 of the largest; `rescore` gives
+    what is shown. Every row is computed by itself, on the calling thread: neither a batch nor a
+    shard changes a digit.
+    """
+    products = np.vecdot(z.numpy(), w.numpy().astype(np.float32))
+    distances: npt.NDArray[np.float64] = np.sqrt(np.maximum(c - products.astype(np.float64), 0))
+    return distances

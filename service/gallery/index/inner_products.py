@@ -14,6 +14,7 @@ lost, and ask for more rows where it cannot.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,7 +115,7 @@ def rounding_bound(features: Features, w: Tensor, *, exact: bool) -> float:
     products apart, each for two halves of w, is another order. bf16 rounds w, z and the sum.
     """
     norms = features.norms
-    y, s = float(w[: -features.dim].norm()), float(w[-features.dim :].norm())
+    y, s = (math.sqrt(part @ part) for part in np.split(w.numpy(), [-features.dim]))
     total = y * norms.y + s * (norms.s + norms.s_error)
     unit = 2.0**-24 * (features.width + features.parts + 8) * 1.01
     if features.device.type != "cpu":

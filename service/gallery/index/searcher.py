@@ -20,7 +20,7 @@ from model import CMTConfig, Modulation, project
 from service.gallery.index.chunks import Mask
 from service.gallery.index.columns import Columns
 from service.gallery.index.exact_topk import Nearest, first_rows, nearest_of
-from service.gallery.index.features import Features, Measured
+from service.gallery.index.features import Features, Measured, lifted_distances
 from service.gallery.index.inner_products import Best, exhaustive, scan
 from service.gallery.index.recall import recall
 from service.gallery.index.segment import Segment
@@ -199,7 +199,7 @@ class Seen:
 
     @property
     def lifted(self) -> Tensor:
-        """`spread` as `Features.distances` needs it."""
+        """`spread` as `lifted_distances` needs it."""
         if self.few:  # of these there are two or three, of others any number
             return self._once("lifted", lambda: self.features.lifted_on_host(self.spread))
         return self.features.lifted_on_host(self.spread)
@@ -285,7 +285,11 @@ class Searcher:
         # What an index finds for a shortlist depends on its length: only equal ones run together.
         kinds: dict[_Kind, list[int]] = {}
         for i, one in enumerate(queries):
-            kinds.setdefault(self._kind(one, seen[i]), []).append(i)
+            kind = self._kind(one, seen[i])
+            if seen[i].searched:
+                kinds.setdefault(kind, []).append(i)
+            else:  # as a modality of which nothing is enrolled, which most queries meet
+                scored[i] = _nothing(one, seen[i], kind.exhaustive)
         for kind, members in kinds.items():
             started = time.perf_counter()
             found = self._found(kind, [checked[i] for i in members], [seen[i] for i in members])
@@ -366,7 +370,7 @@ class Searcher:
             for i in range(2)
         )
         # A comparison with NaN is false.
-        if not all(bool(v.abs().max() < _LARGEST) for v in (x, gamma, beta)):
+        if not all(np.abs(v.numpy()).max() < _LARGEST for v in (x, gamma, beta)):
             raise ValueError(
                 "x, γ or β holds numbers that are not finite, or far too large; the checkpoint is "
                 "damaged or untrained"
@@ -378,11 +382,11 @@ class Searcher:
         ]
 
     def _found(self, kind: _Kind, queries: Sequence[_Query], seen: Sequence[Seen]) -> list[_Found]:
-        asked = sum(one.searched > 0 for one in seen)
+        asked = len(queries)
         if kind.exhaustive:
-            self._count(exhaustive_calls=asked, exhaustive_batches=asked > 0, largest_batch=asked)
+            self._count(exhaustive_calls=asked, exhaustive_batches=1, largest_batch=asked)
         else:
-            self._count(recall_calls=asked, recall_batches=asked > 0, largest_batch=asked)
+            self._count(recall_calls=asked, recall_batches=1, largest_batch=asked)
         if kind.whole:
             return self._whole(queries, seen, exhaustive=kind.exhaustive)
         if kind.shortlist is None:
@@ -443,7 +447,7 @@ class Searcher:
 
         first: those of `_first_rows`, where they are known.
         """
-        self._count(rescore_calls=found.seen.searched > 0)
+        self._count(rescore_calls=1)
         features, best = found.seen.segment.features, found.best
         if _all_computed(query, found, exhaustive):
             distances, parts = first or features.rescore(query.x, query.modulation, best.positions)
@@ -488,6 +492,29 @@ def scattered(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     return numbers.astype(np.uint64) * np.uint64(0x6A09E667F3BCC909)
 
 
+def _nothing(request: SearchRequest, seen: Seen, exhaustive: bool) -> Scored:
+    """What a search finds where no row passes its filters."""
+    features, none = seen.features, np.empty(0, np.int64)
+    numbers, scores = np.empty(0), np.empty(0, np.float32)
+    parts = np.empty((0, features.parts), np.float32)
+    return Scored(
+        numbers=none,
+        positions=none,
+        persons=none,
+        distances=numbers,
+        scores=scores,
+        recall_ranks=None if exhaustive else none,
+        unmodulated=Unmodulated(numbers, numbers) if request.explain else None,
+        parts=None if features.metric == "cosine" else parts,
+        candidates=0,
+        exhaustive=exhaustive,
+        sample=Sample(none, none, numbers, whole=True) if request.sample else None,
+        recall_ms=0.0,
+        rescore_ms=0.0,
+        seen=seen,
+    )
+
+
 def _sampled(queries: Sequence[_Query], found: Sequence[_Found]) -> list[Sample | None]:
     """What each query wants of it; the same rows for those with the same filters, read once."""
     samples = [one.sample for one in found]
@@ -497,23 +524,18 @@ def _sampled(queries: Sequence[_Query], found: Sequence[_Found]) -> list[Sample 
             wanting.setdefault(id(one.seen), []).append(i)
     for members in wanting.values():
         seen = found[members[0]].seen
-        x = torch.stack([queries[i].x for i in members])
-        parameters = zip(*(queries[i].modulation for i in members), strict=True)
-        modulation = Modulation(*map(torch.cat, parameters))
         persons = seen.columns.persons[seen.spread]
-        for i, row in zip(
-            members, seen.features.distances(x, modulation, seen.lifted), strict=True
-        ):
-            samples[i] = Sample(seen.spread, persons, row, whole=False)
+        for i in members:
+            distances = lifted_distances(queries[i].w, queries[i].c, seen.lifted)
+            samples[i] = Sample(seen.spread, persons, distances, whole=False)
     return samples
 
 
 def _all_computed(query: _Query, found: _Found, exhaustive: bool) -> bool:
-    """Whether an index's scores are approximate, or unmodulated ranks are wanted.
-
-    These are places among the whole shortlist.
-    """
-    return not exhaustive and (found.approximate or query.request.explain)
+    """Whether an index's scores are approximate, or the whole shortlist or its ranks are wanted."""
+    request = query.request
+    whole = request.explain or request.count >= len(found.best.positions)
+    return not exhaustive and (found.approximate or whole)
 
 
 def _together(
