@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from model import CheckpointInfo
@@ -354,8 +354,9 @@ class Follower:
             with self._memory():  # first: without any, reading them is in vain
                 self.shard.make_room()
             # The position advances with every block: if the next one fails, none is added twice.
-            with self.shard.filling():
-                for stored in view.stream(self.position.item):
+            blocks = view.stream(self.position.item)
+            with closing(blocks), self.shard.filling():
+                for stored in blocks:
                     with self._memory():
                         self.shard.add(stored)
                     self.position = Position(stored.numbers[-1], newest.change)

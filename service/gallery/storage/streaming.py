@@ -1,12 +1,16 @@
 """The gallery as caches read it: features in blocks, and what changed since a position.
 
-Features are most of the bytes and are read at every start, so they go from the driver's cursor
-straight into NumPy, without SQLAlchemy's rows.
+Features are most of the bytes and are read at every start, so they go from the driver straight into
+NumPy, without SQLAlchemy's rows. SQLite joins many rows to one answer of SQL: Python's module takes
+and gives the interpreter's lock at every row, so that nothing else could go on beside the reading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -22,17 +26,25 @@ from service.gallery.storage.tables import changes, features, items, models
 from service.gallery.times import microseconds
 
 BLOCK = 4096
-_ROWS_PER_FETCH = 64  # few enough for their bytes to be in the CPU's cache when they are joined
+_JOINED_BYTES = 1 << 20  # few enough to be in the CPU's cache when they are copied
+_ROWS_PER_FETCH = 64  # of PostgreSQL
 # PostgreSQL's COPY BINARY: a header before the first row; in each row the count of its fields and
 # the field's length before its bytes; at the end a count of −1.
 _COPY_HEADER, _COPY_ROW, _COPY_END = 19, 2 + 4, 2
 
 _LABELS = (items.c.person_id, items.c.camera_id, items.c.modality, items.c.captured_at)
-_SQLITE_BLOCKS = """
+_SQLITE_ROWS = """
     SELECT f.number, i.person_id, i.camera_id, i.modality, i.captured_at, f.data
     FROM features f CROSS JOIN items i ON i.number = f.number
-    WHERE f.model = ? AND f.number > ? AND {mine} ORDER BY f.number
+    WHERE f.model = ? AND f.number > ? AND {mine} ORDER BY f.number LIMIT ?
 """  # CROSS JOIN: SQLite keeps the order, otherwise it scans items and looks up each one's features
+# The same in one row. A blob is a text to group_concat, whose bytes it takes as they are.
+_SQLITE_JOINED = f"""
+    SELECT json_group_array(number), json_group_array(person_id), json_group_array(camera_id),
+        json_group_array(modality), json_group_array(captured_at),
+        min(length(data)), max(length(data)), CAST(group_concat(data, '') AS BLOB)
+    FROM ({_SQLITE_ROWS})
+"""
 CHANNEL = "cmt_gallery"
 """Of PostgreSQL's NOTIFY: replicas listen there for what others commit."""
 _POSTGRES_FEATURES = """
@@ -91,11 +103,26 @@ class View:
         parts = (part.scalar_subquery() for part in (item, change, version))
         return Witness(*self._connection.execute(select(*parts)).one())
 
-    def stream(self, after: int = 0, block: int = BLOCK) -> Iterator[Stored]:
-        """Items with features of this version and row numbers above `after`, in order."""
+    def stream(self, after: int = 0, block: int = BLOCK) -> Generator[Stored, None, None]:
+        """Items with features of this version and row numbers above `after`, in order.
+
+        Each full block is followed by reading the next one in a thread, while the caller uses it.
+        Close what is not read to its end before the view ends.
+        """
+        with closing(self._blocks(after, block)) as blocks, ThreadPoolExecutor(1) as beside:
+            stored = next(blocks, None)
+            while stored is not None and len(stored.numbers) == block:
+                following = beside.submit(next, blocks, None)
+                yield stored
+                stored = following.result()
+            if stored is not None:
+                yield stored
+
+    def _blocks(self, after: int, size: int) -> Generator[Stored, None, None]:
+        """All blocks but the last one are full."""
         if self._connection.dialect.name == "sqlite":
-            return self._sqlite_blocks(after, block)
-        return self._postgres_blocks(after, block)
+            return self._sqlite_blocks(after, size)
+        return self._postgres_blocks(after, size)
 
     def changes_since(self, position: Position) -> Changes:
         """Deletions and updates that a reader at `position` has not seen; `stream` has the rest."""
@@ -119,25 +146,50 @@ class View:
         for part in blocks(numbers):
             found += self._connection.execute(query.where(items.c.number.in_(part))).all()
         block = _Block(len(found), self._size)
-        block.add(found)
+        if found:
+            *labels, rows = zip(*found, strict=True)
+            block.add_labels(labels)
+            block.add_features(_joined(rows, labels[0], block.width))
         return block.stored()
 
-    def _sqlite_blocks(self, after: int, size: int) -> Iterator[Stored]:
+    def _sqlite_blocks(self, after: int, size: int) -> Generator[Stored, None, None]:
         driver: Any = self._connection.connection.driver_connection
-        cursor = driver.cursor()
-        try:
-            statement = _SQLITE_BLOCKS.format(mine=self._mine("f.number"))
-            cursor.execute(statement, (self._model, after))
-            block = _Block(size, self._size)
-            while rows := cursor.fetchmany(min(_ROWS_PER_FETCH, block.room)):
-                block.add(rows)
-                if not block.room:
+        at_once = max(1, _JOINED_BYTES // (self._size * FEATURE_DTYPE.itemsize))
+        block: _Block | None = None
+        more = True
+        with closing(driver.cursor()) as cursor:
+            while more:
+                wanted = min(at_once, size if block is None else block.room)
+                labels, data = self._sqlite_rows(cursor, after, wanted)
+                numbers = labels[0]
+                more = len(numbers) == wanted
+                if block is None:  # no larger than what is there
+                    block = _Block(size if more else len(numbers), self._size)
+                block.add_labels(labels)
+                block.add_features(data)
+                if more:
+                    after = numbers[-1]
+                if len(block) and not (more and block.room):
                     yield block.stored()
-                    block = _Block(size, self._size)
-            if len(block):
-                yield block.stored()
-        finally:
-            cursor.close()
+                    block = None
+
+    def _sqlite_rows(
+        self, cursor: Any, after: int, count: int
+    ) -> tuple[Sequence[Sequence[Any]], bytes]:
+        """The next rows: number and four labels as columns, and their features' bytes."""
+        mine, values = self._mine("f.number"), (self._model, after, count)
+        cursor.execute(_SQLITE_JOINED.format(mine=mine), values)
+        *columns, least, most, data = cursor.fetchone()
+        labels = [json.loads(column) for column in columns]
+        if not labels[0]:
+            return labels, b""
+        width = self._size * FEATURE_DTYPE.itemsize
+        if least == most == width and len(data) == width * len(labels[0]):
+            return labels, data
+        # This tells which row is damaged; and another SQLite may join bytes otherwise.
+        cursor.execute(_SQLITE_ROWS.format(mine=mine), values)
+        *labels, rows = zip(*cursor, strict=True)
+        return labels, _joined(rows, labels[0], width)
 
     def _postgres_blocks(self, after: int, size: int) -> Iterator[Stored]:
         driver: Any = self._connection.connection.driver_connection
@@ -160,7 +212,9 @@ class View:
             ):
                 messages = _copied(copy)
                 while part := list(islice(messages, _ROWS_PER_FETCH)):
-                    block.add_features(part)
+                    start = len(block)
+                    numbers = [row.number for row in rows[start : start + len(part)]]
+                    block.add_features(_joined(part, numbers, block.width))
             yield block.stored()
             after = until
 
@@ -203,7 +257,7 @@ class _Block:
         self._columns: tuple[list[Any], ...] = ([], [], [], [], [])
         self._features = np.empty((rows, size), FEATURE_DTYPE)
         self._bytes = self._features.reshape(-1).data.cast("B")
-        self._width = size * FEATURE_DTYPE.itemsize
+        self.width = size * FEATURE_DTYPE.itemsize
         self._filled = 0
 
     def __len__(self) -> int:
@@ -213,35 +267,32 @@ class _Block:
     def room(self) -> int:
         return len(self._features) - self._filled
 
-    def add(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Append rows of a number, the four labels and the features' bytes."""
-        if rows:
-            *labels, data = zip(*rows, strict=True)
-            self.add_labels(labels)
-            self.add_features(data)
-
     def add_labels(self, columns: Iterable[Sequence[Any]]) -> None:
         """Append columns: numbers, persons, cameras, modalities and times of the next rows."""
         for mine, more in zip(self._columns, columns, strict=True):
             mine.extend(more)
 
-    def add_features(self, data: Sequence[Any]) -> None:
-        """Append the features' bytes of rows whose labels are here. Raises GalleryDamaged."""
-        if set(map(len, data)) != {self._width}:
-            wrong = next(i for i, row in enumerate(data) if len(row) != self._width)
-            raise GalleryDamaged(
-                f"the features of row {self._columns[0][self._filled + wrong]} do not have "
-                f"{self._width} bytes; restore a backup"
-            )
-        start = self._filled * self._width
-        self._filled += len(data)
-        self._bytes[start : self._filled * self._width] = b"".join(data)
+    def add_features(self, data: bytes) -> None:
+        """Append the features' bytes of whole rows."""
+        start = self._filled * self.width
+        self._bytes[start : start + len(data)] = data
+        self._filled += len(data) // self.width
 
     def stored(self) -> Stored:
         """The filled rows; the block must not be used afterwards."""
         numbers, persons, cameras, modalities, captured = self._columns
         rows = self._features[: self._filled]
         return Stored(numbers, persons, cameras, modalities, captured, rows)
+
+
+def _joined(rows: Sequence[Any], numbers: Sequence[int], width: int) -> bytes:
+    """The features' bytes of rows of these numbers. Raises GalleryDamaged."""
+    if set(map(len, rows)) != {width}:
+        number = next(n for n, row in zip(numbers, rows, strict=False) if len(row) != width)
+        raise GalleryDamaged(
+            f"the features of row {number} do not have {width} bytes; restore a backup"
+        )
+    return b"".join(rows)
 
 
 def _copied(copy: Iterable[Any]) -> Iterator[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from sqlalchemy import update
 from service.errors import GalleryDamaged
 from service.gallery.feed import Position, Slice
 from service.gallery.records import ItemUpdate
+from service.gallery.storage import streaming
 from service.gallery.storage.store import Store
 from service.gallery.storage.streaming import View
-from service.gallery.storage.tables import features
-from tests.service.stores import OTHER, SIZE, all_of, new, rows
+from service.gallery.storage.tables import features, items
+from service.gallery.times import microseconds
+from tests.service.stores import OTHER, SIZE, OpenStore, all_of, new, rows
 
 
 @pytest.mark.parametrize("block", [1, 3, 64, 100, 199, 200, 1000])
@@ -42,6 +46,68 @@ def test_blocks_hold_everything_once(store: Store, block: int) -> None:
     ]
     assert labels == [(None, None, "ir", None)] * 100 + [("p", "ü", "ir", 1_000_000)] * 100
     assert list(all_of(store, after=numbers[149], block=block)) == numbers[150:]
+
+
+LABELS = ['"q"', "a\\b", "line\u2028end", "\x1f", "ß漢😀", "[1,2]", "null", "1", "p" * 128]
+
+
+@pytest.mark.parametrize("joined", [1, 24, 24 * 7, 1 << 20])
+def test_rows_that_are_read_together_are_as_they_were_stored(
+    store: Store, monkeypatch: pytest.MonkeyPatch, joined: int
+) -> None:
+    """Whatever is in labels, also of older releases, and bytes of zero or no text in features."""
+    monkeypatch.setattr(streaming, "_JOINED_BYTES", joined)
+    far = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    several = new(9) + new(1, captured_at=far)
+    values = np.zeros((10, SIZE), np.float16)
+    values[1::2] = rows(5)
+    values[2] = np.frombuffer(b"\xff\x7b" * SIZE, np.float16)
+    numbers = [n for n, _ in store.add(several, values)]
+    with store.database.writing() as connection:
+        for number, label in zip(numbers, LABELS, strict=False):
+            stored = update(items).where(items.c.number == number)
+            connection.execute(stored.values(person_id=label))
+    found = all_of(store, block=8)
+    assert list(found) == numbers
+    assert [row[0] for row in found.values()] == [*LABELS, None]
+    assert found[numbers[-1]][1:4] == (None, "ir", microseconds(far))
+    assert [row[-1] for row in found.values()] == values.tolist()
+
+
+def test_an_sqlite_that_joins_otherwise_is_read_row_by_row(open_store: OpenStore) -> None:
+    """Some versions end a joined text at its first byte of zero."""
+
+    class Cut:
+        def __init__(self) -> None:
+            self.data = b""
+
+        def step(self, data: bytes, between: str) -> None:
+            self.data += data
+
+        def finalize(self) -> bytes:
+            return self.data.partition(b"\0")[0]
+
+    store = open_store()
+    if not store.database.sqlite:
+        pytest.skip("PostgreSQL copies rows")
+    values = np.zeros((5, SIZE), np.float16)
+    store.add(new(5, person_id="p"), values)
+    with store.database.reading() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.create_aggregate("group_concat", 2, Cut)
+        try:
+            found = all_of(View(connection, store.model, SIZE), block=2)
+        finally:
+            driver.create_aggregate("group_concat", 2, None)
+    assert [(row[0], row[-1]) for row in found.values()] == [("p", [0.0] * SIZE)] * 5
+
+
+def test_a_reader_may_stop_between_two_blocks(store: Store) -> None:
+    store.add(new(9), rows(9))
+    with store.view() as view:
+        with closing(view.stream(block=2)) as blocks:
+            assert len(next(blocks).numbers) == 2
+        assert view.count() == len(all_of(view)) == 9
 
 
 def test_an_empty_store_streams_nothing(store: Store) -> None:
