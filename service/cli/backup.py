@@ -11,7 +11,6 @@ from model.terminal import say
 from service.cli.options import (
     DEFAULT_URL,
     ApiKey,
-    Client,
     CropsUrl,
     DatabaseUrl,
     Url,
@@ -19,6 +18,7 @@ from service.cli.options import (
     folder,
 )
 from service.cli.outputs import Force, output
+from service.client import Client
 from service.kit.text import counted
 
 _ACTOR = "command line"

@@ -13,11 +13,11 @@ from service.cli.options import (
     PLAIN,
     ApiKey,
     AsJson,
-    Client,
     ModalityOption,
     PolarityOption,
     Url,
 )
+from service.client import Client
 
 cameras = typer.Typer(
     no_args_is_help=True,

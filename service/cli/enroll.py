@@ -22,7 +22,6 @@ from service.cli.naming import (
 from service.cli.options import (
     DEFAULT_URL,
     ApiKey,
-    Client,
     ModalityOption,
     PolarityOption,
     Urls,
@@ -40,7 +39,7 @@ from service.cli.planning import (
     print_left,
     progress_bar,
 )
-from service.client import Entry, EntryResult, OtherGallery, ServiceProblem, Unreachable
+from service.client import Client, Entry, EntryResult, OtherGallery, ServiceProblem, Unreachable
 from service.client.stream import SENDERS
 from service.kit.text import counted
 

@@ -12,8 +12,9 @@ from rich.table import Column, Table
 
 from model.atomic_file import PRIVATE, whole_file, write_whole
 from model.terminal import Console, printable, say, say_json
-from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Client, Modality, Url
+from service.cli.options import DEFAULT_URL, PLAIN, ApiKey, AsJson, Modality, Url
 from service.cli.outputs import Force, output, refuse_data_folder
+from service.client import Client
 from service.client.bulk import EXPORTED, manifest_row
 from service.client.requests import ListFields, item_path
 from service.kit.text import counted

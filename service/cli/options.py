@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from service.client import DEFAULT_URL, Client
+from service.kit.urls import DEFAULT_URL
 
 _DATA_DIR = "CMT_DATA_DIR"
 
@@ -111,7 +111,6 @@ __all__ = [
     "PLAIN",
     "ApiKey",
     "AsJson",
-    "Client",
     "KeysFile",
     "ModalityOption",
     "PolarityOption",

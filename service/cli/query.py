@@ -20,7 +20,6 @@ from service.cli.options import (
     PLAIN,
     ApiKey,
     AsJson,
-    Client,
     Modality,
     ModalityOption,
     PolarityOption,
@@ -28,7 +27,7 @@ from service.cli.options import (
 )
 from service.cli.outputs import Force, output
 from service.cli.pictures import Pictures, print_pictures, renderer
-from service.client import ServiceProblem
+from service.client import Client, ServiceProblem
 from service.client.requests import QueryFields
 from service.kit.text import counted
 

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from model.device import DEVICES
 from model.terminal import say
-from service.cli.options import DEFAULT_URL, ApiKey, Client, CropsUrl, Url, data_dir_option
+from service.cli.options import DEFAULT_URL, ApiKey, CropsUrl, Url, data_dir_option
+from service.client import Client
 
 _EVERY = 1.0  # seconds between two requests for its progress
 

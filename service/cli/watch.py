@@ -25,7 +25,6 @@ from service.cli.naming import (
 from service.cli.options import (
     DEFAULT_URL,
     ApiKey,
-    Client,
     ModalityOption,
     PolarityOption,
     Url,
@@ -33,6 +32,7 @@ from service.cli.options import (
 )
 from service.cli.outputs import refuse_data_folder
 from service.cli.watcher import Done, Watcher
+from service.client import Client
 from service.client.bulk import EnrollmentError
 from service.kit.text import counted
 

@@ -49,7 +49,7 @@ from service.client import stream
 from service.client.requests import ImageSource, InvalidValue, ServiceProblem, Unreachable
 from service.client.spread import OtherGallery, Spread
 from service.client.stream import Entry, EntryResult
-from service.kit.urls import is_loopback
+from service.kit.urls import DEFAULT_URL, is_loopback
 
 __all__ = [
     "AsyncClient",
@@ -60,7 +60,6 @@ __all__ = [
     "Unreachable",
 ]
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 # Long enough for a CPU that embeds a full queue first; connecting to a service takes no time.
 TIMEOUT = httpx.Timeout(120, connect=5)
 

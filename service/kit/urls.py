@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # `service.client` calls `is_loopback` and must not load SQLAlchemy
     from sqlalchemy import URL
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""Of a service with the settings' defaults."""
+
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _WITH_PORT = re.compile(r"(?:\[([^]]*)\]|([\d.]+))(?::\d{1,5})?", re.ASCII)

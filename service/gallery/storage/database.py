@@ -14,14 +14,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    column,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    select,
+    table,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from service.errors import (
@@ -35,10 +42,15 @@ from service.errors import (
 )
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.sqlite_file import BUSY_SECONDS, SqliteFile
+from service.gallery.storage.tables import REVISION
 from service.kit.urls import without_password
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 FILE_NAME = "gallery.sqlite3"
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_NOTED = table("alembic_version", column("version_num"))
 _KEPT_OPEN = 8  # SQLite's connections; more are opened and closed where more reads run at once
 _TRUNCATE_MILLISECONDS = 2000  # how long a deletion waits for readers
 _ADVISORY_LOCK = 0x636D745F72656964  # any number that no other program's lock has
@@ -240,14 +252,19 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the tables to the newest revision. Raises GalleryVersion."""
-        config = _alembic()
         with self.writing() as connection:
+            if _revisions(connection) == [REVISION]:
+                return
+            from alembic import command  # here: it takes long to import, and is seldom needed
+            from alembic.runtime.migration import MigrationContext
+
             current = MigrationContext.configure(connection).get_current_revision()
             if current is not None and current not in known_revisions():
                 raise GalleryVersion(
                     f"the database has schema {current}, which this release does not know; "
                     "use the newer release that wrote it, or restore a backup"
                 )
+            config = _alembic()
             config.attributes["connection"] = connection
             config.attributes["folder"] = self._folder
             command.upgrade(config, "head")
@@ -311,10 +328,21 @@ class Database:
 
 def known_revisions() -> set[str]:
     """Revisions of the tables that this release can migrate."""
+    from alembic.script import ScriptDirectory
+
     return {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
 
 
+def _revisions(connection: Connection) -> list[str]:
+    """What Alembic has noted in the database: one revision, none yet, or several by accident."""
+    if not inspect(connection).has_table(_NOTED.name):
+        return []
+    return list(connection.scalars(select(_NOTED.c.version_num)))
+
+
 def _alembic() -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     return config

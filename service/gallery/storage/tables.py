@@ -16,6 +16,9 @@ from sqlalchemy import (
     text,
 )
 
+REVISION = "0005"
+"""Of the newest migration."""
+
 schema = MetaData()
 
 # SQLite counts rows by itself only in a column of type INTEGER.

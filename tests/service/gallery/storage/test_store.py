@@ -29,10 +29,17 @@ from service.errors import (
 )
 from service.gallery.records import Camera, Filters, ItemUpdate, NewItem, RequestKey
 from service.gallery.storage.audit import KEY_FILE, Act
-from service.gallery.storage.database import FILE_NAME
+from service.gallery.storage.database import FILE_NAME, known_revisions
 from service.gallery.storage.folder_lock import FolderLock
 from service.gallery.storage.store import Store
-from service.gallery.storage.tables import AUDIT_TRIGGERS, audit, changes, schema, secrets
+from service.gallery.storage.tables import (
+    AUDIT_TRIGGERS,
+    REVISION,
+    audit,
+    changes,
+    schema,
+    secrets,
+)
 from tests.service.postgres import PostgresServer
 from tests.service.stores import MODEL, SIZE, OpenStore, all_of, crop, new, rows
 
@@ -45,7 +52,9 @@ def everything(store: Store, table: object) -> str:
 
 def test_the_tables_are_those_of_the_migrations(store: Store) -> None:
     with store.database.reading() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), schema) == []
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, schema) == []
+        assert context.get_current_revision() == REVISION == max(known_revisions())
 
 
 def test_an_item_keeps_all_it_was_given(open_store: OpenStore) -> None:
