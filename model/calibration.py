@@ -41,9 +41,10 @@ from model.modulation import (
     Modulation,
     Strength,
     lift,
+    lifted_distances,
     part_distances,
+    project,
     ranking_distance,
-    squared_lifted_distance,
 )
 from model.ranking.agreement import agreement
 from model.ranking.facts import RankingFacts
@@ -212,13 +213,11 @@ class Calibration:
         if not self.references:
             return {}
         applied = Modulation(*(parameter.double() for parameter in modulation))
-        every = squared_lifted_distance(x.double(), self._lifted, applied).sqrt()
-        counts = [len(rows) for rows in self.references.values()]
-        parts = torch.split(every, counts, dim=1)
-        return {
-            modality: part.contiguous().numpy()
-            for modality, part in zip(self.references, parts, strict=True)
-        }
+        every = np.empty((len(x), len(self._lifted)))
+        for row, w, c in zip(every, *project(x.double(), applied), strict=True):
+            row[:] = lifted_distances(w, float(c), self._lifted)
+        edges = np.cumsum([len(rows) for rows in self.references.values()])[:-1]
+        return dict(zip(self.references, np.split(every, edges, axis=1), strict=True))
 
     @cached_property
     def _lifted(self) -> Tensor:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -124,13 +126,20 @@ def squared_modulated_distance(x: Tensor, y: Tensor, modulation: Modulation) -> 
     c − ⟨w, z⟩ cancels where the distance is small against ‖x‖: where the last digits count, use
     `part_distances` on the few items concerned.
     """
-    return squared_lifted_distance(x, lift(y), modulation)
-
-
-def squared_lifted_distance(x: Tensor, z: Tensor, modulation: Modulation) -> Tensor:
-    """As `squared_modulated_distance`, to items that are lifted already: z N×(P+1)D → Q×N."""
     w, c = project(x, modulation)
-    return (c[:, None] - w @ z.T).clamp(min=0)
+    return (c[:, None] - w @ lift(y).T).clamp(min=0)
+
+
+def lifted_distances(w: Tensor, c: float, z: Tensor) -> npt.NDArray[np.float64]:
+    """Distances of one query, as `project` gives it in float64, to z N×(P+1)D on the CPU: N.
+
+    In the precision of z: good to its rounding of the largest distance. Every row is computed by
+    itself, on the calling thread: what else is computed beside it changes no digit.
+    """
+    rows = z.numpy()
+    squared = c - np.vecdot(rows, w.numpy().astype(rows.dtype)).astype(np.float64)
+    distances: npt.NDArray[np.float64] = np.sqrt(np.maximum(squared, 0))
+    return distances
 
 
 def modulated_distance(x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from model import CMTConfig, Modulation, project
-from service.gallery.index.features import Features, lifted_distances
+from model.modulation import lifted_distances
+from service.gallery.index.features import Features
 from service.gallery.index.searcher import (
     SAMPLE,
     WHOLE,

@@ -440,15 +440,3 @@ class Features:
         for chunk, places in self._by_chunk(positions):
             chunk.take(positions[places] - chunk.first, rows[places])
         return rows[:, : self.parts * self.dim]
-
-
-def lifted_distances(w: Tensor, c: float, z: Tensor) -> npt.NDArray[np.float64]:
-    """Euclidean distances of one query to N rows, as `Features.lifted_on_host` gives them.
-
-    w, c: as `model.project` gives them, in float64. Good to 1e-6 of the largest; `rescore` gives
-    what is shown. Every row is computed by itself, on the calling thread: neither a batch nor a
-    shard changes a digit.
-    """
-    products = np.vecdot(z.numpy(), w.numpy().astype(np.float32))
-    distances: npt.NDArray[np.float64] = np.sqrt(np.maximum(c - products.astype(np.float64), 0))
-    return distances

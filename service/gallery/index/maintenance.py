@@ -15,7 +15,7 @@ from service.gallery.index.byte_codes import code_bytes, levels
 from service.gallery.index.faiss_module import halve_threads
 from service.gallery.index.features import Features
 from service.gallery.index.figures import Figures, IndexChoice
-from service.gallery.index.recall_index import MEMORY_SHARE, choose_kind
+from service.gallery.index.recall_index import IVF_FROM, MEMORY_SHARE, choose_kind
 from service.gallery.index.room import NoRoom, device_room, host_room
 from service.gallery.index.segment import (
     Rewriting,
@@ -196,6 +196,8 @@ class Maintenance:
         if segment.index is not None:
             return segment.index.kind  # a gallery at the threshold does not switch back and forth
         host = features.device.type == "cpu"
+        if host and count < IVF_FROM:
+            return "SQfp16"  # however much memory is free, which takes milliseconds to ask
         room = available_memory() if host else device_room(features.device)
         return choose_kind(count, features.device.type, room, features.width, self._figures)
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from model import CMTConfig, Modulation, project
+from model.modulation import lifted_distances
 from service.gallery.index.chunks import Mask
 from service.gallery.index.columns import Columns
 from service.gallery.index.exact_topk import Nearest, first_rows, nearest_of
-from service.gallery.index.features import Features, Measured, lifted_distances
+from service.gallery.index.features import Features, Measured
 from service.gallery.index.inner_products import Best, exhaustive, scan
 from service.gallery.index.recall import recall
 from service.gallery.index.segment import Segment
