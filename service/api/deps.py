@@ -49,18 +49,18 @@ async def unambiguous(request: Request) -> None:
     except UnicodeDecodeError:
         errors.append(_invalid("path", "path", "must be UTF-8"))
     query = request.scope["query_string"].decode("latin-1")
-    given = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
+    given = query and parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
     for name, count in Counter(name for name, _ in given).items():
         if not is_utf_8(name) or not all(is_utf_8(text) for key, text in given if key == name):
             shown = name.encode(errors="replace").decode()
             errors.append(_invalid("query", shown, "must be UTF-8"))
         elif count > 1 and name not in _repeatable(dependant):
             errors.append(_invalid("query", name, "must be given once"))
-    headers = ["Content-Type", *(field.alias for field in dependant.header_params)]
+    sent = [name for name, _ in request.scope["headers"]]
     errors += [
         _invalid("header", name, "must be given once")
-        for name in headers
-        if len(request.headers.getlist(name)) > 1
+        for name in ("Content-Type", *(field.alias for field in dependant.header_params))
+        if sent.count(name.lower().encode()) > 1
     ]
     if errors:
         raise RequestValidationError(errors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, cast
 from urllib.parse import urlsplit
 
@@ -152,6 +153,7 @@ def _authority(origin: str) -> str | None:
         return None
 
 
+@lru_cache(maxsize=64)
 def _is_local_name(host: str) -> bool:
     try:
         name = urlsplit(f"//{host}").hostname or ""

@@ -31,12 +31,38 @@ _LINGERING = 256  # at the same time; the one that lingers longest makes room
 
 
 class _Transport:
-    """A connection as uvicorn sees it, which is closed in good order."""
+    """A connection as uvicorn sees it, which is closed in good order.
 
-    def __init__(self, transport: Any, close: Callable[[], None]) -> None:
-        self._transport = transport
+    The head of an answer is sent together with what follows: one system call, and one time that the
+    client is woken.
+    """
+
+    def __init__(
+        self, transport: Any, close: Callable[[], None], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._transport, self._loop = transport, loop
+        self._held = b""
         self.close = close
         self.closed = False
+
+    def write(self, data: bytes) -> None:
+        """Send what was held back and this, or hold this back until something else happens."""
+        if self._held:
+            data, self._held = self._held + data, b""
+            self._transport.write(data)
+        elif data:
+            self._held = data
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Send what was held back."""
+        if self._held and not self._transport.is_closing():
+            self._transport.write(self._held)
+        self._held = b""
+
+    def get_write_buffer_size(self) -> int:
+        self.flush()
+        return int(self._transport.get_write_buffer_size())
 
     def is_closing(self) -> bool:
         return self.closed or self._transport.is_closing()
@@ -74,7 +100,7 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._socket = transport
-        super().connection_made(_Transport(transport, self._close))  # type: ignore[arg-type]
+        super().connection_made(_Transport(transport, self._close, self.loop))  # type: ignore[arg-type]
         self._await("headers")
 
     def data_received(self, data: bytes) -> None:
@@ -90,6 +116,7 @@ class TimedProtocol(H11Protocol):
             self._await(None)
 
     def on_response_complete(self) -> None:
+        self.transport.flush()  # type: ignore[attr-defined]
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
             self._await("body")
@@ -141,6 +168,7 @@ class TimedProtocol(H11Protocol):
         answered = self.conn.our_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
         if self.transport.is_closing():
             return
+        self.transport.flush()  # type: ignore[attr-defined]
         if not unread or not answered:
             self._socket.close()
             return

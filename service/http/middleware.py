@@ -10,8 +10,8 @@ import asyncio
 import logging
 import re
 import time
+from secrets import token_hex
 from typing import Final
-from uuid import uuid4
 
 import structlog
 from starlette.datastructures import Headers
@@ -53,7 +53,7 @@ class RequestLogMiddleware:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        request_id = given if _REQUEST_ID.fullmatch(given) else token_hex(16)
         status = 0
 
         async def observed(message: Message) -> None:

@@ -6,6 +6,7 @@ The proxies run with the blocks of docs/operations.md; one that is not installed
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -133,6 +134,17 @@ def test_what_asks_first_and_may_send_is_received(
         assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
         connection.sendall(body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("path", ["/livez", "/nothing"])
+def test_a_small_answer_is_sent_in_one_piece(service: ServiceProcess, path: str) -> None:
+    """Its head alone would wake the client for nothing."""
+    with socket.create_connection(service.address, timeout=60) as connection:
+        for _ in range(20):
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+            assert f"content-length: {len(body)}" in head.decode().lower().split("\r\n")
+            assert json.loads(body)
 
 
 def test_connections_that_are_read_to_their_end_hold_no_place(
