@@ -48,6 +48,22 @@ def embedding_graph(model: CMT, modality: Modality) -> Graph:
     )
 
 
+def view_graph(model: CMT, modality: Modality) -> Graph:
+    """images B×3×H×W of one modality → complete representation B×P×D: what `CMT.forward` computes.
+
+    Of the images alone, also where the configuration has `mirror`: whoever runs it may compute the
+    mirror images at the same time elsewhere.
+    """
+    config = model.config
+    return Graph(
+        name=f"view-{modality}",
+        module=_OneView(model, modality).eval(),
+        input="images",
+        example=torch.zeros(2, 3, config.input_height, config.input_width),
+        outputs={"complete": (config.parts, config.dim)},
+    )
+
+
 def modulation_graph(model: CMT) -> Graph:
     """embedding B×P×D → gamma, beta, B×D each: `CMT.modulation`, equation (12)."""
     config = model.config
@@ -66,11 +82,18 @@ def all_graphs(model: CMT) -> list[Graph]:
 
 
 def to_openvino(graph: Graph) -> openvino.Model:
-    """Convert to OpenVINO, in fp32 and for any batch size. Needs the package openvino."""
+    """Convert to OpenVINO, in fp32 and for any batch size. Needs the package openvino.
+
+    The weights are copied: what OpenVINO computes with then depends on no tensor of PyTorch, and no
+    thread of its own ever frees one.
+    """
     from model.quiet_openvino import openvino
 
     converted = openvino.convert_model(
-        graph.module, example_input=graph.example, input=[-1, *graph.example.shape[1:]]
+        graph.module,
+        example_input=graph.example,
+        input=[-1, *graph.example.shape[1:]],
+        share_weights=False,
     )
     converted.input(0).get_tensor().set_names({graph.input})
     for output, name in zip(converted.outputs, graph.outputs, strict=True):
@@ -87,6 +110,18 @@ class _OneModality(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.represent(images, self.modality).embedding
+
+
+class _OneView(nn.Module):
+    """The network without mirror images and without the ranked form, the modality fixed."""
+
+    def __init__(self, model: CMT, modality: Modality) -> None:
+        super().__init__()
+        self.model, self.modality = model, modality
+
+    def forward(self, images: Tensor) -> Tensor:
+        complete: Tensor = self.model(images, self.modality).complete
+        return complete
 
 
 class _ModulationOnly(nn.Module):

@@ -133,7 +133,8 @@ class Embedder:
             from service.embedding.openvino_runtime import OpenVINOBackend
 
             verdict = found.verdict
-            backend = OpenVINOBackend(found.graphs, quantised=verdict.runtime == "int8")
+            quantised = verdict.runtime == "int8"
+            backend = OpenVINOBackend(found.graphs, self.info.config, quantised=quantised)
             return verdict.runtime, f"{verdict.reason}, measured at an earlier start", backend
         name, reason, chosen = self._choose(runtime, "auto", cache)
         if (graphs := getattr(chosen, "graphs", None)) is not None:  # OpenVINO's
@@ -211,7 +212,7 @@ class Embedder:
             # Left to itself OpenVINO takes bf16 for the rest, which is no faster, and which some
             # CPUs cannot compile.
             graphs = compiled(read_graphs(form.graphs), "float32")
-            backend = OpenVINOBackend(graphs, quantised=True)
+            backend = OpenVINOBackend(graphs, self.info.config, quantised=True)
             agrees, measured = self._agreement(backend, LEAST_COSINE)
         except Exception as error:
             raise RuntimeUnavailable(
@@ -260,7 +261,7 @@ class Embedder:
 
         def made(asked: PrecisionName) -> OpenVINOBackend:
             graphs = converted(self._model, self.info.fingerprint, cache_dir)
-            return OpenVINOBackend(compiled(graphs, asked))
+            return OpenVINOBackend(compiled(graphs, asked), self.info.config)
 
         backend = made(precision)
         if precision != "auto":

@@ -94,7 +94,7 @@ class GraphFiles:
     def __init__(self, folder: Path, fingerprint: str, modality: Modality) -> None:
         # Another OpenVINO may convert otherwise: its version is part of the name.
         version = "".join(c if c.isalnum() else "-" for c in openvino.__version__.split("-")[0])
-        stem = folder / f"openvino-{version}-{fingerprint}-{modality}"
+        stem = folder / f"openvino-{version}-{fingerprint}-view-{modality}"
         self.xml, self._weights, self._digest = (
             stem.with_name(stem.name + suffix) for suffix in (".xml", ".bin", ".sha256")
         )

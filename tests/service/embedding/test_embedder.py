@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from model import CMT, CheckpointError, Modality, preprocess
+from model import CMT, CheckpointError, Modality, preprocess, save_checkpoint
 from model.int8 import LEAST_COSINE, int8_folder
+from model.pixels import normalise, pixels_of
 from service.embedding import embedder as embedding
 from service.embedding.batcher import Embedded
 from service.embedding.embedder import Embedder
@@ -80,6 +81,25 @@ def test_openvino_agrees_with_torch_at_any_batch(
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert (converted.runtime, eager.runtime) == ("openvino", "torch")
     assert converted.precision.startswith("f32")
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("unit", [False, True])
+def test_openvino_computes_every_form_of_the_network(
+    mirror: bool, unit: bool, tiny_model: CMT, tmp_path: Path
+) -> None:
+    """On all streams and on one, a lone crop and more; later ones leave earlier answers alone."""
+    form = {"mirror": mirror, "normalise_test": unit}
+    model = CMT(tiny_model.config.model_copy(update=form)).eval()
+    model.load_state_dict(tiny_model.state_dict())
+    save_checkpoint(tmp_path / "form.safetensors", model)
+    backend = start(tmp_path / "form.safetensors", tmp_path).backend
+    pixels = pixels_of([crop.image for crop in crops(5)], model.config)
+    expected = model.embed(normalise(pixels.permute(0, 3, 1, 2)), "ir")
+    places = [slice(0, 1), slice(0, 5), slice(1, 3), slice(4, 5)]
+    given = [(at, run(pixels[at], "ir")) for at in places for run in (backend, backend.beside)]
+    for at, features in given:
+        torch.testing.assert_close(features, expected[at], rtol=1e-3, atol=1e-4)
 
 
 def test_the_given_modality_decides_the_stem(eager: Embedder, converted: Embedder) -> None:
