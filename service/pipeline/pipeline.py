@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from anyio import create_task_group, sleep
 from anyio.abc import TaskGroup
@@ -454,7 +455,8 @@ def _read(picture: Picture, crop: Crop) -> Crop:
 
 def _finite(features: Tensor) -> Tensor:
     """The features. Raises EmbeddingFailed where they are no numbers to rank by."""
-    if not features.isfinite().all():
+    # By NumPy, which keeps the interpreter's lock: waiting for it takes longer than this.
+    if not np.isfinite(features.numpy()).all():
         raise EmbeddingFailed(
             "the features of the image are not finite; the checkpoint is damaged or untrained"
         )

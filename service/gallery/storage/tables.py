@@ -27,12 +27,13 @@ RowNumber = BigInteger().with_variant(Integer, "sqlite")
 # number: order of enrollment, never used again after a delete. Times: microseconds since 1970 UTC,
 # because SQLite knows no time zones. details: the client's metadata as JSON text. request_key: the
 # client's Idempotency-Key, free again once the item is deleted; request_sha256: of what it sent.
+# id: tells SQLAlchemy which of many inserted rows got which number.
 # Labels are as `model.labels` has them, but for those of older releases of which nothing is left.
 items = Table(
     "items",
     schema,
     Column("number", RowNumber, primary_key=True, autoincrement=True),
-    Column("id", String(36), nullable=False, unique=True),
+    Column("id", String(36), nullable=False, unique=True, insert_sentinel=True),
     Column("person_id", Text, index=True),
     Column("camera_id", Text, index=True),
     Column("captured_at", BigInteger, index=True),
