@@ -45,9 +45,20 @@ class Compiled:
         return str(self.whole["rgb"].get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
 
+def reader() -> openvino.Core:
+    """OpenVINO, which copies the weights that it reads.
+
+    It would map them: whoever wrote into a file of a running service, or cut it, would change its
+    answers or end it.
+    """
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})
+    return core
+
+
 def read_graphs(files: Mapping[Modality, Path]) -> dict[Modality, openvino.Model]:
     """The graphs in .xml files, each with its .bin beside it. Raises whatever OpenVINO raises."""
-    core = openvino.Core()
+    core = reader()
     return {modality: core.read_model(file) for modality, file in files.items()}
 
 

@@ -16,7 +16,7 @@ from model import CMT, CMTConfig, Modality
 from model.graphs import to_openvino, view_graph
 from model.modalities import MODALITIES
 from model.quiet_openvino import openvino
-from service.embedding.openvino_graphs import Compiled, GraphFiles
+from service.embedding.openvino_graphs import Compiled, GraphFiles, reader
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def converted(
 def _graph(model: CMT, fingerprint: str, cache: Path | None, modality: Modality) -> openvino.Model:
     if cache is None:
         return to_openvino(view_graph(model, modality))
-    core, files = openvino.Core(), GraphFiles(cache, fingerprint, modality)
+    core, files = reader(), GraphFiles(cache, fingerprint, modality)
     if files.digest() is not None:
         return core.read_model(files.xml)
     graph = to_openvino(view_graph(model, modality))

@@ -256,6 +256,28 @@ def test_int8_embeds_as_fp32_does(eager: Embedder, quantised: Path) -> None:
         assert not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # it is another network
 
 
+def overwritten(folder: Path) -> None:
+    """Every file's content replaced in its place, as a copy from elsewhere does."""
+    files = sorted(folder.rglob("*.bin"))
+    assert len(files) == 2
+    for file in files:
+        with file.open("r+b") as open_file:
+            open_file.write(bytes(file.stat().st_size))
+
+
+def test_files_that_are_overwritten_later_change_nothing(quantised: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    start(quantised, kept)  # converted
+    runs = {
+        int8_folder(quantised): Embedder(quantised, device="cpu", runtime="int8"),
+        kept: start(quantised, kept),
+    }
+    for folder, embedder in runs.items():
+        before = embedder.embed(crops(4))
+        overwritten(folder)
+        assert torch.equal(embedder.embed(crops(4)), before)
+
+
 def test_auto_takes_int8_where_it_is_checked_and_faster(
     quantised: Path, monkeypatch: pytest.MonkeyPatch, graphs: Path
 ) -> None:
