@@ -49,6 +49,9 @@ class GroupCommit:
         try:
             with self._database.writing() as connection:
                 for work, outcome in calls:
+                    if len(calls) == 1:  # an error takes back the whole transaction
+                        results.append((outcome, work(connection)))
+                        break
                     savepoint = connection.begin_nested()
                     try:
                         result = work(connection)
