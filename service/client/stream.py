@@ -27,7 +27,7 @@ from service.client.requests import (
 )
 
 SENDERS = 2  # of each service: one request is sent while it embeds the other's images
-PER_REQUEST = 64
+PER_REQUEST = 128
 _REQUEST_BYTES = 64_000_000
 
 # No other request fares better, now.
