@@ -109,7 +109,7 @@ def read(
     _check_header(image, box, limits)
     samples = _guarded(lambda: bit_depth.samples_of(image))
     orientation = _orientation(image)
-    planes = _guarded(lambda: _planes(data, kind, samples, limits))
+    planes = _guarded(lambda: _planes(data, kind, samples, limits, image))
     upright = _guarded(lambda: _upright(planes, samples, orientation, box))
 
     def frame() -> Image.Image:
@@ -211,12 +211,20 @@ def _check_header(image: Image.Image, box: Box | None, limits: ImageLimits) -> N
 
 
 def _planes(
-    data: bytes, kind: Format, samples: bit_depth.Samples, limits: ImageLimits
+    data: bytes,
+    kind: Format,
+    samples: bit_depth.Samples,
+    limits: ImageLimits,
+    opened: Image.Image,
 ) -> list[Image.Image]:
-    """Decode → the image, or those of the high and of the low bytes of 16-bit colour."""
+    """Decode → the image, or those of the high and of the low bytes of 16-bit colour.
+
+    opened: the image, not yet loaded. A JPEG is decoded from it, which saves reading its header.
+    """
+    ready = [opened] if kind == "JPEG" else []
 
     def first() -> Image.Image:
-        image = _open(data, kind)
+        image = ready.pop() if ready else _open(data, kind)
         if samples.layout == "gray and alpha":
             bit_depth.read_all_bits(image)
         return image
