@@ -191,7 +191,7 @@ class View:
         *labels, rows = zip(*cursor, strict=True)
         return labels, _joined(rows, labels[0], width)
 
-    def _postgres_blocks(self, after: int, size: int) -> Iterator[Stored]:
+    def _postgres_blocks(self, after: int, size: int) -> Generator[Stored, None, None]:
         driver: Any = self._connection.connection.driver_connection
         labels = (
             select(features.c.number, *_LABELS)
