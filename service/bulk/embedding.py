@@ -43,8 +43,8 @@ from service.errors import (
 )
 from service.gallery import RequestKey
 from service.gallery.storage.folder_lock import FolderLock
-from service.images import Decoders
 from service.images.decode import ImageLimits, Picture
+from service.images.pool import Decoders
 from service.images.turns import Share
 from service.settings import Settings
 

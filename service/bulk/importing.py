@@ -44,8 +44,8 @@ from service.gallery import Act, Camera, NewItem, RequestKey
 from service.gallery.filling import filling
 from service.gallery.index.room import capacity, feature_bytes
 from service.gallery.storage.store import Store
-from service.images import Decoders
 from service.images.decode import Crop, ImageLimits, ModalitySource, Picture
+from service.images.pool import Decoders
 from service.images.turns import Share
 from service.kit.text import counted
 from service.pipeline.reading import picture_of

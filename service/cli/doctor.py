@@ -185,8 +185,8 @@ def _data_dir(folder: Path) -> str:
 
 
 def _decoding() -> str:
-    from service.images import Decoders
     from service.images.decode import ImageLimits
+    from service.images.pool import Decoders
     from service.pipeline.self_check import builtin_picture
 
     decoders = Decoders(1, ImageLimits(), seconds=10)

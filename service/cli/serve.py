@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from model.device import DEVICES
-from model.importing import without_collections
+from model.importing import frames_known_by_name, torch_library, without_collections
 from service.cli.options import data_dir_option
 
 Option = typer.Option
@@ -66,8 +67,14 @@ def serve(
         api_keys_file=api_keys_file,
     )
     configure_logs(settings.log_format, settings.log_level)
+    with without_collections():
+        import_module("uvicorn")
+        with torch_library():
+            # Written in Python: what loads a library itself would wait for torch's.
+            import_module("fastapi")
+            import_module("service.api.schemas")
     with begun(settings) as started:  # goes on while this process loads torch
-        with without_collections():
+        with without_collections(), frames_known_by_name():
             from service.server import run
 
         run(settings, started)

@@ -15,8 +15,9 @@ import os
 import platform
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -81,6 +82,11 @@ class Ahead:
 @contextmanager
 def ahead(checkpoint: Path, runtime: Runtime, cache: Path) -> Iterator[Ahead]:
     """Look for a network while the block runs; see `known_network`."""
+    fingerprint = stored_fingerprint(checkpoint)
+    if fingerprint is not None and _file(cache, fingerprint).exists():
+        with suppress(Exception):  # which the probe meets again, and says
+            # Here: two threads that import at the same time hold each other up.
+            import_module("service.embedding.openvino_graphs")
     with ThreadPoolExecutor(1, "ahead") as thread:
         yield Ahead(thread.submit(known_network, checkpoint, runtime, cache))
 

@@ -3,7 +3,3 @@
 A codec that hangs, crashes or asks for all the memory ends its own process, not the service, and
 only the image that caused it is refused.
 """
-
-from service.images.pool import Decoders
-
-__all__ = ["Decoders"]

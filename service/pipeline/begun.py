@@ -10,8 +10,8 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import NamedTuple
 
 from service.embedding.verdict import Ahead, ahead
-from service.images import Decoders
 from service.images.decode import ImageLimits
+from service.images.pool import Decoders
 from service.settings import Settings
 
 

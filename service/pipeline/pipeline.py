@@ -30,8 +30,8 @@ from service.embedding.embedder import Embedder
 from service.embedding.engine import EmbeddingEngine
 from service.errors import EmbeddingFailed, ModelVersionConflict, ServiceError
 from service.gallery import Act, Camera, Gallery
-from service.images import Decoders
 from service.images.decode import STORED_LIMITS, Crop, Modality, ModalitySource, Picture
+from service.images.pool import Decoders
 from service.images.turns import Share
 from service.kit.concurrency import gathered, in_thread
 from service.observability.metrics import Metrics

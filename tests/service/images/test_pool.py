@@ -27,8 +27,8 @@ from service.errors import (
     RuntimeUnavailable,
     ServiceError,
 )
-from service.images import Decoders
 from service.images.decode import Box, ImageLimits, Picture, decode
+from service.images.pool import Decoders
 from service.images.turns import Share
 from tests.service.processes import wait_for
 
@@ -238,7 +238,7 @@ def test_limits_reach_the_processes(decoders: Decoders) -> None:
 def test_processes_end_with_the_one_that_started_them() -> None:
     code = (
         "import time"
-        "\nfrom service.images import Decoders"
+        "\nfrom service.images.pool import Decoders"
         "\nfrom service.images.decode import ImageLimits"
         "\npool = Decoders(2, ImageLimits(), seconds=5)"
         "\nprint(*pool.processes, flush=True); time.sleep(60)"

@@ -1,0 +1,50 @@
+"""What makes importing much faster leaves nothing behind, and does what it says."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from model.importing import frames_known_by_name, torch_library, without_collections
+from tests.paths import ROOT
+
+
+def test_collections_go_on_afterwards() -> None:
+    with without_collections():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_frames_are_of_their_modules() -> None:
+    usual, here = inspect.getmodule, sys.modules[__name__]
+    with frames_known_by_name():
+        assert inspect.getmodule(sys._getframe()) is here
+        assert inspect.getmodule(test_frames_are_of_their_modules) is here
+        assert inspect.getmodule(gc) is gc
+    assert inspect.getmodule is usual
+
+
+def test_torch_finds_its_library_loaded() -> None:
+    code = """
+import sys
+from model.importing import torch_library
+with torch_library():
+    pass
+print("torch" in sys.modules, "libtorch_cpu.so" in open("/proc/self/maps").read())
+import torch
+print(float(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum()))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert ran.stdout.split() == ["False", "True", "8.0"]
+
+
+def test_without_torch_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.importing.find_spec", lambda _: None)
+    with torch_library():
+        pass
