@@ -118,8 +118,8 @@ def posterior(
     share = (searched.people - alone) / max(1, searched.items - alone)  # people for each item
     rest_named = _rest(searched, labelled) + _log(share * (searched.items - alone) / searched.items)
     rest_alone = _rest(searched, unlabelled) + _log(alone / searched.items)
-    all_named = _log_sum([*of_people[outcomes], prior_odds + rest_named])
-    everything = _log_sum([all_named, *weights[~named & sure], prior_odds + rest_alone])
+    all_named = _log_sum(np.append(of_people[outcomes], prior_odds + rest_named))
+    everything = _log_sum(np.append(weights[~named & sure], [all_named, prior_odds + rest_alone]))
     against = np.where(named, weights - np.logaddexp(0, all_named), -np.logaddexp(0, -weights))
     enrolled = math.exp(-np.logaddexp(0, -everything))
     return Answer(np.minimum(np.exp(np.minimum(against, 0)), enrolled), enrolled)
@@ -164,7 +164,7 @@ def _log(number: float) -> float:
     return math.log(number) if number > 0 else -math.inf
 
 
-def _log_sum(logs: Sequence[float]) -> float:
+def _log_sum(logs: FloatArray | Sequence[float]) -> float:
     """ln Σ exp, −∞ for none."""
     array = np.asarray(logs, np.float64)
     largest = array.max(initial=-math.inf)

@@ -51,12 +51,12 @@ def spread_ratio(counted: Iterable[tuple[int, Moments, Moments]]) -> float:
 
     The geometric mean of their ratios, weighted by the items; 1 where there is no deviation.
     """
-    weights, logs = [], []
+    weight, total = 0, 0.0
     for items, here, reference in counted:
         if here.deviation > 0 and reference.deviation > 0:
-            weights.append(items)
-            logs.append(math.log(here.deviation / reference.deviation))
-    return math.exp(np.average(logs, weights=weights)) if weights else 1.0
+            weight += items
+            total += items * math.log(here.deviation / reference.deviation)
+    return math.exp(total / weight) if weight else 1.0
 
 
 def own_share(query: str, items: Mapping[Modality, int]) -> float:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import NamedTuple, TypeVar
@@ -263,7 +263,9 @@ def _scan(
     chunks: Sequence[Chunk], dim: int, w: Tensor, count: int, allowed: Sequence[Mask]
 ) -> list[Best]:
     groups = [(members, allowed[members[0]]) for members in sharing(allowed)]
-    search = partial(_scan_chunk, w=w, count=count, groups=groups, dim=dim)
+    scales = {chunk.scale: chunk for chunk in chunks}
+    projected = {scale: chunk.projected(w, dim).numpy() for scale, chunk in scales.items()}
+    search = partial(_scan_chunk, projected=projected, count=count, groups=groups)
     if len(chunks) > _SERIAL_CHUNKS:
         found = _shared(search, chunks)
     else:
@@ -322,15 +324,21 @@ def _strips(chunks: Sequence[Chunk], count: int) -> Iterator[tuple[Chunk, list[t
 
 
 def _scan_chunk(
-    chunk: Chunk, *, w: Tensor, count: int, groups: Sequence[tuple[list[int], Mask]], dim: int
+    chunk: Chunk,
+    *,
+    projected: Mapping[float, npt.NDArray[np.float32]],
+    count: int,
+    groups: Sequence[tuple[list[int], Mask]],
 ) -> dict[int, Best]:
-    """What each query finds there; all of them while the chunk is in the caches."""
+    """What each query finds there; all of them while the chunk is in the caches.
+
+    projected: all queries, by the scale of a chunk.
+    """
     found: dict[int, Best] = {}
     for members, mask in groups:
         allowed = mask[chunk.first : chunk.first + chunk.count]
         if allowed.any():
-            queries = np.ascontiguousarray(chunk.projected(w[members], dim).numpy())
-            scores, positions = chunk.scan(queries, count, allowed)
+            scores, positions = chunk.scan(projected[chunk.scale][members], count, allowed)
             found.update(zip(members, map(Best, positions, scores), strict=True))
     return found
 

@@ -365,13 +365,12 @@ class Searcher:
             if any(tuple(p.shape) != (1, dim) for p in one.modulation):
                 shapes = " and ".join(str(tuple(p.shape)) for p in one.modulation)
                 raise ValueError(f"γ and β have the shapes {shapes}; one query needs {1, dim}")
-        x = torch.stack([one.x.detach().cpu().double() for one in queries])
-        gamma, beta = (
-            torch.cat([one.modulation[i].detach().cpu().double() for one in queries])
-            for i in range(2)
-        )
+        given = [[part.detach().cpu() for part in (one.x, *one.modulation)] for one in queries]
+        together = torch.stack([torch.cat(one).double() for one in given])
+        x, gamma, beta = torch.split(together, [parts, 1, 1], dim=1)
+        gamma, beta = gamma[:, 0], beta[:, 0]
         # A comparison with NaN is false.
-        if not all(np.abs(v.numpy()).max() < _LARGEST for v in (x, gamma, beta)):
+        if not np.abs(together.numpy()).max() < _LARGEST:
             raise ValueError(
                 "x, γ or β holds numbers that are not finite, or far too large; the checkpoint is "
                 "damaged or untrained"
