@@ -21,6 +21,7 @@ from model import (
     part_distances,
     project,
 )
+from model.modulation import lifted_distances
 
 
 def draw(
@@ -197,3 +198,17 @@ def test_a_gpu_measures_the_same_distances(device: str) -> None:
         expected = measured(x, y, modulation)
         found = measured(x.to(device), y.to(device), there)
         torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_distances_to_lifted_rows_are_the_direct_ones_and_do_not_depend_on_other_rows() -> None:
+    generator = torch.Generator().manual_seed(8)
+    x, y = (torch.randn(n, 3, 17, generator=generator, dtype=torch.float64) for n in (1, 50))
+    modulation = Modulation(*(torch.rand(1, 17, generator=generator).double() for _ in range(2)))
+    w, c = project(x, modulation)
+    z = lift(y)
+    found = lifted_distances(w[0], float(c[0]), z)
+    direct = part_distances(x, y, modulation).sum(2).sqrt()[0]
+    torch.testing.assert_close(torch.from_numpy(found), direct)
+    for rows in (slice(7, 8), slice(3, 40)):
+        assert (lifted_distances(w[0], float(c[0]), z[rows]) == found[rows]).all()
+    assert lifted_distances(w[0], float(c[0]), z[:0]).shape == (0,)
