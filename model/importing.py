@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import inspect
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType, ModuleType
 
 
 @contextmanager
@@ -46,23 +43,3 @@ def torch_library() -> Iterator[None]:
     with ThreadPoolExecutor(1, "torch") as thread:
         thread.submit(load, os.fsencode(library), os.RTLD_NOW | os.RTLD_LOCAL)
         yield
-
-
-@contextmanager
-def frames_known_by_name() -> Iterator[None]:
-    """While a block imports torch, take the module of a frame by the name that the frame has.
-
-    torch asks for it a hundred times, and `inspect` resolves the path of every module for that.
-    """
-    usual = inspect.getmodule
-
-    def getmodule(object: object, _filename: str | None = None) -> ModuleType | None:
-        if isinstance(object, FrameType):
-            return sys.modules.get(str(object.f_globals.get("__name__")))
-        return usual(object, _filename)
-
-    inspect.getmodule = getmodule
-    try:
-        yield
-    finally:
-        inspect.getmodule = usual

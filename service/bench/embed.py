@@ -22,7 +22,8 @@ from model.outputs import ResultsFile
 from service.bench.crops import decoded, image_files
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
-from service.embedding.embedder import Embedder, Runtime
+from service.embedding.embedder import Embedder
+from service.embedding.verdict import Runtime
 from service.images.decode import Crop
 
 QUICK = ("--rounds", "3")

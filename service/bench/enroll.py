@@ -26,7 +26,8 @@ from service.bench.serving.load import HOST
 from service.bench.serving.several import Processes
 from service.client import Client
 from service.client.stream import Entry
-from service.embedding.embedder import Embedder, Runtime
+from service.embedding.embedder import Embedder
+from service.embedding.verdict import Runtime
 from service.gallery import Gallery, Item, NewItem
 from service.images.decode import Crop
 from service.kit.text import counted

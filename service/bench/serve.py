@@ -21,7 +21,8 @@ from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.bench.serving.rivals import TENFOLD, Batching, Rival, is_installed
 from service.bench.serving.trace import rows
 from service.bench.serving.trials import Trials
-from service.embedding.embedder import Embedder, Runtime
+from service.embedding.embedder import Embedder
+from service.embedding.verdict import Runtime
 from service.kit.text import counted
 
 QUICK = ("--seconds", "2", "--rounds", "1")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from model.device import DEVICES
-from model.importing import frames_known_by_name, torch_library, without_collections
+from model.importing import torch_library, without_collections
 from service.cli.options import data_dir_option
 
 Option = typer.Option
@@ -74,7 +74,7 @@ def serve(
             import_module("fastapi")
             import_module("service.api.schemas")
     with begun(settings) as started:  # goes on while this process loads torch
-        with without_collections(), frames_known_by_name():
+        with without_collections():
             from service.server import run
 
         run(settings, started)

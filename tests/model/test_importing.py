@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import subprocess
 import sys
 
 import pytest
 
-from model.importing import frames_known_by_name, torch_library, without_collections
+from model.importing import torch_library, without_collections
 from tests.paths import ROOT
 
 
@@ -17,15 +16,6 @@ def test_collections_go_on_afterwards() -> None:
     with without_collections():
         assert not gc.isenabled()
     assert gc.isenabled()
-
-
-def test_frames_are_of_their_modules() -> None:
-    usual, here = inspect.getmodule, sys.modules[__name__]
-    with frames_known_by_name():
-        assert inspect.getmodule(sys._getframe()) is here
-        assert inspect.getmodule(test_frames_are_of_their_modules) is here
-        assert inspect.getmodule(gc) is gc
-    assert inspect.getmodule is usual
 
 
 def test_torch_finds_its_library_loaded() -> None:
