@@ -56,9 +56,9 @@ class _Transport:
 
     def flush(self) -> None:
         """Send what was held back."""
-        if self._held and not self._transport.is_closing():
-            self._transport.write(self._held)
-        self._held = b""
+        held, self._held = self._held, b""  # first: writing may ask for the size, which flushes
+        if held and not self._transport.is_closing():
+            self._transport.write(held)
 
     def get_write_buffer_size(self) -> int:
         self.flush()

@@ -9,6 +9,8 @@ import re
 import socket
 import stat
 import threading
+import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -246,6 +248,31 @@ def test_a_client_that_vanishes_leaves_nothing(big: tuple[str, Path], tmp_path: 
     wait_until_free()
     assert peek(tmp_path / "whole.zip").counts["items"] == BIG
     assert not temporary(folder)
+
+
+def test_a_client_that_reads_slowly_gets_every_byte_once(
+    big: tuple[str, Path], tmp_path: Path
+) -> None:
+    """The server's buffers are full again and again, at any moment of its writing."""
+    url, _ = big
+    wait_until_free()
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        raw.connect(("127.0.0.1", httpx.URL(url).port or 0))
+        raw.sendall(b"POST /admin/backup HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n")
+        raw.sendall(b"Content-Length: 0\r\n\r\n")
+        received = bytearray()
+        while block := raw.recv(200_000):
+            received += block
+            if len(received) < 3_000_000:
+                time.sleep(0.001)
+    head, _, body = bytes(received).partition(b"\r\n\r\n")
+    assert f"content-length: {len(body)}" in head.decode().lower().split("\r\n")
+    file = tmp_path / "slow.zip"
+    file.write_bytes(body)
+    assert peek(file).counts["items"] == BIG
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
 
 
 def test_a_client_that_does_not_read_is_given_up(
