@@ -24,6 +24,7 @@ from model.cli import main
 from service.api.schemas import GalleryItem
 from service.auth.keys import KeyFile
 from service.client import Client
+from service.client.stream import PER_REQUEST
 from service.errors import Overloaded, ServiceError
 from tests.faked_device import FakedDevice
 from tests.service.conftest import Serve
@@ -345,9 +346,10 @@ def test_enroll_that_is_interrupted_goes_on_where_it_was(
 ) -> None:
     crops, keys = tmp_path / "crops", KeyFile(tmp_path / "keys.json")
     crops.mkdir()
-    for number in range(300):
+    count = 5 * PER_REQUEST
+    for number in range(count):
         (crops / f"{number}.jpg").write_bytes(image)
-    # Slow enough to be interrupted: a request of 64 files in so many seconds.
+    # Slow enough to be interrupted: a request in so many seconds.
     _, slow = keys.create("slow", ["enroll"], rate="1/2 seconds")
     _, token = keys.create("desk", ["query", "enroll"])
     with (
@@ -363,15 +365,15 @@ def test_enroll_that_is_interrupted_goes_on_where_it_was(
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
         stored = client.list(limit=1).total
-        assert 0 < stored < 300
-        assert f"{stored} of 300 files are enrolled" in out
+        assert 0 < stored < count
+        assert f"{stored} of {count} files are enrolled" in out
         assert "Run the same command again to go on" in err
         assert "Traceback" not in err
         again = ("enroll", crops, "--url", url, "--api-key", token)
         status, out, _ = run(capsys, *again)
         assert status == 0
-        assert f"300 of 300 files are enrolled, {stored} of them before." in out
-        assert client.list(limit=1).total == 300
+        assert f"{count} of {count} files are enrolled, {stored} of them before." in out
+        assert client.list(limit=1).total == count
 
 
 def test_enroll_stops_where_the_service_ends(
