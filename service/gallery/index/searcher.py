@@ -524,9 +524,9 @@ def _sampled(queries: Sequence[_Query], found: Sequence[_Found]) -> list[Sample 
             wanting.setdefault(id(one.seen), []).append(i)
     for members in wanting.values():
         seen = found[members[0]].seen
-        persons = seen.columns.persons[seen.spread]
+        persons, lifted = seen.columns.persons[seen.spread], seen.lifted
         for i in members:
-            distances = lifted_distances(queries[i].w, queries[i].c, seen.lifted)
+            distances = lifted_distances(queries[i].w, queries[i].c, lifted)
             samples[i] = Sample(seen.spread, persons, distances, whole=False)
     return samples
 
