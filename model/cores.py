@@ -31,8 +31,8 @@ def limit_threads(environment: MutableMapping[str, str] = os.environ) -> None:
     """Make numerical libraries that load later start one thread for each allowed core.
 
     They count the cores of the affinity on their own, but no quota. Left to themselves their idle
-    threads keep the cores busy for 5 ms after each step, too: on two cores OpenVINO took 15 ms
-    instead of 9 for eight crops (`cmt bench embed`). What is set already holds.
+    threads keep cores busy for milliseconds after each step, too, which OpenVINO needs then.
+    What is set already holds.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", _SPINS)
