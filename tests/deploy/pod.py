@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from tests.paths import ROOT
-from tests.service.processes import STARTING_SECONDS, wait_for
+from tests.service.processes import STARTING_SECONDS, is_up, wait_for
 from tests.test_project import instructions
 
 # $1: the folder that becomes the root, and the process's arguments after it.
@@ -119,15 +119,12 @@ class Pod:
     def wait_until(self, path: str) -> None:
         """Until a probe's path answers 200."""
 
-        def answers() -> bool:
+        def up() -> bool:
             assert self.process.poll() is None, self.log.read_text()
-            try:
-                return http.get(path).status_code == 200
-            except httpx.TransportError:
-                return False
+            return is_up(http, path)
 
         with self.client() as http:
-            wait_for(answers, f"{path} does not answer", STARTING_SECONDS)
+            wait_for(up, f"{path} does not answer", STARTING_SECONDS)
 
     def status(self) -> dict[str, str]:
         """What the kernel says of the process."""

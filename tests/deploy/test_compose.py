@@ -19,7 +19,7 @@ import yaml
 
 from service.settings import Settings, load_settings
 from tests.paths import ROOT
-from tests.service.processes import ServiceProcess, wait_for
+from tests.service.processes import ServiceProcess, is_up, wait_for
 from tests.test_project import PROJECT
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -286,16 +286,16 @@ def site(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[str]:
                 command, env=environment, cwd=tmp_path, stdout=output, stderr=output
             )
         try:
+            health, site = f"http://127.0.0.1:{probe}", f"https://localhost:{port}"
+            with httpx.Client(verify=False, trust_env=False) as http:
 
-            def healthy() -> bool:
-                assert process.poll() is None, (tmp_path / "output").read_text()
-                try:
-                    return httpx.get(f"http://127.0.0.1:{probe}/", trust_env=False).is_success
-                except httpx.TransportError:
-                    return False
+                def up() -> bool:
+                    assert process.poll() is None, (tmp_path / "output").read_text()
+                    # It listens before its certificate authority has signed one for the site.
+                    return is_up(http, health) and is_up(http, f"{site}/gallery")
 
-            wait_for(healthy, "caddy does not start")
-            yield f"https://localhost:{port}"
+                wait_for(up, "caddy does not start")
+            yield site
         finally:
             process.terminate()
             process.wait(60)
@@ -305,7 +305,7 @@ def test_the_proxy_speaks_tls_and_forwards_only_what_it_saw(site: str) -> None:
     claims = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Prefix": "/evil", "Origin": site}
     with httpx.Client(base_url=site, headers=claims, verify=False, trust_env=False) as http:
         # Its own page: that it came by https is known from the proxy alone.
-        wait_for(lambda: http.get("/gallery").is_success, "the site does not answer")
+        assert http.get("/gallery").is_success
         newest: Any = http.get("/admin/audit?limit=1").json()["entries"][0]
         assert newest["actor"] == "address:127.0.0.1"
         assert "servers" not in http.get("/openapi.json").json()

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from tests.paths import ROOT
-from tests.service.processes import STARTING_SECONDS, wait_for
+from tests.service.processes import STARTING_SECONDS, is_up, wait_for
 
 USER = 10001
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
@@ -96,11 +96,8 @@ def port(folder: Path) -> int:
         found = re.search(r"serving on http://0\.0\.0\.0:(\d+)", (folder / "log").read_text())
         if found is None:
             return None
-        try:
-            answer = httpx.get(f"http://127.0.0.1:{found[1]}/readyz", trust_env=False)
-        except httpx.TransportError:
-            return None
-        return int(found[1]) if answer.is_success else None
+        with httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", trust_env=False) as http:
+            return int(found[1]) if is_up(http, "/readyz") else None
 
     return int(wait_for(ready, "it does not become ready", STARTING_SECONDS))
 

@@ -108,12 +108,10 @@ class ServiceProcess:
 
         def ready() -> bool:
             assert self.process.poll() is None, f"it ended: {self.text()}"
-            try:
-                return httpx.get(f"{self.url}/readyz", trust_env=False).is_success
-            except httpx.TransportError:
-                return False
+            return is_up(http, "/readyz")
 
-        wait_for(ready, "it does not become ready", STARTING_SECONDS)
+        with self.client() as http:
+            wait_for(ready, "it does not become ready", STARTING_SECONDS)
 
     def send(self, number: signal.Signals) -> None:
         """A signal; Ctrl-C goes to the whole session, as from a terminal."""
@@ -184,6 +182,14 @@ def wait_for(probe: Callable[[], Any], complaint: str, seconds: float = 60.0) ->
         assert time.monotonic() < deadline, f"{complaint} within {seconds:g} seconds"
         time.sleep(0.02)
     return answer
+
+
+def is_up(http: httpx.Client, path: str) -> bool:
+    """Whether a server that is starting answers 2xx; it may refuse connections, or TLS, yet."""
+    try:
+        return http.get(path).is_success
+    except httpx.TransportError:
+        return False
 
 
 def gauge(http: httpx.Client, name: str) -> float:
