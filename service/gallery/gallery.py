@@ -61,6 +61,7 @@ from service.gallery.storage.replicas import Replicas, Run
 from service.gallery.storage.store import LabelField, Store, unknown_item
 from service.gallery.times import utc_now
 from service.kit.device_loss import report_loss
+from service.kit.precedence import turn
 from service.kit.shared_lock import SharedLock
 
 log = logging.getLogger(__name__)
@@ -408,11 +409,13 @@ class Gallery:
 
         model: the checkpoint that made them, where it may have been changed since. Raises
         ModelVersionConflict for queries of another checkpoint, and ValueError for x, γ or β of
-        another shape or not finite. No answer depends on the other queries.
+        another shape or not finite. No answer depends on the other queries. Exhaustive ones let
+        others that come meanwhile go first, and raise Abandoned as `give_way` does.
         """
         follower = self._of(model)
         follower.catch_up()
-        return answers(follower, queries, self._candidates)
+        with turn(long=any(query.options.exhaustive for query in queries)):
+            return answers(follower, queries, self._candidates)
 
     def reembed(
         self,

@@ -2,7 +2,7 @@
 
 A batch is what has arrived while the previous one was ranked: rows, tables and the store are read
 once for all of it. Exhaustive queries have a thread of their own, so that the others never wait for
-them.
+them; they end early once no request waits for them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from service.embedding.embedder import Embedder
 from service.gallery import Gallery, Options, Query, Scale, SearchResult
 from service.kit.concurrency import in_thread
 from service.kit.device_loss import is_device_lost
+from service.kit.precedence import Abandoned, while_wanted
 
 _TOGETHER = 32  # queries at most, so that the first of them need not wait for too many others
 
@@ -106,7 +107,7 @@ class _Line:
             count = min(_TOGETHER, len(self._waiting))
             taken = [self._waiting.popleft() for _ in range(count)]
             batch = [one for one in taken if not one.done.done()]  # the others were cancelled
-            work = partial(_outcomes, self._gallery, [one.query for one in batch])
+            work = partial(_outcomes, self._gallery, batch)
             outcomes: Sequence[Ranking | Exception]
             try:
                 outcomes = await in_thread(self._thread, work)
@@ -143,14 +144,16 @@ class SearchBatcher:
         self._long.close()
 
 
-def _outcomes(gallery: Gallery, batch: Sequence[EmbeddedQuery]) -> list[Ranking | Exception]:
+def _outcomes(gallery: Gallery, waiting: Sequence[_WaitingQuery]) -> list[Ranking | Exception]:
     """Each query's ranking, or its own error."""
+    batch = [one.query for one in waiting]
     outcomes: dict[int, Ranking | Exception] = {}
     embedders = {id(query.embedder): query.embedder for query in batch}
-    for embedder in embedders.values():  # two while the checkpoint is being changed
-        members = [i for i, query in enumerate(batch) if query.embedder is embedder]
-        ranked = _ranked_apart(gallery, embedder, [batch[i] for i in members])
-        outcomes.update(zip(members, ranked, strict=True))
+    with while_wanted(lambda: not all(one.done.done() for one in waiting)):
+        for embedder in embedders.values():  # two while the checkpoint is being changed
+            members = [i for i, query in enumerate(batch) if query.embedder is embedder]
+            ranked = _ranked_apart(gallery, embedder, [batch[i] for i in members])
+            outcomes.update(zip(members, ranked, strict=True))
     return [outcomes[i] for i in range(len(batch))]
 
 
@@ -160,7 +163,7 @@ def _ranked_apart(
     try:
         return _ranked(gallery, embedder, batch)
     except Exception as error:
-        if len(batch) == 1 or is_device_lost(error):
+        if len(batch) == 1 or isinstance(error, Abandoned) or is_device_lost(error):
             return [error] * len(batch)
         return [one for query in batch for one in _ranked_apart(gallery, embedder, [query])]
 

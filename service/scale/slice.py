@@ -28,6 +28,7 @@ from service.gallery.storage.streaming import View
 from service.kit.device_loss import report_loss
 from service.kit.heap import give_back_large_blocks
 from service.kit.host_memory import UNKNOWN
+from service.kit.precedence import turn
 from service.scale.findings import Finding, Question, findings
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,8 @@ class SliceShard:
         with losses_reported():
             self._follow_to(position, follower)
             requests = [question.request() for question in questions]
-            scored = follower.shard.search(requests)
+            with turn(long=any(request.exhaustive for request in requests)):
+                scored = follower.shard.search(requests)
             return findings(questions, requests, scored, full=self._full)
 
     def follow(self, position: Position) -> None:

@@ -32,6 +32,7 @@ from service.gallery.index.faiss_module import one_thread
 from service.gallery.index.gpu_products import kernels_on
 from service.gallery.index.room import NoRoom, device_room, feature_bytes, host_room, with_less
 from service.kit.memory import is_out_of_memory
+from service.kit.precedence import give_way
 
 # Rows that are widened at once: on a CPU they should stay in its caches.
 BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
@@ -349,6 +350,7 @@ class Features:
             given = Modulation(*(p.to(device).double() for p in modulation))
             w, c = project(query, given)
             for start in range(0, len(places), step):
+                give_way()
                 end = min(start + step, len(places))
                 y = chunk.z[start:end, : self.parts * self.dim].to(device)
                 y = y.reshape(-1, self.parts, self.dim)

@@ -18,6 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
@@ -33,6 +34,7 @@ from service.gallery.index.faiss_module import faiss, one_thread
 from service.gallery.index.features import BLOCK_ROWS, Features
 from service.gallery.index.gpu_products import best as on_gpu
 from service.gallery.index.room import with_less
+from service.kit.precedence import give_way
 
 # A CPU scans for up to this many queries and multiplies for more.
 _SCAN_QUERIES = 4
@@ -291,8 +293,11 @@ def _multiply(
     positions = torch.empty(len(w), 0, dtype=torch.int64)
     for chunk, rows in _strips(chunks, max(map(len, allowed), default=0)):
         queries = chunk.projected(w, dim).to(dtype)
-        # Via fp32: from fp16 to bf16 at once takes four times as long on a CPU.
-        products = [(queries @ chunk.z[a:b].float().to(dtype).T).float() for a, b in rows]
+        products = []
+        for a, b in rows:
+            give_way()
+            # Via fp32: from fp16 to bf16 at once takes four times as long on a CPU.
+            products.append((queries @ chunk.z[a:b].float().to(dtype).T).float())
         block = torch.cat(products, dim=1)
         low, high = chunk.first + rows[0][0], chunk.first + rows[-1][1]
         for members in groups:
@@ -373,6 +378,7 @@ def _shared(work: Callable[[Item], Result], items: Sequence[Item], least: int = 
 
     def take() -> None:
         while left:
+            give_way()
             try:
                 place, item = left.popleft()
             except IndexError:  # another thread took the last one
@@ -380,7 +386,7 @@ def _shared(work: Callable[[Item], Result], items: Sequence[Item], least: int = 
             results[place] = work(item)
 
     helping = min(_cores(), len(items)) - 1 if len(items) >= least else 0
-    others = [_threads().submit(take) for _ in range(helping)]
+    others = [_threads().submit(copy_context().run, take) for _ in range(helping)]
     with one_thread():
         take()
     for other in others:

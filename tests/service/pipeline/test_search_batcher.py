@@ -15,6 +15,7 @@ from service.embedding.embedder import Embedder
 from service.errors import ModelVersionConflict
 from service.gallery import Gallery, NewItem, Options, Query, SearchResult
 from service.images.decode import decode
+from service.kit.precedence import give_way, turn
 from service.pipeline.search_batcher import EmbeddedQuery, Ranking, Search, SearchBatcher
 from tests.paths import ROOT
 
@@ -56,7 +57,9 @@ class Watched:
     ) -> Sequence[SearchResult]:
         self.batches.append(len(queries))
         if any(query.options.exhaustive for query in queries):
-            assert self.hold.wait(60)
+            with turn(long=True):
+                while not self.hold.wait(0.001):
+                    give_way()
         return self._gallery.search_all(queries, model=model)
 
 
@@ -161,6 +164,28 @@ def test_one_that_is_cancelled_is_not_ranked(
 
     asyncio.run(run())
     assert watched.batches == [1, 1]
+
+
+def test_an_exhaustive_search_ends_with_the_last_request_that_wants_it(
+    watched: Watched, embedder: Embedder, features: Tensor
+) -> None:
+    async def run() -> None:
+        batcher = SearchBatcher(watched)  # type: ignore[arg-type]
+        seen = EmbeddedQuery(embedder, features[:1], "ir", Search(exhaustive=True))
+        gone = asyncio.create_task(batcher.rank(seen))
+        while not watched.batches:
+            await asyncio.sleep(0.001)
+        next_one = asyncio.create_task(batcher.rank(seen))
+        await asyncio.sleep(0)
+        gone.cancel()
+        while len(watched.batches) < 2:  # which waits for the first to end, though it is held
+            await asyncio.sleep(0.001)
+        assert gone.cancelled()
+        watched.hold.set()
+        assert best(await next_one) is not None
+        batcher.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_features_of_another_checkpoint_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from service.gallery.index.gpu_products import halves
 from service.gallery.index.inner_products import multiply, rounding_bound, scan
 from service.gallery.index.shard import SearchRequest, Shard
 from service.images.decode import decode
+from service.kit import precedence
+from service.kit.precedence import Abandoned, turn, while_wanted
 from tests.paths import ROOT
 
 PARTS, DIM = 3, 16
@@ -128,6 +131,54 @@ def test_equal_distances_come_in_order_of_number() -> None:
     shard.add(stored(y))
     x, modulation = queries(1)
     assert found(shard, x[0], modulation, 250) == order_of(reference(x[0], y, modulation), 250)
+    shard.close()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("explain", [False, True])
+def test_a_search_of_all_rows_lets_short_ones_go_first(
+    explain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first slice of the large gallery begins once the small one has been searched."""
+    monkeypatch.setattr(precedence, "_PATIENCE", 60)
+    y, (x, modulation) = random(30_000), queries(1)
+    large, small = (Shard(CONFIG, "cpu", kind="SQfp16") for _ in range(2))
+    large.load([stored(y)])
+    small.add(stored(y[:50]))
+    log: list[str] = []
+
+    def wanted() -> bool:
+        log.append("slice")
+        return True
+
+    def everything() -> list[int]:
+        with while_wanted(wanted), turn(long=True):
+            request = SearchRequest(x[0], modulation, 20, 20, exhaustive=True, explain=explain)
+            numbers: list[int] = large.search([request])[0].numbers.tolist()
+            return numbers
+
+    with ThreadPoolExecutor() as threads:
+        with turn(long=False):
+            work = threads.submit(everything)
+            nearest_of_small = found(small, x[0], modulation, 5, exhaustive=False)
+            log.append("short")
+        assert work.result(60) == order_of(reference(x[0], y, modulation), 20)
+    assert nearest_of_small == order_of(reference(x[0], y[:50], modulation), 5)
+    assert log[0] == "short"
+    assert log.count("slice") >= 30_000 // CHUNK_ROWS["cpu"]
+    large.close()
+    small.close()
+
+
+@pytest.mark.usefixtures("way")
+def test_a_search_that_nobody_wants_any_more_ends_at_its_next_slice() -> None:
+    y, (x, modulation) = random(40_000), queries(1)
+    shard = Shard(CONFIG, "cpu", kind="SQfp16")
+    shard.load([stored(y)])
+    left = iter([True])
+    with while_wanted(lambda: next(left, False)), turn(long=True), pytest.raises(Abandoned):
+        found(shard, x[0], modulation, 20)
+    assert found(shard, x[0], modulation, 20) == order_of(reference(x[0], y, modulation), 20)
     shard.close()
 
 
