@@ -11,8 +11,8 @@ import os
 import socket
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
@@ -163,6 +163,17 @@ class Database:
         """A transaction that sees one state of the database, whatever is written meanwhile."""
         with self._reported(), self._reader.begin() as connection:
             yield connection
+
+    def rows(self, statement: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """What a statement of SQLite finds, which by itself sees one state of the database.
+
+        That is without the transaction and the result objects of SQLAlchemy.
+        """
+        with self._reported(), closing(self.engine.raw_connection()) as connection:
+            assert connection.driver_connection is not None
+            found: list[tuple[Any, ...]]
+            found = connection.driver_connection.execute(statement, values).fetchall()
+            return found
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:

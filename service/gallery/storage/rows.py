@@ -81,7 +81,7 @@ def request_of(new: NewItem) -> dict[str, str | None]:
     return {"request_key": key, "request_sha256": sha256}
 
 
-def item_of(row: Row[Any]) -> Item:
+def item_of(row: Row[Any] | tuple[Any, ...]) -> Item:
     """The item of a whole row, its columns in the order of the table."""
     _, name, person, camera, captured, enrolled, *facts, details, model, _, _, polarity = tuple(row)
     modality, source, width, height, bit_depth, sha256 = facts

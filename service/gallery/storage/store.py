@@ -56,6 +56,7 @@ LabelField = Literal["person_id", "camera_id"]
 
 # Built once: building it takes as long as reading twenty rows.
 _BY_NUMBER = select(items).where(items.c.number.in_(bindparam("numbers", expanding=True)))
+_WHOLE_ROWS = f"SELECT {', '.join(items.c.keys())} FROM items WHERE number IN"
 _CACHED = {"person_id", "camera_id", "captured_at"}  # what `Stored` has of an item
 
 
@@ -251,6 +252,12 @@ class Store:
     def fetch(self, numbers: Sequence[int]) -> dict[int, Item]:
         """Items by number; those deleted meanwhile are missing."""
         found: dict[int, Item] = {}
+        if self.database.sqlite:  # every query waits for this, which takes a third of the time
+            for block in blocks(numbers):
+                places = ", ".join("?" * len(block))
+                for row in self.database.rows(f"{_WHOLE_ROWS} ({places})", block):
+                    found[row[0]] = item_of(row)
+            return found
         with self.database.reading() as connection:
             for block in blocks(numbers):
                 rows = connection.execute(_BY_NUMBER, {"numbers": block})
