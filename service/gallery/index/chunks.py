@@ -2,8 +2,8 @@
 
 A row is z(y) = [y_1; …; y_P; s(y)] as `model.lift` makes it, with s scaled by its chunk's `scale`,
 a power of two that brings s into fp16's range. (P+1)·D·2 bytes per item, and at most one chunk
-more. On a CPU a chunk is FAISS's own flat fp16 index, whose codes are our rows: one memory serves
-FAISS's scan, the matrix product and rescoring.
+more. On a CPU a chunk is also FAISS's own flat fp16 index, whose codes are our rows: one memory
+serves FAISS's scan, the matrix product and rescoring.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Mask = npt.NDArray[np.bool_]
 # one product. Up to one chunk of a gallery's memory may be unused.
 CHUNK_ROWS = {"cpu": 8192, "cuda": 65_536}
 _LARGEST = 65_504.0  # of fp16
+_PAGE = 4096  # of memory; some kernels have larger ones
 _HEADROOM = 16  # s of later rows in a chunk may be this many times as large as of its first
 
 
@@ -59,13 +60,17 @@ class Chunk:
         if device.type != "cpu":
             self.z = torch.empty(self.capacity, width, dtype=torch.float16, device=device)
             return
+        # NumPy asks the kernel for huge pages: filling it takes a seventh of the faults.
+        z = np.empty((self.capacity, width), np.float16)
+        self.z = torch.from_numpy(z)
+        codes = z.view(np.uint8).reshape(-1)
+        codes[::_PAGE] = 0  # take it now: rows that are promised must not lack it later
         kind = faiss.ScalarQuantizer.QT_fp16
         self._scanner = faiss.IndexScalarQuantizer(width, kind, faiss.METRIC_INNER_PRODUCT)
-        size = self.capacity * width * 2
-        self._scanner.codes.resize(size)
+        self._scanner.codes = faiss.MaybeOwnedVectorUInt8.create_view(
+            faiss.swig_ptr(codes), codes.size, self._scanner.codes.owner
+        )
         self._scanner.ntotal = self.capacity  # rows that are not filled are never allowed
-        codes = faiss.rev_swig_ptr(self._scanner.codes.data(), size)
-        self.z = torch.from_numpy(codes.view(np.float16).reshape(self.capacity, width))
 
     @property
     def room(self) -> int:

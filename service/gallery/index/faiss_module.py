@@ -36,6 +36,9 @@ def halve_threads() -> None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let FAISS and PyTorch, which share their threads, compute on the calling thread alone."""
+    if version() is None:
+        yield
+        return
     usual = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:

@@ -106,22 +106,18 @@ class Features:
         """Append N×(P·D) rows."""
         y = torch.from_numpy(np.ascontiguousarray(rows))
         s = torch.empty(len(y), self.dim)
-        step = self._rows_at_once()
-        blocks = (torch.split(rows, step) for rows in (y, s))
-        for block, place in zip(*blocks, strict=True):
-            place.copy_(squares(block.view(-1, self.parts, self.dim)))
-        step = max(1, _SERIAL_NUMBERS // self.dim)
-        start = 0
-        while start < len(y):
-            # By NumPy, which stays on this thread: what reads the next rows needs the other cores.
-            chunk = self._open(float(s[start:].numpy().max()))
-            end = min(len(y), start + chunk.room)
-            for at in range(start, end, step):
-                rows_of = slice(at, min(at + step, end))
+        with one_thread():  # what reads the next rows needs the other cores
+            blocks = (torch.split(of, BLOCK_ROWS["cpu"]) for of in (y, s))
+            for block, place in zip(*blocks, strict=True):
+                place.copy_(squares(block.view(-1, self.parts, self.dim)))
+            start = 0
+            while start < len(y):
+                chunk = self._open(float(s[start:].max()))
+                rows_of = slice(start, min(len(y), start + chunk.room))
                 self._note(s[rows_of], chunk.scale)
                 chunk.append(y[rows_of], s[rows_of])
-            self._count += end - start
-            start = end
+                self._count += rows_of.stop - start
+                start = rows_of.stop
 
     def truncate(self, count: int) -> None:
         """Drop the rows from position `count` on, which nobody has read."""

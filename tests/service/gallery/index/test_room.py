@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+import mmap
 import re
 import threading
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ import torch
 
 from service.gallery.feed import Position, Witness
 from service.gallery.index import snapshot
+from service.gallery.index.chunks import Chunk
 from service.gallery.index.room import NoRoom, capacity, device_room, feature_bytes
 from service.gallery.index.shard import SearchRequest, Shard
 from service.gallery.records import Filters
@@ -114,6 +118,17 @@ def test_room_is_held_for_what_is_being_stored(
                 shard.add(stored(features(256)[200:], 200))
         faked.budget += 1 << 20
         assert_same(shard, 256)
+
+
+def test_memory_for_rows_is_taken_before_they_come() -> None:
+    """Memory that is only promised would be counted as free when the next rows ask for theirs."""
+    chunk = Chunk(0, 896, 1.0, torch.device("cpu"), 8192)
+    address, size = chunk.z.data_ptr(), chunk.z.nbytes
+    first = address - address % mmap.PAGESIZE
+    resident = (ctypes.c_ubyte * math.ceil((address + size - first) / mmap.PAGESIZE))()
+    pages = ctypes.c_void_p(first), ctypes.c_size_t(address + size - first)
+    assert ctypes.CDLL(None).mincore(*pages, resident) == 0
+    assert all(flags & 1 for flags in resident)
 
 
 def test_what_is_on_the_host_moves_up_when_there_is_room(faked: FakedDevice) -> None:
