@@ -29,6 +29,8 @@ _OBJECT_BYTES = 200_000_000
 _NAMESPACE = "cmt"
 _PREFIX = "cmt-ray-"
 _KNOCK_SECONDS = 5.0  # that an address may take to accept a connection
+# Ray's own patience with what accepts connections and does not speak its language is seven minutes.
+_PATIENCE = {"py_gcs_connect_timeout_s": "10", "gcs_server_port_wait_time_s": "1"}
 _ACTION_BYTES = 256  # more than a `struct sigaction` of any C library takes
 
 
@@ -51,6 +53,8 @@ class Cluster:
             _stay_here()
         else:
             _knock(address, instead)
+            for name, seconds in _PATIENCE.items():
+                os.environ.setdefault(f"RAY_{name}", seconds)
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -139,7 +143,9 @@ class Cluster:
                     f"Ray cannot be started here ({reason}); free memory and space in "
                     f"{tempfile.gettempdir()}, or {instead}"
                 ) from error
-            raise RuntimeUnavailable(_no_cluster(address, reason, instead)) from error
+            raise RuntimeUnavailable(
+                _no_cluster(address, reason.partition(". ")[0], instead)
+            ) from error
 
 
 def _remove_leftovers() -> None:

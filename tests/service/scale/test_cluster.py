@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -14,11 +15,11 @@ from service.errors import RuntimeUnavailable
 from service.scale.cluster import Cluster
 from service.settings import SettingsError, load_settings
 
-NOT_INSTALLED = """
+JOINING = "from service.scale.cluster import Cluster\n"
+NOT_INSTALLED = f"""
 import sys
 sys.modules["ray"] = None  # as where it is not installed
-from service.scale.cluster import Cluster
-Cluster(None, 1)
+{JOINING}Cluster(None, 1)
 """
 
 
@@ -44,6 +45,20 @@ def test_no_cluster_at_an_address() -> None:
             Cluster(address, 1)
     assert "ray start" in str(no.value)
     assert "--engine embedded" in str(no.value)
+
+
+def test_an_address_where_something_else_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", f"{JOINING}Cluster({address!r}, 1)"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "RAY_py_gcs_connect_timeout_s": "1"},
+            timeout=120,
+        )
+    assert f"RuntimeUnavailable: no Ray cluster answers at {address} (Failed to" in done.stderr
 
 
 def test_shards_are_of_the_engine_ray(tiny_checkpoint: Path, tmp_path: Path) -> None:
