@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 from itertools import islice
+from operator import lt
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,29 @@ _ROWS_PER_FETCH = 64  # of PostgreSQL
 _COPY_HEADER, _COPY_ROW, _COPY_END = 19, 2 + 4, 2
 
 _LABELS = (items.c.person_id, items.c.camera_id, items.c.modality, items.c.captured_at)
-_SQLITE_ROWS = """
-    SELECT f.number, i.person_id, i.camera_id, i.modality, i.captured_at, f.data
+# The number of the last of the next rows, from the index alone, and how many they are.
+_SQLITE_LAST = """
+    SELECT max(number), count(*) FROM (
+        SELECT f.number FROM features f WHERE f.model = ? AND f.number > ? AND {mine}
+        ORDER BY f.number LIMIT ?
+    )
+"""
+_SQLITE_FROM = """
     FROM features f CROSS JOIN items i ON i.number = f.number
-    WHERE f.model = ? AND f.number > ? AND {mine} ORDER BY f.number LIMIT ?
+    WHERE f.model = ? AND f.number > ? AND f.number <= ? AND {mine}
 """  # CROSS JOIN: SQLite keeps the order, otherwise it scans items and looks up each one's features
-# The same in one row. A blob is a text to group_concat, whose bytes it takes as they are.
+_SQLITE_ROWS = f"""
+    SELECT f.number, i.person_id, i.camera_id, i.modality, i.captured_at, f.data
+    {_SQLITE_FROM} ORDER BY f.number
+"""
+# The same in one row. A blob is a text to group_concat, whose bytes it takes as they are. Rows of a
+# subquery, with its ORDER BY and LIMIT, would be copied once more.
 _SQLITE_JOINED = f"""
-    SELECT json_group_array(number), json_group_array(person_id), json_group_array(camera_id),
-        json_group_array(modality), json_group_array(captured_at),
-        min(length(data)), max(length(data)), CAST(group_concat(data, '') AS BLOB)
-    FROM ({_SQLITE_ROWS})
+    SELECT json_group_array(f.number), json_group_array(i.person_id),
+        json_group_array(i.camera_id), json_group_array(i.modality),
+        json_group_array(i.captured_at),
+        min(length(f.data)), max(length(f.data)), CAST(group_concat(f.data, '') AS BLOB)
+    {_SQLITE_FROM}
 """
 CHANNEL = "cmt_gallery"
 """Of PostgreSQL's NOTIFY: replicas listen there for what others commit."""
@@ -155,36 +168,40 @@ class View:
     def _sqlite_blocks(self, after: int, size: int) -> Generator[Stored, None, None]:
         driver: Any = self._connection.connection.driver_connection
         at_once = max(1, _JOINED_BYTES // (self._size * FEATURE_DTYPE.itemsize))
+        mine = self._mine("f.number")
         block: _Block | None = None
         more = True
         with closing(driver.cursor()) as cursor:
             while more:
                 wanted = min(at_once, size if block is None else block.room)
-                labels, data = self._sqlite_rows(cursor, after, wanted)
-                numbers = labels[0]
-                more = len(numbers) == wanted
+                cursor.execute(_SQLITE_LAST.format(mine=mine), (self._model, after, wanted))
+                last, count = cursor.fetchone()
+                more = count == wanted
                 if block is None:  # no larger than what is there
-                    block = _Block(size if more else len(numbers), self._size)
-                block.add_labels(labels)
-                block.add_features(data)
-                if more:
-                    after = numbers[-1]
+                    block = _Block(size if more else count, self._size)
+                if count:
+                    labels, data = self._sqlite_rows(cursor, after, last)
+                    block.add_labels(labels)
+                    block.add_features(data)
+                    after = last
                 if len(block) and not (more and block.room):
                     yield block.stored()
                     block = None
 
     def _sqlite_rows(
-        self, cursor: Any, after: int, count: int
+        self, cursor: Any, after: int, last: int
     ) -> tuple[Sequence[Sequence[Any]], bytes]:
-        """The next rows: number and four labels as columns, and their features' bytes."""
-        mine, values = self._mine("f.number"), (self._model, after, count)
+        """Rows up to `last`: number and four labels as columns, and their features' bytes."""
+        mine, values = self._mine("f.number"), (self._model, after, last)
         cursor.execute(_SQLITE_JOINED.format(mine=mine), values)
         *columns, least, most, data = cursor.fetchone()
         labels = [json.loads(column) for column in columns]
-        if not labels[0]:
+        numbers = labels[0]
+        if not numbers:
             return labels, b""
         width = self._size * FEATURE_DTYPE.itemsize
-        if least == most == width and len(data) == width * len(labels[0]):
+        # SQLite promises no order here, and takes the one of the index.
+        if least == most == width and len(data) == width * len(numbers) and _ascend(numbers):
             return labels, data
         # This tells which row is damaged; and another SQLite may join bytes otherwise.
         cursor.execute(_SQLITE_ROWS.format(mine=mine), values)
@@ -283,6 +300,10 @@ class _Block:
         numbers, persons, cameras, modalities, captured = self._columns
         rows = self._features[: self._filled]
         return Stored(numbers, persons, cameras, modalities, captured, rows)
+
+
+def _ascend(numbers: Sequence[int]) -> bool:
+    return all(map(lt, numbers, islice(numbers, 1, None)))
 
 
 def _joined(rows: Sequence[Any], numbers: Sequence[int], width: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
@@ -100,6 +101,32 @@ def test_an_sqlite_that_joins_otherwise_is_read_row_by_row(open_store: OpenStore
         finally:
             driver.create_aggregate("group_concat", 2, None)
     assert [(row[0], row[-1]) for row in found.values()] == [("p", [0.0] * SIZE)] * 5
+
+
+def test_rows_that_an_sqlite_gives_in_another_order_are_sorted(open_store: OpenStore) -> None:
+    class Backwards:
+        def __init__(self) -> None:
+            self.values: list[Any] = []
+
+        def step(self, value: Any) -> None:
+            self.values.append(value)
+
+        def finalize(self) -> str:
+            return json.dumps(self.values[::-1])
+
+    store = open_store()
+    if not store.database.sqlite:
+        pytest.skip("PostgreSQL is told the order")
+    numbers = [n for n, _ in store.add(new(5), rows(5))]
+    with store.database.reading() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.create_aggregate("json_group_array", 1, Backwards)
+        try:
+            found = all_of(View(connection, store.model, SIZE), block=3)
+        finally:
+            driver.create_aggregate("json_group_array", 1, None)
+    assert list(found) == numbers
+    assert [row[-1] for row in found.values()] == rows(5).tolist()
 
 
 def test_a_reader_may_stop_between_two_blocks(store: Store) -> None:
