@@ -43,7 +43,7 @@ from model.modulation import (
     lift,
     lifted_distances,
     part_distances,
-    project,
+    project_arrays,
     ranking_distance,
 )
 from model.ranking.agreement import agreement
@@ -212,12 +212,15 @@ class Calibration:
             }
         if not self.references:
             return {}
-        applied = Modulation(*(parameter.double() for parameter in modulation))
         every = np.empty((len(x), len(self._lifted)))
-        for row, w, c in zip(every, *project(x.double(), applied), strict=True):
-            row[:] = lifted_distances(w, float(c), self._lifted)
-        edges = np.cumsum([len(rows) for rows in self.references.values()])[:-1]
-        return dict(zip(self.references, np.split(every, edges, axis=1), strict=True))
+        given = (one.numpy().astype(np.float64) for one in (x, *modulation))
+        for row, w, c in zip(every, *project_arrays(*given), strict=True):
+            row[:] = lifted_distances(torch.from_numpy(w), float(c), self._lifted)
+        found, end = {}, 0
+        for modality, rows in self.references.items():
+            start, end = end, end + len(rows)
+            found[modality] = every[:, start:end]
+        return found
 
     @cached_property
     def _lifted(self) -> Tensor:

@@ -34,7 +34,9 @@ class Moments(NamedTuple):
 
 def moments_of(distances: FloatArray) -> Moments:
     """Of at least one distance."""
-    return Moments(float(distances.mean()), float(distances.std()))
+    mean = float(distances.sum()) / distances.size
+    apart = distances - mean
+    return Moments(mean, math.sqrt(float((apart * apart).sum()) / distances.size))
 
 
 def blended(gallery: Moments | None, count: int, prior: Moments, weight: float) -> Moments:

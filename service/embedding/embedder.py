@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model import CMT, Modality, Modulation, load_checkpoint, modulation_of
+from model import CMT, Modality, Modulation, load_checkpoint
 from model.blotches import smooth_pictures
+from model.cmt import Modulator
 from model.device import DeviceError, chosen_device
 from model.int8 import LEAST_COSINE, Int8, Int8Error, int8_folder, read_int8
 from model.pixels import pixels_of
@@ -86,6 +87,7 @@ class Embedder:
         self._checkpoint, self._longest = checkpoint, _LONGEST[torch.device(self.device).type]
         try:
             self._model, self.info = load_checkpoint(checkpoint, self.device)
+            self._modulator = Modulator(self._model)
             probed = self.device == "cpu" and runtime != "torch" and precision == "auto"
             self.runtime, self.precision, self.backend = (
                 self._once_chosen(runtime, cache_dir, known)
@@ -118,11 +120,11 @@ class Embedder:
 
     def modulation(self, x: Tensor) -> Modulation:
         """Equation (12) for embeddings B×P×D → γ, β of B×D, on the CPU."""
-        return modulation_of(self._model, x)
+        return self._modulator(x)
 
     def close(self) -> None:
         """Release the network and its memory."""
-        del self.backend, self._model
+        del self.backend, self._model, self._modulator
 
     def _once_chosen(
         self, runtime: Runtime, cache: Path, known: Callable[[], Known | None] | None

@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from model import Calibration, Modality, Modulation
 from model.calibration import FloatArray, moments_over
+from model.cmt import ranked_mean
 from service.embedding.embedder import Embedder
 from service.gallery import Gallery, Options, Query, Scale, SearchResult
 from service.kit.concurrency import in_thread
@@ -273,7 +273,4 @@ def fuse(features: Tensor, *, normalise: bool) -> Tensor:
     ranks. γ and β are then generated once, from the mean. `cmt bench fusion` compares this with one
     image alone and with other ways.
     """
-    x = features.mean(0)
-    if not normalise:
-        return x
-    return functional.normalize(x.flatten(), dim=0).view_as(x)
+    return torch.from_numpy(ranked_mean(features.numpy()[:, None], normalise=normalise))[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model import CMT, CMTConfig, Modality, preprocess, torchvision_compat
+from model import CMT, CMTConfig, Modality, Strength, modulation_of, preprocess, torchvision_compat
 from model.alignment import (
     CompensationDecoder,
     FeedForward,
@@ -18,6 +18,7 @@ from model.alignment import (
     RepresentationEncoder,
     SelfAttention,
 )
+from model.cmt import Modulator, ranked_mean
 from model.parts import PartFeatures
 
 torchvision_compat.prepare()  # tests compare with its own networks
@@ -200,12 +201,28 @@ def test_complete_representation_and_generators_are_equations_5_and_12(tiny_mode
             assert result[sample].tolist() == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_query_is_modulated_in_numpy_as_by_the_modules_and_by_itself() -> None:
+    torch.manual_seed(2)
+    model = CMT(config())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(5, 3, 8)
+    for model.strength in (None, Strength(0.6, 1.7)):
+        modulator = Modulator(model)
+        together = modulator(x)
+        torch.testing.assert_close(together, modulation_of(model, x))
+        assert together.gamma.std(0).min() > 0
+        for i in range(len(x)):
+            for alone, of_all in zip(modulator(x[i : i + 1]), together, strict=True):
+                assert torch.equal(alone[0], of_all[i])
+
+
 def test_modulation_starts_as_the_identity_and_without_the_module_stays_it() -> None:
     x = torch.randn(4, 3, 8)
     for model in (CMT(config()), CMT(config(instance_alignment=False))):
-        gamma, beta = model.modulation(x)
-        assert torch.equal(gamma, torch.ones(4, 8))
-        assert torch.equal(beta, torch.zeros(4, 8))
+        for gamma, beta in (model.modulation(x), Modulator(model)(x)):
+            assert torch.equal(gamma, torch.ones(4, 8))
+            assert torch.equal(beta, torch.zeros(4, 8))
 
 
 @pytest.mark.parametrize(
@@ -259,6 +276,9 @@ def test_mirror_ranks_by_the_mean_with_the_mirror_image(normalised: bool) -> Non
     expected = plain.ranked_form((seen + mirrored) / 2)
     torch.testing.assert_close(both.embed(crops, modality), expected)
     torch.testing.assert_close(both.embed(crops.flip(3), modality), expected)
+    views = torch.stack([seen, mirrored]).numpy()
+    in_numpy = torch.from_numpy(ranked_mean(views, normalise=normalised))
+    torch.testing.assert_close(in_numpy, expected)
     torch.testing.assert_close(both(crops, modality).complete, seen)  # training sees one side
     torch.testing.assert_close(both.embed(crops[:1], "rgb"), expected[:1])
 

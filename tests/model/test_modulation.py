@@ -107,6 +107,15 @@ def test_shapes_of_lift_and_project() -> None:
     torch.testing.assert_close(lift(y)[:, 12:], y.square().sum(1))
 
 
+def test_project_in_numpy_is_project_with_gradients() -> None:
+    x, _, modulation = draw(3, 1, 2, 5, seed=7)
+    given = [one.clone().requires_grad_() for one in (x, *modulation)]
+    expected = project(given[0], Modulation(*given[1:]), scale=0.5)
+    torch.testing.assert_close(project(x, modulation, scale=0.5), expected)
+    torch.autograd.backward([part.sum() for part in expected])
+    assert all(one.grad is not None and one.grad.abs().max() > 0 for one in given)
+
+
 @pytest.mark.parametrize("scale", [2.0**-8, 1.0, 64.0])
 def test_the_scale_of_the_lifted_block_cancels(scale: float) -> None:
     x, y, modulation = draw(3, 7, 2, 5, seed=3)
