@@ -11,7 +11,7 @@ import os
 import socket
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -186,6 +186,18 @@ class Database:
             with self._writer.begin() as connection:
                 self.check()
                 yield connection
+            self.check()
+
+    def write_row(self, statement: str, row: Mapping[str, Any]) -> None:
+        """Run one statement of SQLite as a transaction of its own, like `writing`.
+
+        That is without what SQLAlchemy does around it, and in one call, in which other threads run.
+        """
+        with self._reported():
+            with closing(self.engine.raw_connection()) as connection:
+                assert connection.driver_connection is not None
+                self.check()
+                connection.driver_connection.execute(statement, row)
             self.check()
 
     @contextmanager

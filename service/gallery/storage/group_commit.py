@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -43,6 +43,19 @@ class GroupCommit:
             if not outcome.done():  # otherwise the previous leader has committed it too
                 self._commit([self._waiting.popleft() for _ in range(len(self._waiting))])
         return outcome.result()
+
+    def write_row(self, statement: str, row: Mapping[str, Any]) -> bool:
+        """Write a row of SQLite at once, as `Database.write_row`; False while others write.
+
+        `run` then shares their next transaction.
+        """
+        if not self._leading.acquire(blocking=False):
+            return False
+        try:
+            self._database.write_row(statement, row)
+        finally:
+            self._leading.release()
+        return True
 
     def _commit(self, calls: list[tuple[Work, Future[Any]]]) -> None:
         results: list[tuple[Future[Any], Any]] = []

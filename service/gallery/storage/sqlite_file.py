@@ -107,8 +107,10 @@ class SqliteFile:
         self._first.close()
 
     def _log(self) -> str:
-        # SQLite follows links and keeps the log beside the file.
-        return os.path.realpath(self._path) + _LOG
+        # SQLite follows links and keeps the log beside the file. To know that the file's own name
+        # is none takes one system call, which every write pays twice.
+        path = self._path
+        return (os.path.realpath(path) if os.path.islink(path) else path) + _LOG  # noqa: PTH114
 
     def _keep_private(self) -> None:
         for end in ("", _LOG, "-shm"):

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, event, text
 
 from service.errors import DatabaseUnavailable, IdempotencyConflict, ServiceError, StorageFull
 from service.gallery.records import RequestKey
+from service.gallery.storage.audit import Act
 from service.gallery.storage.database import FILE_NAME
 from service.gallery.storage.store import Store
 from tests.paths import ROOT
@@ -70,6 +71,17 @@ def test_a_lone_call_commits_alone(store: Store) -> None:
     for i in range(3):
         store.add(new(1), rows(1))
         assert gate.commits == i + 1
+
+
+def test_an_entry_of_the_audit_log_shares_the_commit_of_those_that_write(store: Store) -> None:
+    acts = [Act("key:1", "query", "ä", {"n": n}) for n in range(3)]
+    store.audit.append(acts[0])
+    gate = _Gate(store)
+    note = [partial(store.audit.append, act) for act in acts[1:]]
+    assert _together(store, gate, [partial(store.add, new(2), rows(2)), *note]) == [None] * 3
+    assert gate.commits == 2
+    entries = store.audit.page(9).entries[::-1]
+    assert [Act(e.actor, e.action, e.subject, e.details) for e in entries] == acts
 
 
 def test_one_call_fails_alone(store: Store) -> None:
@@ -156,18 +168,20 @@ def test_a_connection_cut_in_a_shared_transaction_fails_all_in_it(
 # --- on the disk before the answer ---
 
 
-def test_add_returns_after_the_log_is_synced(tmp_path: Path) -> None:
-    """Everything that an add wrote to SQLite's log is synced before the caller goes on."""
+@pytest.mark.parametrize("call", ["add(new(3), rows(3))", "audit.append(Act('key:1', 'query'))"])
+def test_a_write_returns_after_the_log_is_synced(tmp_path: Path, call: str) -> None:
+    """Everything that it wrote to SQLite's log is synced before the caller goes on."""
     code = f"""
         import os, sys
         from pathlib import Path
         sys.path.insert(0, {str(ROOT)!r})
         from tests.service.stores import MODEL, SIZE, new, rows
+        from service.gallery.storage.audit import Act
         from service.gallery.storage.store import Store
         store = Store(Path({str(tmp_path)!r}), MODEL, SIZE)
         os.write(1, b"open")
         os.read(0, 1)
-        store.add(new(3), rows(3))
+        store.{call}
         os.write(1, b"added")
         os._exit(0)
     """
