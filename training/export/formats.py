@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from model.fixed_batch import IN_FP32_AT_ANY_SIZE
 from model.graphs import Graph, to_openvino
 
 # The newest that adds an operator for this network, Attention; it ran as fast as 18 and 20 in
@@ -94,9 +95,7 @@ class OpenVINO(Format):
     def open(self, file: Path) -> GraphRunner:
         from model.quiet_openvino import openvino
 
-        # Left to itself OpenVINO computes in bf16 on a CPU that has units for it.
-        settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(file, "CPU", settings)
+        compiled = openvino.Core().compile_model(file, "CPU", IN_FP32_AT_ANY_SIZE)
 
         def run(array: Array) -> list[Array]:
             results = compiled(array)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from model import CMT, CheckpointInfo, Modality
 from model.blotches import smooth_pictures
+from model.fixed_batch import ANY_SIZE, IN_FP32, fixed_batch
 from model.graphs import embedding_graph, to_openvino
 from model.int8 import DESCRIPTION_FILE, FORMAT, LEAST_COSINE, VERSION, digests
 from model.machine import machine
@@ -137,8 +138,9 @@ def write_int8(
         for modality in MODALITIES:
             kept = torch.arange(len(pictures[modality])) % _CHECKED != 0
             calibrating = torch.cat([pictures[modality][kept], _blotches(info)])
-            graph = to_openvino(embedding_graph(model, modality))
-            graphs[modality] = quantise(graph, calibrating, compared[modality], exact[modality])
+            graph = fixed_batch(to_openvino(embedding_graph(model, modality)), 1)
+            quantised = quantise(graph, calibrating, compared[modality], exact[modality])
+            graphs[modality] = fixed_batch(quantised, ANY_SIZE)
         runners = {m: _runner(graph) for m, graph in graphs.items()}
         given = {m: _in_blocks(runners[m], compared[m]) for m in MODALITIES}
         pairs = [(m, given[m], exact[m]) for m in MODALITIES]
@@ -244,9 +246,14 @@ def _settings(images: int) -> tuple[Any, dict[str, Any]]:
 def _runner(graph: Any) -> Runner:
     from model.quiet_openvino import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}  # as the service computes what is not in int8
-    compiled = openvino.Core().compile_model(graph, "CPU", settings)
-    return lambda images: torch.from_numpy(np.array(compiled(images.contiguous().numpy())[0]))
+    # As the service computes what is not in int8.
+    compiled = openvino.Core().compile_model(fixed_batch(graph, _BLOCK), "CPU", IN_FP32)
+
+    def run(images: Tensor) -> Tensor:
+        padded = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, _BLOCK - len(images)))
+        return torch.from_numpy(np.array(compiled(padded.contiguous().numpy())[0]))[: len(images)]
+
+    return run
 
 
 def _in_blocks(run: Runner, images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from model import CMT, Modulation, load_checkpoint, preprocess, save_checkpoint
 from model.cli import main
+from model.fixed_batch import IN_FP32_AT_ANY_SIZE
 from model.graphs import Graph
 from tests.paths import ROOT
 from training.export.export import write_export
@@ -62,9 +63,8 @@ def test_the_files_give_pytorchs_numbers_at_any_batch_size(exported: Path, tiny_
             feed = {key: tensor.numpy() for key, tensor in given.items()}
             session = onnxruntime.InferenceSession(exported / f"{name}.onnx")
             found = session.run(list(expected), feed)
-            compiled = core.compile_model(
-                exported / f"{name}.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-            )(feed)
+            file = exported / f"{name}.xml"
+            compiled = core.compile_model(file, "CPU", IN_FP32_AT_ANY_SIZE)(feed)
             for one, (key, tensor) in zip(found, expected.items(), strict=True):
                 numbers = tensor.detach().numpy()
                 np.testing.assert_allclose(one, numbers, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from model import CMT, load_checkpoint
 from model.cli import main
 from model.config import MODALITIES
+from model.fixed_batch import IN_FP32_AT_ANY_SIZE
 from model.int8 import LEAST_COSINE, Int8Error, int8_folder, read_int8
 from tests.paths import MINI, ROOT
 from training.datasets import LAYOUTS, DatasetName
@@ -58,7 +59,7 @@ def test_the_graphs_are_int8_and_give_pytorchs_features(tiny_int8: Path, tiny_mo
         graph = core.read_model(form.graphs[modality])
         kinds = [op.get_type_name() for op in graph.get_ordered_ops()]
         assert kinds.count("FakeQuantize") > kinds.count("Convolution") > 0
-        compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core.compile_model(graph, "CPU", IN_FP32_AT_ANY_SIZE)
         seen = [sample for sample in samples if sample.modality == modality][:8]
         images = preprocessed(seen, tiny_model.config)
         for batch in (1, 8):
