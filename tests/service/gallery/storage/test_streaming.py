@@ -75,6 +75,24 @@ def test_rows_that_are_read_together_are_as_they_were_stored(
     assert [row[-1] for row in found.values()] == values.tolist()
 
 
+@pytest.mark.parametrize("block", [1, 7, 50, 1000])
+@pytest.mark.parametrize("joined", [24, 24 * 7, 1 << 20])
+def test_numbers_may_have_gaps(
+    store: Store, monkeypatch: pytest.MonkeyPatch, joined: int, block: int
+) -> None:
+    """Wide ones and narrow ones, at the beginning, between rows and at the end."""
+    monkeypatch.setattr(streaming, "_JOINED_BYTES", joined)
+    numbers = [n for n, _ in store.add(new(300), rows(300))]
+    kept = [*range(40, 60), *range(61, 90, 2), 200, 250, *range(260, 280)]
+    gone = set(range(300)) - set(kept)
+    store.delete([numbers[place] for place in gone])
+    found = all_of(store, block=block)
+    assert list(found) == [numbers[place] for place in kept]
+    assert [row[-1] for row in found.values()] == rows(300)[kept].tolist()
+    assert list(all_of(store, after=numbers[210], block=block)) == list(found)[-21:]
+    assert not all_of(store, after=numbers[279], block=block)
+
+
 def test_an_sqlite_that_joins_otherwise_is_read_row_by_row(open_store: OpenStore) -> None:
     """Some versions end a joined text at its first byte of zero."""
 
