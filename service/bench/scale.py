@@ -188,7 +188,7 @@ def _measure(source: Source, count: int, dim: int, shortlist: int, rounds: int) 
     before = _resident_bytes()
     engine = Engine(data.gallery)
     search = engine.searching(
-        engine.index(choose_kind(count, "cpu", available_memory(), engine.width))
+        engine.index(choose_kind(count, "cpu", available_memory, engine.width))
     )
     occupied = _resident_bytes() - before
     del data

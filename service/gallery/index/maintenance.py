@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from service.gallery.index.byte_codes import code_bytes, levels
 from service.gallery.index.faiss_module import halve_threads
 from service.gallery.index.features import Features
 from service.gallery.index.figures import Figures, IndexChoice
-from service.gallery.index.recall_index import IVF_FROM, MEMORY_SHARE, choose_kind
+from service.gallery.index.recall_index import MEMORY_SHARE, choose_kind
 from service.gallery.index.room import NoRoom, device_room, host_room
 from service.gallery.index.segment import (
     Rewriting,
@@ -195,11 +196,9 @@ class Maintenance:
             return self._kind
         if segment.index is not None:
             return segment.index.kind  # a gallery at the threshold does not switch back and forth
-        host = features.device.type == "cpu"
-        if host and count < IVF_FROM:
-            return "SQfp16"  # however much memory is free, which takes milliseconds to ask
-        room = available_memory() if host else device_room(features.device)
-        return choose_kind(count, features.device.type, room, features.width, self._figures)
+        device = features.device
+        room = available_memory if device.type == "cpu" else partial(device_room, device)
+        return choose_kind(count, device.type, room, features.width, self._figures)
 
     def _outgrown(self, segment: Segment) -> bool:
         index = segment.index

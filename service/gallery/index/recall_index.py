@@ -7,6 +7,7 @@ largest inner products are the smallest *modulated* distances.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -40,9 +41,15 @@ _PQ_NUMBERS = 8  # per byte of a code
 
 
 def choose_kind(
-    count: int, device: str, free_bytes: int, width: int, figures: Figures | None = None
+    count: int,
+    device: str,
+    free_bytes: Callable[[], int],
+    width: int,
+    figures: Figures | None = None,
 ) -> IndexKind:
-    """The index for `count` lifted vectors of `width` numbers, with `free_bytes` of memory left.
+    """The index for `count` lifted vectors of `width` numbers.
+
+    free_bytes: how much memory is left; asked only where it matters, since it takes milliseconds.
 
     Milliseconds a query and recall@10 with a shortlist of 200, on two cores of an Intel Xeon (AMX),
     P·D = 768, features sampled like rendered crops (`cmt bench recall`, results/recall.json):
@@ -67,11 +74,10 @@ def choose_kind(
     """
     if device != "cpu":
         kind = figures.fastest(count) if figures is not None else "SQfp16"
-        fits = index_bytes(kind, count, width) <= MEMORY_SHARE * free_bytes
-        return kind if fits else "SQfp16"
-    if count < IVF_FROM or index_bytes("IVF-SQ8", count, width) > MEMORY_SHARE * free_bytes:
-        return "SQfp16"
-    return "IVF-SQ8"
+    else:
+        kind = "SQfp16" if count < IVF_FROM else "IVF-SQ8"
+    size = index_bytes(kind, count, width)
+    return kind if not size or size <= MEMORY_SHARE * free_bytes() else "SQfp16"
 
 
 def index_bytes(kind: IndexKind, count: int, width: int) -> int:

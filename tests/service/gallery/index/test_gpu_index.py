@@ -358,13 +358,14 @@ def test_on_a_gpu_the_kind_is_chosen_by_figures_measured_there(tmp_path: Path) -
     plenty = 1 << 50
 
     def chosen(count: int, free: int = plenty) -> IndexKind:
-        return choose_kind(count, "cuda", free, WIDTH, figures)
+        return choose_kind(count, "cuda", lambda: free, WIDTH, figures)
 
     assert chosen(120_000) == "SQfp16"
     assert chosen(900_000) == chosen(3_000_000) == "GPU-IVF-SQ8"
     assert chosen(900_000, free=1_000_000) == "SQfp16"  # no memory for it
     assert chosen(20_000_000) == chosen(2000) == "SQfp16"  # nothing like them was measured
-    assert choose_kind(900_000, "cuda", plenty, WIDTH) == "SQfp16"  # nothing was measured at all
+    # nothing was measured at all
+    assert choose_kind(900_000, "cuda", lambda: plenty, WIDTH) == "SQfp16"
 
 
 @pytest.mark.parametrize(

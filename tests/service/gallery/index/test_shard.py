@@ -179,11 +179,22 @@ def test_a_failed_build_leaves_the_scan(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_rule_for_the_kind() -> None:
-    width, much = 896, 1 << 40
-    assert choose_kind(IVF_FROM - 1, "cpu", much, width) == "SQfp16"
-    assert choose_kind(IVF_FROM, "cpu", much, width) == "IVF-SQ8"
-    assert choose_kind(IVF_FROM, "cpu", index_bytes("IVF-SQ8", IVF_FROM, width), width) == "SQfp16"
-    assert choose_kind(10 * IVF_FROM, "cuda", much, width) == "SQfp16"
+    width = 896
+    asked: list[int] = []
+
+    def chosen(count: int, device: str, free: int) -> IndexKind:
+        def free_bytes() -> int:
+            asked.append(count)
+            return free
+
+        return choose_kind(count, device, free_bytes, width)
+
+    assert chosen(IVF_FROM - 1, "cpu", 0) == "SQfp16"
+    assert chosen(10 * IVF_FROM, "cuda", 0) == "SQfp16"
+    assert not asked  # for memory that is not needed
+    assert chosen(IVF_FROM, "cpu", 1 << 40) == "IVF-SQ8"
+    assert chosen(IVF_FROM, "cpu", index_bytes("IVF-SQ8", IVF_FROM, width)) == "SQfp16"
+    assert asked == [IVF_FROM, IVF_FROM]
     with shard_of(None, features()) as shard:
         assert shard.statistics().index == "SQfp16"
 
