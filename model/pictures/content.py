@@ -29,7 +29,8 @@ _FLAT = 4  # levels by which codecs change a border
 
 def is_blank(image: Image.Image) -> bool:
     """Whether an RGB image shows one shade, or no more than faint noise on it."""
-    image = image.reduce(max(1, min(image.size) // _ENOUGH))
+    if (factor := min(image.size) // _ENOUGH) > 1:
+        image = image.reduce(factor)
     gray = np.asarray(image.convert("L"), dtype=np.float32)
     inner, _ = without_borders(gray, np.ones(gray.shape, bool), apart=_FLAT, share=0.25)
     if _spread(inner) < _LEAST:

@@ -19,7 +19,7 @@ from model.pictures import bit_depth
 from model.pictures.content import is_blank
 from model.pictures.errors import PictureError, truncated
 from model.pictures.modality import as_infrared, chroma_step, is_visible
-from model.pictures.whole import check_file, loaded
+from model.pictures.whole import File, check_file, loaded
 
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF"]
 T = TypeVar("T")
@@ -105,11 +105,12 @@ def read(
             "send a smaller crop",
         )
     kind = _kind(data)
-    image = _guarded(lambda: _opened(data, kind, limits))
+    file = File(data, kind)
+    image = _guarded(lambda: _opened(file, limits))
     _check_header(image, box, limits)
     samples = _guarded(lambda: bit_depth.samples_of(image))
     orientation = _orientation(image)
-    planes = _guarded(lambda: _planes(data, kind, samples, limits, image))
+    planes = _guarded(lambda: _planes(file, samples, limits, image))
     upright = _guarded(lambda: _upright(planes, samples, orientation, box))
 
     def frame() -> Image.Image:
@@ -160,14 +161,14 @@ def _kind(data: bytes) -> Format:
     )
 
 
-def _open(data: bytes, kind: Format) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=[kind])
+def _open(file: File) -> Image.Image:
+    return Image.open(io.BytesIO(file.data), formats=[file.kind])
 
 
-def _opened(data: bytes, kind: Format, limits: ImageLimits) -> Image.Image:
+def _opened(file: File, limits: ImageLimits) -> Image.Image:
     if limits.judged:
-        check_file(data, kind)
-    return _open(data, kind)
+        check_file(file)
+    return _open(file)
 
 
 def _guarded(step: Callable[[], T]) -> T:
@@ -211,8 +212,7 @@ def _check_header(image: Image.Image, box: Box | None, limits: ImageLimits) -> N
 
 
 def _planes(
-    data: bytes,
-    kind: Format,
+    file: File,
     samples: bit_depth.Samples,
     limits: ImageLimits,
     opened: Image.Image,
@@ -221,21 +221,21 @@ def _planes(
 
     opened: the image, not yet loaded. A JPEG is decoded from it, which saves reading its header.
     """
-    ready = [opened] if kind == "JPEG" else []
+    ready = [opened] if file.kind == "JPEG" else []
 
     def first() -> Image.Image:
-        image = ready.pop() if ready else _open(data, kind)
+        image = ready.pop() if ready else _open(file)
         if samples.layout == "gray and alpha":
             bit_depth.read_all_bits(image)
         return image
 
     if limits.judged:
-        planes = [loaded(first, data)]
+        planes = [loaded(first, file)]
     else:
         planes = [first()]
         planes[0].load()
     if samples.layout == "colour":
-        low = _open(data, kind)
+        low = _open(file)
         bit_depth.read_low_bytes(low)
         low.load()
         planes.append(low)

@@ -4,7 +4,8 @@ Codecs fill up what is missing, each in its way: libjpeg answers a file that was
 end marker with gray, a PNG whose rows end early is black below, a strip of a TIFF that is too short
 goes on with what lies behind it. Two ways tell such files: what the headers say, which is read
 first, and decoding a second time, with other bytes where data may be missing (JPEG) or on another
-ground (PNG). A pixel that differs was not in the file.
+ground (PNG). A pixel that differs was not in the file. Of most JPEGs less tells that nothing is
+missing: `_surely_whole`.
 
 A JPEG without an end marker counts as cut, whatever follows: nothing says where its data end.
 Bytes behind an end marker are no part of the picture; cameras put other things there.
@@ -17,6 +18,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from random import Random
 from typing import Literal
 
@@ -29,21 +31,37 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _RESTARTS = range(0xD0, 0xD8)
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_PROGRESSIVE, _ARITHMETIC = {0xC2, 0xCA}, {0xC9, 0xCA}
-# Where entropy-coded data should be over: random bits, which decode to anything but the filler.
-_MORE = bytes(Random(1).choices(range(255), k=64))
+_SEQUENTIAL, _PROGRESSIVE, _ARITHMETIC = {0xC0, 0xC1}, {0xC2, 0xCA}, {0xC9, 0xCA}
+# Where entropy-coded data should be over: random bits, which decode to anything but the filler. The
+# first one is set: libjpeg goes on with zeros.
+_MORE = b"\xd7" + bytes(Random(1).choices(range(255), k=63))
 # From here on a second look costs more than a few milliseconds, and it is taken on suspicion only.
 _LARGE = 1_000_000
-_FILLER = 128  # of libjpeg, for blocks that are not there
+_FILLER = (128, (128, 128, 128))  # of libjpeg, for blocks that are not there
+_BLOCK, _HIGHEST = 8, 65_500  # pixels: of a block, and of a JPEG that libjpeg decodes
 _GROUNDS = (85, 170)
 
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _STRIPS, _STRIP_BYTES = 256, 257, 258, 259, 273, 279
 _TILES, _TILE_BYTES, _JPEG_TABLES, _PLAIN, _JPEG = 324, 325, 347, 1, 7
 
 
-def check_file(data: bytes, kind: str) -> None:
+@dataclass(frozen=True)
+class File:
+    """An image's bytes and their format."""
+
+    data: bytes
+    kind: str
+
+    @cached_property
+    def jpeg(self) -> _Jpeg:
+        """Its markers, read once."""
+        return _Jpeg(self.data)
+
+
+def check_file(file: File) -> None:
     """Look at the file's own structure, before it is opened. Raises PictureError."""
-    if kind == "JPEG" and not _Jpeg(data).whole:
+    data, kind = file.data, file.kind
+    if kind == "JPEG" and not file.jpeg.whole:
         raise truncated()
     if kind == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise truncated()
@@ -55,18 +73,18 @@ def check_file(data: bytes, kind: str) -> None:
             raise truncated()
 
 
-def loaded(opened: Callable[[], Image.Image], data: bytes) -> Image.Image:
-    """Open and decode an image of these bytes. Raises PictureError where pixels are missing."""
+def loaded(opened: Callable[[], Image.Image], file: File) -> Image.Image:
+    """Open and decode an image of this file. Raises PictureError where pixels are missing."""
     image = opened()
     if image.format == "PNG":
         return _loaded_png(image, opened)
     if image.format == "WEBP":
-        return _loaded_webp(image, data)
+        return _loaded_webp(image, file.data)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        _check_strips(image, data)
+        _check_strips(image, file.data)
     image.load()
     if image.format in ("JPEG", "MPO"):
-        _check_pixels(image, _Jpeg(data))
+        _check_pixels(image, file.jpeg)
     return image
 
 
@@ -75,38 +93,47 @@ class _Jpeg:
     """The markers of a JPEG.
 
     end: of the end marker, None where there is none. ends: where the entropy-coded data of each
-    scan end. missing: by component, a bit for each coefficient that no scan holds to the last bit.
+    scan end, with the number of the restart marker that would be next. missing: by component, a bit
+    for each coefficient that no scan holds to the last bit. frame: its kind. height_at: where the
+    frame says its height. across: the components of the last scan. down: blocks of a component
+    below each other where it has most.
     """
 
     data: bytes
     end: int | None = None
-    ends: list[int] = field(default_factory=list)
+    ends: dict[int, int] = field(default_factory=dict)
     missing: dict[int, int] = field(default_factory=dict)
     frame: int = 0
+    height_at: int = 0
+    across: int = 0
+    down: int = 1
 
     def __post_init__(self) -> None:
-        position, in_scan = 2, False
+        position, in_scan, restart = 2, False, 0
         while (found := _MARKER.search(self.data, position)) is not None:
             marker, position = found[1][0], found.end()
+            if marker in _RESTARTS:
+                restart = (marker + 1) % 8
             if marker in _RESTARTS or marker in (_SOI, _TEM):
                 continue
             if in_scan:
-                self.ends.append(found.start())
+                self.ends[found.start()] = restart
             if marker == _EOI:
                 self.end = position
                 return
             length = int.from_bytes(self.data[position : position + 2], "big")
             segment = self.data[position + 2 : position + length]
             position += max(length, 2)
-            in_scan = marker == _SOS
+            in_scan, restart = marker == _SOS, 0
             if in_scan:
                 self._scan(segment)
             elif marker in _FRAMES:
-                self.frame = marker
+                self.frame, self.height_at = marker, found.end() + 3
                 self.missing = dict.fromkeys(segment[6::3], (1 << 64) - 1)
+                self.down = max((sampling & 15 for sampling in segment[7::3]), default=1) or 1
 
     def _scan(self, header: bytes) -> None:
-        count = header[0] if header else 0
+        self.across = count = header[0] if header else 0
         components, rest = header[1 : 1 + 2 * count : 2], header[1 + 2 * count :]
         first, last, bits = 0, 63, 0
         if self.frame in _PROGRESSIVE and len(rest) >= 3:
@@ -124,24 +151,54 @@ class _Jpeg:
     def with_more(self) -> bytes:
         """The same file with more bytes where the data of each scan end."""
         pieces, begin = [], 0
-        for end in self.ends:
-            pieces += [self.data[begin:end], _MORE]
+        for end, restart in self.ends.items():
+            pieces += [self.data[begin:end], _MORE, bytes([0xFF, _RESTARTS[restart]]), _MORE]
             begin = end
         return b"".join([*pieces, self.data[begin : self.end]])
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a decoder takes all of each block from one scan, block after block."""
+        sequential = self.frame in _SEQUENTIAL and len(self.ends) == 1
+        return sequential and self.across == len(self.missing)
+
+    def with_height(self, height: int) -> bytes:
+        """The same file, said to be of another height."""
+        before, behind = self.data[: self.height_at], self.data[self.height_at + 2 : self.end]
+        return before + height.to_bytes(2, "big") + behind
 
 
 def _check_pixels(image: Image.Image, jpeg: _Jpeg) -> None:
     """Compare a decoded JPEG with what it is with more data. Raises PictureError."""
     if jpeg.frame in _ARITHMETIC:  # whose data may end early: zeros follow by definition
         return
-    if image.width * image.height > _LARGE and len(jpeg.ends) == 1 and image.mode in ("L", "RGB"):
-        # The blocks of a single scan come in order: the last one is missing if any is.
-        last = image.getpixel((image.width - 1, image.height - 1))
-        if last not in (_FILLER, (_FILLER,) * 3):
+    if image.mode in ("L", "RGB"):
+        if image.width * image.height > _LARGE and len(jpeg.ends) == 1:
+            # The blocks of a single scan come in order: the last one is missing if any is.
+            if image.getpixel((image.width - 1, image.height - 1)) not in _FILLER:
+                return
+        elif jpeg.at_once and _surely_whole(image, jpeg):
             return
     again = Image.open(io.BytesIO(jpeg.with_more()), formats=["JPEG"])
     if ImageChops.difference(again, image).getbbox() is not None:
         raise truncated()
+
+
+def _surely_whole(image: Image.Image, jpeg: _Jpeg) -> bool:
+    """Whether it shows at little cost that there are data for all blocks. False: perhaps not.
+
+    Behind the block in which data end, libjpeg fills all with gray. A file that is said to have one
+    row of blocks more, and where that row does not begin with gray, thus has all rows before it. An
+    eighth of the size, one pixel of each block, is enough to see it.
+    """
+    step = _BLOCK * jpeg.down
+    row = -(-image.height // step)
+    height = (row + 1) * step
+    if image.width < _BLOCK or height > _HIGHEST:
+        return False
+    higher = Image.open(io.BytesIO(jpeg.with_height(height)), formats=["JPEG"])
+    higher.draft(None, (image.width // _BLOCK, height // _BLOCK))
+    return higher.getpixel((0, row * jpeg.down)) not in _FILLER
 
 
 def _loaded_png(image: Image.Image, opened: Callable[[], Image.Image]) -> Image.Image:
