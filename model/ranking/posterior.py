@@ -105,14 +105,16 @@ def posterior(
     weights = np.empty(len(scores))
     weights[~named] = prior_odds + log_weights(scores[~named], unlabelled, searched)
     sure = np.ones(len(scores), np.bool_) if counted is None else counted
-    codes, whose = np.unique(people[named], return_inverse=True)
-    best = np.full(len(codes), -np.inf)
-    np.maximum.at(best, whose[sure[named]], scores[named & sure])
-    outcomes = np.isfinite(best)
-    late = ~outcomes[whose]
-    np.maximum.at(best, whose[late], scores[named][late])
-    of_people = prior_odds + log_weights(best, labelled, searched)
-    weights[named] = of_people[whose]
+    # A person's best item comes first, before all that are no outcomes.
+    order = np.flatnonzero(named)
+    order = order[np.lexsort((-scores[order], ~sure[order], people[order]))]
+    whose = people[order]
+    first = np.ones(len(order), np.bool_)
+    np.not_equal(whose[1:], whose[:-1], out=first[1:])
+    best = order[first]
+    outcomes = sure[best]
+    of_people = prior_odds + log_weights(scores[best], labelled, searched)
+    weights[order] = of_people[np.cumsum(first) - 1]
 
     alone = searched.unlabelled
     share = (searched.people - alone) / max(1, searched.items - alone)  # people for each item

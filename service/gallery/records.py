@@ -184,6 +184,8 @@ class Filters:
 
     def meant(self) -> Filters:
         """The filters with their labels as items have them: see `meant_label`."""
+        if not (self.person_id or self.camera_id or self.exclude_camera_id):
+            return self
         return replace(
             self,
             person_id=tuple(map(meant_label, self.person_id)),

@@ -99,7 +99,10 @@ def answers(follower: Follower, queries: Sequence[Query], candidates: int) -> li
 def _meant(query: Query) -> Query:
     """The query with its filters' labels as items have them."""
     options = query.options
-    return replace(query, options=replace(options, filters=options.filters.meant()))
+    filters = options.filters.meant()
+    if filters is options.filters:
+        return query
+    return replace(query, options=replace(options, filters=filters))
 
 
 def _valid(

@@ -125,19 +125,21 @@ class Chunk:
 
     def projected(self, w: Tensor, dim: int) -> Tensor:
         """Q×(P+1)D queries (float64, unscaled) for this chunk's scale, in fp32."""
-        tail = w[:, -dim:] / self.scale
-        return torch.cat([w[:, :-dim], tail], dim=1).float()
+        scaled = w.numpy().copy()
+        scaled[:, -dim:] /= self.scale
+        return torch.from_numpy(scaled.astype(np.float32))
 
     def scan(
-        self, w: npt.NDArray[np.float32], count: int, allowed: npt.NDArray[np.bool_]
+        self, w: npt.NDArray[np.float32], count: int, allowed: Any
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Best `count` inner products of each query with the allowed rows, by FAISS, on a CPU.
 
-        w: Q×(P+1)D as `projected` gives it. → scores and rows of the gallery, Q×count; row −1
-        where fewer are allowed. Every query is computed separately: a batch changes no answer.
+        w: Q×(P+1)D as `projected` gives it. allowed: what `selecting` gives for flags of its rows.
+        → scores and rows of the gallery, Q×count; row −1 where fewer are allowed. Every query is
+        computed separately: a batch changes no answer.
         """
         count = min(count, self.capacity)
-        scores, rows = self._scanner.search(w, count, params=selecting(allowed))
+        scores, rows = self._scanner.search(w, count, params=allowed)
         return scores, np.where(rows < 0, -1, rows + self.first)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from typing import NamedTuple, TypeAlias, cast
@@ -39,10 +40,10 @@ BLOCK_ROWS = {"cpu": 256, "cuda": 65_536}
 # Rows that are collected from their chunks at once; for fewer, finding their chunks costs most.
 _GATHER_ROWS = 65_536
 _SCORED_ROWS = 64  # that are widened and scored at once
+_WIDENED_NUMBERS = 98_304  # of rows that are widened to float64 at once
 _HOST = torch.device("cpu")
 _NORM_MARGIN = 1 + 2.0**-10
 _COSINE_DIGITS = 12
-_SERIAL_NUMBERS = 32_767  # torch shares out element-wise work of more numbers than this
 
 
 class Norms(NamedTuple):
@@ -219,7 +220,8 @@ class Features:
         measured = np.empty(len(positions) if cosine else (len(positions), self.parts))
         for device, places in self._by_device(positions):
             compute = partial(self._measured, x, modulation, positions[places])
-            measured[places] = with_less(compute, device, self._rows_at_once(device))
+            with one_thread() if device.type == "cpu" else nullcontext():
+                measured[places] = with_less(compute, device, self._rows_at_once(device))
         if cosine:
             # The last digits depend on the rows beside: equal items are to be at equal distance.
             return np.round(measured, _COSINE_DIGITS), None
@@ -272,15 +274,18 @@ class Features:
             return parts
         order = np.argsort(positions)
         query, given = x[None].to(device), Modulation(*(p.to(device) for p in modulation))
-        found = []
-        for y in self._gathered(positions[order], device, step):
-            if self.metric == "cosine":
-                blocks = torch.split(y, step)
-                found += [modulated_cosine_distance(query, b.double(), given)[0] for b in blocks]
+        cosine = self.metric == "cosine"
+        measured = np.empty(len(positions) if cosine else (len(positions), self.parts))
+        size = _GATHER_ROWS if device.type == "cpu" else step
+        for start in range(0, len(positions), size):
+            places = order[start : start + size]
+            y = self._gather(positions[places], device).reshape(-1, self.parts, self.dim)
+            if cosine:
+                blocks = [b.double() for b in torch.split(y, step)]
+                found = torch.cat([modulated_cosine_distance(query, b, given)[0] for b in blocks])
             else:
-                found.append(part_distances(query, y, given, block=step)[0])
-        measured: npt.NDArray[np.float64] = torch.cat(found).cpu().numpy()
-        measured[order] = measured.copy()
+                found = part_distances(query, y, given, block=step)[0]
+            measured[places] = found.cpu().numpy()
         return measured
 
     @torch.inference_mode()
@@ -289,8 +294,9 @@ class Features:
         y = self._gather(positions, _HOST).view(-1, self.parts, self.dim)
         z = torch.empty(len(y), self.width)
         step = self._rows_at_once()
-        for rows, place in zip(torch.split(y, step), torch.split(z, step), strict=True):
-            place.copy_(lift(rows))
+        with one_thread():
+            for rows, place in zip(torch.split(y, step), torch.split(z, step), strict=True):
+                place.copy_(lift(rows))
         return z
 
     def scores(self, w: Tensor, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -383,14 +389,14 @@ class Features:
         self.norms = Norms(*map(max, self.norms, largest))
 
     def _rows_at_once(self, device: torch.device = _HOST) -> int:
-        """How many rows are added, or rescored for one query, at once.
+        """How many rows are widened at once: those of one query, or of a sample.
 
-        On a CPU so few that torch stays on the calling thread, and the rows in its caches: it is
-        milliseconds of work, and waiting for other threads took 50 on a busy machine.
+        On a CPU they are computed by one thread and stay in its caches: it is milliseconds of work,
+        and waiting for other threads took 50 on a busy machine.
         """
         if device.type != "cpu":
             return BLOCK_ROWS[device.type]
-        return max(1, _SERIAL_NUMBERS // self.width)
+        return max(1, _WIDENED_NUMBERS // self.width)
 
     def _by_chunk(self, positions: npt.NDArray[np.int64]) -> Iterator[tuple[Chunk, slice]]:
         """The chunks that hold rows at `positions`, which ascend, and where these are in it."""
@@ -402,11 +408,11 @@ class Features:
 
     def _by_device(
         self, positions: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[torch.device, npt.NDArray[np.int64]]]:
+    ) -> Iterator[tuple[torch.device, slice | npt.NDArray[np.int64]]]:
         """Where rows lie, and their places in `positions`."""
         if self.device.type == "cpu":
             if len(positions):
-                yield self.device, np.arange(len(positions))
+                yield self.device, slice(None)
             return
         chunks = self.chunks
         firsts = [chunk.first for chunk in chunks]
@@ -415,15 +421,6 @@ class Features:
         for device, of in ((_HOST, here), (self.device, ~here)):
             if of.any():
                 yield device, np.flatnonzero(of)
-
-    def _gathered(
-        self, positions: npt.NDArray[np.int64], device: torch.device, step: int
-    ) -> Iterator[Tensor]:
-        """Blocks of y at `positions`, which ascend: B×P×D in fp16."""
-        size = _GATHER_ROWS if device.type == "cpu" else step
-        for start in range(0, len(positions), size):
-            rows = self._gather(positions[start : start + size], device)
-            yield rows.reshape(-1, self.parts, self.dim)
 
     def _gather(self, positions: npt.NDArray[np.int64], device: torch.device) -> Tensor:
         """Rows of y in fp16 on a device, N×(P·D), at `positions`, which ascend."""

@@ -15,12 +15,13 @@ lost, and ask for more rows where it cannot.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache, partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from model.precision import choose_precision
 from service.gallery.index.byte_codes import BLOCK, ByteCodes, Coded
-from service.gallery.index.chunks import Chunk, Mask
+from service.gallery.index.chunks import Chunk, Mask, selecting
 from service.gallery.index.faiss_module import faiss, one_thread
 from service.gallery.index.features import BLOCK_ROWS, Features
 from service.gallery.index.gpu_products import best as on_gpu
@@ -49,6 +50,8 @@ _UNCODED_MOST = 4096  # where more rows have no codes yet, all are scanned
 # With fewer than `_GROUPS` groups for each row that is wanted, the best would often share one.
 _GROUP, _GROUPS = 32, 8
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
+# What `_selected` gave, by the mask's identity, then by the chunk's first row and number of rows.
+_selections: dict[int, dict[tuple[int, int], Any]] = {}
 
 
 Item = TypeVar("Item")
@@ -341,11 +344,27 @@ def _scan_chunk(
     """
     found: dict[int, Best] = {}
     for members, mask in groups:
-        allowed = mask[chunk.first : chunk.first + chunk.count]
-        if allowed.any():
+        allowed = _selected(mask, chunk)
+        if allowed is not None:
             scores, positions = chunk.scan(projected[chunk.scale][members], count, allowed)
             found.update(zip(members, map(Best, positions, scores), strict=True))
     return found
+
+
+def _selected(mask: Mask, chunk: Chunk) -> Any:
+    """FAISS's parameters for the rows of a chunk that a mask lets pass, None where it lets none.
+
+    Kept as long as the mask: making them takes as long as scanning a thousand rows.
+    """
+    kept = _selections.get(id(mask))
+    if kept is None:
+        kept = _selections[id(mask)] = {}
+        weakref.finalize(mask, _selections.pop, id(mask), None)
+    allowed = mask[chunk.first : chunk.first + chunk.count]
+    key = chunk.first, len(allowed)
+    if key not in kept:
+        kept[key] = selecting(allowed) if allowed.any() else None
+    return kept[key]
 
 
 def merged(parts: Sequence[Best], count: int) -> Best:
@@ -354,8 +373,10 @@ def merged(parts: Sequence[Best], count: int) -> Best:
         return _EMPTY
     positions = np.concatenate([part.positions for part in parts])
     scores = np.concatenate([part.scores for part in parts])
-    real = np.flatnonzero(positions >= 0)
-    order = real[np.lexsort((positions[real], -scores[real]))][:count]
+    real = positions >= 0
+    if not real.all():
+        positions, scores = positions[real], scores[real]
+    order = np.lexsort((positions, -scores))[:count]
     return Best(positions[order], scores[order])
 
 

@@ -365,12 +365,12 @@ class Searcher:
             if any(tuple(p.shape) != (1, dim) for p in one.modulation):
                 shapes = " and ".join(str(tuple(p.shape)) for p in one.modulation)
                 raise ValueError(f"γ and β have the shapes {shapes}; one query needs {1, dim}")
-        given = [[part.detach().cpu() for part in (one.x, *one.modulation)] for one in queries]
-        together = torch.stack([torch.cat(one).double() for one in given])
-        x, gamma, beta = torch.split(together, [parts, 1, 1], dim=1)
-        gamma, beta = gamma[:, 0], beta[:, 0]
+        given = torch.empty(len(queries), parts + 2, dim, dtype=torch.float64)
+        for place, one in zip(given, queries, strict=True):
+            place[:parts], place[parts:-1], place[-1:] = one.x, *one.modulation
+        x, gamma, beta = given[:, :parts], given[:, -2], given[:, -1]
         # A comparison with NaN is false.
-        if not np.abs(together.numpy()).max() < _LARGEST:
+        if not np.abs(given.numpy()).max() < _LARGEST:
             raise ValueError(
                 "x, γ or β holds numbers that are not finite, or far too large; the checkpoint is "
                 "damaged or untrained"
