@@ -33,6 +33,7 @@ _CONNECT_SECONDS, _READ_SECONDS, _ATTEMPTS = 3, 10, 2
 # After a failure nothing is asked for so long: whoever waited would hold the place of a search.
 _REST_SECONDS = 5
 _RETRY_AFTER = {"Retry-After": str(_REST_SECONDS)}
+_FULL = 507  # Insufficient Storage, as MinIO answers; others name a quota
 _PARAMETERS = ("endpoint", "region", "credentials_file")
 _BUCKET = re.compile(r"[a-zA-Z0-9][\w.-]{1,62}", re.ASCII)
 _PREFIX = re.compile(r"([\w.=-]+(/[\w.=-]+)*)?", re.ASCII)
@@ -288,6 +289,11 @@ class ObjectStorage:
             answer = error.response
             status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             code = answer["Error"]["Code"] or str(status)
+            if status == _FULL or re.search("full|quota", code, re.IGNORECASE):
+                raise self._unusable(
+                    f"it is full ({code}); make room in it or raise its quota, what is stored is "
+                    "read meanwhile"
+                ) from error
             if status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout"):
                 self._rest()
                 raise self._away(f"answers {code}") from error

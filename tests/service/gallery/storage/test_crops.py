@@ -512,8 +512,8 @@ ELSEWHERE = answer("302 Found", b"", None, "Location: https://portal.example/")
             "credentials have expired; renew",
         ),
         (
-            answer("403 Forbidden", b"<Error><Code>QuotaExceeded</Code></Error>"),
-            "answers QuotaExceeded to an attempt",
+            answer("409 Conflict", b"<Error><Code>OperationAborted</Code></Error>"),
+            "answers OperationAborted to an attempt",
         ),
     ],
 )
@@ -523,6 +523,25 @@ def test_an_answer_that_is_none_is_a_sentence_and_no_damage(
     wanted = Placed("name", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
     with answering(answered) as storage, pytest.raises(CropsUnavailable, match=sentence):
         storage.get([wanted])
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        ("507 Insufficient Storage", "XMinioStorageFull"),
+        ("507 Insufficient Storage", ""),
+        ("403 Forbidden", "QuotaExceeded"),
+        ("400 Bad Request", "XMinioAdminBucketQuotaExceeded"),
+    ],
+)
+def test_a_full_storage_is_said_and_goes_on_being_read(
+    status: str, code: str, credentials: None
+) -> None:
+    told = answer(status, f"<Error><Code>{code}</Code></Error>".encode())
+    with answering(told) as storage:
+        for _ in range(2):  # it does not count as away: what is asked next is asked
+            with pytest.raises(CropsUnavailable, match=r"is full \(\w+\); make room in it"):
+                storage.put([("name", b"crop")])
 
 
 def test_an_object_that_was_not_there_counts_as_deleted(credentials: None) -> None:
