@@ -29,7 +29,8 @@ from model.outputs import OutputError, check_folder, folder_option
 from model.terminal import Console, say
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-_CMT = (sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())")
+CMT = (sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())")
+"""The `cmt` of this interpreter, as the beginning of a command."""
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
@@ -183,7 +184,7 @@ def _run(folder: Path, *, quick: bool) -> list[str]:
         options: Sequence[str] = module.QUICK if quick else ()
         say(f"{number} of {len(benchmarks)}: cmt bench {shlex.join([name, *options])}", err=True)
         begun = time.monotonic()
-        command = [*_CMT, "bench", name, *options, "--json", str(folder / f"{name}.json")]
+        command = [*CMT, "bench", name, *options, "--json", str(folder / f"{name}.json")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             failed.append(name)

@@ -15,17 +15,20 @@ import numpy as np
 import typer
 from PIL import Image
 from rich.progress import track
+from rich.table import Table
 
 from model import CheckpointInfo, load_checkpoint
 from model.benchmark import Spread, publish, seconds
-from model.benchmark_table import Headline, as_fast, duration, inverse
+from model.benchmark_table import Headline, as_fast, duration, inverse, ratio_of
 from model.outputs import ResultsFile
+from model.terminal import Console
+from service.bench.commands import Commands
 from service.bench.crops import BenchmarkDataError
 from service.bench.data import CHECKPOINT, STATISTICS, Checkpoint, Data, Source, Statistics
 from service.gallery import Gallery, NewItem
 from service.images.decode import decode
 
-QUICK = ("--items", "50000", "--rounds", "3")
+QUICK = ("--items", "50000", "--rounds", "3", "--starts", "3")
 _FLAT_FILE = "bench-features.f16"  # N×(P·D) fp16, next to the gallery's own files
 _SNAPSHOT = "index"  # where a gallery keeps its snapshot
 _BLOCK = 1000  # items of one transaction while the store is filled
@@ -44,6 +47,9 @@ def start(
         bool, typer.Option("--cold", help="Also with the folder's files out of the page cache.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often both sides run, in turn.")] = 5,
+    starts: Annotated[
+        int, typer.Option(min=0, help="How often a fresh `cmt serve` and commands are started.")
+    ] = 5,
     statistics: Statistics = STATISTICS,
     checkpoint: Checkpoint = CHECKPOINT,
     json: ResultsFile = None,
@@ -53,6 +59,10 @@ def start(
     The other side reads the same features from a flat file into memory. Opening is timed without
     a snapshot, from SQL, and with one.
 
+    Fresh processes too, after one start that fills the caches: `cmt serve` with an empty gallery
+    until it is ready, beside one that only imports PyTorch; `cmt --help`, and a command over HTTP,
+    beside Python that does nothing.
+
     Example: cmt bench start --items 20000 --folder /tmp/gallery
     """
     settings = {
@@ -61,6 +71,7 @@ def start(
         **({"database-url": "…"} if database_url else {}),
         **({"cold": ""} if cold else {}),
         "rounds": rounds,
+        "starts": starts,
         "statistics": str(statistics),
         "checkpoint": str(checkpoint),
     }
@@ -74,6 +85,10 @@ def start(
             for is_cold in ([False, True] if cold else [False])
             for result in bench.compare(rounds, is_cold)
         ]
+    processes: list[dict[str, Any]] = []
+    if starts:
+        with tempfile.TemporaryDirectory() as place:
+            processes = Commands(checkpoint, Path(place)).measure(starts)
     columns = ("N", "opened", "page cache", "open, s", "read, s", "times the reading")
     rows = [
         (
@@ -86,20 +101,27 @@ def start(
         )
         for r in results
     ]
-    publish("start", settings, columns, rows, results, json)
+    publish("start", settings, columns, rows, [*results, *processes], json)
+    if processes:
+        table = Table("process", "s", "beside", "s", title="fresh processes")
+        for r in processes:
+            table.add_row(r["process"], str(r["seconds"]), r["beside"], str(r["seconds beside"]))
+        Console().print(table)
 
 
 def headlines(report: dict[str, Any]) -> Iterator[Headline]:
     """The rows of `cmt bench all`."""
     for result in report["results"]:
-        cache = "in memory" if result["page cache"] == "warm" else "not in memory"
-        yield Headline(
-            f"opening {result['N']:,} crops {result['opened']}, files {cache}",
-            duration(result["open seconds"]),
-            "reading the features",
-            duration(result["read seconds"]),
-            as_fast(inverse(result["times the reading"])),
-        )
+        if "process" in result:
+            ours, theirs = result["seconds"], result["seconds beside"]
+            what, rival = f"a fresh process: {result['process']}", result["beside"]
+            times = ratio_of(theirs, ours)
+        else:
+            ours, theirs = result["open seconds"], result["read seconds"]
+            cache = "in memory" if result["page cache"] == "warm" else "not in memory"
+            what = f"opening {result['N']:,} crops {result['opened']}, files {cache}"
+            rival, times = "reading the features", inverse(result["times the reading"])
+        yield Headline(what, duration(ours), rival, duration(theirs), as_fast(times))
 
 
 class _Bench:

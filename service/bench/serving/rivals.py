@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import httpx
 
+from model.benchmark_table import CMT
 from service.bench.serving.load import HOST
 from service.embedding.embedder import Embedder
 
@@ -29,6 +30,12 @@ _END = 30.0
 
 class ServerError(Exception):
     """A server of the benchmark did not start; the message says why."""
+
+    @classmethod
+    def ended(cls, side: str, log: Path, answer: str = "none") -> ServerError:
+        """With the last line of what the server said."""
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it says nothing"]
+        return cls(f"{side} did not start (answer {answer}): {last[0]}")
 
 
 class Rival(StrEnum):
@@ -94,8 +101,8 @@ def service(
         "--device": embedder.device,
         "--runtime": embedder.runtime,
     }
-    command = [sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())"]
-    command += ["serve", *(str(part) for option in options.items() for part in option), "--port"]
+    command = [*CMT, "serve"]
+    command += [*(str(part) for option in options.items() for part in option), "--port"]
     routes = Route("POST /query", "/query", queries), Route("POST /gallery", "/gallery", crops)
     return Server("ours", tuple(command), routes)
 
@@ -144,6 +151,17 @@ def is_installed(kind: Rival) -> bool:
 def started(server: Server, log: Path) -> Iterator[int]:
     """Run a server → its port, once it has answered a first request. Raises ServerError.
 
+    log: as of `running`.
+    """
+    with running(server, log) as (process, port):
+        _wait_for_answer(process, server, port, log)
+        yield port
+
+
+@contextmanager
+def running(server: Server, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run a server → its process, which is only beginning, and the port that it will listen on.
+
     log: file for its output. At the end its whole process group is killed.
     """
     port = _free_port()
@@ -162,8 +180,7 @@ def started(server: Server, log: Path) -> Iterator[int]:
             start_new_session=True,
         )
     try:
-        _wait_for_answer(process, server, port, log)
-        yield port
+        yield process, port
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -189,8 +206,7 @@ def _wait_for_answer(
                     return
                 answer = str(response.status_code)
             time.sleep(0.1)
-    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it says nothing"]
-    raise ServerError(f"{server.side} did not start (answer {answer}): {last[0]}")
+    raise ServerError.ended(server.side, log, answer)
 
 
 def _free_port() -> int:

@@ -31,6 +31,7 @@ from service.bench.recall import recall
 from service.bench.rerank import rerank
 from service.bench.rescore import rescore
 from service.bench.scale import scale
+from service.bench.start import headlines as start_headlines
 from service.bench.start import start
 from service.embedding.embedder import Embedder
 from service.gallery.index.byte_codes import levels
@@ -325,15 +326,20 @@ def test_scale_marks_what_it_computed(
 def test_start_opens_all_items_and_fills_a_folder_once(
     statistics: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    def run(items: int) -> list[dict[str, Any]]:
+    def run(items: int, starts: int = 0) -> list[dict[str, Any]]:
         start(
-            items, tmp_path / "gallery", None, True, rounds=1, statistics=statistics,
-            checkpoint=tiny_checkpoint, json=tmp_path / "r.json",
+            items, tmp_path / "gallery", None, True, rounds=1, starts=starts,
+            statistics=statistics, checkpoint=tiny_checkpoint, json=tmp_path / "r.json",
         )  # fmt: skip
         results: list[dict[str, Any]] = report(tmp_path / "r.json")["results"]
         return results
 
-    results = run(50)
+    *results, served, helped, listed = run(50, starts=1)
+    for process in served, helped, listed:
+        assert_ordered(process["seconds"])
+        assert_ordered(process["seconds beside"])
+    whats = [row.what for row in start_headlines(report(tmp_path / "r.json"))]
+    assert len(whats) == len(set(whats)) == 7
     flat = tmp_path / "gallery" / "bench-features.f16"
     assert flat.stat().st_size == 50 * 6 * 16 * 2
     assert {r["page cache"] for r in results} == {"warm", "cold"}
