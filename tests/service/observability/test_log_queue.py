@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.observability.log_queue import QueueHandler
+from service.observability.log_queue import LATER, QueueHandler
 from service.observability.logs import configure_logs, get_logger, log_often
 from tests.service.processes import CMT, ENDING_SECONDS, STARTING_SECONDS, wait_for
 
@@ -84,6 +84,17 @@ def test_a_line_of_a_request_is_written_as_any_other(monkeypatch: pytest.MonkeyP
         assert timedelta() <= age < timedelta(minutes=1)
     assert first == second
     assert first == {"event": "request", "status": 200, "level": "info", "logger": "often"}
+
+
+def test_lines_of_requests_wait_for_each_other_but_are_written_soon() -> None:
+    stream = io.StringIO()
+    handler = QueueHandler(stream)
+    handler.handle(record("first"))
+    for number in range(3):
+        later = record(str(number))
+        setattr(later, LATER, True)
+        handler.handle(later)
+    wait_for(lambda: stream.getvalue() == "first\n0\n1\n2\n", "the lines are not written")
 
 
 def test_what_a_closed_stream_loses_is_counted(tmp_path: Path) -> None:
