@@ -91,8 +91,8 @@ def writing(out: Path) -> Iterator[FeatureFolder]:
             f"another `cmt embed-bulk` writes to {out}; wait until it is done, or stop it"
         ) from error
     except StorageUnwritable as error:
-        why = error.detail.removeprefix(f"the data folder {out} ")
-        raise BulkError(f"the folder of features {out} {why}, or give another --out") from error
+        why = error.detail.replace(f"the data folder {out}", f"the folder of features {out}")
+        raise BulkError(f"{why}, or give another --out") from error
     try:
         folder = FeatureFolder(out)
         folder.remove_partial()

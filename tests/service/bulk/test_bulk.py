@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
@@ -349,6 +351,23 @@ def test_a_full_disk_is_said_and_leaves_no_fragment(
     assert "File too large" in err
     assert [file.name for file in out.iterdir()] == ["lock"]
     assert run(capsys, *embed)[:2] == (0, "16 of 16 files are embedded.\n")
+
+
+def test_a_folder_that_cannot_be_locked_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    told = r"^the file system of .*out cannot lock files .*, or give another --out$"
+    with pytest.raises(BulkError, match=told), writing(tmp_path / "out"):
+        pass
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    told = "^the folder of features .*/file/out cannot be written .*, or give another --out$"
+    with pytest.raises(BulkError, match=told), writing(tmp_path / "file" / "out"):
+        pass
 
 
 def begun(arguments: Sequence[object]) -> BaseProcess:
