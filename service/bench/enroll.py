@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,9 @@ from service.bench.crops import BenchmarkDataError, decoded, image_files
 from service.bench.data import CHECKPOINT, numbers
 from service.bench.networks import NetworkOption, Weights, checkpoint_of, named
 from service.bench.serving.alone import seconds_alone
+from service.bench.serving.figures import CORRECTION, cores
 from service.bench.serving.load import HOST
+from service.bench.serving.rivals import service, started
 from service.bench.serving.several import Processes
 from service.client import Client
 from service.client.stream import Entry
@@ -31,8 +34,6 @@ from service.embedding.verdict import Runtime
 from service.gallery import Gallery, Item, NewItem
 from service.images.decode import Crop
 from service.kit.text import counted
-from service.server import running
-from service.settings import load_settings
 
 T = TypeVar("T")
 
@@ -45,11 +46,25 @@ class Side(NamedTuple):
     reference: str
 
 
-Times = dict[Side, list[float]]
-"""Seconds of each round; what others are compared with comes before them."""
+class Taken(NamedTuple):
+    """Seconds of a round, and those of CPU time that the client took of the same cores."""
+
+    seconds: float
+    by_client: float = 0.0
+
+    @property
+    def corrected(self) -> float:
+        """As if the client ran on another machine: see `corrected_rate`."""
+        return self.seconds - self.by_client / cores()
+
+
+Times = dict[Side, list[Taken]]
+"""Of each round; what others are compared with comes before them."""
 
 QUICK = ("--count", "256", "--rounds", "2")
 _ALONE = "embedding alone"
+_SHARE = "share of embedding alone"
+_CORRECTED = "share of embedding alone, corrected"
 _AHEAD = 2  # batches that are read while one is embedded
 
 
@@ -76,7 +91,8 @@ def enroll(
     """Images a second from files to durable rows, against embedding the decoded images alone.
 
     Offline: files are read and decoded ahead, embedded and stored in batches. Through the service:
-    what cmt enroll does, by HTTP, to a service in this process.
+    what cmt enroll does, by HTTP, to a service in a process of its own. The rate is what was
+    measured; corrected, it leaves out the client's CPU time, for a client on another machine.
 
     With --replicas, what cmt enroll does with several addresses, --count images for each of them,
     against as many processes that embed the same number of decoded images at the same time and do
@@ -108,22 +124,25 @@ def enroll(
                 *(count, batch, rounds, numbers(replicas)),
             )
         else:
-            times = _in_one_process(Path(folder), path, embedder, images, count, batch, rounds)
+            times = _to_one_service(Path(folder), path, embedder, images, count, batch, rounds)
     by_name = {side.name: taken for side, taken in times.items()}
-    results = [
-        {
-            "side": side.name,
-            "images": side.images,
-            "images per second": Spread.of([side.images / t for t in taken]),
-            "share of embedding alone": Spread.of(
-                [alone / t for alone, t in zip(by_name[side.reference], taken, strict=True)]
-            ),
-            "runtime": embedder.runtime,
-        }
-        for side, taken in times.items()
-    ]
-    columns = ("", "images", "images/s", "share of embedding alone", "runtime")
-    publish("enroll", settings, columns, [tuple(r.values()) for r in results], results, json)
+    results: list[dict[str, Any]] = []
+    for side, taken in times.items():
+        rounds_of = list(zip(by_name[side.reference], taken, strict=True))
+        results.append(
+            {
+                "side": side.name,
+                "images": side.images,
+                "images per second": Spread.of([side.images / t.seconds for t in taken]),
+                _SHARE: Spread.of([alone.seconds / t.seconds for alone, t in rounds_of]),
+                _CORRECTED: Spread.of([alone.seconds / t.corrected for alone, t in rounds_of]),
+                "runtime": embedder.runtime,
+                "correction": CORRECTION,
+            }
+        )
+    columns = ("", "images", "images/s", _SHARE, "corrected", "runtime")
+    rows = [tuple(result.values())[: len(columns)] for result in results]
+    publish("enroll", settings, columns, rows, results, json)
 
 
 def headlines(report: dict[str, Any]) -> Iterator[Headline]:
@@ -139,11 +158,11 @@ def headlines(report: dict[str, Any]) -> Iterator[Headline]:
             rate(result["images per second"], "crops"),
             alone["side"],
             rate(alone["images per second"], "crops"),
-            as_fast(result["share of embedding alone"]),
+            as_fast(result[_SHARE]),
         )
 
 
-def _in_one_process(
+def _to_one_service(
     folder: Path,
     checkpoint: Path,
     embedder: Embedder,
@@ -152,31 +171,37 @@ def _in_one_process(
     batch: int,
     rounds: int,
 ) -> Times:
-    """Offline, and to a service in this process. Raises BenchmarkDataError for what is lost."""
+    """Offline, and to one service. Raises BenchmarkDataError for what is lost."""
     batches = _batches(decoded(_copies(images, count, folder / "alone")), batch)
-    serving = load_settings(
-        checkpoint=checkpoint,
-        data_dir=folder / "service",
-        port=0,
-        device=embedder.device,
-        runtime=embedder.runtime,
-    )
+    files = image_files(images)
+    server = service(checkpoint, embedder, folder / "service", files, files)
     offline = Gallery.open(folder / "offline", embedder.info, device=embedder.device)
     times: Times = {}
-    with closing(offline), running(serving) as url, Client(url) as client:
+    with (
+        closing(offline),
+        started(server, folder / "log") as port,
+        Client(f"http://{HOST}:{port}") as client,
+    ):
 
-        def sides(fresh: Path) -> dict[str, Callable[[], object]]:
+        def sides(fresh: Path) -> dict[str, Callable[[], Taken]]:
             """What runs in a round, on files that no earlier round has enrolled."""
             copies = _copies(images, count, fresh)
+
+            def alone() -> None:
+                for crops in batches:
+                    embedder.embed(crops)
+
             return {
-                _ALONE: lambda: [embedder.embed(crops) for crops in batches],
-                "offline": lambda: enroll_files(copies, embedder, offline, batch),
-                "through the service": lambda: _send([client], copies),
+                _ALONE: lambda: Taken(seconds(alone)),
+                "offline": lambda: Taken(
+                    seconds(lambda: enroll_files(copies, embedder, offline, batch))
+                ),
+                "through the service": lambda: _sent([client], copies),
             }
 
         for round_ in range(rounds + 1):
-            for name, call in sides(folder / str(round_)).items():
-                taken = seconds(call)
+            for name, run in sides(folder / str(round_)).items():
+                taken = run()
                 if round_:  # the first one warms up
                     times.setdefault(Side(name, count, _ALONE), []).append(taken)
         durable = len(offline), client.list(limit=1).total
@@ -204,16 +229,16 @@ def _by_replicas(
         for several in replicas:
             alone = f"{_ALONE}, {counted(several, 'process', 'processes')} at the same time"
             taken = seconds_alone(several, checkpoint, embedder, batch, same)
-            times.setdefault(Side(alone, several * count, alone), []).append(taken)
+            times.setdefault(Side(alone, several * count, alone), []).append(Taken(taken))
             copies = _copies(images, several * count, folder / f"{round_}-{several}")
             with ExitStack() as stack:
                 clients = [
                     stack.enter_context(Client(f"http://{HOST}:{port}"))
                     for _, port in stack.enter_context(servers.replicated(several))
                 ]
-                taken = seconds(lambda: _send(clients, copies))  # noqa: B023
+                sent = _sent(clients, copies)
             side = f"cmt enroll to {counted(several, 'replica')}"
-            times.setdefault(Side(side, several * count, alone), []).append(taken)
+            times.setdefault(Side(side, several * count, alone), []).append(sent)
     return times
 
 
@@ -239,13 +264,16 @@ def enroll_files(
     return items
 
 
-def _send(services: Sequence[Client], files: Sequence[Path]) -> None:
+def _sent(services: Sequence[Client], files: Sequence[Path]) -> Taken:
     """Enroll the files as `cmt enroll` does. Raises BenchmarkDataError where one is not."""
     client, *others = services
-    results = client.enroll_many((Entry(file) for file in files), others=others)
+    began, cpu_began = time.perf_counter(), time.process_time()  # of the client alone, now
+    results = list(client.enroll_many((Entry(file) for file in files), others=others))
+    taken = Taken(time.perf_counter() - began, time.process_time() - cpu_began)
     for file, result in zip(files, results, strict=True):
         if result.item is None:
             raise BenchmarkDataError(f"{file} was not enrolled: {result.reason}")
+    return taken
 
 
 def _copies(images: Path, count: int, folder: Path) -> list[Path]:

@@ -365,6 +365,11 @@ def test_enroll_stores_every_image_on_both_ways(tiny_checkpoint: Path, tmp_path:
         assert_ordered(result["images per second"])
         share = result["images per second"]["median"] / alone
         assert result["share of embedding alone"]["median"] == pytest.approx(share)
+        corrected = result["share of embedding alone, corrected"]["median"]
+        if result["side"] == "through the service":  # without what the client computed
+            assert corrected > share
+        else:
+            assert corrected == pytest.approx(share)
 
 
 def test_enroll_to_replicas_is_compared_with_as_many_processes_that_embed(
