@@ -157,7 +157,7 @@ def is_group(rows: int, crop_bytes: int) -> bool:
 
 @dataclass(frozen=True)
 class DamagedRow:
-    """A row that is not as it was written."""
+    """A row that is not as it was written. path: as in `Row`, or that of the file and the row."""
 
     path: str
     reason: str
@@ -236,7 +236,7 @@ class FeatureFile:
             crops, sums = table["crop"].to_pylist(), table["checksum"].to_pylist()
         except _UNREADABLE as error:
             start = sum(self._groups[:at])
-            where = f"{self.path.name}, row "
+            where = f"{self.path.absolute()}, row "
             reason = f"{self.path} is damaged ({_reason(error)}); remove it and embed again"
             return [
                 DamagedRow(f"{where}{start + place + 1}", reason)

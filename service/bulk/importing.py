@@ -366,9 +366,9 @@ class Importer:
     def _checked(self, file: FeatureFile, row: Row | DamagedRow) -> _Checked | Refusal:
         """The row with its labels, or why it is refused before its crop is looked at."""
         root = file.header.root
-        if isinstance(row, DamagedRow):
-            return Refusal(row.path, DAMAGED, row.reason)
         path = f"{root.rstrip('/')}/{row.path}" if not row.path.startswith("/") else row.path
+        if isinstance(row, DamagedRow):
+            return Refusal(path, DAMAGED, row.reason)
         written = {
             "person_id": row.person_id,
             "camera_id": row.camera_id,

@@ -456,6 +456,8 @@ def test_rows_are_refused_one_by_one(
     expected["second"] = "idempotency_conflict"
     assert {name: row["code"] for name, row in failed.items()} == expected
     assert failed["labels_invalid"]["person_id"] == "x" * 129
+    root = FeatureFile(features / "features-000001.parquet").header.root
+    assert {str(Path(row["file"]).parent) for row in failed.values()} == {root}
 
 
 def test_features_of_something_else_are_noticed_by_the_sample(
@@ -556,7 +558,7 @@ def test_a_flipped_bit_costs_the_rows_that_it_may_have_changed(
     load = ("import", features, "--checkpoint", tiny_checkpoint, "--data-dir", tmp_path / "data")
     status, printed, _ = run(capsys, *load)
     assert (status, printed.splitlines()[0]) == (1, "22 of 32 rows are imported.")
-    assert "features-000002.parquet, row 1: " in printed
+    assert f"{features / 'features-000002.parquet'}, row 1: " in printed
     # As it says: without that file, the same command embeds what it held.
     (features / "features-000002.parquet").unlink()
     embed = ("embed-bulk", people / "people.csv", "--checkpoint", tiny_checkpoint, "--out")
