@@ -76,6 +76,7 @@ async def readyz(state: ResourcesDep) -> Readiness:
     return Readiness(
         crops=None if available is None else "ok" if available else "unavailable",
         items_on_host=state.gallery.spilled or None,
+        lag_seconds=None if state.gallery.replicas is None else round(state.gallery.lag, 3),
     )
 
 

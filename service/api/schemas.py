@@ -433,6 +433,12 @@ class Readiness(Health):
         description="Only where a GPU's memory does not hold the gallery: items that are searched "
         "in the host's memory, which is slower and finds the same.",
     )
+    lag_seconds: float | None = Field(
+        default=None,
+        description="Only with PostgreSQL: how old the state of the database is that is surely in "
+        "what this replica searches. Searches go by one of 1 s at most; beyond 3 s the answer is "
+        "503.",
+    )
 
 
 class CameraDefaults(BaseModel):

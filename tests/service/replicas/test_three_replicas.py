@@ -136,7 +136,9 @@ def test_what_is_acknowledged_anywhere_is_found_and_what_is_erased_is_gone(
     for number in range(3):
         assert trio.found(number, image) == {second}  # items are checked before they are answered
         wait_for(lambda: gauge(trio.clients[number], "cmt_gallery_items") == 1, "it stays")  # noqa: B023
-        assert trio.clients[number].get("/readyz").status_code == 200
+        ready = trio.clients[number].get("/readyz")
+        assert ready.status_code == 200
+        assert ready.json()["lag_seconds"] >= 0
         assert gauge(trio.clients[number], "cmt_replicas") == 3
         assert gauge(trio.clients[number], "cmt_replica_lag_seconds") >= 0
     wait_for(lambda: len(trio.leaders()) == 1, "none leads, or several do")
