@@ -14,11 +14,14 @@ lost, and ask for more rows where it cannot.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -49,6 +52,7 @@ _UNCODED_MOST = 4096  # where more rows have no codes yet, all are scanned
 # Rows are taken in groups of so many at most: k groups with a row above a score have k such rows.
 # With fewer than `_GROUPS` groups for each row that is wanted, the best would often share one.
 _GROUP, _GROUPS = 32, 8
+_LIBC = ctypes.CDLL(None)  # Python does not say on which core a thread is
 _TOP_ROWS = 4096  # columns of scores that are collected before the best are picked out
 # What `_selected` gave, by the mask's identity, then by the chunk's first row and number of rows.
 _selections: dict[int, dict[tuple[int, int], Any]] = {}
@@ -406,8 +410,21 @@ def _shared(work: Callable[[Item], Result], items: Sequence[Item], least: int = 
                 return
             results[place] = work(item)
 
+    def take_elsewhere(cores: set[int]) -> None:
+        with suppress(OSError):  # they may have been taken from this process meanwhile
+            os.sched_setaffinity(0, cores)
+        take()
+
     helping = min(_cores(), len(items)) - 1 if len(items) >= least else 0
-    others = [_threads().submit(copy_context().run, take) for _ in range(helping)]
+    others = []
+    if helping > 0:
+        # Linux wakes a thread on the caller's core where the others are busy for a moment, and
+        # leaves it there: both would share one core to the end.
+        elsewhere = os.sched_getaffinity(0) - {_LIBC.sched_getcpu()}
+        others = [
+            _threads().submit(copy_context().run, take_elsewhere, elsewhere)
+            for _ in range(helping if elsewhere else 0)
+        ]
     with one_thread():
         take()
     for other in others:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -180,6 +182,21 @@ def test_a_search_that_nobody_wants_any_more_ends_at_its_next_slice() -> None:
         found(shard, x[0], modulation, 20)
     assert found(shard, x[0], modulation, 20) == order_of(reference(x[0], y, modulation), 20)
     shard.close()
+
+
+def test_threads_that_help_leave_its_core_to_the_one_that_searches() -> None:
+    mine = os.sched_getaffinity(0)
+    if min(len(mine), nearest._cores()) < 2:
+        pytest.skip("needs two cores")
+    both = threading.Barrier(2)
+
+    def cores(_: int) -> set[int]:
+        both.wait(60)  # so that either thread takes one of the two
+        return os.sched_getaffinity(0)
+
+    found = nearest._shared(cores, range(2))
+    assert sorted(map(len, found)) == [len(mine) - 1, len(mine)]
+    assert os.sched_getaffinity(0) == mine
 
 
 def test_rows_as_near_as_the_last_one_hide_no_nearer_one_by_cosine() -> None:
