@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,23 @@ def test_the_lock_is_watched_where_the_rows_are_on_a_server(make_place: MakePlac
     gallery.add([NewItem(crop())], features(1, 1))
     gallery.check()
     gallery.close()
+
+
+def test_the_log_of_a_database_behind_a_link_is_watched(tmp_path: Path) -> None:
+    """It lies beside the file, not beside the link."""
+    home, link = tmp_path / "home", tmp_path / "link.sqlite3"
+    home.mkdir()
+    Store(home, MODEL, SIZE).close()
+    link.symlink_to(home / FILE_NAME)
+    (tmp_path / "data").mkdir()
+    with closing(Store(tmp_path / "data", MODEL, SIZE, f"sqlite:///{link}")) as store:
+        store.audit.append(Act("key:1", "query"))
+        back = move(home / f"{FILE_NAME}-wal")
+        with pytest.raises(StorageMoved, match="log"):
+            store.audit.append(Act("key:1", "query"))
+        back()
+        store.audit.append(Act("key:1", "query"))
+        assert len(store.audit.page(9).entries) == 2
 
 
 def test_a_database_elsewhere_is_watched_too(tmp_path: Path) -> None:
