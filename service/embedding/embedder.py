@@ -109,6 +109,8 @@ class Embedder:
         """
         config = self.info.config
         run = self.backend.beside if beside else self.backend
+        if len(crops) == 1:  # nothing to sort
+            return run(pixels_of([crops[0].image], config), crops[0].modality)
         features = torch.empty(len(crops), config.parts, config.dim)
         for modality in _MODALITIES:
             places = [i for i, crop in enumerate(crops) if crop.modality == modality]
@@ -140,7 +142,8 @@ class Embedder:
             return verdict.runtime, f"{verdict.reason}, measured at an earlier start", backend
         name, reason, chosen = self._choose(runtime, "auto", cache)
         if (graphs := getattr(chosen, "graphs", None)) is not None:  # OpenVINO's
-            verdict = Verdict(name, graphs.precision, graphs.number_type, reason)
+            taken = graphs.precision, graphs.views, graphs.number_type
+            verdict = Verdict(name, *taken, reason)
             keep_verdict(verdict, self._checkpoint, self.info.fingerprint, runtime, cache)
         return name, reason, chosen
 
@@ -213,7 +216,7 @@ class Embedder:
         try:
             # Left to itself OpenVINO takes bf16 for the rest, which is no faster, and which some
             # CPUs cannot compile.
-            graphs = compiled(read_graphs(form.graphs), "float32")
+            graphs = compiled(read_graphs(form.graphs), "float32", 1)
             backend = OpenVINOBackend(graphs, self.info.config, quantised=True)
             agrees, measured = self._agreement(backend, LEAST_COSINE)
         except Exception as error:
@@ -263,7 +266,8 @@ class Embedder:
 
         def made(asked: PrecisionName) -> OpenVINOBackend:
             graphs = converted(self._model, self.info.fingerprint, cache_dir)
-            return OpenVINOBackend(compiled(graphs, asked), self.info.config)
+            views = 1 + self.info.config.mirror
+            return OpenVINOBackend(compiled(graphs, asked, views), self.info.config)
 
         backend = made(precision)
         if precision != "auto":

@@ -1,9 +1,9 @@
 """The network's graphs on OpenVINO: kept on disk, and compiled. Loads no torch.
 
-Each graph is compiled twice. One computes an image on all cores, with the lowest latency. The other
-computes several batches at the same time, each on its share of the cores, which then need not wait
-for all others at the end of every layer: more images a second, most of all where something else
-runs too.
+Each graph is compiled twice. One computes the views of one crop on all cores, with the lowest
+latency: of a fixed size, which takes a seventh less time than an open one. The other computes
+batches of any size, each on a core of its own, which then need not wait for all others at the end
+of every layer: more images a second, most of all where something else runs too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 
 from model.atomic_file import PRIVATE, write_whole
 from model.cores import allowed_cores
+from model.fixed_batch import fixed_batch
 from model.modalities import Modality
 from model.pixels import MEAN, STD
 from model.quiet_openvino import openvino
 
-_MOST_STREAMS = 8  # the interpreter could not prepare more batches at once
+_MOST_STREAMS = 32  # the interpreter could not prepare more batches at once
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -30,19 +31,20 @@ _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 class Compiled:
     """The graphs of both modalities, which take pixels.
 
-    precision: what OpenVINO was asked for: "float32", "bfloat16", or "auto". whole: for an image on
-    all cores. shared: for `streams` batches at the same time.
+    precision: what OpenVINO was asked for: "float32", "bfloat16", or "auto". views: the images of
+    one crop. lone: for exactly so many. shared: for `streams` batches at the same time.
     """
 
     precision: str
-    whole: dict[Modality, openvino.CompiledModel]
+    views: int
+    lone: dict[Modality, openvino.CompiledModel]
     shared: dict[Modality, openvino.CompiledModel]
     streams: int
 
     @property
     def number_type(self) -> str:
         """Of the graphs, as OpenVINO reports it: "f32", "bf16", …"""
-        return str(self.whole["rgb"].get_property("INFERENCE_PRECISION_HINT").get_type_name())
+        return str(self.lone["rgb"].get_property("INFERENCE_PRECISION_HINT").get_type_name())
 
 
 def reader() -> openvino.Core:
@@ -62,38 +64,44 @@ def read_graphs(files: Mapping[Modality, Path]) -> dict[Modality, openvino.Model
     return {modality: core.read_model(file) for modality, file in files.items()}
 
 
-def compiled(graphs: Mapping[Modality, openvino.Model], precision: str) -> Compiled:
+def compiled(graphs: Mapping[Modality, openvino.Model], precision: str, views: int) -> Compiled:
     """Compile graphs that take normalised images.
 
     precision: "float32", "bfloat16", or "auto": OpenVINO takes bf16 where the CPU has units for it.
-    Raises whatever OpenVINO raises.
+    views: the images of one crop. Raises whatever OpenVINO raises.
     """
     cores = allowed_cores()
     streams = min(cores, _MOST_STREAMS)
     core = openvino.Core()
     settings: dict[str, object] = {}
-    if cores < len(os.sched_getaffinity(0)):  # by a quota, which OpenVINO does not ask for
-        settings["INFERENCE_NUM_THREADS"] = cores
     if precision != "auto":
         settings["INFERENCE_PRECISION_HINT"] = _PRECISIONS[precision]
+    # Its batches are of any size, so that one thread has to do for a stream: see `fixed_batch`.
+    limited = {"NUM_STREAMS": streams} | _limit(streams)
     of_pixels = {modality: _of_pixels(graph) for modality, graph in graphs.items()}
     with ThreadPoolExecutor(cores, "compile") as threads:  # each takes one core
 
-        def begun(**how: object) -> dict[Modality, Future[openvino.CompiledModel]]:
-            settled = settings | how
-            return {
-                modality: threads.submit(core.compile_model, graph, "CPU", settled)
-                for modality, graph in of_pixels.items()
-            }
+        def begun(graph: openvino.Model, how: dict[str, object]) -> Future[openvino.CompiledModel]:
+            return threads.submit(core.compile_model, graph, "CPU", settings | how)
 
-        whole = begun(PERFORMANCE_HINT="LATENCY")
-        shared = begun(NUM_STREAMS=streams) if streams > 1 else whole
+        lone = {
+            m: begun(fixed_batch(graph, views), {"PERFORMANCE_HINT": "LATENCY"} | _limit(cores))
+            for m, graph in of_pixels.items()
+        }
+        shared = {m: begun(graph, limited) for m, graph in of_pixels.items()}
     return Compiled(
         precision,
-        {m: future.result() for m, future in whole.items()},
+        views,
+        {m: future.result() for m, future in lone.items()},
         {m: future.result() for m, future in shared.items()},
         streams,
     )
+
+
+def _limit(threads: int) -> dict[str, object]:
+    """The setting where OpenVINO, which knows no quota, would take more."""
+    more = threads < len(os.sched_getaffinity(0))
+    return {"INFERENCE_NUM_THREADS": threads} if more else {}
 
 
 class GraphFiles:

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from model import CMT, CMTConfig, Modality
+from model.cmt import ranked_mean
 from model.graphs import to_openvino, view_graph
 from model.modalities import MODALITIES
 from model.quiet_openvino import openvino
 from service.embedding.openvino_graphs import Compiled, GraphFiles, reader
 
 log = logging.getLogger(__name__)
-
-_LEAST_LENGTH = 1e-12  # as `torch.nn.functional.normalize` has it
 
 
 class OpenVINOBackend:
@@ -33,7 +32,7 @@ class OpenVINOBackend:
 
     def __init__(self, graphs: Compiled, config: CMTConfig, *, quantised: bool = False) -> None:
         self.graphs, self.streams, self.quantised = graphs, graphs.streams, quantised
-        self._config, self._mirror = config, config.mirror and not quantised
+        self._config = config
         self._own = _Own()
 
     @property
@@ -42,58 +41,52 @@ class OpenVINOBackend:
         return self.graphs.number_type
 
     def __call__(self, pixels: Tensor, modality: Modality) -> Tensor:
-        """On all cores: few images by all of them together, more in one part for each stream.
-
-        Where there are two streams, a crop is computed on one and its mirror image on the other:
-        for both in one batch the cores would wait for each other after every layer.
-        """
-        images = self._views(pixels)
-        if len(images) < self.streams:
-            return self._computed(self.graphs.whole, [images], modality)
-        return self._computed(self.graphs.shared, np.array_split(images, self.streams), modality)
+        """On all cores: one crop by all of them together, more in one part for each stream."""
+        crops = pixels.numpy()
+        if len(crops) > 1:
+            images = self._seen(crops, np.empty(self._shape(crops), np.uint8))
+            parts = np.array_split(images, min(self.streams, len(images)))
+            return self._side_by_side(parts, modality)
+        (call,) = self._own.calls(self.graphs.lone[modality], 1)
+        self._seen(crops, call.images(self._shape(crops)))
+        call.compute()
+        return self._embedding(call.output)
 
     def beside(self, pixels: Tensor, modality: Modality) -> Tensor:
         """The same on one stream, at the same time as other calls."""
-        return self._computed(self.graphs.shared, [self._views(pixels)], modality)
-
-    def _views(self, pixels: Tensor) -> np.ndarray:
-        """The images to compute: the crops and, after all of them, their mirror images."""
-        # In NumPy, as below: steps of PyTorch took a third of a lone crop's time, most of it to
-        # wake its threads.
         crops = pixels.numpy()
-        if not self._mirror:
-            return crops
-        images = np.empty((2, *crops.shape), np.uint8)
-        images[0] = crops
-        for channel in range(crops.shape[-1]):  # four times as fast as all three at once
-            images[1, ..., channel] = crops[:, :, ::-1, channel]
-        return images.reshape(-1, *crops.shape[1:])
+        images = self._seen(crops, np.empty(self._shape(crops), np.uint8))
+        return self._side_by_side([images], modality)
 
-    def _computed(
-        self,
-        graphs: dict[Modality, openvino.CompiledModel],
-        parts: Sequence[np.ndarray],
-        modality: Modality,
-    ) -> Tensor:
+    def _shape(self, crops: np.ndarray) -> tuple[int, ...]:
+        return self.graphs.views * len(crops), *crops.shape[1:]
+
+    def _seen(self, crops: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """The images to compute: the crops and, after all of them, their mirror images."""
+        # In NumPy, as what comes after it: steps of PyTorch took a third of a lone crop's time,
+        # most of it to wake its threads.
+        images[: len(crops)] = crops
+        if self.graphs.views > 1:
+            for channel in range(crops.shape[-1]):  # four times as fast as all three at once
+                images[len(crops) :, ..., channel] = crops[:, :, ::-1, channel]
+        return images
+
+    def _side_by_side(self, parts: Sequence[np.ndarray], modality: Modality) -> Tensor:
         """Compute the parts at the same time."""
-        calls = self._own.calls(graphs[modality], len(parts))
+        calls = self._own.calls(self.graphs.shared[modality], len(parts))
         with ExitStack() as under_way:  # waits for all, whichever fails
             for call, part in zip(calls, parts, strict=True):
-                call.start(part)
+                np.copyto(call.images(part.shape), part)
+                call.start()
                 under_way.callback(call.wait)
-        given = np.concatenate([call.output for call in calls])
-        return torch.from_numpy(given if self.quantised else self._embedding(given))
+        return self._embedding(np.concatenate([call.output for call in calls]))
 
-    def _embedding(self, complete: np.ndarray) -> np.ndarray:
+    def _embedding(self, complete: np.ndarray) -> Tensor:
         """What `CMT.represent` makes of the views' representations."""
-        if self._mirror:
-            crops = len(complete) // 2
-            complete = (complete[:crops] + complete[crops:]) / 2
-        if not self._config.normalise_test:
-            return complete
-        lengths = np.linalg.norm(complete.reshape(len(complete), -1), axis=1)
-        unit: np.ndarray = complete / np.maximum(lengths, _LEAST_LENGTH)[:, None, None]
-        return unit
+        if self.quantised:
+            return torch.from_numpy(complete.copy())
+        of_views = complete.reshape(self.graphs.views, -1, *complete.shape[1:])
+        return torch.from_numpy(ranked_mean(of_views, normalise=self._config.normalise_test))
 
 
 def converted(
@@ -134,13 +127,20 @@ class _Call:
         self._request = graph.create_infer_request()
         self._images = np.empty(0, np.uint8)
 
-    def start(self, images: np.ndarray) -> None:
-        """Begin to compute a copy of the images."""
-        if self._images.shape != images.shape:
-            given = openvino.Tensor(openvino.Type.u8, images.shape)
+    def images(self, shape: tuple[int, ...]) -> np.ndarray:
+        """What is to be computed, to be filled."""
+        if self._images.shape != shape:
+            given = openvino.Tensor(openvino.Type.u8, shape)
             self._request.set_input_tensor(given)
             self._images = given.data
-        np.copyto(self._images, images)
+        return self._images
+
+    def compute(self) -> None:
+        """Raises what OpenVINO raises where it fails. The calling thread takes part."""
+        self._request.infer()
+
+    def start(self) -> None:
+        """Begin to compute."""
         self._request.start_async()
 
     def wait(self) -> None:

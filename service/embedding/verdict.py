@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Runtime = Literal["auto", "torch", "openvino", "int8"]
 
-_FORMAT = 1
+_FORMAT = 2
 _PACKAGES = ("cmt-reid", "numpy", "openvino", "torch")
 # Lines of /proc/cpuinfo that say what a processor can do, on x86 and on ARM.
 _ABILITIES = (
@@ -50,11 +50,12 @@ class Verdict:
     """What the probe chose.
 
     runtime: "openvino" or "int8". precision: what OpenVINO was asked for, "auto" or "float32".
-    number_type: what it took. reason: why, a sentence for people.
+    views: the images of one crop. number_type: what it took. reason: why, a sentence for people.
     """
 
     runtime: str
     precision: str
+    views: int
     number_type: str
     reason: str
 
@@ -105,7 +106,7 @@ def known_network(checkpoint: Path, runtime: Runtime, cache: Path) -> Known | No
 
         verdict = _read(checkpoint, fingerprint, runtime, cache)
         files = _graphs(verdict, checkpoint, fingerprint, cache)
-        graphs = compiled(read_graphs(files), verdict.precision)
+        graphs = compiled(read_graphs(files), verdict.precision, verdict.views)
         if graphs.number_type != verdict.number_type:
             raise _OutdatedError(f"OpenVINO takes {graphs.number_type} now")
     except Exception as error:  # what is wrong with OpenVINO or a file, the probe meets and tells
