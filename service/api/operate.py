@@ -48,6 +48,7 @@ async def livez() -> Health:
         errors.StorageUnwritable,
         errors.GalleryDamaged,
         errors.MemoryExhausted,
+        errors.ShardsMissing,
     ),
 )
 async def readyz(state: ResourcesDep) -> Readiness:

@@ -50,6 +50,7 @@ router = APIRouter(tags=["query"], route_class=LeanRoute)
         *IMAGE_ERRORS,
         errors.GalleryDamaged,
         errors.IndexOutOfStep,
+        errors.ShardsMissing,
     ),
 )
 async def query(

@@ -25,6 +25,7 @@ from service.scale.slice import Counts, Sizes
 T = TypeVar("T", Counters, Statistics)
 
 _SIZES_SECONDS = 1.0  # that the shards' sizes are not asked for again
+_LATER = {"Retry-After": "5"}  # clients wait so long for a shard, which takes some of these
 
 
 class Crew(Protocol):
@@ -97,7 +98,8 @@ class Shards:
         if not answers or (len(answers) < self.total and not self._partial):
             raise ShardsMissing(
                 f"only {len(answers)} of {self.total} shards of the gallery answer; the others are "
-                "started again, try again in some seconds"
+                "started again, try again in some seconds",
+                headers=_LATER,
             )
         return answers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from service.gallery.index import features as index_features
 from service.images.decode import Crop
 from service.kit.device_loss import on_device_loss
 from service.scale.engine import gpu_share
+from tests.paths import ROOT
 from tests.service.processes import wait_for
 from tests.service.scale.crews import (
     assert_equal,
@@ -74,11 +76,19 @@ def test_missing_shards_are_counted_or_refused(tmp_path: Path) -> None:
     gallery, crew = open_sharded(tmp_path, info(), 2, partial=False)
     assert gallery.search_all(asked[:1])[0].shards_ok == 2
     crew.missing = {0}
-    with pytest.raises(ShardsMissing, match=r"only 1 of 2 shards.*try again"):
+    with pytest.raises(ShardsMissing, match=r"only 1 of 2 shards.*try again") as missing:
         gallery.search_all(asked)
+    assert "Retry-After" in missing.value.headers  # by which our clients come again
     with pytest.raises(ShardsMissing):
         gallery.check()
     gallery.close()
+
+
+def test_the_document_names_what_missing_shards_do() -> None:
+    document = json.loads((ROOT / "docs" / "openapi.json").read_text())
+    for path, method in (("/query", "post"), ("/readyz", "get")):
+        refused = document["paths"][path][method]["responses"]["503"]
+        assert f"`{ShardsMissing.code}`" in refused["description"]
 
 
 def test_a_search_sees_what_was_written_before_it(tmp_path: Path) -> None:
