@@ -225,7 +225,7 @@ def test_replicas_are_measured_together(
         folders = MINI / "cam3", MINI / "cam1"
         servers = Processes(tmp_path / "servers", tiny_checkpoint, embedder, folders, postgres_url)
         servers.fill(20)
-        servers.round([], [2], [1], 0.3)
+        servers.round([], [2], [1], 1.0)
     rows = servers.results()
     assert [(r["kind"], r["processes"], r["route"], r["clients"]) for r in rows] == [
         ("replicas", 2, route, 1) for route in ("POST /query", "POST /gallery")
