@@ -12,9 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from socket import socketpair
 from typing import Any, Literal
@@ -41,8 +39,6 @@ _GRACE = 2.0  # seconds beyond
 _START = 60.0  # seconds that a process may take to start
 _TRIES = 2  # deaths of one cause until the image is given up
 _RETRY_AFTER = 5
-# Bytes of an image that a process is told of without a thread: its socket takes them at once.
-_TOLD_AT_ONCE = 1 << 16
 
 # What an image can do to its process. Other signals come from outside: SIGKILL is the kernel's,
 # when memory runs out, or an operator's. More memory than a process may have is none of them: the
@@ -122,24 +118,15 @@ class Decoders:
         """Decode one upload of nobody's request, waiting for its turn. See `submit`."""
         return self.submit(picture, height, width, Share(""), limits).result()
 
-    def begin(
+    def decode_at_once(
         self, picture: Picture, height: int, width: int, share: Share
-    ) -> Callable[[], Crop] | None:
-        """Begin to decode the first upload of a request; None where it would have to wait.
-
-        Does not wait itself. Call what is returned once, in any thread: it waits for the crop.
-        """
-        if share.spent or not self._turns.take(share):
+    ) -> Crop | None:
+        """The same for a request, in the calling thread; None where it would have to wait."""
+        if not self._turns.take(share):
             return None
-        job, worker = _Job(picture, height, width, self._limits), self._idle.get()
-        if len(picture.data) <= _TOLD_AT_ONCE:
-            worker.begin(self._order(job), picture.data)
-
-        def decoded() -> Crop:
-            self._serve_by(worker, share, job)
-            return job.answer.result()
-
-        return decoded
+        job = _Job(picture, height, width, self._limits)
+        self._serve_one(share, job)
+        return job.answer.result()
 
     @property
     def processes(self) -> list[int]:
@@ -167,10 +154,7 @@ class Decoders:
 
     def _serve_one(self, share: Share, job: _Job) -> None:
         """Decode one image, which has a place, so that one of the processes is idle."""
-        self._serve_by(self._idle.get(), share, job)
-
-    def _serve_by(self, worker: _Worker, share: Share, job: _Job) -> None:
-        used = 0.0
+        worker, used = self._idle.get(), 0.0
         try:
             used = self._answer(worker, share, job)
         finally:
@@ -219,7 +203,7 @@ class Decoders:
             width=job.width,
             seconds=self._seconds,
             keep_metadata=self._keep_metadata,
-            sha256=picture.sha256,  # computed here, off the event loop where that takes long
+            sha256=picture.sha256,  # computed here, off the event loop
         )
 
     def _asked(
@@ -258,10 +242,6 @@ def _ending() -> RuntimeUnavailable:
     return RuntimeUnavailable("the service ends; try again later")
 
 
-def _message(order: Order, data: bytes) -> tuple[bytes, bytes]:
-    return json.dumps(vars(order)).encode(), data
-
-
 class _Died(Exception):  # noqa: N818 (what happened, not whose error)
     """The process ended before it had answered, or does not answer.
 
@@ -280,13 +260,12 @@ class _Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self._wire: Wire
         self._ready = False
-        self._begun: memoryview | None = None  # what is left of an order that is being sent
 
     def start(self) -> None:
         """Start the process. Raises RuntimeUnavailable."""
         ours, theirs = socketpair()
         self._wire = Wire(ours)
-        self._ready, self._begun = False, None
+        self._ready = False
         command = [sys.executable, "-m", "service.images.worker", str(theirs.fileno())]
         # One thread is enough for NumPy there; each more would map memory of its own. It is a new
         # session, so that Ctrl-C reaches only the service, which then ends the process.
@@ -309,14 +288,6 @@ class _Worker:
         finally:
             theirs.close()
 
-    def begin(self, order: Order, data: bytes) -> None:
-        """Send an order that `ask` will be called with, if that takes no waiting."""
-        if self.process is None or not self._ready:
-            return
-        self._wire.end.settimeout(0)
-        with suppress(OSError):  # `ask` tries again, or mends what is wrong
-            self._begun = self._wire.begin(*_message(order, data))
-
     def ask(self, order: Order, data: bytes) -> tuple[dict[str, Any], bytes, bytes]:
         """Decode one image → facts, pixels and the bytes to store. Raises _Died."""
         if self.process is None:
@@ -338,14 +309,10 @@ class _Worker:
             raise self._death() from error
 
     def _tell(self, order: Order, data: bytes) -> None:
-        self._wire.end.settimeout(_START)
-        left, self._begun = self._begun, None
-        if left is not None:
-            self._wire.end.sendall(left)
-            return
         if not self._ready:
+            self._wire.end.settimeout(_START)
             self._ready = self._wire.receive(1) == [READY]
-        self._wire.send(*_message(order, data))
+        self._wire.send(json.dumps(vars(order)).encode(), data)
 
     def stop(self) -> None:
         """Let its thread notice that it ends."""

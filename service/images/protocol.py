@@ -61,14 +61,10 @@ class Wire:
 
     def send(self, *parts: bytes) -> None:
         """Send one message. Raises OSError."""
-        self.end.sendall(self.begin(*parts))
-
-    def begin(self, *parts: bytes) -> memoryview:
-        """Send what one system call takes of a message → the rest. Raises OSError."""
         pieces = [struct.pack(f"<{len(parts)}Q", *map(len, parts)), *parts]
         sent = self.end.sendmsg(pieces)
-        whole = sent == sum(map(len, pieces))
-        return memoryview(b"" if whole else b"".join(pieces)[sent:])
+        if sent < sum(map(len, pieces)):
+            self.end.sendall(memoryview(b"".join(pieces))[sent:])
 
     def receive(self, count: int) -> list[bytes]:
         """Wait for one message of `count` parts. Raises EOFError and OSError.

@@ -308,26 +308,14 @@ class Pipeline:
     async def _in_one_go(self, work: _QueryWork) -> Answer:
         """All steps in one thread: a lone query would wait for each hand-over to another one.
 
-        It is decoded while the thread wakes up. Raises _NotAlone where it would have to wait for
-        something else, and ModelVersionConflict.
+        Raises _NotAlone where it would have to wait for something else, and ModelVersionConflict.
         """
-        engine, (picture,) = self.engine, work.pictures
-        config = engine.embedder.info.config
-        work.stages.end("queue")
-        started = time.perf_counter()
-        crop = self._decoders.begin(picture, config.input_height, config.input_width, work.share)
-        if crop is None:
-            raise _NotAlone
-
-        def decoded() -> _Decoded:
-            return _Decoded(_read(picture, crop()), engine, time.perf_counter() - started)
 
         self._alone_busy = True
-        answer = self._alone.submit(copy_context().run, self._computed, work, decoded)
-        answer.add_done_callback(self._leave)
+        answer = self._alone.submit(copy_context().run, self._computed, work)
+        answer.add_done_callback(self._leave)  # also where it is cancelled before it has begun
         try:
-            # Not cancelled before the thread has begun: it takes the crop from its process.
-            return await asyncio.shield(asyncio.wrap_future(answer))
+            return await asyncio.wrap_future(answer)
         except asyncio.CancelledError:
             work.gone = True
             raise
@@ -335,15 +323,21 @@ class Pipeline:
     def _leave(self, _: Future[Answer]) -> None:
         self._alone_busy = False
 
-    def _computed(self, work: _QueryWork, begun: Callable[[], _Decoded]) -> Answer:
-        decoded = begun()
-        crop, engine, _ = decoded
-        if work.gone:
+    def _computed(self, work: _QueryWork) -> Answer:
+        engine, (picture,) = self.engine, work.pictures
+        config = engine.embedder.info.config
+        started = time.perf_counter()
+        work.stages.end("queue")
+        crop = self._decoders.decode_at_once(
+            picture, config.input_height, config.input_width, work.share
+        )
+        if crop is None or work.gone:
             raise _NotAlone
+        decoded = _Decoded(_read(picture, crop), engine, time.perf_counter() - started)
         work.stages.end("queue", decode=decoded.computed)
         self._note_act(work, [decoded])
         try:
-            embedded = engine.batcher.embed_at_once(crop)
+            embedded = engine.batcher.embed_at_once(decoded.crop)
             features = _finite(embedded.features)
             work.stages.end("queue", embed=embedded.took)
             if work.gone:

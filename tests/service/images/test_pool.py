@@ -10,11 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from socket import socketpair
 
 import numpy as np
 import pytest
@@ -31,7 +29,6 @@ from service.errors import (
 )
 from service.images.decode import Box, ImageLimits, Picture, decode
 from service.images.pool import Decoders
-from service.images.protocol import Wire
 from service.images.turns import Share
 from tests.service.processes import wait_for
 
@@ -258,55 +255,20 @@ def test_processes_end_with_the_one_that_started_them() -> None:
     )
 
 
-def test_a_picture_is_begun_at_once_unless_it_would_wait(decoders: Decoders) -> None:
-    for data in (textured(60, 120), noise(200, 200)):  # the second one is too long to send at once
-        picture = Picture(data)
-        begun = decoders.begin(picture, *SIZE, Share("a"))
-        assert begun is not None
-        once, usual = begun(), decoders.submit(picture, *SIZE, Share("a")).result()
-        assert once.seconds > 0
-        assert once.image.tobytes() == usual.image.tobytes()
-        assert replace(once, image=usual.image, seconds=usual.seconds) == usual
-    spent = Share("a", seconds=1, used=1)
-    assert decoders.begin(picture, *SIZE, spent) is None
+def test_a_picture_is_decoded_in_the_thread_that_asks_unless_it_would_wait(
+    decoders: Decoders,
+) -> None:
+    picture = Picture(textured(60, 120))
+    once = decoders.decode_at_once(picture, *SIZE, Share("a"))
+    assert once is not None
+    assert once.seconds > 0
+    usual = decoders.submit(picture, *SIZE, Share("a")).result()
+    assert once.image.tobytes() == usual.image.tobytes()
+    assert replace(once, image=usual.image, seconds=usual.seconds) == usual
     dear = Picture(textured(2000, 2000))
     waiting = [decoders.submit(dear, *SIZE, Share(str(owner))) for owner in range(4)]
-    assert decoders.begin(picture, *SIZE, Share("a")) is None
+    assert decoders.decode_at_once(picture, *SIZE, Share("a")) is None
     for answer in waiting:
         answer.result()
-    broken = decoders.begin(Picture(textured(60, 120)[:200]), *SIZE, Share("a"))
-    assert broken is not None
     with pytest.raises(ServiceError):
-        broken()
-
-
-@pytest.mark.parametrize("begun_first", [False, True])
-def test_a_picture_that_was_begun_is_decoded_where_its_process_has_died(begun_first: bool) -> None:
-    picture = Picture(textured(60, 120))
-    with closing(Decoders(1, ImageLimits(), seconds=60)) as pool:
-        expected = pool.decode(picture, *SIZE).image.tobytes()
-        (process,) = pool.processes
-        if begun_first:
-            os.kill(process, signal.SIGSTOP)  # or it would have answered before
-            begun = pool.begin(picture, *SIZE, Share("a"))
-            os.kill(process, signal.SIGKILL)
-        else:
-            os.kill(process, signal.SIGKILL)
-            os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
-            begun = pool.begin(picture, *SIZE, Share("a"))
-        assert begun is not None
-        assert begun().image.tobytes() == expected
-        assert pool.decode(picture, *SIZE).image.tobytes() == expected
-
-
-def test_what_a_socket_does_not_take_at_once_can_be_sent_later() -> None:
-    ours, theirs = socketpair()
-    data = os.urandom(5_000_000)
-    with ours, theirs, ThreadPoolExecutor(1) as reader:
-        ours.setblocking(False)
-        left = Wire(ours).begin(b"first", data)
-        assert 0 < len(left) < len(data)
-        received = reader.submit(Wire(theirs).receive, 2)
-        ours.settimeout(30)
-        ours.sendall(left)
-        assert received.result() == [b"first", data]
+        decoders.decode_at_once(Picture(textured(60, 120)[:200]), *SIZE, Share("a"))
