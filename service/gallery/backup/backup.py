@@ -72,8 +72,8 @@ class Backup:
     def close(self) -> None:
         """Remove the copy and let the next backup begin. A second call does nothing."""
         if not self._database.closed:
+            self._release()  # first: who sees that the copy is gone may begin the next one
             self._database.close()
-            self._release()
 
 
 class Backups:

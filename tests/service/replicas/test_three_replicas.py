@@ -139,7 +139,7 @@ def test_what_is_acknowledged_anywhere_is_found_and_what_is_erased_is_gone(
         ready = trio.clients[number].get("/readyz")
         assert ready.status_code == 200
         assert ready.json()["lag_seconds"] >= 0
-        assert gauge(trio.clients[number], "cmt_replicas") == 3
+        wait_for(lambda: gauge(trio.clients[number], "cmt_replicas") == 3, "not all are seen")  # noqa: B023
         assert gauge(trio.clients[number], "cmt_replica_lag_seconds") >= 0
     wait_for(lambda: len(trio.leaders()) == 1, "none leads, or several do")
 
