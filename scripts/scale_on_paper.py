@@ -101,15 +101,19 @@ def measured() -> Measured:
         inverted=inverted["seconds per query"]["median"]
         / inverted["exhaustive seconds per query"]["median"],
         recall=inverted["recall@10"],
-        embed={
-            name: max(r["images per second"]["median"] for r in file["results"])
-            for name, file in networks.items()
-        },
+        embed={name: _as_served(file["results"]) for name, file in networks.items()},
         cpu={
             name: file["machine"]["cpu"]
             for name, file in {"search": scale, "recall": recall, **networks}.items()
         },
     )
+
+
+def _as_served(results: list[dict[str, Any]]) -> float:
+    """The best rate in crops a second, with the mirror image where the network has it."""
+    rates = [row for row in results if "images per second" in row]
+    views = max(row["views"] for row in rates)
+    return float(max(r["images per second"]["median"] for r in rates if r["views"] == views))
 
 
 def tables(rates: Measured, assumed: Assumed) -> str:
