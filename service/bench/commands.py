@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 from model.benchmark import Spread, seconds
 from model.benchmark_table import CMT
 from service.bench.serving.load import HOST
-from service.bench.serving.rivals import Server, ServerError, running
+from service.bench.serving.rivals import Server, ServerError, running, without_settings
 
 READY, HELP, LIST = "cmt serve, until it is ready", "cmt --help", "cmt gallery list, over HTTP"
 PYTHON, TORCH = "Python alone", "Python and PyTorch alone"
@@ -62,7 +61,7 @@ class Commands:
         self._run(TORCH, (sys.executable, "-c", "import torch"))
 
     def _run(self, what: str, command: Sequence[str]) -> None:
-        kept = {name: text for name, text in os.environ.items() if not name.startswith("CMT_")}
+        kept = without_settings()
         self._note(
             what,
             seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=kept)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -44,9 +43,7 @@ class OpenVINOBackend:
         """On all cores: one crop by all of them together, more in one part for each stream."""
         crops = pixels.numpy()
         if len(crops) > 1:
-            images = self._seen(crops, np.empty(self._shape(crops), np.uint8))
-            parts = np.array_split(images, min(self.streams, len(images)))
-            return self._side_by_side(parts, modality)
+            return self._side_by_side(crops, self.streams, modality)
         (call,) = self._own.calls(self.graphs.lone[modality], 1)
         self._seen(crops, call.images(self._shape(crops)))
         call.compute()
@@ -54,9 +51,7 @@ class OpenVINOBackend:
 
     def beside(self, pixels: Tensor, modality: Modality) -> Tensor:
         """The same on one stream, at the same time as other calls."""
-        crops = pixels.numpy()
-        images = self._seen(crops, np.empty(self._shape(crops), np.uint8))
-        return self._side_by_side([images], modality)
+        return self._side_by_side(pixels.numpy(), 1, modality)
 
     def _shape(self, crops: np.ndarray) -> tuple[int, ...]:
         return self.graphs.views * len(crops), *crops.shape[1:]
@@ -71,8 +66,10 @@ class OpenVINOBackend:
                 images[len(crops) :, ..., channel] = crops[:, :, ::-1, channel]
         return images
 
-    def _side_by_side(self, parts: Sequence[np.ndarray], modality: Modality) -> Tensor:
-        """Compute the parts at the same time."""
+    def _side_by_side(self, crops: np.ndarray, most: int, modality: Modality) -> Tensor:
+        """Compute the views in parts at the same time, `most` at most."""
+        images = self._seen(crops, np.empty(self._shape(crops), np.uint8))
+        parts = np.array_split(images, min(most, len(images)))
         calls = self._own.calls(self.graphs.shared[modality], len(parts))
         with ExitStack() as under_way:  # waits for all, whichever fails
             for call, part in zip(calls, parts, strict=True):

@@ -147,6 +147,11 @@ def is_installed(kind: Rival) -> bool:
     return kind is not Rival.LITSERVE or find_spec("litserve") is not None
 
 
+def without_settings() -> dict[str, str]:
+    """The environment without this project's settings, for a process that is measured."""
+    return {name: v for name, v in os.environ.items() if not name.startswith("CMT_")}
+
+
 @contextmanager
 def started(server: Server, log: Path) -> Iterator[int]:
     """Run a server → its port, once it has answered a first request. Raises ServerError.
@@ -165,8 +170,9 @@ def running(server: Server, log: Path) -> Iterator[tuple[subprocess.Popen[bytes]
     log: file for its output. At the end its whole process group is killed.
     """
     port = _free_port()
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("CMT_")}
-    environment |= {f"CMT_{name.upper()}": str(v) for name, v in server.settings.items()}
+    environment = without_settings() | {
+        f"CMT_{name.upper()}": str(v) for name, v in server.settings.items()
+    }
     # Without this OpenVINO sends telemetry, each event from a new process. Where these are spawned,
     # as in LitServe's worker, they keep the cores busy for half a minute.
     environment["CI"] = "true"
