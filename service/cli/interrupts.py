@@ -53,11 +53,16 @@ class Stopping:
 
 @contextmanager
 def stopping(sentence: str, *, raises: bool = False) -> Iterator[Stopping]:
-    """Within, signals that end a process are a wish to stop."""
+    """Within, signals that end a process are a wish to stop.
+
+    After a wish they stay one: the second signal may come while the command ends, and says the same
+    then as a moment before.
+    """
     wish = Stopping(sentence, raises=raises)
     before = {number: signal.signal(number, wish.signalled) for number in _SIGNALS}
     try:
         yield wish
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not wish.wanted:
+            for number, handler in before.items():
+                signal.signal(number, handler)

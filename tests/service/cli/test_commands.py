@@ -790,6 +790,10 @@ def test_a_demo_that_is_interrupted_leaves_nothing(
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().startswith("Loading")
+        # What it has begun to load it loads to the end: the second signal comes before that.
+        wait_for(
+            lambda: list((tmp_path / "temporary").glob("cmt-demo-*/lock")), "it opens no gallery"
+        )
         process.send_signal(number)
         wait_for(process.stderr.readline, "it says nothing")  # an empty line comes first
         assert "Ctrl-C once more ends at once" in process.stderr.readline()
