@@ -80,9 +80,20 @@ class CommandGroup(TyperGroup):
 
 
 class BenchmarkGroup(CommandGroup):
-    """`cmt bench`: the registered benchmarks."""
+    """`cmt bench`: the registered benchmarks.
+
+    A signal that ends one is an interrupt to it, so that it ends the servers that it has started,
+    in sessions of their own, and removes its galleries.
+    """
 
     registry = "cmt.benchmarks"
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the one that was named. A SIGHUP that is ignored, as nohup does, stays ignored."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
+        return super().invoke(ctx)
 
 
 app = typer.Typer(

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ import model.cli
 
 PLUGIN = '''
 """A package that must not be imported for `cmt --help`: importing it leaves a file behind."""
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -73,9 +75,14 @@ def fail(kind: str) -> None:
         raise KeyboardInterrupt
 
 
-def weigh(json: Annotated[Path, typer.Option("--json")]) -> None:
+def weigh(json: Annotated[Path, typer.Option("--json")], number: int = 0) -> None:
     """Weigh the boxes."""
     json.write_text("{}")
+    if number:
+        try:
+            signal.raise_signal(number)
+        finally:
+            json.unlink()
 '''
 
 ENTRY_POINTS = """
@@ -175,6 +182,15 @@ def test_a_benchmark_runs_under_bench_and_nowhere_else(plugin: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert (plugin / "out.json").read_text() == "{}"
     assert run(plugin, "weigh", "--json", "out.json").returncode == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_benchmark_that_is_ended_puts_away_what_it_made(
+    number: signal.Signals, plugin: Path
+) -> None:
+    answer = run(plugin, "bench", "weigh", "--json", "out.json", "--number", str(number.value))
+    assert answer.returncode == 130
+    assert not (plugin / "out.json").exists()
 
 
 @pytest.mark.parametrize(
