@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ import typer
 
 from model import Modulation
 from model.benchmark import Spread, publish, seconds
-from model.benchmark_table import Headline, as_fast, duration, rate, ratio_of
+from model.benchmark_table import Headline, duration
 from model.outputs import ResultsFile, picture_option
 from service.bench.data import (
     CHECKPOINT,
@@ -27,18 +26,14 @@ from service.bench.data import (
     numbers,
 )
 from service.bench.engine import Engine
-from service.bench.serving.several import Processes
-from service.embedding.embedder import Embedder
+from service.bench.scale_out import Plan, of_processes, scale_out
 from service.gallery.index.recall_index import choose_kind
 from service.kit.host_memory import available_memory
-from service.kit.text import counted
 
 QUICK = ("--sizes", "1000,10000,100000", "--computed", "", "--rounds", "2")
 _TOP = 20
 _BATCH = 32
 _SINGLE = 8  # single queries a round
-_IMAGES = Path("examples/queries"), Path("examples/gallery")  # of shards and replicas
-_PROCESSES = ("", "route", "clients of each", "requests/s", "p50, ms", "p95", "p99", "errors")
 _WAYS = ("exhaustive, Q = 1", f"exhaustive, Q = {_BATCH}", "two stages, Q = 1")
 
 
@@ -90,37 +85,15 @@ def scale(
     if shards or replicas:
         if replicas and database_url is None:
             raise typer.BadParameter("replicas share a PostgreSQL database; give --database-url")
-        settings = {
-            **{"shards": shards, "replicas": replicas, "items": items, "clients": clients},
-            **{"duration": duration, "rounds": rounds, "checkpoint": str(checkpoint)},
-        }
-        settings = {name: value for name, value in settings.items() if value is not None}
-        if database_url is not None:
-            settings["database-url"] = "…"  # whose it is says nothing about the figures
-        with tempfile.TemporaryDirectory() as folder, closing(Embedder(checkpoint)) as embedder:
-            processes = Processes(Path(folder), checkpoint, embedder, _IMAGES, database_url)
-            processes.fill(items)
-            for _ in range(rounds):
-                processes.round(
-                    numbers(shards or ""), numbers(replicas or ""), numbers(clients), duration
-                )
-            results = processes.results()
-        publish("scale", settings, _PROCESSES, [_process_row(r) for r in results], results, json)
-        if plot is not None:
-            from service.bench.plots import draw_processes  # matplotlib, which only plots need
-
-            draw_processes(results, plot)
+        plan = Plan(shards, replicas, database_url, items, clients, duration, rounds)
+        scale_out(plan, checkpoint, plot, json)
         return
     source = Source.load(statistics, checkpoint)
     dim = dim or source.population.dim
     settings = {
-        "sizes": sizes,
-        "computed": computed,
-        "shortlist": shortlist,
-        "dim": dim,
-        "rounds": rounds,
-        "statistics": str(statistics),
-        "checkpoint": str(checkpoint),
+        **{"sizes": sizes, "computed": computed, "shortlist": shortlist},
+        **{"dim": dim, "rounds": rounds},
+        **{"statistics": str(statistics), "checkpoint": str(checkpoint)},
     }
     results = [_measure(source, count, dim, shortlist, rounds) for count in numbers(sizes)]
     results += [_computed(results[-1], count) for count in numbers(computed)]
@@ -142,43 +115,11 @@ def scale(
 
 def headlines(report: dict[str, Any]) -> Iterator[Headline]:
     """The rows of `cmt bench all`: what a search takes as the gallery, or the service, grows."""
-    fewest: dict[tuple[object, ...], dict[str, Any]] = {}
+    yield from of_processes(result for result in report["results"] if "processes" in result)
     for result in report["results"]:
-        if "processes" in result:
-            key = (result["kind"], result["route"], result["clients"])
-            yield _beside(result, fewest.setdefault(key, result))
-        elif not result["computed"]:
+        if not result.get("computed", True):
             for way, taken in result["seconds"].items():
                 yield Headline(f"{result['N']:,} crops, {way}", duration(taken))
-
-
-def _beside(result: dict[str, Any], fewest: dict[str, Any]) -> Headline:
-    """A row of shards or replicas beside the fewest that were measured."""
-    ours, theirs = (r["requests per second"] for r in (result, fewest))
-    each = counted(result["clients"], "client")
-    what = f"{result['route']} by {_process_name(result)}, {each} of each"
-    if result is fewest:
-        return Headline(what, rate(ours, "requests"))
-    return Headline(
-        what,
-        rate(ours, "requests"),
-        _process_name(fewest),
-        rate(theirs, "requests"),
-        as_fast(ratio_of(ours, theirs)),
-    )
-
-
-def _process_name(result: dict[str, Any]) -> str:
-    count, kind = result["processes"], result["kind"]
-    return counted(count, kind.removesuffix("s")) if count else "one process, without Ray"
-
-
-def _process_row(result: dict[str, Any]) -> tuple[object, ...]:
-    return (
-        *(_process_name(result), result["route"], result["clients"], result["requests per second"]),
-        *(f"{result[f'{q}, ms'].median:.3g}" for q in ("p50", "p95", "p99")),
-        ", ".join(f"{n}× {status}" for status, n in result["errors"].items()) or 0,
-    )
 
 
 @torch.inference_mode()
