@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 
 from service.settings import Settings, load_settings
 from tests.paths import ROOT
-from tests.service.processes import ServiceProcess, is_up, wait_for
+from tests.service.processes import ServiceProcess, is_up, kept_port, wait_for
 from tests.test_project import PROJECT
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -253,18 +252,18 @@ def test_compose_itself_reads_it_so(tmp_path: Path) -> None:
 # --- TLS ---
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+@pytest.fixture
+def ports() -> Iterator[tuple[int, int]]:
+    with kept_port() as one, kept_port() as other:
+        yield one, other
 
 
 @pytest.fixture
-def site(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[str]:
+def site(tmp_path: Path, tiny_checkpoint: Path, ports: tuple[int, int]) -> Iterator[str]:
     """A service behind Caddy as the profile tls configures it → its address with TLS."""
     if shutil.which("caddy") is None:
         pytest.skip("caddy is not installed")
-    port, probe = free_port(), free_port()
+    port, probe = ports
     text = (ROOT / "deploy/caddy/Caddyfile").read_text()
     assert text.count("admin off") == text.count(":2020") == 1
     # Nothing of the machine's: neither its port 80, nor that of another test.
@@ -287,7 +286,7 @@ def site(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[str]:
             )
         try:
             health, site = f"http://127.0.0.1:{probe}", f"https://localhost:{port}"
-            with httpx.Client(verify=False, trust_env=False) as http:
+            with httpx.Client(verify=False, trust_env=False, timeout=60) as http:
 
                 def up() -> bool:
                     assert process.poll() is None, (tmp_path / "output").read_text()
@@ -303,7 +302,9 @@ def site(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[str]:
 
 def test_the_proxy_speaks_tls_and_forwards_only_what_it_saw(site: str) -> None:
     claims = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Prefix": "/evil", "Origin": site}
-    with httpx.Client(base_url=site, headers=claims, verify=False, trust_env=False) as http:
+    with httpx.Client(
+        base_url=site, headers=claims, verify=False, trust_env=False, timeout=60
+    ) as http:
         # Its own page: that it came by https is known from the proxy alone.
         assert http.get("/gallery").is_success
         newest: Any = http.get("/admin/audit?limit=1").json()["entries"][0]

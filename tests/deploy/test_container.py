@@ -96,7 +96,8 @@ def port(folder: Path) -> int:
         found = re.search(r"serving on http://0\.0\.0\.0:(\d+)", (folder / "log").read_text())
         if found is None:
             return None
-        with httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", trust_env=False) as http:
+        url = f"http://127.0.0.1:{found[1]}"
+        with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
             return int(found[1]) if is_up(http, "/readyz") else None
 
     return int(wait_for(ready, "it does not become ready", STARTING_SECONDS))
@@ -174,7 +175,8 @@ def test_a_volume_whose_mode_stays_is_a_warning_and_what_hangs_is_ended(volume: 
         key = (volume / "data" / "first-key").read_text().strip()
         assert key not in log
         address = f"http://127.0.0.1:{answering}/gallery"
-        answer = httpx.get(address, headers={"Authorization": f"Bearer {key}"}, trust_env=False)
+        bearer = {"Authorization": f"Bearer {key}"}
+        answer = httpx.get(address, headers=bearer, trust_env=False, timeout=60)
         assert answer.status_code == 200
 
         assert health(volume, answering).returncode == 0

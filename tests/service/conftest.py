@@ -20,6 +20,7 @@ from tests.paths import MINI
 from tests.service.object_server import bucket, object_server  # noqa: F401 - fixtures
 from tests.service.places import make_place  # noqa: F401 - fixture
 from tests.service.postgres import postgres, postgres_url  # noqa: F401 - fixtures
+from tests.service.processes import kept_port
 from tests.service.stores import open_store, store  # noqa: F401 - fixtures
 
 
@@ -56,6 +57,13 @@ def serve(tiny_checkpoint: Path) -> Serve:
         return running(load_settings(data_dir=data_dir, **{**defaults, **options}))
 
     return start
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port for what this test starts; see `kept_port`."""
+    with kept_port() as port:
+        yield port
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -154,8 +155,7 @@ class ServiceProcess:
 
     def children(self) -> list[int]:
         """The processes that it has started and that run."""
-        lists = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted(int(pid) for listed in lists for pid in listed.read_text().split())
+        return children_of(self.process.pid)
 
     def memory(self) -> dict[str, int]:
         """Resident bytes of the service, and of its children together."""
@@ -227,6 +227,35 @@ def multipart(path: str, images: list[bytes], fields: Mapping[str, str] | None =
         f"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started and that run or are not waited for."""
+    found: list[int] = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended since
+            found += map(int, listed.read_text().split())
+    return sorted(found)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs, and is no zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@contextmanager
+def kept_port() -> Iterator[int]:
+    """A port of this machine for a server that must be told one; nobody else is given it.
+
+    It is bound here and not listened at: a server that sets SO_REUSEADDR, as all do, gets it.
+    """
+    with socket.socket() as kept:
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        yield kept.getsockname()[1]
 
 
 def resident(pid: int) -> int:

@@ -42,7 +42,7 @@ from tests.paths import MINI
 from tests.service.conftest import Serve
 from tests.service.crash.subject import CONTEXT
 from tests.service.places import INFO
-from tests.service.processes import STARTING_SECONDS, wait_for
+from tests.service.processes import STARTING_SECONDS, children_of, runs, wait_for
 
 ENVIRONMENT = {"CMT_RUNTIME": "torch", "CMT_DEVICE": "cpu", "CMT_DECODE_PROCESSES": "2"}
 
@@ -289,11 +289,12 @@ def test_what_is_killed_goes_on_where_it_was(
 
     killed = begun([*embed, "--processes", 2])
     wait_for(lambda: list(out.glob("*.parquet")), "nothing is embedded", STARTING_SECONDS)
+    assert killed.pid is not None
     children = children_of(killed.pid)
     assert children
     killed.kill()
     killed.join()
-    wait_for(lambda: not any(map(alive, children)), "processes are left behind")
+    wait_for(lambda: not any(map(runs, children)), "processes are left behind")
     assert not (out / RECORD).exists()
     status, _, err = run(capsys, *load)
     assert (status, "is not finished" in err) == (1, True)
@@ -380,19 +381,6 @@ def begun(arguments: Sequence[object]) -> BaseProcess:
 def _command(arguments: list[str]) -> None:
     os.environ.update(ENVIRONMENT)
     main(arguments)
-
-
-def children_of(pid: int | None) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for listed in lists for child in listed.read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs, and is no zombie that nobody waits for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def rows_of(database: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -202,18 +201,15 @@ def test_a_file_is_whole_when_it_no_longer_changes(
 
 
 def test_it_outlives_the_service_and_itself(
-    serve: Serve, drop: Path, image: bytes, tmp_path: Path
+    serve: Serve, port: int, drop: Path, image: bytes, tmp_path: Path
 ) -> None:
     """Neither a service that is away or restarts nor a kill loses or doubles a file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     address, data = f"http://127.0.0.1:{port}", tmp_path / "data"
 
     def arrive(*names: str) -> None:
         for name in names:
-            (drop / "part").write_bytes(image)
-            (drop / "part").rename(drop / name)
+            (tmp_path / "part").write_bytes(image)
+            (tmp_path / "part").rename(drop / name)
 
     def stored(client: Client, count: int) -> None:
         wait_for(lambda: client.list(limit=1).total >= count, f"{count} are not enrolled")

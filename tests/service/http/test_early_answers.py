@@ -25,6 +25,7 @@ from tests.service.processes import (
     ServiceProcess,
     assert_no_defect,
     gauge,
+    kept_port,
     multipart,
     wait_for,
     wait_until_idle,
@@ -221,19 +222,24 @@ def haproxy(service: str, here: str, folder: Path) -> list[str]:
     return ["haproxy", "-db", "-f", str(folder / "haproxy.cfg")]
 
 
+@pytest.fixture(scope="module")
+def address() -> Iterator[tuple[str, int]]:
+    """Where the proxies listen, one after the other."""
+    with kept_port() as port:
+        yield "127.0.0.1", port
+
+
 @pytest.fixture(scope="module", params=[nginx, caddy, haproxy], ids=lambda make: make.__name__)
 def proxy(
     request: pytest.FixtureRequest,
     service: ServiceProcess,
+    address: tuple[str, int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[str, int]]:
     """The address of a proxy before the service."""
     make: Callable[[str, str, Path], list[str]] = request.param
     if shutil.which(make.__name__) is None:
         pytest.skip(f"{make.__name__} is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = free.getsockname()
     folder = tmp_path_factory.mktemp(make.__name__)
     target, here = (f"{host}:{port}" for host, port in (service.address, address))
     environment = {**os.environ, "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}

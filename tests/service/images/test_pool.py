@@ -30,7 +30,7 @@ from service.errors import (
 from service.images.decode import Box, ImageLimits, Picture, decode
 from service.images.pool import Decoders
 from service.images.turns import Share
-from tests.service.processes import wait_for
+from tests.service.processes import runs, wait_for
 
 SIZE = (96, 48)
 
@@ -254,10 +254,7 @@ def test_processes_end_with_the_one_that_started_them() -> None:
     assert len(children) == 2
     parent.kill()
     parent.wait()
-    wait_for(
-        lambda: not any(Path(f"/proc/{child}").exists() for child in children),
-        "decoding processes outlive the service",
-    )
+    wait_for(lambda: not any(map(runs, children)), "decoding processes outlive the service")
 
 
 def test_a_picture_is_decoded_in_the_thread_that_asks_unless_it_would_wait(

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +19,7 @@ import pytest
 
 from service.observability.log_queue import LATER, QueueHandler
 from service.observability.logs import configure_logs, get_logger, log_often
-from tests.service.processes import CMT, ENDING_SECONDS, STARTING_SECONDS, wait_for
+from tests.service.processes import CMT, ENDING_SECONDS, STARTING_SECONDS, is_up, wait_for
 
 
 def record(text: str) -> logging.LogRecord:
@@ -107,11 +106,8 @@ def test_what_a_closed_stream_loses_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_service_whose_log_nobody_reads_answers_and_ends(
-    full_pipe: tuple[int, int], tiny_checkpoint: Path, tmp_path: Path
+    full_pipe: tuple[int, int], port: int, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     settings = {
         "CHECKPOINT": str(tiny_checkpoint),
         "DATA_DIR": str(tmp_path / "data"),
@@ -127,16 +123,11 @@ def test_a_service_whose_log_nobody_reads_answers_and_ends(
         stdout=subprocess.DEVNULL,
         stderr=full_pipe[1],
     )
+    url = f"http://127.0.0.1:{port}"
     try:
-
-        def ready() -> bool:
-            with suppress(httpx.TransportError):
-                return httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).is_success
-            return False
-
-        wait_for(ready, "it does not become ready", STARTING_SECONDS)
-        answer = httpx.get(f"http://127.0.0.1:{port}/gallery", trust_env=False)
-        assert answer.json()["total"] == 0
+        with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
+            wait_for(lambda: is_up(http, "/readyz"), "it does not become ready", STARTING_SECONDS)
+            assert http.get("/gallery").json()["total"] == 0
         service.send_signal(signal.SIGTERM)
         assert service.wait(ENDING_SECONDS) == 0
     finally:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -290,7 +289,7 @@ def gpu_target(nvml: Any) -> Iterator[str]:
 
 @pytest.fixture
 def prometheus(
-    serve: Serve, tmp_path: Path, gpu_target: str, visible: list[Path]
+    serve: Serve, port: int, tmp_path: Path, gpu_target: str, visible: list[Path]
 ) -> Iterator[httpx.Client]:
     """Prometheus with the files of deploy/, after several scrapes of a service that is used.
 
@@ -308,9 +307,7 @@ def prometheus(
     assert job["authorization"] == {"credentials_file": "/run/secrets/metrics-key"}
     assert job["static_configs"] == [{"targets": ["cmt:8000"]}]
     job["authorization"] = {"credentials_file": str(tmp_path / "key")}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    listen = f"127.0.0.1:{port}"
     options = {
         "config.file": file,
         "storage.tsdb.path": tmp_path / "tsdb",

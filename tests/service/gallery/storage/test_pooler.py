@@ -100,7 +100,7 @@ def test_every_writing_transaction_waits_for_the_disk(postgres_url: str, tmp_pat
 
 
 @pytest.fixture
-def pooled(postgres_url: str, tmp_path: Path) -> Iterator[str]:
+def pooled(postgres_url: str, port: int, tmp_path: Path) -> Iterator[str]:
     """PgBouncer before a database: three sessions, each lent for one transaction → its URL."""
     program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
     if program is None:
@@ -109,16 +109,14 @@ def pooled(postgres_url: str, tmp_path: Path) -> Iterator[str]:
             pytest.fail(reason)
         pytest.skip(reason)
     lax_and_watched(postgres_url)
-    with _bouncing(program, postgres_url, tmp_path) as url:
+    with _bouncing(program, postgres_url, port, tmp_path) as url:
         yield url
 
 
 @contextmanager
-def _bouncing(program: str, url: str, folder: Path) -> Iterator[str]:
+def _bouncing(program: str, url: str, port: int, folder: Path) -> Iterator[str]:
     server = make_url(url)
     directory = str(server.query["host"])
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     config = folder / "pgbouncer.ini"
     config.write_text(
         f"[databases]\n* = host={directory} port={server.port or 5432} user={server.username}\n"
