@@ -184,7 +184,9 @@ def listen(host: str, port: int, topic: str, login: tuple[str, str | None] | Non
             say(f"the MQTT broker refuses: {reason}", err=True)
             return
         listener.subscribe(topic)
-        woken.set()  # something may have been said before
+
+    def subscribed(_listener: Listener, _data: Any, _id: int, _reasons: Any, _more: Any) -> None:
+        woken.set()  # something may have been said before; from now on nothing is missed
 
     def told(_listener: Listener, _data: Any, message: MQTTMessage) -> None:
         with suppress(ValueError, LookupError, TypeError):  # of another program
@@ -196,7 +198,7 @@ def listen(host: str, port: int, topic: str, login: tuple[str, str | None] | Non
         say(f"the MQTT broker {host}:{port} does not answer; trying again", err=True)
 
     listener = Listener(CallbackAPIVersion.VERSION2)
-    listener.on_connect, listener.on_message = connected, told
+    listener.on_connect, listener.on_subscribe, listener.on_message = connected, subscribed, told
     listener.on_connect_fail = failed
     if login is not None:
         listener.username_pw_set(*login)

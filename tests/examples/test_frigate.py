@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from PIL import Image
 from service.client import Client
 from tests.examples.frigate_stand_in import Broker, FrigateStandIn
 from tests.paths import MINI, ROOT
-from tests.service.processes import ServiceProcess, wait_for
+from tests.service.processes import ServiceProcess, kept_port, wait_for
 
 PROGRAM = [sys.executable, str(ROOT / "examples" / "clients" / "frigate.py")]
 START = 1_790_000_000.25
@@ -160,10 +159,9 @@ def test_persons_that_ended_are_enrolled_once_each(
 
 
 def test_what_does_not_answer_is_named(service: ServiceProcess, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    silent = f"http://127.0.0.1:{port}"  # closed again
-    done = run(silent, service.url, tmp_path / "state.json", "--once")
+    with kept_port() as port:  # where nobody listens
+        silent = f"http://127.0.0.1:{port}"
+        done = run(silent, service.url, tmp_path / "state.json", "--once")
     assert done.returncode == 1
     assert done.stderr.startswith(f"Error: Frigate at {silent} does not answer")
 
@@ -178,15 +176,14 @@ def test_the_end_of_a_person_is_heard_through_restarts(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     files = sorted((MINI / "cam3").glob("*/0001.jpg"))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     data = tmp_path / "data"
     broker = Broker()
 
     def ends(number: int) -> None:
-        frigate.events.append(event(number))
-        name = f"/api/events/{frigate.events[-1]['id']}/snapshot-clean.png"
-        frigate.files[name] = frame(files[number])
+        ended = event(number)
+        # First its picture: the program may ask what there is at any moment.
+        frigate.files[f"/api/events/{ended['id']}/snapshot-clean.png"] = frame(files[number])
+        frigate.events.append(ended)
 
     def says(kind: str) -> None:
         broker.publish("nvr/events", message(frigate.events[-1], kind))
@@ -195,7 +192,7 @@ def test_the_end_of_a_person_is_heard_through_restarts(
         text = "enrolled"
         wait_for(lambda: sum(text in line for line in lines) == count, f"{lines}: no {count}")
 
-    with FrigateStandIn() as frigate:
+    with kept_port() as port, FrigateStandIn() as frigate:
         url = f"http://127.0.0.1:{port}"
         options = ("--mqtt", "127.0.0.1", "--mqtt-port", broker.port, "--topic", "nvr/events")
         arguments = (frigate.url, url, tmp_path / "state.json", "--interval", "3600", *options)
@@ -215,6 +212,7 @@ def test_the_end_of_a_person_is_heard_through_restarts(
                 broker = Broker(broker.port)
                 enrolled(2)
             # The service restarts.
+            wait_for(broker.subscribed, "nobody subscribes")
             ends(2)
             says("end")
             wait_for(lambda: any("no answer from" in line for line in lines), f"{lines}")
