@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -56,13 +57,15 @@ def stopping(sentence: str, *, raises: bool = False) -> Iterator[Stopping]:
     """Within, signals that end a process are a wish to stop.
 
     After a wish they stay one: the second signal may come while the command ends, and says the same
-    then as a moment before.
+    then as a moment before. While the interpreter is put away at last, they do nothing more.
     """
     wish = Stopping(sentence, raises=raises)
     before = {number: signal.signal(number, wish.signalled) for number in _SIGNALS}
     try:
         yield wish
     finally:
-        if not wish.wanted:
-            for number, handler in before.items():
+        for number, handler in before.items():
+            if wish.wanted:
+                atexit.register(signal.signal, number, signal.SIG_IGN)
+            else:
                 signal.signal(number, handler)

@@ -8,10 +8,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +26,7 @@ from service.client.stream import PER_REQUEST
 from service.errors import Overloaded, ServiceError
 from tests.faked_device import FakedDevice
 from tests.service.conftest import Serve
-from tests.service.processes import wait_for
+from tests.service.processes import STARTING_SECONDS, is_up, wait_for
 
 CMT = [sys.executable, "-c", "import sys; from model.cli import main; sys.exit(main())"]
 
@@ -624,53 +622,30 @@ def test_no_service_is_one_sentence(
         assert len(err.strip().splitlines()) == 1
 
 
-class Server:
-    """`cmt serve` as a process of its own."""
-
-    def __init__(self, *options: object) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [*CMT, "serve", *map(str, options)]
-        if "--port" not in command:
-            command += ["--port", str(self.port)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-    def wait_until_ready(self) -> Client:
-        client = Client(f"http://127.0.0.1:{self.port}")
-        for _ in range(600):
-            try:
-                client.ready()
-                return client
-            except Exception:
-                if self.process.poll() is not None:
-                    break
-                time.sleep(0.1)
-        raise AssertionError(f"not ready: {self.process.communicate()[1]}")
-
-    def end(self, number: signal.Signals) -> tuple[int, str]:
-        self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=60)
-        return self.process.returncode, err
-
-
 def test_serve_ends_cleanly(
-    tiny_checkpoint: Path, tmp_path: Path, visible: list[Path], serve: Serve
+    tiny_checkpoint: Path, tmp_path: Path, visible: list[Path], port: int, serve: Serve
 ) -> None:
     options = ("--checkpoint", tiny_checkpoint, "--data-dir", tmp_path, "--runtime", "torch")
-    server = Server(*options)
-    client = server.wait_until_ready()
-    item = client.enroll(visible[0])
-    # A second service on the same folder is refused in a sentence.
-    second = Server(*options)
-    _, err = second.process.communicate(timeout=60)
-    assert second.process.returncode == 1
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("Error: ")
-    assert str(tmp_path) in err.splitlines()[-1]
-    status, err = server.end(signal.SIGTERM)
-    assert status == 0
-    assert "Traceback" not in err
+
+    def started(port: int) -> subprocess.Popen[str]:
+        command = [*CMT, "serve", *map(str, options), "--port", str(port)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    server, url = started(port), f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http, Client(url) as client:
+        wait_for(lambda: is_up(http, "/readyz"), "it does not become ready", STARTING_SECONDS)
+        item = client.enroll(visible[0])
+        # A second service on the same folder is refused in a sentence.
+        second = started(0)
+        _, err = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert "Traceback" not in err
+        assert err.splitlines()[-1].startswith("Error: ")
+        assert str(tmp_path) in err.splitlines()[-1]
+        server.send_signal(signal.SIGTERM)
+        _, err = server.communicate(timeout=60)
+        assert server.returncode == 0
+        assert "Traceback" not in err
     with serve(tmp_path) as url, Client(url) as client:
         assert client.get(item.id) == item
 
@@ -764,11 +739,11 @@ def test_the_demo_ends_with_the_address_of_its_page(examples: Path, tmp_path: Pa
                 lines.append(line.strip())
                 if line.startswith("http"):
                     break
-            page = httpx.get(lines[-1], trust_env=False)
+            page = httpx.get(lines[-1], trust_env=False, timeout=60)
             assert page.headers["content-type"].startswith("text/html")
             [named] = re.findall(r"\S+\.jpg", lines[-2])
             assert Path(named).parent == examples / "query"
-            items = httpx.get(f"{lines[-1]}gallery", trust_env=False).json()["items"]
+            items = httpx.get(f"{lines[-1]}gallery", trust_env=False, timeout=60).json()["items"]
             assert all(item["captured_at"] for item in items)
         finally:
             os.killpg(process.pid, signal.SIGINT)
@@ -803,6 +778,28 @@ def test_a_demo_that_is_interrupted_leaves_nothing(
     assert "Traceback" not in said
     assert "open to others" not in said
     assert not list((tmp_path / "temporary").glob("cmt-demo-*"))
+
+
+# What is put away last, as large libraries are, takes its time.
+_LATE = """
+import os, signal, sys
+from service.cli.interrupts import INTERRUPTED, stopping
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+late = Late()
+with stopping("Ending."):
+    signal.raise_signal(int(sys.argv[1]))
+sys.exit(INTERRUPTED)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_at_the_very_end_changes_no_status(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", _LATE, str(number.value)]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 130
 
 
 def test_every_error_has_a_code_of_its_own() -> None:
