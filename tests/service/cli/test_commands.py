@@ -785,13 +785,15 @@ _LATE = """
 import os, signal, sys
 from service.cli.interrupts import INTERRUPTED, stopping
 
+number = int(sys.argv[1])
+
 class Late:
-    def __del__(self):
-        os.kill(os.getpid(), int(sys.argv[1]))
+    def __del__(self, kill=os.kill, process=os.getpid(), number=number):
+        kill(process, number)
 
 late = Late()
 with stopping("Ending."):
-    signal.raise_signal(int(sys.argv[1]))
+    signal.raise_signal(number)
 sys.exit(INTERRUPTED)
 """
 
