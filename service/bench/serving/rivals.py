@@ -199,7 +199,10 @@ def running(server: Server, log: Path) -> Iterator[tuple[subprocess.Popen[bytes]
 def _wait_for_answer(
     process: subprocess.Popen[bytes], server: Server, port: int, log: Path
 ) -> None:
-    """Wait until the first route answers its first file with success. Raises ServerError."""
+    """Wait until the first route answers its first file with success. Raises ServerError.
+
+    While it starts it may answer that it is not ready; one that fails otherwise gets little time.
+    """
     route = server.routes[0]
     image = route.files[0].read_bytes()
     until = time.monotonic() + _START
@@ -211,6 +214,8 @@ def _wait_for_answer(
                 if response.is_success:
                     return
                 answer = str(response.status_code)
+                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    until = min(until, time.monotonic() + _END)
             time.sleep(0.1)
     raise ServerError.ended(server.side, log, answer)
 
