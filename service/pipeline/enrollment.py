@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -23,8 +24,10 @@ from service.pipeline.conflicts import retried
 from service.pipeline.pipeline import Embedding, Pipeline
 from service.pipeline.reading import picture_of
 
-# Images of one batch that are decoded or wait for the network at once; others get their turn.
-_WINDOW = 32
+# For each stream of the device, batches of the network that one caller's images may make up while
+# they are decoded or wait for it.
+_WINDOW = 4
+_AHEAD = 4  # images of a request, the first ones, that wait for no earlier request
 
 
 @dataclass(frozen=True)
@@ -176,10 +179,27 @@ class _Batch:
         }
 
     async def _embed_all(self, places: Sequence[int]) -> None:
-        window = asyncio.Semaphore(_WINDOW)
-        await gathered(self._embed(place, window) for place in places)
+        window = self._window()
+        await gathered(
+            self._embed(place, nullcontext() if at < _AHEAD else window)
+            for at, place in enumerate(places)
+        )
 
-    async def _embed(self, place: int, window: asyncio.Semaphore) -> None:
+    def _window(self) -> asyncio.Semaphore:
+        """What all requests of this caller share, whose images get places in order of arrival.
+
+        A stream is sent in several requests side by side. If they took turns, they would be
+        finished together, and nothing would be embedded while all are stored and others sent.
+        """
+        windows, owner = self._pipeline.windows, self._share.owner
+        window = windows.get(owner)
+        if window is None:
+            engine = self._pipeline.engine
+            places = _WINDOW * engine.batcher.max_batch * engine.embedder.backend.streams
+            window = windows[owner] = asyncio.Semaphore(places)
+        return window
+
+    async def _embed(self, place: int, window: AbstractAsyncContextManager[None]) -> None:
         async with window:
             try:
                 self._embedded[place] = await self._pipeline.embedded(

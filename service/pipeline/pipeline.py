@@ -17,6 +17,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -139,6 +140,8 @@ class Pipeline:
         self.engine = self._engine_of(embedder)
         self._background: TaskGroup | None = None
         self.retention_waits = False  # what is too old stays for now
+        # Of enrollments, by caller, as long as one is in progress.
+        self.windows: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._searches = SearchBatcher(gallery)
         self._alone, self._alone_busy = ThreadPoolExecutor(1, "alone"), False
         self._warm = False  # what a lone query needs is set up
