@@ -61,6 +61,8 @@ async def readyz(state: ResourcesDep) -> Readiness:
     state.pipeline.self_check.check()
     state.gallery.refuse_stale()
     checking = asyncio.ensure_future(state.pipeline.stored(state.gallery.check))
+    # One that is given up below fails later, which nobody asks for any more: no defect to log.
+    checking.add_done_callback(lambda done: done.cancelled() or done.exception())
     if not (await asyncio.wait({checking}, timeout=_PATIENCE))[0]:
         state.gallery.refuse_stale()  # it waits for a database that has stopped to answer
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
+import threading
 from pathlib import Path
 
 import httpx
@@ -10,8 +13,9 @@ import pytest
 import torch
 
 from model import CMT, load_checkpoint, save_checkpoint
-from service.errors import MemoryExhausted, NotReady, StorageFull
-from service.gallery import Act
+from service.api import operate
+from service.errors import DatabaseUnavailable, MemoryExhausted, NotReady, StorageFull
+from service.gallery import Act, Gallery
 from service.gallery.storage.database import FILE_NAME
 from service.images.decode import Picture
 from service.pipeline import self_check as pulse
@@ -34,7 +38,7 @@ def test_a_checkpoint_that_gives_no_numbers_is_never_ready(
     save_checkpoint(file, broken, training={"dataset": "none"})
     with (
         serve(tmp_path / "data", checkpoint=file) as url,
-        httpx.Client(base_url=url, trust_env=False) as http,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
     ):
         answer = http.get("/readyz")
         assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
@@ -43,6 +47,33 @@ def test_a_checkpoint_that_gives_no_numbers_is_never_ready(
         refused = http.post("/gallery", files={"image": visible[0].read_bytes()})
         assert (refused.status_code, refused.json()["code"]) == (500, "embedding_failed")
         assert http.get("/gallery").json()["total"] == 0
+
+
+def test_a_check_that_waits_for_the_database_is_given_up_and_no_defect(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waits, ended = threading.Event(), threading.Event()
+
+    def check(_: Gallery) -> None:
+        waits.set()
+        ended.wait(60)
+        raise DatabaseUnavailable("the connection is cut")
+
+    def refuse_stale(_: Gallery) -> None:
+        if waits.is_set():
+            raise DatabaseUnavailable("the database does not answer in time")
+
+    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
+        assert http.get("/readyz").status_code == 200
+        monkeypatch.setattr(operate, "_PATIENCE", 0.1)
+        monkeypatch.setattr(Gallery, "check", check)
+        monkeypatch.setattr(Gallery, "refuse_stale", refuse_stale)
+        answer = http.get("/readyz")
+        assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+        assert "in time" in answer.json()["detail"]
+        ended.set()
+    gc.collect()  # which would tell of an error that nobody asked for
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
 
 
 def test_readiness_follows_the_last_image(monkeypatch: pytest.MonkeyPatch) -> None:
