@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from model.cli import main
 from service.auth.keys import KeyFile
+from service.cli.interrupts import Stopping
 from service.cli.journal import KEPT_SECONDS, Journal, JournalError, Row, Version
 from service.client import Client
 from tests.service.conftest import Serve
@@ -175,24 +177,21 @@ def test_what_is_done_goes_where_it_shall(
 
 
 def test_a_file_is_whole_when_it_no_longer_changes(
-    client: Client, drop: Path, image: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
-    growing, ended = drop / "growing.jpg", threading.Event()
+    client: Client, drop: Path, image: bytes, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    growing, wait = drop / "growing.jpg", Stopping.wait
 
-    def write() -> None:
-        with growing.open("ab", buffering=0) as file:
-            while not ended.wait(0.02):
-                file.write(b"\0")
+    def write_meanwhile(wish: Stopping, seconds: float) -> bool:
+        with growing.open("ab") as file:
+            file.write(b"\0")
+        return wait(wish, seconds)
 
     growing.write_bytes(image)
     (drop / "whole.jpg").write_bytes(image)
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        status, out, _ = once(capsys, drop, settle=0.5)
-    finally:
-        ended.set()
-        writer.join()
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Stopping, "wait", write_meanwhile)
+        status, out, _ = once(capsys, drop, settle=0.1)
     assert status == 0
     assert "1 file enrolled, 0 refused." in out
     assert "Left for the next time: 1" in out
@@ -248,16 +247,29 @@ def test_a_busy_service_is_waited_for_as_it_asks(
         Client(url, api_key=desk) as client,
         watching(drop, "--url", url, "--api-key", slow, "--done", "delete") as process,
     ):
-        for number in range(2):
-            (drop / f"{number}.jpg").write_bytes(image)
-            wait_for(lambda: not list(drop.glob("*.jpg")), "it is not enrolled")
+        assert process.stdout is not None
+        said: list[str] = []
+        reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
+        reader.start()
+        numbers = itertools.count()
+
+        def is_left() -> bool:
+            return any(drop.glob("*.jpg"))
+
+        def waits() -> bool:
+            if not is_left():
+                (drop / f"{next(numbers)}.jpg").write_bytes(image)
+            return any("Waiting: " in line for line in said)
+
+        wait_for(waits, "it never waits")
+        wait_for(lambda: not is_left(), "it is not enrolled")
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
-        assert "Waiting: " in out
+        assert process.wait(60) == 0
+        reader.join(60)
+        out, count = "".join(said), next(numbers)
         assert "Going on." in out
-        assert "2 files enrolled, 0 refused." in out
-        assert client.list().total == 2
+        assert f"{count} files enrolled, 0 refused." in out
+        assert client.list().total == count > 1
 
 
 def test_what_cannot_work_is_said_at_once(
