@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 ANY_SIZE = -1
 # Left to itself OpenVINO computes in bf16 on a CPU that has units for it.
-IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+NUMBER_TYPE = "INFERENCE_PRECISION_HINT"
+IN_FP32 = {NUMBER_TYPE: "f32"}
 IN_FP32_AT_ANY_SIZE = IN_FP32 | {"INFERENCE_NUM_THREADS": 1}  # see fixed_batch
 
 

@@ -52,10 +52,6 @@ class ReplicaBackend:
         response = self._handle.embed.remote(pixels.numpy(), modality)
         return torch.from_numpy(np.array(response.result(timeout_s=_SECONDS)))
 
-    def beside(self, pixels: Tensor, modality: Modality, /) -> Tensor:
-        """The same: each batch goes to a replica of its own."""
-        return self(pixels, modality)
-
 
 class WithState:
     """An application whose requests get the state that its lifespan has made, as uvicorn has it."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +34,6 @@ from service.kit.device_loss import LOST, report_loss
 from service.kit.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
-
-
-class Embed(Protocol):
-    """B crops → B×P×D. beside: on one of the device's streams, as in `Embedder.embed`."""
-
-    def __call__(self, crops: Sequence[Crop], /, *, beside: bool) -> Tensor: ...
 
 
 _RECOVER = 64  # batches without trouble after which a halved limit is doubled again
@@ -63,15 +57,15 @@ class _WaitingCrop:
 class EmbeddingBatcher:
     """Embeds the crops of all requests in batches. Used on one event loop.
 
-    `run` must be running, once for each batch that may be embedded at the same time. max_batch:
-    crops at once. max_wait: seconds that the first of a batch waits for others, if any are
-    `in_flight`. streams: of the device, among which the waiting crops are divided; a crop whose
-    picture is the only one in flight has all of them. observe: called with the size of every batch.
+    `run` must be running, once for each batch that may be embedded at the same time. embed: B crops
+    → B×P×D. max_batch: crops at once. max_wait: seconds that the first of a batch waits for others,
+    if any are `in_flight`. streams: of the device, among which the waiting crops are divided.
+    observe: called with the size of every batch.
     """
 
     def __init__(
         self,
-        embed: Embed,
+        embed: Callable[[Sequence[Crop]], Tensor],
         *,
         max_batch: int,
         max_wait: float,
@@ -116,7 +110,7 @@ class EmbeddingBatcher:
         if self._retired:
             raise _retired()
         began = time.perf_counter()
-        (outcome,) = self._halving([crop], beside=self._busy > 0)
+        (outcome,) = self._halving([crop])
         if isinstance(outcome, Exception):
             raise outcome
         return Embedded(outcome, 0.0, time.perf_counter() - began)
@@ -153,11 +147,10 @@ class EmbeddingBatcher:
                 batch = self._take()
                 if not batch:
                     continue
-                beside = self._busy > 0 or self._others()
                 self._busy += 1
                 began = time.perf_counter()
                 try:
-                    outcomes = await loop.run_in_executor(thread, self._outcomes, batch, beside)
+                    outcomes = await loop.run_in_executor(thread, self._outcomes, batch)
                 finally:
                     self._busy -= 1
                 took = time.perf_counter() - began
@@ -208,16 +201,16 @@ class EmbeddingBatcher:
                         batch.append(waiting)
         return batch
 
-    def _outcomes(self, batch: Sequence[_WaitingCrop], beside: bool) -> list[Tensor | ServiceError]:
-        outcomes = self._halving([waiting.crop for waiting in batch], beside)
+    def _outcomes(self, batch: Sequence[_WaitingCrop]) -> list[Tensor | ServiceError]:
+        outcomes = self._halving([waiting.crop for waiting in batch])
         self._smooth += 1
         if self._smooth >= _RECOVER and self.limit < self.max_batch:
             self.limit, self._smooth = min(2 * self.limit, self.max_batch), 0
         return outcomes
 
-    def _halving(self, crops: Sequence[Crop], beside: bool) -> list[Tensor | ServiceError]:
+    def _halving(self, crops: Sequence[Crop]) -> list[Tensor | ServiceError]:
         try:
-            features = self._embed(crops, beside=beside)
+            features = self._embed(crops)
             self._observe(len(crops))
             return list(features)
         except Exception as error:
@@ -232,7 +225,7 @@ class EmbeddingBatcher:
             if len(crops) == 1:
                 return [_failure(error, exhausted)]
         middle = len(crops) // 2
-        return self._halving(crops[:middle], beside) + self._halving(crops[middle:], beside)
+        return self._halving(crops[:middle]) + self._halving(crops[middle:])
 
 
 def _retired() -> ModelVersionConflict:

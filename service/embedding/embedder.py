@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -49,16 +50,12 @@ _MODALITIES: tuple[Modality, Modality] = ("rgb", "ir")
 class Backend(Protocol):
     """Pixels B×H×W×3 (uint8) of one modality → B×P×D fp32.
 
-    A call uses the whole device. streams: how many calls of `beside` compute at once, each on its
-    share of the device.
+    A call that is alone has the whole device. streams: how many calls at once are useful.
     """
 
     streams: int
 
     def __call__(self, pixels: Tensor, modality: Modality, /) -> Tensor: ...
-    def beside(self, pixels: Tensor, modality: Modality, /) -> Tensor:
-        """The same on one of the `streams`, at the same time as other calls."""
-        ...
 
 
 class Embedder:
@@ -102,23 +99,18 @@ class Embedder:
                 f"{what} has no memory for the network; stop what else uses it, or use another"
             ) from error
 
-    def embed(self, crops: Sequence[Crop], *, beside: bool = False) -> Tensor:
-        """B crops of any modality → B×P×D, fp32 on the CPU, in their order.
-
-        beside: use one of `backend.streams`, and leave the others to concurrent calls.
-        """
+    def embed(self, crops: Sequence[Crop]) -> Tensor:
+        """B crops of any modality → B×P×D, fp32 on the CPU, in their order."""
         config = self.info.config
-        run = self.backend.beside if beside else self.backend
-        if len(crops) == 1:  # nothing to sort
-            return run(pixels_of([crops[0].image], config), crops[0].modality)
-        features = torch.empty(len(crops), config.parts, config.dim)
+        # In NumPy: PyTorch's indexing wakes its threads, which then keep cores from the network.
+        features = np.empty((len(crops), config.parts, config.dim), np.float32)
         for modality in _MODALITIES:
             places = [i for i, crop in enumerate(crops) if crop.modality == modality]
             for start in range(0, len(places), self._longest):
                 batch = places[start : start + self._longest]
                 pixels = pixels_of([crops[i].image for i in batch], config)
-                features[batch] = run(pixels, modality)
-        return features
+                features[batch] = self.backend(pixels, modality).numpy()
+        return torch.from_numpy(features)
 
     def modulation(self, x: Tensor) -> Modulation:
         """Equation (12) for embeddings B×P×D → γ, β of B×D, on the CPU."""

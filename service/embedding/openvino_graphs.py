@@ -1,9 +1,10 @@
 """The network's graphs on OpenVINO: kept on disk, and compiled. Loads no torch.
 
-Each graph is compiled twice. One computes the views of one crop on all cores, with the lowest
-latency: of a fixed size, which takes a seventh less time than an open one. The other computes
-batches of any size, each on a core of its own, which then need not wait for all others at the end
-of every layer: more images a second, most of all where something else runs too.
+Each graph is compiled twice, both times for the views of one crop: a fixed size takes a seventh
+less time than an open one. One computes a crop on all cores, with the lowest latency. The other
+computes several crops at the same time, each on its share of the cores, which then need not wait
+for all others at the end of every layer: more crops a second, most of all where something else runs
+too. Graphs of several crops gain a few hundredths more, and need further copies of the weights.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 
 from model.atomic_file import PRIVATE, write_whole
 from model.cores import allowed_cores
-from model.fixed_batch import fixed_batch
+from model.fixed_batch import NUMBER_TYPE, fixed_batch
 from model.modalities import Modality
 from model.pixels import MEAN, STD
 from model.quiet_openvino import openvino
 
-_MOST_STREAMS = 32  # the interpreter could not prepare more batches at once
+_MOST_STREAMS = 32  # the interpreter could not prepare more crops at once
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -32,7 +33,8 @@ class Compiled:
     """The graphs of both modalities, which take pixels.
 
     precision: what OpenVINO was asked for: "float32", "bfloat16", or "auto". views: the images of
-    one crop. lone: for exactly so many. shared: for `streams` batches at the same time.
+    one crop, as many as the graphs take. lone: for a crop on all cores. shared: for `streams` crops
+    at the same time.
     """
 
     precision: str
@@ -44,7 +46,7 @@ class Compiled:
     @property
     def number_type(self) -> str:
         """Of the graphs, as OpenVINO reports it: "f32", "bf16", …"""
-        return str(self.lone["rgb"].get_property("INFERENCE_PRECISION_HINT").get_type_name())
+        return str(self.lone["rgb"].get_property(NUMBER_TYPE).get_type_name())
 
 
 def reader() -> openvino.Core:
@@ -74,21 +76,20 @@ def compiled(graphs: Mapping[Modality, openvino.Model], precision: str, views: i
     streams = min(cores, _MOST_STREAMS)
     core = openvino.Core()
     settings: dict[str, object] = {}
+    if cores < len(os.sched_getaffinity(0)):  # by a quota, which OpenVINO does not ask for
+        settings["INFERENCE_NUM_THREADS"] = cores
     if precision != "auto":
-        settings["INFERENCE_PRECISION_HINT"] = _PRECISIONS[precision]
-    # Its batches are of any size, so that one thread has to do for a stream: see `fixed_batch`.
-    limited = {"NUM_STREAMS": streams} | _limit(streams)
-    of_pixels = {modality: _of_pixels(graph) for modality, graph in graphs.items()}
+        settings[NUMBER_TYPE] = _PRECISIONS[precision]
+    of_a_crop = {m: fixed_batch(_of_pixels(graph), views) for m, graph in graphs.items()}
     with ThreadPoolExecutor(cores, "compile") as threads:  # each takes one core
 
-        def begun(graph: openvino.Model, how: dict[str, object]) -> Future[openvino.CompiledModel]:
-            return threads.submit(core.compile_model, graph, "CPU", settings | how)
+        def begun(**how: object) -> dict[Modality, Future[openvino.CompiledModel]]:
+            return {
+                modality: threads.submit(core.compile_model, graph, "CPU", settings | how)
+                for modality, graph in of_a_crop.items()
+            }
 
-        lone = {
-            m: begun(fixed_batch(graph, views), {"PERFORMANCE_HINT": "LATENCY"} | _limit(cores))
-            for m, graph in of_pixels.items()
-        }
-        shared = {m: begun(graph, limited) for m, graph in of_pixels.items()}
+        lone, shared = begun(PERFORMANCE_HINT="LATENCY"), begun(NUM_STREAMS=streams)
     return Compiled(
         precision,
         views,
@@ -96,12 +97,6 @@ def compiled(graphs: Mapping[Modality, openvino.Model], precision: str, views: i
         {m: future.result() for m, future in shared.items()},
         streams,
     )
-
-
-def _limit(threads: int) -> dict[str, object]:
-    """The setting where OpenVINO, which knows no quota, would take more."""
-    more = threads < len(os.sched_getaffinity(0))
-    return {"INFERENCE_NUM_THREADS": threads} if more else {}
 
 
 class GraphFiles:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,19 @@ log = logging.getLogger(__name__)
 class OpenVINOBackend:
     """Pixels B×H×W×3 (uint8) of one modality → B×P×D in fp32, any B. Thread-safe.
 
-    graphs: what computes, of `view_graph` or the int8 form. streams: how many calls of `beside`
-    compute at once. quantised: whether the graphs are the int8 form, which has the mirror images
-    and the ranked form in it, instead of the checkpoint's own network.
+    A crop that nothing is computed beside has all cores; the crops of a batch, and of calls at the
+    same time, are computed one by one on `streams` of one core each.
+    graphs: what computes, of `view_graph` or the int8 form. quantised: whether the graphs are the
+    int8 form, which has the mirror images and the ranked form in it, instead of the checkpoint's
+    own network.
     """
 
     def __init__(self, graphs: Compiled, config: CMTConfig, *, quantised: bool = False) -> None:
         self.graphs, self.streams, self.quantised = graphs, graphs.streams, quantised
         self._config = config
-        self._own = _Own()
+        self._lone = {modality: _Calls(graph) for modality, graph in graphs.lone.items()}
+        self._shared = {modality: _Calls(graph) for modality, graph in graphs.shared.items()}
+        self._counting, self._under_way = threading.Lock(), 0
 
     @property
     def precision(self) -> str:
@@ -40,50 +45,28 @@ class OpenVINOBackend:
         return self.graphs.number_type
 
     def __call__(self, pixels: Tensor, modality: Modality) -> Tensor:
-        """On all cores: one crop by all of them together, more in one part for each stream."""
         crops = pixels.numpy()
-        if len(crops) > 1:
-            return self._side_by_side(crops, self.streams, modality)
-        (call,) = self._own.calls(self.graphs.lone[modality], 1)
-        self._seen(crops, call.images(self._shape(crops)))
-        call.compute()
-        return self._embedding(call.output)
-
-    def beside(self, pixels: Tensor, modality: Modality) -> Tensor:
-        """The same on one stream, at the same time as other calls."""
-        return self._side_by_side(pixels.numpy(), 1, modality)
-
-    def _shape(self, crops: np.ndarray) -> tuple[int, ...]:
-        return self.graphs.views * len(crops), *crops.shape[1:]
-
-    def _seen(self, crops: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """The images to compute: the crops and, after all of them, their mirror images."""
-        # In NumPy, as what comes after it: steps of PyTorch took a third of a lone crop's time,
-        # most of it to wake its threads.
-        images[: len(crops)] = crops
-        if self.graphs.views > 1:
-            for channel in range(crops.shape[-1]):  # four times as fast as all three at once
-                images[len(crops) :, ..., channel] = crops[:, :, ::-1, channel]
-        return images
-
-    def _side_by_side(self, crops: np.ndarray, most: int, modality: Modality) -> Tensor:
-        """Compute the views in parts at the same time, `most` at most."""
-        images = self._seen(crops, np.empty(self._shape(crops), np.uint8))
-        parts = np.array_split(images, min(most, len(images)))
-        calls = self._own.calls(self.graphs.shared[modality], len(parts))
-        with ExitStack() as under_way:  # waits for all, whichever fails
-            for call, part in zip(calls, parts, strict=True):
-                np.copyto(call.images(part.shape), part)
-                call.start()
-                under_way.callback(call.wait)
-        return self._embedding(np.concatenate([call.output for call in calls]))
-
-    def _embedding(self, complete: np.ndarray) -> Tensor:
-        """What `CMT.represent` makes of the views' representations."""
+        with self._counted() as others:
+            # A graph on all cores waits for each of them after every layer: not beside other work.
+            if others or len(crops) > 1:
+                views = self._shared[modality].together(crops)
+            else:
+                views = self._lone[modality].alone(crops[0])
         if self.quantised:
-            return torch.from_numpy(complete.copy())
-        of_views = complete.reshape(self.graphs.views, -1, *complete.shape[1:])
-        return torch.from_numpy(ranked_mean(of_views, normalise=self._config.normalise_test))
+            return torch.from_numpy(views[0])
+        return torch.from_numpy(ranked_mean(views, normalise=self._config.normalise_test))
+
+    @contextmanager
+    def _counted(self) -> Iterator[int]:
+        """How many other calls are under way."""
+        with self._counting:
+            others = self._under_way
+            self._under_way += 1
+        try:
+            yield others
+        finally:
+            with self._counting:
+                self._under_way -= 1
 
 
 def converted(
@@ -118,19 +101,20 @@ def _graph(model: CMT, fingerprint: str, cache: Path | None, modality: Modality)
 
 
 class _Call:
-    """An infer request and the memory that it reads, which OpenVINO owns."""
+    """An infer request for the views of one crop."""
 
     def __init__(self, graph: openvino.CompiledModel) -> None:
         self._request = graph.create_infer_request()
-        self._images = np.empty(0, np.uint8)
+        self._views = self._request.get_input_tensor().data
 
-    def images(self, shape: tuple[int, ...]) -> np.ndarray:
-        """What is to be computed, to be filled."""
-        if self._images.shape != shape:
-            given = openvino.Tensor(openvino.Type.u8, shape)
-            self._request.set_input_tensor(given)
-            self._images = given.data
-        return self._images
+    def fill(self, crop: np.ndarray) -> None:
+        """Take the crop H×W×3 and, where the graph computes it, its mirror image."""
+        # In NumPy, as what comes after it: steps of PyTorch took a third of a lone crop's time,
+        # most of it to wake its threads.
+        self._views[0] = crop
+        if len(self._views) > 1:
+            for channel in range(crop.shape[-1]):  # four times as fast as all three at once
+                self._views[1, ..., channel] = crop[:, ::-1, channel]
 
     def compute(self) -> None:
         """Raises what OpenVINO raises where it fails. The calling thread takes part."""
@@ -151,14 +135,38 @@ class _Call:
         return computed
 
 
-class _Own(threading.local):
-    """A thread's own calls."""
+class _Calls:
+    """The infer requests of a graph for one crop, as many as were ever used at once."""
 
-    def __init__(self) -> None:
-        self._of: dict[openvino.CompiledModel, list[_Call]] = {}
+    def __init__(self, graph: openvino.CompiledModel) -> None:
+        self._graph = graph
+        self._idle: list[_Call] = []
 
-    def calls(self, graph: openvino.CompiledModel, count: int) -> list[_Call]:
-        kept = self._of.setdefault(graph, [])
-        while len(kept) < count:
-            kept.append(_Call(graph))
-        return kept[:count]
+    def alone(self, crop: np.ndarray) -> np.ndarray:
+        """A crop H×W×3 → V×1×P×D of V views. Raises what OpenVINO raises where it fails."""
+        call = self._call()
+        call.fill(crop)
+        call.compute()
+        return self._outputs([call])
+
+    def together(self, crops: np.ndarray) -> np.ndarray:
+        """Crops B×H×W×3 → V×B×P×D, each crop on one of the graph's streams. Raises the same."""
+        calls = []
+        with ExitStack() as under_way:  # waits for all, whichever fails
+            for crop in crops:
+                calls.append(self._call())
+                calls[-1].fill(crop)
+                calls[-1].start()
+                under_way.callback(calls[-1].wait)
+        return self._outputs(calls)
+
+    def _outputs(self, calls: list[_Call]) -> np.ndarray:
+        views = np.stack([call.output for call in calls], axis=1)
+        self._idle += calls
+        return views
+
+    def _call(self) -> _Call:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _Call(self._graph)

@@ -28,8 +28,6 @@ class TorchBackend:
     def __call__(self, pixels: Tensor, modality: Modality) -> Tensor:
         return self._embed(pixels, modality)
 
-    beside = __call__
-
     def _embed(self, pixels: Tensor, modality: Modality) -> Tensor:
         """Pixels on the device → features there."""
         # Permuted pixels keep their memory order, which is channels last.
@@ -68,5 +66,3 @@ class GpuBackend(TorchBackend):
             done.record()
         done.synchronize()
         return here
-
-    beside = __call__

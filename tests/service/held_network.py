@@ -27,10 +27,10 @@ class HeldNetwork:
         self._go.set()
         embed = Embedder.embed
 
-        def held(embedder: Embedder, crops: Sequence[Crop], *, beside: bool = False) -> Tensor:
+        def held(embedder: Embedder, crops: Sequence[Crop]) -> Tensor:
             self.batches.append([*crops])
             assert self._go.wait(PATIENCE), "the network is never let go"
-            return embed(embedder, crops, beside=beside)
+            return embed(embedder, crops)
 
         monkeypatch.setattr(Embedder, "embed", held)
 

@@ -210,7 +210,7 @@ def test_a_lost_gpu_ends_it_with_a_failure_and_nothing_is_lost(
     where: str, tiny_checkpoint: Path, tmp_path: Path, image: bytes
 ) -> None:
     flag, data = tmp_path / "lost", tmp_path / "data"
-    of_network = "TorchBackend.__call__ = TorchBackend.beside = losing(TorchBackend.__call__)"
+    of_network = "TorchBackend.__call__ = losing(TorchBackend.__call__)"
     of_search = "Embedder.modulation = losing(Embedder.modulation)"
     lost_there = of_network if where == "the network" else of_search
     service = ServiceProcess(

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -84,11 +83,10 @@ def main(checkpoint: str, device: str, runtime: str, batch: str, folder: str) ->
     ]
     size, streams = int(batch), embedder.backend.streams
     batches = [crops[start : start + size] for start in range(0, len(crops), size)]
-    embed = partial(embedder.embed, beside=streams > 1)
 
     def embed_all(chosen: Sequence[Sequence[Crop]]) -> None:
         with ThreadPoolExecutor(streams) as threads:
-            list(threads.map(embed, chosen))
+            list(threads.map(embedder.embed, chosen))
 
     embed_all(batches[:streams])
     say("decoded")

@@ -49,7 +49,7 @@ def test_the_network_of_old_is_let_go(
         wait_for(lambda: embedders() <= before + 1, "networks of old are kept")
 
 
-def zeros(crops: Sequence[Crop], *, beside: bool) -> Tensor:
+def zeros(crops: Sequence[Crop]) -> Tensor:
     return torch.zeros(len(crops), 1, 2)
 
 
