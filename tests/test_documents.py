@@ -173,7 +173,7 @@ class Reader:
             ended = process.poll() is not None
             assert not ended, f"{block.place} ends:\n{Path(log.name).read_text()}"
             with contextlib.suppress(httpx.TransportError):
-                return httpx.get(url, trust_env=False).is_success
+                return httpx.get(url, trust_env=False, timeout=60).is_success
             time.sleep(0.1)
             return False
 

@@ -65,7 +65,7 @@ class ObjectServer:
     def demand_rights(self, free: float) -> None:
         """Check who is allowed what, after so many more requests; infinity: never."""
         url = f"{self.endpoint}/moto-api/reset-auth"
-        httpx.post(url, content=str(free), trust_env=False).raise_for_status()
+        httpx.post(url, content=str(free), trust_env=False, timeout=60).raise_for_status()
 
 
 class Bucket(NamedTuple):

@@ -98,7 +98,10 @@ def test_retention_waits_for_a_clock_until_its_date_is_confirmed(
         database.execute("UPDATE clock SET moment = moment + 86400 * 1000000")  # it ran tomorrow
         database.commit()
     days = 0.1 / 86400
-    with serve(tmp_path, retention_days=days) as url, httpx.Client(base_url=url) as http:
+    with (
+        serve(tmp_path, retention_days=days) as url,
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
         wait_for(lambda: gauge(http, "cmt_retention_waits") == 1, "retention does not say it waits")
         assert http.get("/gallery").json()["total"] == 1
         assert http.get("/readyz").is_success
@@ -193,7 +196,10 @@ def test_a_file_that_is_no_checkpoint_changes_nothing(
 ) -> None:
     first, _ = checkpoints
     (first.parent / "broken.safetensors").write_bytes(b"no checkpoint")
-    with serve(tmp_path / "data", checkpoint=first) as url, httpx.Client(base_url=url) as http:
+    with (
+        serve(tmp_path / "data", checkpoint=first) as url,
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
         for name in ("broken.safetensors", "missing.safetensors"):
             answer = http.post("/admin/reembed", json={"checkpoint": name})
             assert (answer.status_code, answer.json()["code"]) == (422, "checkpoint_unusable")

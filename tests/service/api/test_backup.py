@@ -377,9 +377,9 @@ def test_every_answer_to_http_1_0_says_its_length(
         paths += ["/cameras", "/admin/audit", "/admin/versions", "/admin/reembed", "/nowhere"]
         with old_proxy(url) as through:
             for path in paths:
-                answer = httpx.get(through + path, trust_env=False)
+                answer = httpx.get(through + path, trust_env=False, timeout=60)
                 assert answer.headers["content-length"] == str(len(answer.content)), path
-            answer = httpx.post(f"{through}/admin/backup", trust_env=False)
+            answer = httpx.post(f"{through}/admin/backup", trust_env=False, timeout=60)
             assert answer.headers["content-length"] == str(len(answer.content))
         # A crop has no end of its own that could be looked at.
         with (

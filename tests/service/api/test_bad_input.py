@@ -348,7 +348,7 @@ def test_slow_and_vanished_clients_hold_nothing(serve: Serve, tmp_path: Path) ->
     )
     with (
         serve(tmp_path, max_receiving=1, body_timeout=0.5) as url,
-        httpx.Client(base_url=url, trust_env=False) as http,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
     ):
         address = (http.base_url.host, http.base_url.port)
         for _ in range(20):  # on a busy machine the query may come before the head or after the 408

@@ -178,7 +178,7 @@ def test_polarity_turns_the_picture_that_is_compared(
         ImageOps.invert(Image.open(file).convert("L")).save(buffer, "PNG")
         return buffer.getvalue()
 
-    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False) as http:
+    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
         plain = {"modulation": "false", "top_k": "1"}
         for file in infrared:
             answer = http.post(

@@ -311,7 +311,10 @@ def test_answers_survive_a_restart(
 ) -> None:
     answers = []
     for start in range(2):
-        with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False) as http:
+        with (
+            serve(tmp_path) as url,
+            httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
+        ):
             if start == 0:
                 for file in visible:
                     enroll(http, file, person_id=file.parent.name)
@@ -446,7 +449,7 @@ def test_probes_and_model_card(http: httpx.Client) -> None:
 
 def test_readyz_names_the_part_that_fails(serve: Serve, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    with serve(data) as url, httpx.Client(base_url=url, trust_env=False) as http:
+    with serve(data) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
         data.rename(tmp_path / "gone")
         answer = http.get("/readyz")
         assert answer.status_code == 503

@@ -194,7 +194,10 @@ def test_the_contact_sheet_shows_hostile_labels_as_text(
     query = tmp_path / '"><img src=x onerror=alert(1)>.jpg'
     query.write_bytes(image)
     sheet = tmp_path / "sheet.html"
-    with serve(tmp_path / "data") as url, httpx.Client(base_url=url, trust_env=False) as client:
+    with (
+        serve(tmp_path / "data") as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
+    ):
         for text in KEPT.values():
             labels = {"person_id": text, "camera_id": text}
             assert client.post("/gallery", files={"image": image}, data=labels).is_success

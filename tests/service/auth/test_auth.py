@@ -42,7 +42,7 @@ def guarded(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     # Beyond loopback: allowed, because there are keys.
     with serve(folder / "data", api_keys_file=file.path, host="0.0.0.0") as url:
         address = url.replace("0.0.0.0", "127.0.0.1")
-        with httpx.Client(base_url=address, trust_env=False) as http:
+        with httpx.Client(base_url=address, trust_env=False, timeout=60) as http:
             yield Guarded(http, file, tokens)
 
 
@@ -321,7 +321,7 @@ def test_refused_callers_are_in_the_audit_log(serve: Serve, tmp_path: Path) -> N
     wrong = "cmt_" + "w" * 43
     with (
         serve(tmp_path / "data", api_keys_file=file.path, trusted_proxies=("127.0.0.1",)) as url,
-        httpx.Client(base_url=url, trust_env=False) as http,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
     ):
         for _ in range(3):
             http.get("/gallery", headers={"Authorization": f"Bearer {wrong}"})
@@ -360,10 +360,10 @@ def test_refused_callers_are_in_the_audit_log(serve: Serve, tmp_path: Path) -> N
 
 def test_refusals_of_the_last_minute_are_written_at_the_end(serve: Serve, tmp_path: Path) -> None:
     origin = {"Origin": "https://evil.example"}
-    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False) as http:
+    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
         for _ in range(5):
             assert http.get("/gallery", headers=origin).status_code == 403
-    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False) as http:
+    with serve(tmp_path) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
         assert [entry["details"]["count"] for entry in refused(http)] == [1, 4]
 
 
@@ -371,7 +371,7 @@ def test_an_origin_that_is_allowed_gets_in(serve: Serve, tmp_path: Path) -> None
     origin = {"Origin": "https://desk.example"}
     with (
         serve(tmp_path, cors_origins=("https://desk.example",)) as url,
-        httpx.Client(base_url=url, trust_env=False) as http,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
     ):
         for site in ({}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}):
             answer = http.get("/gallery", headers={**origin, **site})
@@ -387,7 +387,7 @@ def test_a_refused_preflight_is_a_problem(serve: Serve, tmp_path: Path) -> None:
     asked = {"Origin": "https://x.example", "Access-Control-Request-Method": "POST"}
     with (
         serve(tmp_path, cors_origins=("https://desk.example",)) as url,
-        httpx.Client(base_url=url, trust_env=False) as http,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
     ):
         refused = http.options("/query", headers=asked)
         assert refused.status_code == 403

@@ -230,7 +230,7 @@ def test_a_client_that_tries_again_gets_through(
 
     with (
         serve(tmp_path, max_pending=2) as url,
-        httpx.Client(base_url=url, trust_env=False) as http,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
         ThreadPoolExecutor(8) as threads,
     ):
         with network.held():
@@ -313,7 +313,7 @@ def test_a_key_has_the_rate_of_the_service_or_one_of_its_own(serve: Serve, tmp_p
         allowed = {}
         for name, token in tokens.items():
             header = {"Authorization": f"Bearer {token}"}
-            with httpx.Client(base_url=url, trust_env=False, headers=header) as http:
+            with httpx.Client(base_url=url, trust_env=False, timeout=60, headers=header) as http:
                 allowed[name] = calls_until_refused(http)
                 assert http.get("/livez").status_code == 200  # probes count for nobody
         assert allowed == {"ordinary": 5, "another": 5, "frugal": 2, "busy": 100}
@@ -337,7 +337,7 @@ def test_an_upload_over_the_rate_is_refused_before_its_body_is_read(
 def test_after_the_time_it_was_told_a_key_may_come_again(serve: Serve, tmp_path: Path) -> None:
     with (
         serve(tmp_path, rate_limit="3/second") as url,
-        httpx.Client(base_url=url, trust_env=False) as http,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
         Client(url) as patient,
     ):
         assert calls_until_refused(http) >= 3

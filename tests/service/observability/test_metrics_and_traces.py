@@ -184,7 +184,13 @@ def test_traces_go_to_a_collector(serve: Serve, tmp_path: Path, visible: list[Pa
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with serve(tmp_path, otlp_endpoint=endpoint) as url:
         files = {"image": visible[0].read_bytes()}
-        httpx.post(f"{url}/query", files=files, headers={"traceparent": parent}, trust_env=False)
+        httpx.post(
+            f"{url}/query",
+            files=files,
+            headers={"traceparent": parent},
+            trust_env=False,
+            timeout=60,
+        )
     server.shutdown()
     spans = [
         span

@@ -45,10 +45,10 @@ def test_it_answers_many_clients_as_on_a_cpu(
     found = {}
     for name, folder in ((f"{device}:0", "there"), ("cpu", "here")):
         with serve(tmp_path / folder, device=name, max_batch=64) as url:
-            assert httpx.get(f"{url}/model", trust_env=False).json()["device"] == name
+            assert httpx.get(f"{url}/model", trust_env=False, timeout=60).json()["device"] == name
             ids = [item["id"] for item in posted(f"{url}/gallery", visible)]
             found[name] = nearest(url, infrared, ids)
-            assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+            assert httpx.get(f"{url}/readyz", trust_env=False, timeout=60).status_code == 200
     there, here = found.values()
     assert [one.keys() for one in there] == [one.keys() for one in here]
     for ours, theirs in zip(there, here, strict=True):

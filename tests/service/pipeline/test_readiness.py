@@ -176,7 +176,7 @@ def test_forwarded_headers_are_believed_from_configured_proxies_only(
     forged = {"X-Forwarded-For": "203.0.113.9"}
     with (
         serve(tmp_path, trusted_proxies=trusted) as url,
-        httpx.Client(base_url=url, trust_env=False, headers=forged) as http,
+        httpx.Client(base_url=url, trust_env=False, timeout=60, headers=forged) as http,
     ):
         assert http.get("/gallery").status_code == 200
         [entry] = http.get("/admin/audit").json()["entries"]
