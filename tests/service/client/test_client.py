@@ -46,7 +46,7 @@ from service.client.requests import (
 )
 from service.client.stream import SENDERS
 from tests.service.conftest import Serve
-from tests.service.processes import ServiceProcess
+from tests.service.processes import ServiceProcess, wait_for
 
 
 def test_every_verb(url: str, visible: list[Path], infrared: list[Path]) -> None:
@@ -474,6 +474,12 @@ def test_a_busy_service_is_waited_for_longer_by_a_stream() -> None:
     assert (result.status, asked) == (201, 31)
 
 
+def embeds(service: ServiceProcess) -> bool:
+    """Whether a service has embedded an upload."""
+    with service.client() as http:
+        return 'cmt_stage_seconds_count{stage="embed"}' in http.get("/metrics").text
+
+
 def test_a_stream_goes_on_where_one_of_its_services_is_killed(
     serve: Serve, tiny_checkpoint: Path, tmp_path: Path, visible: list[Path], postgres_url: str
 ) -> None:
@@ -487,8 +493,7 @@ def test_a_stream_goes_on_where_one_of_its_services_is_killed(
             for result in client.enroll_many(entries(), per_request=2, others=[second]):
                 results.append(result)
                 if len(results) == 20:
-                    mine = other.client().get("/metrics").text
-                    assert 'cmt_stage_seconds_count{stage="embed"}' in mine  # it did its share
+                    wait_for(lambda: embeds(other), "it does not do its share")
                     other.kill()
             assert [one.entry.item.person_id for one in results] == [f"{n}" for n in range(80)]
             assert all(one.item is not None for one in results)
