@@ -8,7 +8,7 @@ text is UTF-8, so that nothing is left out or guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -19,6 +19,12 @@ from service.errors import FormMalformed
 _PLAIN_ENCODINGS = frozenset({b"", b"7bit", b"8bit", b"binary"})
 _UTF_8 = frozenset({b"", b"utf-8", b"utf8"})
 _BOUNDARY = re.compile(r";\s*boundary\s*=", re.IGNORECASE)
+_PLAIN_HEADER = re.compile(
+    rb'Content-Disposition: form-data; name="(\w+)"(; filename="[\w .()-]*")?'
+    rb"(?:\r\nContent-Type: [\w.+-]+/[\w.+-]+)?",
+    re.IGNORECASE,
+)
+_LONGEST_DELIMITER = 4 + 70  # RFC 2046, 5.1.1
 _LINE_END = re.compile(rb"[ \t]*(\r?\n|$)")
 
 
@@ -55,12 +61,21 @@ async def read_form(
     """
     delimiter = b"\r\n--" + _boundary_of(content_type)
     form = _Form(max_files, max_file_bytes, max_fields, max_field_bytes)
+    ahead = [await anext(chunks, b"")]
+    if ahead[0].endswith((delimiter + b"--\r\n", delimiter + b"--")):
+        async for chunk in chunks:
+            ahead.append(chunk)
+            if chunk:
+                break
+        else:
+            if form.take_plain(ahead[0], delimiter):
+                return form.parts
     parser = _parser(delimiter, form)
     # What was read and may be the beginning of a boundary. The first boundary has no line before
     # it; what else precedes it is a preamble (RFC 2046, 5.1.1), which is skipped.
     tail = b"\r\n"
     started, rest = False, b""
-    async for chunk in chunks:
+    async for chunk in _both(ahead, chunks):
         window = tail + chunk
         tail = window[-len(delimiter) - 1 :]
         if not started:
@@ -96,6 +111,13 @@ async def read_form(
     return form.parts
 
 
+async def _both(read: Iterable[bytes], chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    for chunk in read:
+        yield chunk
+    async for chunk in chunks:
+        yield chunk
+
+
 def _boundary_of(content_type: str) -> bytes:
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"")
@@ -118,6 +140,32 @@ class _Form:
         self._most = {True: max_file_bytes, False: max_field_bytes}
         self._headers: dict[bytes, bytes] = {}
         self._name = self._value = b""
+
+    def take_plain(self, body: bytes, delimiter: bytes) -> bool:
+        """Read a whole body as most clients write it; False, and nothing is read, for any other.
+
+        It gives what the parser gives, which looks at every byte of a header in Python. body: ends
+        with the closing boundary.
+        """
+        opening, parts = delimiter[2:] + b"\r\n", []
+        if len(delimiter) > _LONGEST_DELIMITER or not body.startswith(opening):
+            return False
+        pieces = body[len(opening) : body.rindex(delimiter)].split(delimiter + b"\r\n")
+        if body.count(delimiter) != len(pieces):  # one of them ends otherwise
+            return False
+        left = dict(self._left)
+        for piece in pieces:
+            head, end, data = piece.partition(b"\r\n\r\n")
+            header = _PLAIN_HEADER.fullmatch(head)
+            if header is None or not end:
+                return False
+            is_file = header[2] is not None
+            left[is_file] -= 1
+            if left[is_file] < 0 or len(data) > self._most[is_file]:
+                return False
+            parts.append(Part(header[1], is_file, b"", bytearray(data), len(data)))
+        self.parts = parts
+        return True
 
     def on_part_begin(self) -> None:
         self.parts.append(Part())

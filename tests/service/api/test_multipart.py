@@ -102,3 +102,27 @@ def test_a_file_over_the_limit_keeps_its_size_only() -> None:
     large, small = read(IMAGE + bytes(41) + b"\r\n" + IMAGE + bytes(40) + b"\r\n" + END, 7)
     assert (large.size, len(large.data)) == (41, 0)
     assert (small.size, len(small.data)) == (40, 40)
+
+
+HEADS = (
+    b'Content-Disposition: form-data; name="image"; filename="crop 1.jpg"\r\nContent-Type: a/b',
+    b'content-disposition: form-data; name="image"; filename=""',
+    b'Content-Disposition: form-data; name="camera_id"',
+    b"Content-Disposition: form-data; name=\"camera_id\"; filename*=UTF-8''x",
+    b'Content-Disposition: form-data; name="a\\"b"',
+    b"Content-Disposition: form-data; name=camera_id",
+    b'Content-Disposition: form-data; name="camera_id"; filename="a;b"',
+    b'Content-Type: text/plain\r\nContent-Disposition: form-data; name="camera_id"',
+    b'Content-Disposition: form-data; name="camera_id"\r\nContent-Length: 4',
+    b'Content-Disposition: form-data; name="camera_id"\r\nContent-Type: text/plain; charset=x',
+)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("data", [b"", b"\r\n", b"--frame", b"\r\n--fram", b"\r\n\r\nZo\xff"])
+@pytest.mark.parametrize("end", [b"--frame--", END])
+def test_a_form_that_comes_at_once_is_read_as_one_that_comes_byte_by_byte(
+    head: bytes, data: bytes, end: bytes
+) -> None:
+    body = b"--frame\r\n" + head + b"\r\n\r\n" + data + b"\r\n" + LABEL + b"x\r\n" + end
+    assert read(body) == read(body, 1)
