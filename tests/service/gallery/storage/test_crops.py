@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from sqlalchemy import Engine, create_engine, select, update
@@ -46,6 +46,8 @@ from tests.service.object_server import Bucket, address
 from tests.service.places import INFO, KINDS, MakePlace, Place, features
 from tests.service.processes import wait_for
 from tests.service.stores import crop
+
+T = TypeVar("T")
 
 
 def opened(place: Place, bucket: Bucket | None, inline_bytes: int = 0) -> Gallery:
@@ -89,10 +91,28 @@ def gallery(place: Place, bucket: Bucket) -> Iterator[Gallery]:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the storage little time, so that a test need not wait for it."""
-    monkeypatch.setattr(objects_module, "_CONNECT_SECONDS", 0.3)
-    monkeypatch.setattr(objects_module, "_READ_SECONDS", 0.3)
-    monkeypatch.setattr(objects_module, "_REST_SECONDS", 0.2)
+    """See `hurry`."""
+    hurry(monkeypatch)
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Give the storage little time, so that a test need not wait for it: see `served`."""
+    patch.setattr(objects_module, "_CONNECT_SECONDS", 0.3)
+    patch.setattr(objects_module, "_READ_SECONDS", 0.3)
+    patch.setattr(objects_module, "_REST_SECONDS", 0.2)
+
+
+def served(call: Callable[[], T]) -> T:
+    """What a call gives once the storage, which is given little time, has answered in it."""
+
+    def answered() -> list[T]:
+        with suppress(CropsUnavailable):
+            return [call()]
+        return []
+
+    [given] = wait_for(answered, "the storage does not answer")
+    found: T = given
+    return found
 
 
 @pytest.fixture
@@ -260,7 +280,7 @@ def test_while_the_storage_hangs_searches_go_on_and_nothing_is_half_stored(
     place: Place, bucket: Bucket, hasty: None
 ) -> None:
     with closing(opened(place, bucket)) as gallery:
-        item, _, third = enrolled(gallery, 3)
+        item, _, third = served(lambda: enrolled(gallery, 3))
         bucket.server.pause()
         try:
             with pytest.raises(CropsUnavailable, match="does not answer") as refused:
@@ -281,15 +301,15 @@ def test_while_the_storage_hangs_searches_go_on_and_nothing_is_half_stored(
         kept = sorted([crop(1).data, crop(2).data])
         wait_for(lambda: sorted(bucket.objects().values()) == kept, "the rest is not deleted")
         wait_for(lambda: gallery.pending_objects == 0, "it is still counted")
-        assert gallery.image(third)[0] == crop(2).data
-        assert enrolled(gallery, 1, start=3)
+        assert served(lambda: gallery.image(third))[0] == crop(2).data
+        assert served(lambda: enrolled(gallery, 1, start=3))
 
 
 def test_a_gallery_opens_while_its_storage_is_away(
     place: Place, bucket: Bucket, hasty: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with closing(opened(place, bucket)) as gallery:
-        [item] = enrolled(gallery, 1)
+        [item] = served(lambda: enrolled(gallery, 1))
     bucket.server.pause()
     try:
         with closing(opened(place, bucket)) as gallery:
@@ -298,7 +318,7 @@ def test_a_gallery_opens_while_its_storage_is_away(
             assert gallery.crops_available is False
             bucket.server.resume()
             wait_for(lambda: gallery.crops_available, "it does not find out that it is back")
-            assert gallery.image(item)[0] == crop(0).data
+            assert served(lambda: gallery.image(item))[0] == crop(0).data
     finally:
         bucket.server.resume()
 
@@ -549,13 +569,14 @@ def test_an_object_that_was_not_there_counts_as_deleted(credentials: None) -> No
         assert storage.delete(["name"]) == (["name"], None)
 
 
-def test_what_is_to_be_deleted_ties_a_gallery_to_its_place(
-    place: Place, bucket: Bucket, hasty: None
-) -> None:
+def test_what_is_to_be_deleted_ties_a_gallery_to_its_place(place: Place, bucket: Bucket) -> None:
     """In another one it would count as deleted, since nothing of it is there."""
     elsewhere = bucket._replace(url=bucket.url.replace("/gate", "/other"))
-    with closing(opened(place, bucket)) as gallery:
-        [item] = enrolled(gallery, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        gallery = opened(place, bucket)
+    with closing(gallery):
+        [item] = served(lambda: enrolled(gallery, 1))
         bucket.server.pause()
         try:
             assert gallery.delete(item) == 1
@@ -658,7 +679,9 @@ def test_a_long_work_waits_for_a_storage_that_is_away(
         away(lambda: gallery.backup(tmp_path / "backup.zip"))
         assert restore(tmp_path / "backup.zip", tmp_path / "restored").counts["items"] == 3
         away(lambda: sum(gallery.move_crops(back=True)))
-        assert [gallery.image(item)[0] for item in ids] == [crop(i).data for i in range(3)]
+        assert [served(lambda: gallery.image(i))[0] for i in ids] == [
+            crop(i).data for i in range(3)
+        ]  # noqa: B023
         wait_for(lambda: not bucket.objects(), "what was given up of the move stays")
 
 
