@@ -679,9 +679,8 @@ def test_a_long_work_waits_for_a_storage_that_is_away(
         away(lambda: gallery.backup(tmp_path / "backup.zip"))
         assert restore(tmp_path / "backup.zip", tmp_path / "restored").counts["items"] == 3
         away(lambda: sum(gallery.move_crops(back=True)))
-        assert [served(lambda: gallery.image(i))[0] for i in ids] == [
-            crop(i).data for i in range(3)
-        ]  # noqa: B023
+        found = served(lambda: [gallery.image(item)[0] for item in ids])
+        assert found == [crop(i).data for i in range(3)]
         wait_for(lambda: not bucket.objects(), "what was given up of the move stays")
 
 
