@@ -80,7 +80,7 @@ class Network:
     @property
     def codes(self) -> int:
         """Bytes of its codes, which lie beside it on a host without GPU."""
-        return (self.parts + 1) * self.dim + 16
+        return (self.parts + 1) * self.dim + 12
 
 
 def measured() -> Measured:

@@ -63,14 +63,8 @@ class Chunk:
         # NumPy asks the kernel for huge pages: filling it takes a seventh of the faults.
         z = np.empty((self.capacity, width), np.float16)
         self.z = torch.from_numpy(z)
-        codes = z.view(np.uint8).reshape(-1)
-        codes[::_PAGE] = 0  # take it now: rows that are promised must not lack it later
-        kind = faiss.ScalarQuantizer.QT_fp16
-        self._scanner = faiss.IndexScalarQuantizer(width, kind, faiss.METRIC_INNER_PRODUCT)
-        self._scanner.codes = faiss.MaybeOwnedVectorUInt8.create_view(
-            faiss.swig_ptr(codes), codes.size, self._scanner.codes.owner
-        )
-        self._scanner.ntotal = self.capacity  # rows that are not filled are never allowed
+        z.view(np.uint8).reshape(-1)[::_PAGE] = 0  # rows that are promised must not lack it later
+        self._scanner = scanner(z, faiss.ScalarQuantizer.QT_fp16)
 
     @property
     def room(self) -> int:
@@ -138,9 +132,30 @@ class Chunk:
         → scores and rows of the gallery, Q×count; row −1 where fewer are allowed. Every query is
         computed separately: a batch changes no answer.
         """
-        count = min(count, self.capacity)
-        scores, rows = self._scanner.search(w, count, params=allowed)
-        return scores, np.where(rows < 0, -1, rows + self.first)
+        return scanned(self._scanner, self.first, w, count, allowed)
+
+
+def scanner(codes: npt.NDArray[Any], kind: int) -> Any:
+    """FAISS's flat index over rows that it does not own, one code each. kind: of its quantizers.
+
+    All rows count as filled: those that are not are never allowed.
+    """
+    # The first dimension counts rows, and a code has as many numbers as a vector.
+    index = faiss.IndexScalarQuantizer(codes.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    memory = codes.view(np.uint8).reshape(-1)
+    index.codes = faiss.MaybeOwnedVectorUInt8.create_view(
+        faiss.swig_ptr(memory), memory.size, index.codes.owner
+    )
+    index.ntotal = len(codes)
+    return index
+
+
+def scanned(
+    index: Any, first: int, w: npt.NDArray[np.float32], count: int, allowed: Any
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """`Chunk.scan` of what `scanner` gives; `first`: the place of its first row in the gallery."""
+    scores, rows = index.search(w, min(count, index.ntotal), params=allowed)
+    return scores, np.where(rows < 0, -1, rows + first)
 
 
 def selecting(allowed: npt.NDArray[np.bool_], kind: Any = None, **settings: int) -> Any:

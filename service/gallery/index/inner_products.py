@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from model.precision import choose_precision
-from service.gallery.index.byte_codes import BLOCK, ByteCodes, Coded
+from service.gallery.index.byte_codes import BLOCK, Block, ByteCodes, Coded
 from service.gallery.index.chunks import Chunk, Mask, selecting
 from service.gallery.index.faiss_module import faiss, one_thread
 from service.gallery.index.features import BLOCK_ROWS, Features
@@ -49,6 +49,11 @@ SLACK, _SLACK_BF16 = 64, 1024
 _CODED_RATIO, _CODED_AMONG = 256, 0.5
 _POSSIBLE_MOST = 0.1  # where a larger share is left, all rows are scanned instead
 _UNCODED_MOST = 4096  # where more rows have no codes yet, all are scanned
+# A shortlist is found by codes where so many times as many rows are searched, and no more than this
+# have no codes, or are far from theirs. A quarter more rows are taken, with which the codes' errors
+# cost no row of a shortlist of features like those of rendered crops.
+_LISTED_RATIO, _UNLISTED_MOST, _LISTED_MORE = 16, 512, 0.25
+_POSSIBLE_FIRST = 2  # so many times as many rows as are wanted are scored before the others
 # Rows are taken in groups of so many at most: k groups with a row above a score have k such rows.
 # With fewer than `_GROUPS` groups for each row that is wanted, the best would often share one.
 _GROUP, _GROUPS = 32, 8
@@ -65,12 +70,14 @@ Result = TypeVar("Result")
 class Best(NamedTuple):
     """Positions with the largest inner products, best first, and their scores, M rows.
 
-    complete: no other row that was searched can be among those that were asked for.
+    complete: no other row that was searched can be among those that were asked for. coarse: there
+    are some more rows than that, in no order, whose scores are to be computed.
     """
 
     positions: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
     complete: bool = False
+    coarse: bool = False
 
     def first(self, count: int) -> Best:
         """The first `count` of them."""
@@ -85,6 +92,23 @@ def scan(features: Features, w: Tensor, count: int, allowed: Sequence[Mask]) -> 
     rows beyond it do not exist for that query. Rows on a GPU are multiplied, see `gpu_products`.
     """
     return [one.first(count) for one in _scanned(features, w, count, allowed, 0)]
+
+
+@torch.inference_mode()
+def shortlist(features: Features, w: Tensor, count: int, allowed: Sequence[Mask]) -> list[Best]:
+    """As `scan`; by the codes alone, hence `coarse`, where that saves time."""
+    found: dict[int, Best] = {}
+    for members in sharing(allowed):
+        mask = allowed[members[0]]
+        codes = _choosing(features, count, mask)
+        if codes is not None and (told := [query for query in members if codes.telling(w[query])]):
+            best = _listed(codes, features.dim, w[told], count, mask)
+            found.update(zip(told, best, strict=True))
+    rest = [query for query in range(len(w)) if query not in found]
+    if rest:
+        best = scan(features, w[rest], count, [allowed[query] for query in rest])
+        found.update(zip(rest, best, strict=True))
+    return [found[query] for query in range(len(w))]
 
 
 @torch.inference_mode()
@@ -197,6 +221,30 @@ def _scanned(
     return [found[query] for query in range(len(w))]
 
 
+def _choosing(features: Features, count: int, mask: Mask) -> ByteCodes | None:
+    """The codes, where a shortlist of what a mask lets pass is to be found by them."""
+    codes = features.codes
+    if codes is None:
+        return None
+    uncoded = len(mask) - min(len(codes), len(mask))
+    few = uncoded + len(codes.apart) <= _UNLISTED_MOST
+    return codes if few and int(np.count_nonzero(mask)) >= _LISTED_RATIO * count else None
+
+
+def _listed(codes: ByteCodes, dim: int, w: Tensor, count: int, mask: Mask) -> list[Best]:
+    """What codes find for each query, and all rows that codes say little of."""
+    coded = min(len(codes), len(mask))
+    apart = codes.apart[codes.apart < coded]
+    others = np.concatenate([apart[mask[apart]], coded + np.flatnonzero(mask[coded:])])
+    blocks = codes.blocks[: -(-coded // BLOCK)]
+    more = count + math.ceil(_LISTED_MORE * count)
+    best = []
+    for near in _scan(blocks, dim, w, more, [mask] * len(w)):
+        rows = np.union1d(near.positions, others) if len(others) else near.positions
+        best.append(Best(rows, np.zeros(len(rows), np.float32), coarse=True))
+    return best
+
+
 def _by_codes(
     features: Features, w: Tensor, count: int, allowed: Sequence[Mask]
 ) -> dict[int, Best]:
@@ -225,24 +273,52 @@ def _by_codes(
         query_coded = codes.coded(one, 2 * rounding_bound(features, one, exact=True))
         best = {}
         possible = _possible(codes, query_coded, count, [mask[:coded] for mask in masks.values()])
-        if sum(map(len, possible)) > _POSSIBLE_MOST * coded:
+        if sum(len(rows) for rows, _ in possible) > _POSSIBLE_MOST * coded:
             continue
-        for mask, rows in zip(masks.values(), possible, strict=True):
-            if len(mask) > coded:
-                rows = np.concatenate([rows, coded + np.flatnonzero(mask[coded:])])
-            scores = features.scores(one, rows)
-            order = np.argsort(-scores, kind="stable")
-            best[id(mask)] = Best(rows[order], scores[order], complete=True)
+        for mask, (rows, upper) in zip(masks.values(), possible, strict=True):
+            late = coded + np.flatnonzero(mask[coded:]) if len(mask) > coded else None
+            best[id(mask)] = _narrowed(features, one, query_coded, count, rows, upper, late)
         found.update({query: best[id(allowed[query])] for query in members})
     return found
 
 
+def _narrowed(
+    features: Features,
+    w: Tensor,
+    query: Coded,
+    count: int,
+    rows: npt.NDArray[np.int64],
+    upper: npt.NDArray[np.float32],
+    late: npt.NDArray[np.int64] | None,
+) -> Best:
+    """What is left of possible rows once some are scored, and all rows without codes.
+
+    The scores of the first ones say more of the `count`-th best than the lower bounds of any.
+    """
+    first, scores = rows, []
+    if len(rows) > _POSSIBLE_FIRST * count:
+        nearest = np.zeros(len(rows), np.bool_)
+        nearest[np.argpartition(upper, -_POSSIBLE_FIRST * count)[-_POSSIBLE_FIRST * count :]] = True
+        first = rows[nearest]
+        scores.append(features.scores(w, first))
+        least = query.scaled(float(np.partition(scores[0], -count)[-count])) - 2 * query.slack
+        rest = rows[~(nearest | (upper < least))]
+        first, rows = np.concatenate([first, rest]), rest
+    if late is not None:
+        first, rows = np.concatenate([first, late]), np.concatenate([rows, late])
+    scores.append(features.scores(w, rows))
+    every = np.concatenate(scores)
+    order = np.lexsort((first, -every))
+    return Best(first[order], every[order], complete=True)
+
+
 def _possible(
     codes: ByteCodes, query: Coded, count: int, masks: Sequence[Mask]
-) -> list[npt.NDArray[np.int64]]:
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
     """The rows that can be among the `count` best of those that a mask lets pass, which ascend.
 
-    masks: over as many of the first rows as are coded.
+    With upper bounds of their scores, see `Bounds`. masks: over as many of the first rows as are
+    coded.
     """
     coded = len(masks[0])
     group = min(_GROUP, max(1, coded // (_GROUPS * count)))
@@ -264,12 +340,13 @@ def _possible(
         least = float(every.kthvalue(len(every) - count + 1).values) - 2 * query.slack
         # Not `>=`, which would drop what is not a number.
         rows = np.flatnonzero(~(uppers < least))
-        possible.append(rows[mask[rows]])
+        rows = rows[mask[rows]]
+        possible.append((rows, uppers[rows]))
     return possible
 
 
 def _scan(
-    chunks: Sequence[Chunk], dim: int, w: Tensor, count: int, allowed: Sequence[Mask]
+    chunks: Sequence[Chunk | Block], dim: int, w: Tensor, count: int, allowed: Sequence[Mask]
 ) -> list[Best]:
     groups = [(members, allowed[members[0]]) for members in sharing(allowed)]
     scales = {chunk.scale: chunk for chunk in chunks}
@@ -336,7 +413,7 @@ def _strips(chunks: Sequence[Chunk], count: int) -> Iterator[tuple[Chunk, list[t
 
 
 def _scan_chunk(
-    chunk: Chunk,
+    chunk: Chunk | Block,
     *,
     projected: Mapping[float, npt.NDArray[np.float32]],
     count: int,
@@ -355,7 +432,7 @@ def _scan_chunk(
     return found
 
 
-def _selected(mask: Mask, chunk: Chunk) -> Any:
+def _selected(mask: Mask, chunk: Chunk | Block) -> Any:
     """FAISS's parameters for the rows of a chunk that a mask lets pass, None where it lets none.
 
     Kept as long as the mask: making them takes as long as scanning a thousand rows.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from service.gallery.index.chunks import Mask
 from service.gallery.index.features import Features
-from service.gallery.index.inner_products import Best, merged, scan, sharing
+from service.gallery.index.inner_products import Best, merged, scan, sharing, shortlist
 from service.gallery.index.recall_index import RecallIndex
 from service.kit.memory import is_out_of_memory
 
@@ -24,11 +24,13 @@ def recall(
 ) -> list[Best]:
     """`count` candidates of each of Q queries, best first; all rows where fewer are allowed.
 
+    A few more in no order where they are `coarse`.
+
     w: Q×(P+1)D float64, on the CPU. allowed: one mask per query. index: of the first rows; the
-    later ones are scanned. None: all are.
+    later ones are scanned. None: all are, in their codes where there are any.
     """
     if index is None:
-        return scan(features, w, count, allowed)
+        return shortlist(features, w, count, allowed)
     best: dict[int, Best] = {}
     for members in sharing(allowed):
         found = _by_index(features, index, w[members], count, allowed[members[0]])

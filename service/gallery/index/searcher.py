@@ -320,7 +320,7 @@ class Searcher:
     ) -> Scored:
         started = time.perf_counter()
         request, seen = query.request, found.seen
-        candidates = seen.searched if exhaustive else len(found.best.positions)
+        candidates = min(request.shortlist, len(found.best.positions))
         nearest = self._computed(query, found, exhaustive, first)
         count = request.count
         while exhaustive and not nearest.proven:
@@ -345,7 +345,7 @@ class Searcher:
                 self._unmodulated(query, found, exhaustive, order) if request.explain else None
             ),
             parts=None if parts is None else parts[order],
-            candidates=candidates,
+            candidates=seen.searched if exhaustive else candidates,
             exhaustive=exhaustive,
             sample=sample,
             recall_ms=recall_ms,
@@ -395,9 +395,10 @@ class Searcher:
         w = torch.stack([query.w for query in queries])
         masks = [one.allowed for one in seen]
         best = recall(segment.features, segment.index, w, kind.shortlist, masks)
-        approximate = segment.index is not None
+        by_index = segment.index is not None
         return [
-            _Found(rows, one, approximate=approximate) for rows, one in zip(seen, best, strict=True)
+            _Found(rows, one, approximate=by_index or one.coarse)
+            for rows, one in zip(seen, best, strict=True)
         ]
 
     def _whole(
@@ -451,7 +452,8 @@ class Searcher:
         features, best = found.seen.segment.features, found.best
         if _all_computed(query, found, exhaustive):
             distances, parts = first or features.rescore(query.x, query.modulation, best.positions)
-            return Nearest(best, distances, parts, proven=True)
+            found_all = Nearest(best, distances, parts, proven=True)
+            return _shortest(query, found_all) if best.coarse else found_all
         return nearest_of(
             features,
             query.x,
@@ -536,6 +538,16 @@ def _all_computed(query: _Query, found: _Found, exhaustive: bool) -> bool:
     request = query.request
     whole = request.explain or request.count >= len(found.best.positions)
     return not exhaustive and (found.approximate or whole)
+
+
+def _shortest(query: _Query, nearest: Nearest) -> Nearest:
+    """The shortlist among rows that codes found: of the best scores, which the distances give."""
+    best, distances, parts, _ = nearest
+    order = np.lexsort((best.positions, distances))[: query.request.shortlist]
+    distances = distances[order]
+    scores = (query.c - distances * distances).astype(np.float32)
+    kept = Best(best.positions[order], scores)
+    return Nearest(kept, distances, None if parts is None else parts[order], proven=True)
 
 
 def _together(

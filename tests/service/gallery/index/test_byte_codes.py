@@ -13,7 +13,9 @@ from model import CMTConfig, Modulation, lift, project
 from service.gallery.feed import Stored
 from service.gallery.index import byte_codes, inner_products
 from service.gallery.index.byte_codes import BLOCK, ByteCodes, code_bytes, levels
+from service.gallery.index.chunks import Mask
 from service.gallery.index.features import Features
+from service.gallery.index.inner_products import Best
 from service.gallery.index.shard import SearchRequest, Shard
 from service.gallery.records import Filters
 from tests.service.gallery.index.test_inner_products import order_of, reference
@@ -237,3 +239,52 @@ def test_codes_belong_to_the_memory_of_features(shards: Callable[[Tensor], Shard
     assert features.codes is not None
     assert features.codes.bytes == code_bytes(2 * BLOCK, WIDTH)
     assert shard.statistics().feature_bytes == 2 * WIDTH * rows + features.codes.bytes
+
+
+def listed(features: Features, x: Tensor, modulation: Modulation, mask: Mask) -> Best:
+    w, _ = project(x[None].double(), Modulation(*(p.double() for p in modulation)))
+    return inner_products.shortlist(features, w, 100, [mask])[0]
+
+
+@pytest.mark.parametrize("gallery", GALLERIES)
+def test_a_shortlist_by_codes_is_that_of_the_features(
+    gallery: str, shards: Callable[[Tensor], Shard]
+) -> None:
+    y = GALLERIES[gallery]()
+    shard = shards(y)
+    features = shard.freeze().segment.features
+    for seed in range(4):
+        x, modulation = asked(y, seed)
+        found = listed(features, x, modulation, np.ones(COUNT, np.bool_))
+        # Codes do not choose among rows that are nearly alike to them, or to the query.
+        assert found.coarse == (gallery in ("crowd", "duplicates"))
+        scored = shard.search([SearchRequest(x, modulation, 100, 100)])[0]
+        assert scored.candidates == 100
+        assert scored.recall_ranks is not None
+        assert sorted(scored.recall_ranks) == list(range(1, 101))
+        if found.coarse:
+            exact = shard.search([SearchRequest(x, modulation, 100, 100, exhaustive=True)])[0]
+            assert scored.numbers.tolist() == exact.numbers.tolist()
+            np.testing.assert_allclose(scored.distances, exact.distances, rtol=1e-12)
+
+
+def test_a_shortlist_has_the_rows_that_codes_do_not_show(shards: Callable[[Tensor], Shard]) -> None:
+    y = crowd()
+    y[5001] = y[5001] * 50  # no row that the steps are made from
+    shard = shards(y[:5000])
+    shard.add(stored(y[5000:], 5001))
+    shard.wait()
+    shard.add(stored(y[[7, 5001]], COUNT + 1))  # too few to be coded at once
+    features = shard.freeze().segment.features
+    assert features.codes is not None
+    assert 5001 in features.codes.apart
+    x, (gamma, beta) = y[5001] / 0.8, Modulation(torch.ones(1, DIM), torch.zeros(1, DIM))
+    found = listed(features, x, Modulation(gamma, beta), np.ones(COUNT + 2, np.bool_))
+    assert found.coarse
+    assert len(found.positions) == len(set(found.positions)) < 200
+    every = shard.search([SearchRequest(x, Modulation(gamma, beta), 100, 100)])[0]
+    assert every.numbers[:2].tolist() == [5002, COUNT + 2]
+    only = Filters(exclude_camera_id=("c1",))  # of which row 5002 is
+    some = shard.search([SearchRequest(x, Modulation(gamma, beta), 100, 100, filters=only)])[0]
+    assert some.numbers[0] == COUNT + 2
+    assert 5002 not in some.numbers
