@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Executor
 from contextvars import copy_context
-from typing import TypeVar
-
-from anyio import create_task_group
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-async def gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
+async def gathered(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run all → their results in order.
 
     The first error cancels the others and is raised itself, not in an ExceptionGroup.
@@ -21,18 +19,12 @@ async def gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
     calls = list(calls)
     if len(calls) == 1:
         return [await calls[0]]
-    results: dict[int, T] = {}
-
-    async def run(place: int, call: Awaitable[T]) -> None:
-        results[place] = await call
-
     try:
-        async with create_task_group() as group:
-            for place, call in enumerate(calls):
-                group.start_soon(run, place, call)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
     except ExceptionGroup as several:
         raise several.exceptions[0] from several
-    return [results[place] for place in range(len(results))]
+    return [task.result() for task in tasks]
 
 
 async def in_thread(threads: Executor, call: Callable[[], T]) -> T:
