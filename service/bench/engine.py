@@ -42,7 +42,7 @@ class Index(NamedTuple):
 
     bytes_per_item: beside the features. nested: a shorter shortlist is the beginning of a longer
     one. Not so where the probed lists may hold too few for the longer one, which is then found by a
-    scan of all rows.
+    scan of all rows, and where codes find more rows than are kept, in no order.
     """
 
     kind: str
@@ -188,7 +188,9 @@ class Engine:
             search = self.searching(index)
             size = index_bytes(kind, self.count, self.width) / self.count
             if index is None or not index.lists:
-                yield Index(kind, "", search, size, nested=kind not in ("HNSW", "GPU-CAGRA"))
+                by_codes = index is None and self._features.codes is not None
+                nested = kind not in ("HNSW", "GPU-CAGRA") and not by_codes
+                yield Index(kind, "", search, size, nested=nested)
                 continue
             for share in _NPROBE_SHARES:
                 index.nprobe = max(1, round(share * index.lists))
