@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from service.gallery.storage import database
 from tests.service.processes import wait_for
 
 
@@ -88,10 +90,23 @@ def postgres() -> Iterator[PostgresServer]:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix="cmt-postgres-") as parent:
+    with (
+        tempfile.TemporaryDirectory(prefix="cmt-postgres-") as parent,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # A busy machine may let a test pause for longer than replicas wait for one another.
+        patch.setattr(database, "_POSTGRES_WRITES", writes_with_pauses_of(60))
         server = PostgresServer(Path(parent) / "data")
         yield server
         server.close()
+
+
+def writes_with_pauses_of(seconds: int) -> str:
+    """`_POSTGRES_WRITES`, where a client may pause for so long within its transaction."""
+    setting = "(idle_in_transaction_session_timeout', ')[0-9]+"
+    written, count = re.subn(setting, rf"\g<1>{seconds}", database._POSTGRES_WRITES)
+    assert count == 1
+    return written
 
 
 @pytest.fixture

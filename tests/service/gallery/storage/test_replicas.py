@@ -39,7 +39,7 @@ from service.gallery.storage.streaming import View
 from service.gallery.times import utc_now
 from service.images.decode import Crop
 from tests.service.places import INFO, SIZE, features
-from tests.service.postgres import PostgresServer
+from tests.service.postgres import PostgresServer, writes_with_pauses_of
 from tests.service.processes import wait_for
 from tests.service.replicas.network import Network
 from tests.service.stores import crop
@@ -255,11 +255,10 @@ def third(postgres_url: str, tmp_path: Path) -> Iterator[Store]:
 def test_a_replica_that_stops_within_a_write_keeps_nobody_from_writing(
     pair: tuple[Gallery, Gallery], third: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writes = database._POSTGRES_WRITES.replace(f"{database.PAUSE_SECONDS}s", "1s")
     timeout = pytest.raises(DatabaseUnavailable, match="idle-in-transaction timeout")
     with timeout, ExitStack() as stack:
         with monkeypatch.context() as impatient:  # with that one alone
-            impatient.setattr(database, "_POSTGRES_WRITES", writes)
+            impatient.setattr(database, "_POSTGRES_WRITES", writes_with_pauses_of(1))
             stack.enter_context(third.database.writing())  # and nothing more is heard of it
         [item] = pair[0].add([NewItem(crop(1))], features(1, 1))
     assert pair[1].get(item.id) == item
