@@ -380,5 +380,6 @@ def test_the_pods_of_the_postgresql_overlay_share_a_gallery(
             pod.wait_until("/readyz")
         item = one.post("/gallery", files={"image": IMAGE}, data={"person_id": "7"}).json()
         assert other.get(f"/gallery/{item['id']}").json() == item
-        wait_for(lambda: other.post("/query", files={"image": IMAGE}).json()["results"], "unseen")
+        files = {"image": IMAGE}
+        wait_for(lambda: other.post("/query", files=files).json().get("results"), "unseen")
         assert [pod.terminate(45) for pod in (first, second)] == [0, 0]

@@ -100,6 +100,7 @@ def test_a_killed_node_loses_nothing(tmp_path: Path, nodes: Nodes) -> None:
                 try:
                     answer = gallery.search_all([wanted])[0]
                 except ShardsMissing:  # where Ray had put all on that node
+                    answered.append((0, 3))
                     continue
                 answered.append((answer.shards_ok, answer.shards_total))
                 hits = {hit.item.id for hit in answer.hits}
@@ -111,7 +112,7 @@ def test_a_killed_node_loses_nothing(tmp_path: Path, nodes: Nodes) -> None:
         loading.start()
         wait_for(lambda: len(answered) > 20, "nothing is answered")
         nodes.kill(0)
-        wait_for(lambda: gallery.presence.answered < 3, "no shard is lost")
+        wait_for(lambda: any(ok is not None and ok < 3 for ok, _ in answered), "no shard is lost")
         wait_for(lambda: gallery.presence.answered == 3, "the lost shards do not come back", 90)
         time.sleep(0.5)
         stopping.set()
@@ -119,7 +120,6 @@ def test_a_killed_node_loses_nothing(tmp_path: Path, nodes: Nodes) -> None:
         assert not missed
         assert not named
         assert {total for _, total in answered} == {3}
-        assert min(ok for ok, _ in answered if ok is not None) < 3
         for item_id, row in list(enrolled.items())[::7]:
             hits = gallery.search(row, None, top_k=3).hits
             assert item_id in [hit.item.id for hit in hits]
