@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.auth.authorization import ROUTE_SCOPES
 from service.observability.logs import configure_logs
 from tests.service.conftest import Serve
+from tests.service.processes import wait_for
 
 
 @pytest.fixture
@@ -90,11 +91,18 @@ def test_a_request_is_one_line_that_names_nobody(
         headers={"X-Request-ID": "enroll-1"},
     )
     http.get("/gallery", params={"person_id": "Ms Secret"}, headers={"X-Request-ID": "list-1"})
-    [enrolled] = told(lines, event="request", request_id="enroll-1")
+
+    def line_of(request_id: str) -> Any:  # it is written once the answer is sent
+        [line] = wait_for(
+            lambda: told(lines, event="request", request_id=request_id), "no line is written"
+        )
+        return line
+
+    enrolled = line_of("enroll-1")
     assert (enrolled["method"], enrolled["route"], enrolled["status"]) == ("POST", "/gallery", 201)
     assert enrolled["ms"] > 0
     assert enrolled["actor"] == "address:127.0.0.1"
-    [listed] = told(lines, event="request", request_id="list-1")
+    listed = line_of("list-1")
     assert (listed["route"], listed["status"], listed["level"]) == ("/gallery", 200, "info")
     assert len(told(lines)) > 1
     assert "secret" not in lines.getvalue().lower()
