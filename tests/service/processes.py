@@ -137,8 +137,8 @@ class ServiceProcess:
         return "".join(self.lines)
 
     def log(self) -> list[dict[str, Any]]:
-        """Its log so far, parsed."""
-        return [json.loads(line) for line in self.lines]
+        """Its log so far, parsed, without a line within which it was killed."""
+        return [json.loads(line) for line in self.lines if line.endswith("\n")]
 
     def descriptors(self) -> int:
         """How many files and sockets it has open."""
