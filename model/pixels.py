@@ -18,8 +18,16 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def resize(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A PIL image → uint8 array height×width×3; gray (IR) images are replicated to 3 channels."""
+Pixels = Image.Image | np.ndarray
+"""A PIL image, or uint8 H×W×3."""
+
+
+def resize(image: Pixels, height: int, width: int) -> np.ndarray:
+    """Any image → uint8 array height×width×3; gray (IR) images are replicated to 3 channels."""
+    if isinstance(image, np.ndarray):
+        if image.shape == (height, width, 3):
+            return image
+        image = Image.fromarray(image)
     if image.mode != "RGB":  # Pillow copies an image that already fits, here and below
         image = image.convert("RGB")
     if image.size != (width, height):
@@ -36,12 +44,12 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def preprocess(image: Image.Image, config: CMTConfig) -> Tensor:
+def preprocess(image: Pixels, config: CMTConfig) -> Tensor:
     """A crop → 3×H×W float32 at the configuration's input size, as `CMT.embed` takes it."""
     return normalise(pixels_of([image], config)[0].permute(2, 0, 1))
 
 
-def pixels_of(images: Sequence[Image.Image], config: CMTConfig) -> Tensor:
+def pixels_of(images: Sequence[Pixels], config: CMTConfig) -> Tensor:
     """B crops → B×H×W×3 uint8 at the configuration's input size."""
     import torch
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from torch import Tensor
 
 from model import CheckpointInfo
@@ -44,7 +43,7 @@ def decode_here(picture: Picture, height: int, width: int) -> Crop:
     crop = decode(
         picture.data, modality=picture.modality, polarity=picture.polarity, limits=STORED_LIMITS
     )
-    return replace(crop, image=Image.fromarray(resize(crop.image, height, width)))
+    return replace(crop, image=resize(crop.image, height, width))
 
 
 @dataclass(frozen=True)

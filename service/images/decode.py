@@ -24,6 +24,7 @@ from model.pictures import (
     Polarity,
     read,
 )
+from model.pixels import Pixels
 from service.errors import error_of
 from service.images.containers import plain
 
@@ -78,13 +79,14 @@ class Crop:
     """A person crop, ready for `model.preprocess`.
 
     image: mode RGB, 8 bits, upright, the box cut out, infrared in three equal channels; from
-    `Decoders` at the network's input size. width, height: of the crop that is stored. bit_depth:
-    of the upload. sha256: of the uploaded bytes. data: what is stored, the upload itself or a
-    lossless PNG of the box, its colours as they came. polarity: of infrared, which `image` no
-    longer has; None of a visible crop. seconds: of computing that decoding took its process.
+    `Decoders` at the network's input size, as an array H×W×3. width, height: of the crop that is
+    stored. bit_depth: of the upload. sha256: of the uploaded bytes. data: what is stored, the
+    upload itself or a lossless PNG of the box, its colours as they came. polarity: of infrared,
+    which `image` no longer has; None of a visible crop. seconds: of computing that decoding took
+    its process.
     """
 
-    image: Image.Image
+    image: Pixels
     modality: Modality
     modality_source: ModalitySource
     width: int

@@ -8,6 +8,7 @@ import io
 from anyio import to_thread
 from PIL import Image
 
+from model.pixels import Pixels
 from service.gallery import Item
 from service.images.decode import Picture
 from service.pipeline.pipeline import Pipeline
@@ -32,7 +33,8 @@ async def thumbnail(pipeline: Pipeline, item: Item, crop: bytes, height: int, ac
     return await to_thread.run_sync(_jpeg, decoded.image)
 
 
-def _jpeg(image: Image.Image) -> bytes:
+def _jpeg(pixels: Pixels) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_QUALITY)
     return buffer.getvalue()

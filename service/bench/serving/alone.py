@@ -18,8 +18,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from model.pixels import resize
 from model.terminal import say
 from service.bench.crops import decoded, image_files
@@ -77,7 +75,7 @@ def main(checkpoint: str, device: str, runtime: str, batch: str, folder: str) ->
     embedder = Embedder(Path(checkpoint), device, runtime)  # type: ignore[arg-type]
     config = embedder.info.config
     crops = [
-        replace(crop, image=Image.fromarray(resize(crop.image, *size)))
+        replace(crop, image=resize(crop.image, *size))
         for size in [(config.input_height, config.input_width)]
         for crop in decoded(image_files(Path(folder)))
     ]

@@ -263,6 +263,7 @@ def test_modes_become_rgb(mode: str) -> None:
     kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
     image = picture().convert(mode)
     crop = decode(saved(image, kind))
+    assert isinstance(crop.image, Image.Image)
     assert crop.image.mode == "RGB"
     expected = image.convert("RGB")
     assert np.abs(pixels(crop) - np.asarray(expected).astype(int)).mean() < 4
