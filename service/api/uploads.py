@@ -161,7 +161,7 @@ class ShortWay:
             (method, route.path): route
             for route in routes
             if isinstance(route, LeanRoute)
-            for method in route.methods
+            for method in route.methods or ()
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
