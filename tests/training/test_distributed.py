@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -64,11 +63,10 @@ def one_step(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {"values": values, "gradients": gradients, "statistics": statistics}
 
 
-def process(rank: int, port: int, folder: Path) -> None:
+def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    meeting = f"file://{folder / 'meeting'}"  # no port, which somebody else may take first
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     torch.save(one_step(folder), folder / f"{rank}.pt")
     make(folder).run(stop_at=2, log_every=1)
     make(folder).run(log_every=1)  # resumed by both
@@ -81,13 +79,10 @@ def process(rank: int, port: int, folder: Path) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a step of each of two processes, and a run by both."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         # The new processes take over sys.path, and import this module by its name from the root.
         patch.syspath_prepend(ROOT)
-        spawn(process, (port, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        spawn(process, (folder,), nprocs=2)  # type: ignore[no-untyped-call]
     return folder
 
 
