@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated, Any, cast, get_origin
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -48,14 +49,8 @@ async def unambiguous(request: Request) -> None:
         unquote_to_bytes(request.scope["raw_path"]).decode()
     except UnicodeDecodeError:
         errors.append(_invalid("path", "path", "must be UTF-8"))
-    query = request.scope["query_string"].decode("latin-1")
-    given = query and parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
-    for name, count in Counter(name for name, _ in given).items():
-        if not is_utf_8(name) or not all(is_utf_8(text) for key, text in given if key == name):
-            shown = name.encode(errors="replace").decode()
-            errors.append(_invalid("query", shown, "must be UTF-8"))
-        elif count > 1 and name not in _repeatable(dependant):
-            errors.append(_invalid("query", name, "must be given once"))
+    if query := request.scope["query_string"]:
+        errors += _ambiguous(query.decode("latin-1"), dependant)
     sent = [name for name, _ in request.scope["headers"]]
     errors += [
         _invalid("header", name, "must be given once")
@@ -64,6 +59,16 @@ async def unambiguous(request: Request) -> None:
     ]
     if errors:
         raise RequestValidationError(errors)
+
+
+def _ambiguous(query: str, dependant: Dependant) -> Iterator[dict[str, Any]]:
+    given = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
+    for name, count in Counter(name for name, _ in given).items():
+        if not is_utf_8(name) or not all(is_utf_8(text) for key, text in given if key == name):
+            shown = name.encode(errors="replace").decode()
+            yield _invalid("query", shown, "must be UTF-8")
+        elif count > 1 and name not in _repeatable(dependant):
+            yield _invalid("query", name, "must be given once")
 
 
 def _repeatable(dependant: Dependant) -> set[str]:
@@ -87,6 +92,8 @@ async def no_query_parameters(request: Request) -> None:
 
     Raises RequestValidationError.
     """
+    if not request.scope["query_string"]:  # without it there is nothing to take apart
+        return
     names = sorted(set(request.query_params))
     if names:
         raise RequestValidationError(
