@@ -14,7 +14,6 @@ from fastapi import Depends, FastAPI
 from service.api import admin, backup, cameras, gallery, operate, page, query
 from service.api.deps import unambiguous
 from service.api.openapi import TITLE, openapi_document
-from service.api.uploads import ShortWay
 from service.auth.authorization import authorise
 from service.embedding.embedder import Backend
 from service.http import exception_handlers as problems
@@ -94,7 +93,6 @@ def create_app(
         app.include_router(module.router)
     problems.install(app)
     app.openapi = partial(openapi_document, app, keys=settings.api_keys_file is not None)  # type: ignore[method-assign]
-    app.add_middleware(ShortWay, routes=query.router.routes)
     app.add_middleware(OverloadMiddleware)
     if settings.cors_origins:
         app.add_middleware(

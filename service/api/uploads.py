@@ -9,7 +9,6 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Coroutine,
-    Iterable,
     Sequence,
 )
 from contextlib import asynccontextmanager
@@ -22,8 +21,6 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError, WithJsonSchema
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
-from starlette.routing import BaseRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.deps import actor, no_query_parameters, resources, unambiguous
 from service.api.multipart import Part, read_form
@@ -53,8 +50,6 @@ from service.errors import (
     RequestTimedOut,
     RuntimeUnavailable,
 )
-from service.http import exception_handlers as problems
-from service.kit.urls import route_path
 
 F = TypeVar("F", bound=FormModel)
 
@@ -135,49 +130,16 @@ class LeanRoute(APIRoute):
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return self.answer
+        async def handle(request: Request) -> Response:
+            await authorise(request, await bearer(request))
+            await unambiguous(request)
+            await no_query_parameters(request)
+            called = self.endpoint(
+                request, resources(request), await actor(request), _timeout_of(request)
+            )
+            return cast(Response, await called)
 
-    async def answer(self, request: Request) -> Response:
-        """Check the request and call the endpoint. Raises what these do."""
-        await authorise(request, await bearer(request))
-        await unambiguous(request)
-        await no_query_parameters(request)
-        called = self.endpoint(
-            request, resources(request), await actor(request), _timeout_of(request)
-        )
-        return cast(Response, await called)
-
-
-class ShortWay:
-    """Enters a `LeanRoute` by its path, the innermost of the middleware.
-
-    The way through the framework's own layers and every router to the same place took a tenth of a
-    millisecond of a lone query: between two queries all of that code leaves the processor's caches.
-    """
-
-    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
-        self.app = app
-        self._routes = {
-            (method, route.path): route
-            for route in routes
-            if isinstance(route, LeanRoute)
-            for method in route.methods or ()
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = None
-        if scope["type"] == "http":
-            route = self._routes.get((scope["method"], route_path(scope)))
-        if route is None:
-            await self.app(scope, receive, send)
-            return
-        scope["route"] = route
-        request = Request(scope, receive, send)
-        try:
-            answer = await route.answer(request)
-        except problems.HANDLED as error:
-            answer = await problems.handled(request, error)
-        await answer(scope, receive, send)
+        return handle
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -26,8 +26,9 @@ MEDIA_TYPE = "application/problem+json"
 
 def install(app: FastAPI) -> None:
     """Register the handlers that turn every exception of a request into a problem document."""
-    for kind, handler in _HANDLERS.items():
-        app.add_exception_handler(kind, handler)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
 
 
 def catalogue() -> list[type[ServiceError]]:
@@ -66,21 +67,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
         problem.status, problem.code = error.status_code, "http_error"
         problem.title = "HTTP error"
     return response(request, problem)
-
-
-_HANDLERS: Mapping[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-    ServiceError: _service_error,
-    RequestValidationError: _validation_error,
-    HTTPException: _http_error,
-}
-HANDLED = tuple(_HANDLERS)
-"""The exceptions of a request that are no defects."""
-
-
-async def handled(request: Request, error: Exception) -> Response:
-    """The answer to one of `HANDLED`."""
-    handler = next(of for kind, of in _HANDLERS.items() if isinstance(error, kind))
-    return await handler(request, error)
 
 
 def _methods(path: str) -> list[str]:
