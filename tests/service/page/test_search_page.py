@@ -40,10 +40,18 @@ _TRANSFER = """([kind, name, content]) => {
 
 @contextmanager
 def answered(page: Page) -> Iterator[Callable[[], Any]]:
-    """Wait for the answer of the query that the block causes."""
-    with page.expect_response(lambda response: response.url.endswith("/query")) as caught:
-        yield lambda: caught.value.json()
-    caught.value.finished()
+    """Wait for the answer of the query that the block causes.
+
+    A query that the page gives up for it does not count, even where its answer has begun.
+    """
+
+    def answer() -> Any:
+        response = caught.value.response()
+        assert response is not None
+        return response.json()
+
+    with page.expect_request_finished(lambda request: request.url.endswith("/query")) as caught:
+        yield answer
 
 
 def choose(page: Page, *files: Path) -> Any:
@@ -479,6 +487,7 @@ def test_what_was_erased_is_in_no_query(demo: Demo, tab: OpenTab, watch: Watch) 
     page = tab(f"#/search?like={item.id}")
     picture = page.get_by_alt_text("Query: person passing, no camera")
     url = picture.get_attribute("src")
+    expect(page.get_by_test_id("result").first).to_be_visible()
     choose(page, QUERY)
     expect(page.get_by_role("button", name="Previous query")).to_be_visible()
     card = page.locator(f"[data-item='{item.id}']")
