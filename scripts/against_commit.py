@@ -32,9 +32,9 @@ from rich.table import Table
 from model.atomic_file import write_whole
 from model.benchmark import Spread
 from model.benchmark_table import CMT
-from model.image_files import find_images
 from model.machine import machine
 from model.terminal import Console
+from service.bench.crops import image_files
 from service.bench.data import numbers
 from service.bench.serving.figures import cores, corrected_rate
 from service.bench.serving.load import HOST, measure
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unpack(options.commit, folder / "tree")
         before = Side(folder / "tree", folder / "before")
         after = Side(_ROOT, folder / "after")
-        crops = different(_images(_CROPS), options.items, folder / "crops")
+        crops = different(image_files(_CROPS), options.items, folder / "crops")
         for side in (after, before):
             _fill(side, crops, folder)
         for _ in range(options.rounds):
@@ -139,10 +139,6 @@ def unpack(commit: str, tree: Path) -> None:
         files.extractall(tree, filter="data")
 
 
-def _images(folder: Path) -> list[Path]:
-    return list(find_images(folder).images)
-
-
 def different(images: Sequence[Path], count: int, folder: Path) -> list[Path]:
     """So many crops, no two of them equal: the images again and again, each with some noise."""
     folder.mkdir()
@@ -159,7 +155,7 @@ def different(images: Sequence[Path], count: int, folder: Path) -> list[Path]:
 
 def _fill(side: Side, crops: Sequence[Path], folder: Path) -> None:
     """Enroll the crops by the side's own command."""
-    with side.served(_images(_QUERIES), folder) as port:
+    with side.served(image_files(_QUERIES), folder) as port:
         side.measured.clear()  # the first start converts the network
         words = [*side.cmt, "enroll", str(crops[0].parent), "--url", f"http://{HOST}:{port}"]
         begun = time.perf_counter()
@@ -172,7 +168,7 @@ def _fill(side: Side, crops: Sequence[Path], folder: Path) -> None:
 
 def _load(side: Side, clients: Sequence[int], seconds: float, folder: Path) -> None:
     """All loads once. Enrollments come last: they make the gallery grow."""
-    queries, crops = _images(_QUERIES), _images(_CROPS)
+    queries, crops = image_files(_QUERIES), image_files(_CROPS)
     loads = ("/query", queries), ("/gallery", crops)
     with side.served(queries, folder) as port:
         side.note("a lone query, rerank=none", "ms, median", _lone(port, queries))
